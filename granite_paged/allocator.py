@@ -1,0 +1,280 @@
+"""Who owns which page.
+
+Invariant: a page is the null page, free, or held by one or more sequences. Free + held = usable
+pages, and a page's reference count is the number of sequences whose list contains it.
+
+::
+
+    pages      0        1 .. total-1
+               null     recycled stack | held by sequences | never issued yet
+    sequence   length in tokens, and a list of pages: logical page i holds its tokens
+               [i * page_size, (i + 1) * page_size)
+
+Host only and without torch. No operation's cost grows with the pool: never-issued pages are a
+counter, recycled ones a stack, and only held pages have an entry. Refused requests change nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from granite_paged.errors import (
+    DoubleFree,
+    GeometryError,
+    InvalidRequest,
+    OutOfPages,
+    UnknownSequence,
+)
+
+NULL_PAGE = 0
+"""Takes the writes of padding. Never owned, never attended."""
+
+
+class PageWrite(NamedTuple):
+    """Entry `logical_page` of a sequence's page table becomes `physical_page`."""
+
+    sequence: int
+    logical_page: int
+    physical_page: int
+
+
+class PageCopy(NamedTuple):
+    """Copy-on-write: `source` must be copied to `target` before `target` is read or written."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class AppendPlan:
+    """What the device has to do so that the tokens of one `append` can be written.
+
+    `copies` first, then `scrub`: the new pages that this append leaves partly filled, whose tails
+    would otherwise hold what an earlier owner left behind.
+    """
+
+    writes: list[PageWrite]
+    copies: list[PageCopy]
+    scrub: list[int]
+
+
+@dataclass(slots=True)
+class _Sequence:
+    length: int = 0
+    pages: list[int] = field(default_factory=list)
+
+
+class PageAllocator:
+    """Hands out the pages `1 .. pages - 1` of a pool, `page_size` tokens each.
+
+    Args:
+        pages: pages of the pool, the null page included. At least 2.
+        page_size: tokens a page. At least 1.
+
+    Raises:
+        GeometryError: if either is too small.
+    """
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        if pages < 2:
+            raise GeometryError(f"a pool needs the null page and one more, {pages} given")
+        if page_size < 1:
+            raise GeometryError(f"a page holds at least one token, {page_size} given")
+        self.page_size = page_size
+        self._pages = pages
+        self._never_issued = NULL_PAGE + 1  # first page that no sequence ever held
+        self._recycled: list[int] = []
+        self._references: dict[int, int] = {}  # held page -> number of sequences holding it
+        self._sequences: dict[int, _Sequence] = {}
+        self._next_sequence = 0
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def pages(self) -> int:
+        """Pages of the pool, the null page included."""
+        return self._pages
+
+    @property
+    def free(self) -> int:
+        """Pages nobody holds."""
+        return len(self._recycled) + self._pages - self._never_issued
+
+    @property
+    def held(self) -> int:
+        """Pages that at least one sequence holds."""
+        return len(self._references)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences; a token in a shared page counts once for each sequence."""
+        return sum(sequence.length for sequence in self._sequences.values())
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Ids of the open sequences, oldest first."""
+        return tuple(self._sequences)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        return self._get(sequence).length
+
+    def pages_of(self, sequence: int) -> tuple[int, ...]:
+        """Physical pages of a sequence, in logical order."""
+        return tuple(self._get(sequence).pages)
+
+    def references(self, page: int) -> int:
+        """Sequences that hold a page."""
+        return self._references.get(page, 0)
+
+    def pages_needed(self, growth: Mapping[int, int]) -> int:
+        """Free pages that `append(growth)` would take, copies on write included."""
+        needed = 0
+        sharers: Counter[int] = Counter()  # shared last page -> sequences about to write into it
+        for sequence_id, tokens in growth.items():
+            sequence = self._get(sequence_id)
+            if tokens < 0:
+                raise InvalidRequest(f"sequence {sequence_id} cannot grow by {tokens} tokens")
+            needed += self._pages_for(sequence.length + tokens) - len(sequence.pages)
+            if tokens and self._writes_shared_page(sequence):
+                sharers[sequence.pages[-1]] += 1
+        # of r holders of a page, at most r - 1 need a copy: the last one left owns the original
+        return needed + sum(
+            min(writers, self._references[page] - 1) for page, writers in sharers.items()
+        )
+
+    def can_append(self, growth: Mapping[int, int]) -> bool:
+        """Whether `append(growth)` would be granted."""
+        return self.pages_needed(growth) <= self.free
+
+    # -- changing -------------------------------------------------------------------------------
+
+    def open(self) -> int:
+        """Start an empty sequence, without pages yet. Returns its id; ids are never reused."""
+        sequence = self._next_sequence
+        self._next_sequence += 1
+        self._sequences[sequence] = _Sequence()
+        return sequence
+
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        """Grow sequences by so many tokens each, all of them or none.
+
+        Raises:
+            OutOfPages: with the pages needed and free.
+            UnknownSequence: for an id that is not open.
+            InvalidRequest: for a negative number of tokens.
+        """
+        needed = self.pages_needed(growth)
+        if needed > self.free:
+            raise OutOfPages(needed=needed, free=self.free)
+        plan = AppendPlan([], [], [])
+        for sequence_id, tokens in growth.items():
+            if tokens:
+                self._grow(sequence_id, self._sequences[sequence_id], tokens, plan)
+        return plan
+
+    def fork(self, parent: int) -> int:
+        """Open a sequence with the parent's tokens, sharing every page of it."""
+        source = self._get(parent)
+        child = self.open()
+        self._sequences[child] = _Sequence(source.length, list(source.pages))
+        for page in source.pages:
+            self._references[page] += 1
+        return child
+
+    def release(self, *sequences: int) -> list[int]:
+        """Close sequences. Returns the pages that became free.
+
+        Raises:
+            DoubleFree: for a sequence that is closed already, or named twice.
+            UnknownSequence: for an id that was never issued.
+        """
+        for sequence_id, times in Counter(sequences).items():
+            self._get(sequence_id)
+            if times > 1:
+                raise DoubleFree(sequence_id)
+        freed: list[int] = []
+        for sequence_id in sequences:
+            for page in self._sequences.pop(sequence_id).pages:
+                self._drop(page, freed)
+        self._recycled.extend(freed)
+        return freed
+
+    def extend_pool(self, pages: int) -> None:
+        """Raise the number of pages to `pages`; issued pages keep their numbers."""
+        if pages < self._pages:
+            raise GeometryError(f"a pool of {self._pages} pages cannot shrink to {pages}")
+        self._pages = pages
+
+    # -- proving --------------------------------------------------------------------------------
+
+    def check_valid(self) -> None:
+        """Prove the invariant; AssertionError says what broke. Costs as much as all held pages."""
+        incidence = Counter(page for s in self._sequences.values() for page in s.pages)
+        assert incidence == Counter(self._references), "reference counts differ from the tables"
+        recycled = set(self._recycled)
+        assert len(recycled) == len(self._recycled), "a page is free twice"
+        assert not recycled & incidence.keys(), "a page is free and held"
+        issued = set(range(NULL_PAGE + 1, self._never_issued))
+        assert recycled | incidence.keys() == issued, "a page is lost, or out of range"
+        assert self.free + self.held == self._pages - 1, "free + held is not the pool"
+        for sequence_id, s in self._sequences.items():
+            assert len(s.pages) == self._pages_for(s.length), (
+                f"sequence {sequence_id}: pages/length"
+            )
+            assert len(set(s.pages)) == len(s.pages), f"sequence {sequence_id}: a page twice"
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _get(self, sequence: int) -> _Sequence:
+        try:
+            return self._sequences[sequence]
+        except KeyError:
+            if 0 <= sequence < self._next_sequence:
+                raise DoubleFree(sequence) from None
+            raise UnknownSequence(sequence) from None
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _writes_shared_page(self, sequence: _Sequence) -> bool:
+        partly_filled = sequence.length % self.page_size != 0
+        return partly_filled and self._references[sequence.pages[-1]] > 1
+
+    def _grow(self, sequence_id: int, sequence: _Sequence, tokens: int, plan: AppendPlan) -> None:
+        if self._writes_shared_page(sequence):
+            self._unshare_last_page(sequence_id, sequence, plan)
+        sequence.length += tokens
+        for logical_page in range(len(sequence.pages), self._pages_for(sequence.length)):
+            page = self._take()
+            sequence.pages.append(page)
+            plan.writes.append(PageWrite(sequence_id, logical_page, page))
+            if (logical_page + 1) * self.page_size > sequence.length:
+                plan.scrub.append(page)
+
+    def _unshare_last_page(self, sequence_id: int, sequence: _Sequence, plan: AppendPlan) -> None:
+        shared, own = sequence.pages[-1], self._take()
+        self._references[shared] -= 1
+        sequence.pages[-1] = own
+        plan.copies.append(PageCopy(shared, own))
+        plan.writes.append(PageWrite(sequence_id, len(sequence.pages) - 1, own))
+
+    def _take(self) -> int:
+        if self._recycled:
+            page = self._recycled.pop()
+        else:
+            page = self._never_issued
+            self._never_issued += 1
+        self._references[page] = 1
+        return page
+
+    def _drop(self, page: int, freed: list[int]) -> None:
+        references = self._references[page] - 1
+        if references:
+            self._references[page] = references
+        else:
+            del self._references[page]
+            freed.append(page)

@@ -1,0 +1,177 @@
+"""Attention of a batch of queries over the one pool: fold the group, call FlexAttention, unfold.
+
+`enable_gqa` refuses group sizes that are no power of two in decode kernels, and repeating K and V
+copies the cache. Folding a KV head's G query heads into the rows of its query needs neither::
+
+    [B, Hq, S, D]  ->  [B, Hkv, S * G, D]      row = token * G + member
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention as eager_flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+
+from granite_paged.errors import GeometryError
+from granite_paged.geometry import Backend
+
+SMALLEST_KERNEL_BLOCK = 16
+"""Triton's matrix product needs 16 rows, so a fused kernel cannot read smaller pages."""
+
+RECOMPILE_LIMIT = 256
+"""Dynamo's own limit of 8 counts all models, dtypes and page sizes of a process together; past it
+a call would fail, though nothing is wrong."""
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Causal attention of each row over its own pages.
+
+    Args:
+        query: [B, Hq, S, D].
+        keys, values: [1, Hkv, pages * page_size, D], the pool; this step's tokens written already.
+        block_mask: from `paged_block_mask`, for at least S query tokens.
+        scale: factor on the scores (a model's `attention_multiplier`).
+        backend: see `Backend`. Inside a traced region the call is always compiled.
+
+    Returns:
+        [B, Hq, S, D]; zeros for padding queries.
+
+    Raises:
+        GeometryError: for a page size the fused kernel cannot read, or float64 when compiled.
+    """
+    folded = _fold(query, keys.shape[1], block_mask.shape[-2])
+    if torch.compiler.is_compiling():
+        out = _fused(folded, keys, values, block_mask, scale)
+    elif resolve_backend(backend, query) == "compiled":
+        _check_compilable(query, block_mask)
+        out = _call_compiled(folded, keys, values, block_mask, scale)
+    else:
+        out = _eager(folded, keys, values, block_mask, scale)
+    return _unfold(out, query.shape)
+
+
+def resolve_backend(backend: Backend, query: Tensor) -> Backend:
+    """`eager` or `compiled`, whatever was asked for."""
+    if backend != "auto":
+        return backend
+    compilable = query.is_cuda and query.dtype != torch.float64
+    return "compiled" if compilable else "eager"
+
+
+def _fold(query: Tensor, kv_heads: int, rows: int) -> Tensor:
+    """[B, Hq, S, D] -> [B, Hkv, rows, D], zero rows at the end where the mask has more."""
+    batch, query_heads, _, head_dim = query.shape
+    group = query_heads // kv_heads
+    by_group = query.view(batch, kv_heads, group, -1, head_dim).transpose(2, 3)  # [B, Hkv, S, G, D]
+    folded = by_group.reshape(batch, kv_heads, -1, head_dim)
+    missing = rows - folded.shape[2]
+    return torch.nn.functional.pad(folded, (0, 0, 0, missing)) if missing else folded
+
+
+def _unfold(out: Tensor, shape: torch.Size) -> Tensor:
+    """[B, Hkv, rows, D] -> [B, Hq, S, D]"""
+    batch, query_heads, tokens, head_dim = shape
+    group = query_heads // out.shape[1]
+    by_group = out[:, :, : tokens * group].reshape(batch, -1, tokens, group, head_dim)
+    return by_group.transpose(2, 3).reshape(batch, query_heads, tokens, head_dim)
+
+
+# -- compiled -----------------------------------------------------------------------------------
+
+
+def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    options = kernel_options(mask, keys) if query.is_cuda else None
+    out = flex_attention(query, keys, values, block_mask=mask, scale=scale, kernel_options=options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
+    """Options of FlexAttention's CUDA kernels for a pool [1, Hkv, slots, D].
+
+    A kernel's block must not span two pages. FlexAttention's decode kernel does not compile for
+    pools that need 64-bit offsets (seen with torch 2.11), its main kernel does.
+    """
+    page_size = mask.BLOCK_SIZE[1]
+    options: FlexKernelOptions = {
+        "BLOCK_N": min(64, page_size),
+        "BLOCK_M": 64 if mask.shape[-2] > SMALLEST_KERNEL_BLOCK else SMALLEST_KERNEL_BLOCK,
+    }
+    if pool.numel() >= 2**31:
+        options["FORCE_USE_FLEX_ATTENTION"] = True
+    return options
+
+
+def _call_compiled(*args: Any) -> Tensor:
+    """Compiled once for each kind of model, dtype and phase; lengths and pools are dynamic there.
+
+    On the CPU, FlexAttention's kernel is static, so every shape is compiled anew.
+    """
+    on_cpu = args[0].device.type == "cpu"
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        return _compiled(dynamic=False if on_cpu else None)(*args)
+
+
+@functools.cache
+def _compiled(dynamic: bool | None) -> Callable[..., Tensor]:
+    return torch.compile(_fused, fullgraph=True, dynamic=dynamic)
+
+
+def _check_compilable(query: Tensor, mask: BlockMask) -> None:
+    if query.dtype == torch.float64:
+        raise GeometryError("float64 has no fused kernel: use backend='eager' (or 'auto')")
+    if query.is_cuda and mask.BLOCK_SIZE[1] < SMALLEST_KERNEL_BLOCK:
+        raise GeometryError(
+            f"page_size {mask.BLOCK_SIZE[1]} is too small for the fused kernel: "
+            f"use at least {SMALLEST_KERNEL_BLOCK}, or backend='eager'"
+        )
+
+
+# -- eager --------------------------------------------------------------------------------------
+
+
+def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """FlexAttention's dense form over the whole pool: for the CPU, float64 and debugging.
+
+    The public `flex_attention` traces every new shape with dynamo even when nothing is compiled;
+    the operator underneath runs at once. Its dense product would spread one slot's NaN to every
+    row (0 * NaN), so foreign NaNs are taken out first, and a row keeps its own.
+    """
+    exact = torch.promote_types(query.dtype, torch.float32)  # half weights would round twice
+    finite = values.isfinite()
+    clean = values if bool(finite.all()) else values.where(finite, 0)
+    operands = (query.to(exact), keys.to(exact), clean.to(exact))
+    out: Tensor = eager_flex_attention(*operands, _same_score, mask.as_tuple(), scale, {})[0]
+    if clean is not values:
+        out = out.masked_fill(_attends(mask, ~finite.all(dim=3)[0]), torch.nan)
+    return out.to(query.dtype)
+
+
+def _same_score(score: Tensor, *_: Tensor) -> Tensor:
+    return score
+
+
+def _attends(mask: BlockMask, slots: Tensor) -> Tensor:
+    """Which folded rows attend to any of the marked slots.
+
+    slots: [Hkv, pool slots] bool. Returns [B, Hkv, rows, 1] bool.
+    """
+    marked = slots.any(dim=0).nonzero()[:, 0]  # few, if any
+    device = slots.device
+    row = torch.arange(mask.kv_num_blocks.shape[0], device=device)[:, None, None]
+    folded_row = torch.arange(mask.shape[-2], device=device)[None, :, None]
+    allowed = mask.mask_mod(row, row, folded_row, marked[None, None])  # [B, rows, marked]
+    return (allowed[:, None] & slots[:, marked][None, :, None]).any(dim=3, keepdim=True)

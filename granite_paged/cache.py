@@ -1,0 +1,504 @@
+"""A transformers `Cache`: pages for attention layers, rows for Mamba layers.
+
+One step, one way::
+
+    begin_step   host    how many tokens each row adds -> allocator (all rows or none)
+                 copy    table entries and positions, in one transfer
+                 device  copy-on-write, scrub, page tables, slots, BlockMask
+    update       device  K and V into the pool; the pool goes to FlexAttention
+    end_step     host    refuse NaN, count the columns
+
+Rows of the batch are sequences of the allocator. transformers counts *columns*, padding included
+(`get_seq_length`); pages hold *tokens*, padding excluded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from granite_paged.allocator import AppendPlan, PageAllocator
+from granite_paged.errors import (
+    CacheReleased,
+    GranitePagedError,
+    InvalidRequest,
+    NonFinite,
+    NotPatched,
+    OutOfPages,
+    OutOfRows,
+    PaddingError,
+    PromptError,
+)
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.mamba import MambaRows
+from granite_paged.masks import PADDING, paged_block_mask
+from granite_paged.page_table import PageTable
+from granite_paged.pool import KVPool
+
+_GROWTH = 1.5  # a pool that is too small grows by half, so a long decode reallocates rarely
+
+
+@dataclass(slots=True)
+class Step:
+    """What the layers of one forward pass share.
+
+    Attributes:
+        columns: new columns of the batch, padding included (S).
+        slots: [B * S] int64, where each new token's K and V go.
+        block_mask: for every attention layer.
+        mamba_mask: [B, S], or None where no column is padding.
+        finite: layer -> [] bool on the device, whether its K and V were.
+    """
+
+    columns: int
+    slots: Tensor
+    block_mask: BlockMask
+    mamba_mask: Tensor | None
+    finite: dict[int, Tensor] = field(default_factory=dict)
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
+    """An attention layer's place in the cache: writes into its pool, hands the pool on."""
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: PagedCache, layer: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer = layer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, Hkv, S, D] each; returns the pool's keys and values, [1, Hkv, slots, D]."""
+        return self._cache.write(self._layer, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Columns so far, padding included."""
+        return self._cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """-1: bounded by pages, not by a length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Only a model that is not patched asks for these."""
+        raise _not_patched()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Pools are made by the cache, before the first layer runs."""
+        raise _not_patched()
+
+
+class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+    """K and V in pages, Mamba states in rows.
+
+    Args:
+        model_config: the model's transformers config.
+        config: the user's wishes.
+        device, dtype: of the model.
+
+    Raises:
+        UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
+    """
+
+    _step: Step | None
+
+    def __init__(
+        self,
+        model_config: Any,
+        config: PagedConfig | None = None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config or PagedConfig()
+        self.geometry = CacheGeometry.from_config(
+            model_config, page_size=self.config.page_size, dtype=dtype
+        )
+        self.device = device
+        self._page_limit = _page_limit(self.geometry, self.config, device)
+        self._start_empty()
+        paged = {i: PagedLayer(self, i) for i in self.geometry.attention_layers}
+        rows = {i: MambaRows() for i in self.geometry.mamba_layers}
+        layers: dict[int, PagedLayer | MambaRows] = {**paged, **rows}
+        super().__init__(layers=[layers[i] for i in sorted(layers)])
+        self._mamba_layers = list(rows.values())
+
+    @classmethod
+    def for_model(cls, model: Any, config: PagedConfig | None = None) -> PagedCache:
+        """An empty cache for a live model, to hand to several `generate()` calls in turn."""
+        return cls(model.config, config, device=model.device, dtype=model.dtype)
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def begin_step(self, batch: int, columns: int, attention_mask: Tensor | None = None) -> Step:
+        """Make room for the next `columns` columns and say where everything goes.
+
+        Args:
+            batch: rows (B); the first step of an empty cache decides how many there are.
+            columns: new columns, padding included (S).
+            attention_mask: [B, columns so far + S], zero where padding; None where there is none.
+
+        Raises:
+            OutOfPages, OutOfRows: with what was needed and there. The cache is as it was.
+            PaddingError: padding on the right, or a mask that disagrees with the cache's past.
+            PromptError: no rows or no columns.
+            InvalidRequest: a batch or mask of another shape.
+            CacheReleased: after a step that failed, until `reset()`.
+        """
+        if self._failure:
+            raise CacheReleased(f"{self._failure}; call reset() and start over")
+        valid = self._valid_tokens(batch, columns, attention_mask)
+        fresh = not self._rows
+        if fresh:
+            self._open_rows(batch)
+        try:
+            step = self._plan_step(columns, valid, attention_mask)
+        except GranitePagedError:
+            if fresh:
+                self._close_rows()
+            raise
+        self._step = step
+        return step
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's share of the step. keys, values: [B, Hkv, S, D]. Returns the pool's."""
+        if self._step is None:
+            raise _not_patched()
+        if self.config.check_finite:
+            self._step.finite[layer] = keys.isfinite().all() & values.isfinite().all()
+        pool = self.pools[layer]
+        pool.write(self._step.slots, keys, values)
+        return pool.keys, pool.values
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step was begun and neither ended nor failed."""
+        return self._step is not None
+
+    def end_step(self) -> None:
+        """Close a step whose forward pass returned.
+
+        Raises:
+            NonFinite: naming the layers; the cache's sequences are released.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        if step.finite:
+            finite = torch.stack(list(step.finite.values())).tolist()
+            bad = [layer for layer, ok in zip(step.finite, finite, strict=True) if not ok]
+            if bad:
+                self.fail_step("a step met NaN or infinity")
+                raise NonFinite(bad)
+        self._columns += step.columns
+
+    def fail_step(self, reason: str) -> None:
+        """Close a step that did not finish: some layers saw its tokens and some did not."""
+        self.reset()
+        self._failure = reason
+
+    # -- what transformers asks of a cache ------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, padding included: what `generate()` slices its inputs by."""
+        return self._columns
+
+    def reset(self) -> None:
+        """Release every sequence and keep the pools, zeroed where a new owner needs it."""
+        self._close_rows()
+        self._step, self._failure, self._columns = None, "", 0
+        for layer in self._mamba_layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues what row `beam_idx[i]` was. Pages are shared until written."""
+        self._select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Fork every row into `repeats` neighbours."""
+        self._select_rows([row for row in range(len(self._rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order. indices: [n] int, or [B] bool."""
+        kept = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self._select_rows(kept.tolist())
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a Mamba state cannot be taken back, so nor can the pages beside it."""
+        raise InvalidRequest(
+            "a paged cache cannot be cropped; fork it before the tokens you may drop"
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 while there are none."""
+        return len(self._rows) or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate()` must neither build masks for this cache nor compile around it."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a sequence was started."""
+        return bool(self._rows)
+
+    @property
+    def is_croppable(self) -> bool:
+        """See `crop`."""
+        return False
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedCache({len(self._rows)} sequences, {self.allocator.tokens} tokens, "
+            f"{self.allocator.held} of {self.allocator.pages - 1} pages of {self.config.page_size})"
+        )
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The allocator's sequence of each row."""
+        return tuple(self._rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages that sequences hold, over all attention layers."""
+        return self.allocator.held * self.geometry.bytes_per_page
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pools, held or free."""
+        return sum(pool.nbytes for pool in self.pools.values())
+
+    def reserve(self, tokens: Sequence[int]) -> None:
+        """Size the pools for rows of so many tokens, as far as the budget goes."""
+        pages = [self.geometry.pages_for(n) for n in tokens]
+        self._fit(pages=min(1 + sum(pages), self._page_limit), width=max(pages, default=1))
+
+    def check_valid(self) -> None:
+        """Prove that allocator, page table and pools agree; AssertionError says what does not."""
+        self.allocator.check_valid()
+        assert sorted(self._rows) == sorted(self.allocator.sequences), "a sequence without a row"
+        self.table.check_valid(self.allocator, self._rows)
+        assert all(pool.pages == self.allocator.pages for pool in self.pools.values())
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _start_empty(self) -> None:
+        pages = self._page_limit if self.config.max_tokens else 2
+        self.allocator = PageAllocator(pages, self.config.page_size)
+        self.table = PageTable(1, 1, pages, self.device)
+        self.pools = {
+            layer: KVPool(self.geometry, pages, self.device)
+            for layer in self.geometry.attention_layers
+        }
+        self._rows: list[int] = []  # row -> sequence of the allocator
+        self._columns = 0
+        self._step = None
+        self._failure = ""
+
+    def _open_rows(self, batch: int) -> None:
+        self._check_rows(batch)
+        self._rows = [self.allocator.open() for _ in range(batch)]
+
+    def _close_rows(self) -> None:
+        self._forget(self.allocator.release(*self._rows))
+        self._rows = []
+
+    def _check_rows(self, needed: int) -> None:
+        if self.config.max_sequences is not None and needed > self.config.max_sequences:
+            raise OutOfRows(needed=needed, rows=self.config.max_sequences)
+
+    def _valid_tokens(self, batch: int, columns: int, mask: Tensor | None) -> Tensor | None:
+        """[B, S] bool on the host, or None where every column is a token."""
+        if self._rows and batch != len(self._rows):
+            raise InvalidRequest(f"the cache holds {len(self._rows)} rows, the batch has {batch}")
+        if batch < 1 or columns < 1:
+            raise PromptError("empty prompt: there is nothing to run")
+        if mask is None:
+            return None
+        width = self._columns + columns
+        if tuple(mask.shape) != (batch, width):
+            raise InvalidRequest(
+                f"attention_mask must be [{batch}, {width}], past columns included; "
+                f"{list(mask.shape)} given"
+            )
+        past = mask[:, : self._columns].count_nonzero(dim=1).tolist()
+        valid = mask[:, self._columns :].cpu().bool()
+        self._check_padding(past, valid)
+        return None if bool(valid.all()) else valid
+
+    def _check_padding(self, past: list[int], valid: Tensor) -> None:
+        started = valid.any(dim=1) | torch.tensor(past).bool()
+        ends_padded = started & ~valid[:, -1]  # a row that has not started may go on being padded
+        if bool(ends_padded.any()):
+            raise PaddingError(
+                f"padding on the right of row {_names(ends_padded.nonzero()[:, 0].tolist())}: pad "
+                "on the left (tokenizer.padding_side = 'left'), or Mamba states would decay over it"
+            )
+        held = [self.allocator.length(sequence) for sequence in self._rows] or [0] * len(past)
+        changed = [row for row, (n, m) in enumerate(zip(past, held, strict=True)) if n != m]
+        if changed:
+            raise PaddingError(
+                f"attention_mask of row {_names(changed)} differs from what its past was run with"
+            )
+
+    def _plan_step(self, columns: int, valid: Tensor | None, mask: Tensor | None) -> Step:
+        lengths = [self.allocator.length(sequence) for sequence in self._rows]
+        positions = _positions(lengths, columns, valid)
+        added = (positions != PADDING).sum(dim=1).tolist()
+        growth = dict(zip(self._rows, added, strict=True))
+        self._make_room(growth)
+        device_positions = self._apply(self.allocator.append(growth), positions)
+        physical = self.table.physical[: len(self._rows)]
+        return Step(
+            columns=columns,
+            slots=_slots(physical, device_positions, self.config.page_size),
+            block_mask=paged_block_mask(
+                physical,
+                self.table.logical,
+                device_positions.int(),
+                page_size=self.config.page_size,
+                group=self.geometry.group,
+            ),
+            mamba_mask=None if valid is None or mask is None else mask[:, -columns:].contiguous(),
+        )
+
+    def _make_room(self, growth: dict[int, int]) -> None:
+        allocator = self.allocator
+        needed = allocator.pages_needed(growth)
+        width = max(self.geometry.pages_for(allocator.length(s) + n) for s, n in growth.items())
+        missing = needed - allocator.free
+        if missing <= 0:
+            self._fit(pages=allocator.pages, width=width)
+            return
+        room = self._page_limit - allocator.pages
+        if missing > room:
+            raise OutOfPages(needed=needed, free=allocator.free + room, advice=self._advice())
+        ample = int(_GROWTH * allocator.pages) if self._columns else 0
+        pages = min(max(allocator.pages + missing, ample), self._page_limit)
+        self._fit(pages=pages, width=width)
+
+    def _advice(self) -> str:
+        lever = "memory_fraction" if self.config.max_tokens is None else "max_tokens"
+        return f"raise PagedConfig.{lever}, or run fewer or shorter sequences at once"
+
+    def _fit(self, *, pages: int, width: int) -> None:
+        held, pages = self.allocator.pages, max(pages, self.allocator.pages)
+        try:
+            for pool in self.pools.values():
+                pool.resize(pages)
+            self.table.fit(rows=len(self._rows), width=width, pages=pages)
+        except torch.OutOfMemoryError:
+            for pool in self.pools.values():
+                pool.resize(held)
+            raise OutOfPages(
+                needed=pages - held, free=self.allocator.free, advice=self._advice()
+            ) from None
+        self.allocator.extend_pool(pages)
+
+    def _apply(self, plan: AppendPlan, positions: Tensor) -> Tensor:
+        """Carry a plan out on the device. Returns the positions [B, S] int64 there."""
+        row_of = {sequence: row for row, sequence in enumerate(self._rows)}
+        rows, logical, physical, sources, targets, scrub, flat = _to_device(
+            self.device,
+            torch.tensor([row_of[write.sequence] for write in plan.writes]),
+            torch.tensor([write.logical_page for write in plan.writes]),
+            torch.tensor([write.physical_page for write in plan.writes]),
+            torch.tensor([copy.source for copy in plan.copies]),
+            torch.tensor([copy.target for copy in plan.copies]),
+            torch.tensor(plan.scrub),
+            positions.flatten(),
+        )
+        if plan.writes:
+            self.table.write(rows, logical, physical)
+        for pool in self.pools.values():
+            if plan.copies:
+                pool.copy_pages(sources, targets)
+            if plan.scrub:
+                pool.scrub(scrub)
+        return flat.view(positions.shape)
+
+    def _forget(self, pages: list[int]) -> None:
+        if pages:
+            self.table.forget(torch.tensor(pages, device=self.device))
+
+    def _select_rows(self, rows: list[int]) -> None:
+        if rows == list(range(len(self._rows))):
+            return
+        self._check_rows(len(rows))
+        selected: list[int] = []
+        kept: set[int] = set()
+        for row in rows:
+            sequence = self._rows[row]
+            selected.append(self.allocator.fork(sequence) if sequence in kept else sequence)
+            kept.add(sequence)
+        self._forget(self.allocator.release(*set(self._rows).difference(kept)))
+        self._rows = selected
+        index = torch.tensor(rows, device=self.device)
+        self.table.select_rows(index)
+        for layer in self._mamba_layers:
+            layer.select_rows(index)
+
+
+def _not_patched() -> NotPatched:
+    return NotPatched(
+        "a PagedCache works on a patched model only: use `with paged(model): ...` or patch(model)"
+    )
+
+
+def _names(rows: list[int]) -> str:
+    return ", ".join(map(str, rows))
+
+
+def _positions(lengths: list[int], columns: int, valid: Tensor | None) -> Tensor:
+    """[B, S] int64: where each new token stands in its sequence, `PADDING` for padding."""
+    start = torch.tensor(lengths)[:, None]
+    if valid is None:
+        return start + torch.arange(columns)
+    return (start + valid.cumsum(dim=1) - 1).where(valid, PADDING)
+
+
+def _slots(physical: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """[B * S] int64: the slot of each position; padding goes to the null page's first slot."""
+    token = positions != PADDING
+    at = positions.clamp(min=0)
+    page = physical.long().gather(1, at // page_size)
+    return torch.where(token, page * page_size + at % page_size, 0).flatten()
+
+
+def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
+    """Move 1-D integer tensors to the device in one copy."""
+    packed = torch.cat([part.long() for part in parts])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return list(torch.split(packed.to(device, non_blocking=True), [len(part) for part in parts]))
+
+
+def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
+    """Most pages the pools may have, the null page included."""
+    if config.max_tokens is not None:
+        return 1 + geometry.pages_for(config.max_tokens)
+    budget = int(config.memory_fraction * _memory(device))
+    return max(2, budget // geometry.bytes_per_page)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that could be had: free ones of a GPU, all of the host's."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

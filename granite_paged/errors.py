@@ -1,0 +1,119 @@
+"""Every refusal of this package, by name, with the numbers in it.
+
+Each message is one line and ends with what the caller can do. A refused call leaves everything
+as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GranitePagedError(Exception):
+    """Base of every error that granite_paged raises on purpose."""
+
+
+class GeometryError(GranitePagedError, ValueError):
+    """A size that cannot work: page size, head counts, budget, or two caches that do not match."""
+
+
+class OutOfPages(GranitePagedError):
+    """The pool cannot hold what was asked for."""
+
+    def __init__(self, *, needed: int, free: int, advice: str = "") -> None:
+        self.needed = needed
+        self.free = free
+        super().__init__(f"out of pages: {needed} needed, {free} free{_then(advice)}")
+
+
+class OutOfRows(GranitePagedError):
+    """More sequences at once than the cache has rows for."""
+
+    def __init__(self, *, needed: int, rows: int) -> None:
+        self.needed = needed
+        self.rows = rows
+        super().__init__(
+            f"out of rows: a batch of {needed} was asked for, {rows} fit; "
+            "raise PagedConfig.max_sequences or send fewer sequences"
+        )
+
+
+class UnknownSequence(GranitePagedError, KeyError):
+    """A sequence id that this allocator never issued."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        super().__init__(f"sequence {sequence} was never opened by this allocator")
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the repr
+
+
+class DoubleFree(GranitePagedError):
+    """A sequence released twice, or twice in one call."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        super().__init__(f"sequence {sequence} was released already: its pages have other owners")
+
+
+class InvalidRequest(GranitePagedError, ValueError):
+    """A request that means nothing: a negative count, a bad batch, an impossible argument."""
+
+
+class UnsupportedModel(GranitePagedError, TypeError):
+    """A model that granite_paged does not know how to page."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} is not supported: granite_paged pages the attention layers of "
+            "GraniteMoeHybridForCausalLM (model_type 'granitemoehybrid') only"
+        )
+
+
+class AlreadyPatched(GranitePagedError):
+    """`patch` was called on a model that is patched."""
+
+
+class NotPatched(GranitePagedError):
+    """`unpatch` without `patch`, or one of our caches on a model that is not patched."""
+
+
+class InferenceOnly(GranitePagedError):
+    """A patched model was run in training mode or with gradients."""
+
+
+class PaddingError(GranitePagedError, ValueError):
+    """Padding on the right, or a mask that changed its mind about the past."""
+
+
+class PromptError(GranitePagedError, ValueError):
+    """A prompt that cannot be run: empty, or with tokens outside the vocabulary."""
+
+
+class NonFinite(GranitePagedError, ArithmeticError):
+    """NaN or infinity was about to enter the cache. Names the layers."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.layers = tuple(layers)
+        names = ", ".join(map(str, self.layers))
+        super().__init__(
+            f"NaN or infinity in K or V of attention layer {names}: "
+            "the sequences of this cache were released; check the weights and the dtype"
+        )
+
+
+class CacheReleased(GranitePagedError):
+    """The cache lost its sequences to a failed step; `reset()` makes it usable again."""
+
+
+class CheckpointError(GranitePagedError):
+    """A checkpoint that is missing, incomplete or corrupt."""
+
+
+class DeviceError(GranitePagedError):
+    """A device that is unknown or not there."""
+
+
+def _then(advice: str) -> str:
+    return f"; {advice}" if advice else ""

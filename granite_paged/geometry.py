@@ -1,0 +1,138 @@
+"""Every size of a paged cache, from the model's config and the user's wishes; validated once.
+
+Nothing here is hard-coded for a checkpoint: heads, widths and layer kinds come from the config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from granite_paged.errors import GeometryError, UnsupportedModel
+
+Backend = Literal["auto", "eager", "compiled"]
+"""How FlexAttention runs: `compiled` into a fused kernel, `eager` with the scores in memory, or
+`auto`: compiled on CUDA, eager on the CPU and for float64."""
+
+MODEL_TYPE = "granitemoehybrid"
+
+# transformers renamed the layer kinds; checkpoints of both ages exist
+ATTENTION_KINDS = frozenset({"attention", "full_attention"})
+MAMBA_KINDS = frozenset({"mamba", "linear_attention"})
+
+
+@dataclass(frozen=True, slots=True)
+class PagedConfig:
+    """What a user may choose about a paged cache.
+
+    Attributes:
+        page_size: tokens a page, a power of two. Smaller pages waste less, larger ones run faster.
+        memory_fraction: ceiling of all K and V pools, as a fraction of the memory that was free
+            when the cache was made. Pages are only taken as sequences need them.
+        max_tokens: fixed size of the pools in tokens, made at once and never grown. None: pools
+            follow what `generate()` asks for, up to `memory_fraction`.
+        max_sequences: most sequences at once. None: no bound but memory.
+        backend: see `Backend`.
+        check_finite: refuse NaN and infinity in K and V, by the layer's name. Costs one wait for
+            the device a step.
+
+    Raises:
+        GeometryError: for a value that cannot work.
+    """
+
+    page_size: int = 128
+    memory_fraction: float = 0.5
+    max_tokens: int | None = None
+    max_sequences: int | None = None
+    backend: Backend = "auto"
+    check_finite: bool = True
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise GeometryError(f"page_size must be a power of two, {self.page_size} given")
+        if not 0 < self.memory_fraction <= 1:
+            raise GeometryError(f"memory_fraction must be in (0, 1], {self.memory_fraction} given")
+        if self.max_tokens is not None and self.max_tokens < self.page_size:
+            raise GeometryError(
+                f"page_size {self.page_size} does not fit into max_tokens {self.max_tokens}"
+            )
+        if self.max_sequences is not None and self.max_sequences < 1:
+            raise GeometryError(f"max_sequences must be positive, {self.max_sequences} given")
+        if self.backend not in ("auto", "eager", "compiled"):
+            raise GeometryError(f"backend must be auto, eager or compiled, {self.backend!r} given")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    """The sizes of a model that its cache depends on.
+
+    Attributes:
+        page_size: tokens a page.
+        attention_layers: indices of the layers that hold K and V.
+        mamba_layers: indices of the layers that hold a recurrent state.
+        query_heads, kv_heads, head_dim: of an attention layer.
+        dtype: of K and V.
+    """
+
+    page_size: int
+    attention_layers: tuple[int, ...]
+    mamba_layers: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.query_heads % self.kv_heads:
+            raise GeometryError(
+                f"{self.query_heads} query heads do not share {self.kv_heads} KV heads evenly"
+            )
+        if not self.attention_layers:
+            raise GeometryError("the model has no attention layer, so there is nothing to page")
+
+    @classmethod
+    def from_config(cls, config: Any, *, page_size: int, dtype: torch.dtype) -> CacheGeometry:
+        """Read the sizes off a transformers config.
+
+        Raises:
+            UnsupportedModel: for a model type other than `granitemoehybrid`.
+            GeometryError: for an unknown kind of layer, or heads that do not divide.
+        """
+        model_type = getattr(config, "model_type", type(config).__name__)
+        if model_type != MODEL_TYPE:
+            raise UnsupportedModel(f"model type {model_type!r}")
+        kinds = list(config.layers_block_type)
+        unknown = set(kinds) - ATTENTION_KINDS - MAMBA_KINDS
+        if unknown:
+            raise GeometryError(f"unknown kinds of layer: {', '.join(sorted(unknown))}")
+        head_dim = getattr(config, "head_dim", None)
+        return cls(
+            page_size=page_size,
+            attention_layers=tuple(i for i, kind in enumerate(kinds) if kind in ATTENTION_KINDS),
+            mamba_layers=tuple(i for i, kind in enumerate(kinds) if kind in MAMBA_KINDS),
+            query_heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            dtype=dtype,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one token, over all attention layers."""
+        return 2 * len(self.attention_layers) * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def bytes_per_page(self) -> int:
+        """K and V of one page, over all attention layers."""
+        return self.page_size * self.bytes_per_token
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens of one sequence fill, the last one perhaps in part."""
+        return -(-tokens // self.page_size)

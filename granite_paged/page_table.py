@@ -1,0 +1,81 @@
+"""The allocator's answers, mirrored on the device.
+
+::
+
+    physical  [rows, width] int32   logical page of a row -> physical page (0: the null page)
+    logical   [pages]       int32   physical page -> logical page, -1 where nobody holds it
+
+A shared page sits at the same logical place in every sequence that holds it, since sequences come
+to share pages only by forking; so one inverse map serves all rows. Whether a page is *mine* needs
+both maps: `logical[p] >= 0 and physical[row, logical[p]] == p`.
+
+Every change of these tensors is made in this file, from host data that crosses in one copy a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from granite_paged.allocator import NULL_PAGE, PageAllocator
+
+NOBODY = -1
+"""Logical page of a physical page that no sequence holds."""
+
+
+class PageTable:
+    """Page tables of the rows of a batch, on the device.
+
+    Args:
+        rows: sequences.
+        width: logical pages a row can name.
+        pages: physical pages, the null page included.
+    """
+
+    def __init__(self, rows: int, width: int, pages: int, device: torch.device) -> None:
+        self.physical = torch.full((rows, width), NULL_PAGE, dtype=torch.int32, device=device)
+        self.logical = torch.full((pages,), NOBODY, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both maps."""
+        return self.physical.nbytes + self.logical.nbytes
+
+    def fit(self, *, rows: int, width: int, pages: int) -> None:
+        """Grow any side that is too small; contents stay."""
+        have_rows, have_width = self.physical.shape
+        if rows > have_rows or width > have_width:
+            # doubling the width keeps a long decode from reallocating at every page
+            wide = max(have_width, 2 * width if width > have_width else width)
+            grown = self.physical.new_full((max(rows, have_rows), wide), NULL_PAGE)
+            grown[:have_rows, :have_width] = self.physical
+            self.physical = grown
+        if pages > len(self.logical):
+            extra = self.logical.new_full((pages - len(self.logical),), NOBODY)
+            self.logical = torch.cat([self.logical, extra])
+
+    def write(self, rows: Tensor, logical_pages: Tensor, physical_pages: Tensor) -> None:
+        """Set `physical[row, logical page]` and the inverse. All [n] int64 on the device."""
+        self.physical[rows, logical_pages] = physical_pages.int()
+        self.logical[physical_pages] = logical_pages.int()
+
+    def forget(self, pages: Tensor) -> None:
+        """Pages [n] that nobody holds any more."""
+        self.logical[pages] = NOBODY
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was. rows: [n] int64, any length."""
+        self.physical = self.physical.index_select(0, rows)
+
+    def check_valid(self, allocator: PageAllocator, sequences: Sequence[int]) -> None:
+        """Prove that the device agrees with the allocator about these sequences, row by row."""
+        physical, logical = self.physical.tolist(), self.logical.tolist()
+        held = {}
+        for row, sequence in enumerate(sequences):
+            pages = allocator.pages_of(sequence)
+            assert tuple(physical[row][: len(pages)]) == pages, f"row {row}: page table is stale"
+            held.update({page: place for place, page in enumerate(pages)})
+        for page, place in enumerate(logical):
+            assert place == held.get(page, NOBODY), f"page {page}: the inverse map says {place}"

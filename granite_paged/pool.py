@@ -1,0 +1,83 @@
+"""One attention layer's K and V, in pages.
+
+::
+
+    keys, values  [1, Hkv, pages * page_size, D]
+    slot          physical page * page_size + position in the page
+
+The leading 1 lets every sequence of a batch read the one pool: FlexAttention broadcasts it.
+Pools start as zeros, never as uninitialised memory: a masked weight of 0 times a NaN is a NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from granite_paged.geometry import CacheGeometry
+
+
+class KVPool:
+    """Storage only: which page belongs to whom is the allocator's business."""
+
+    def __init__(self, geometry: CacheGeometry, pages: int, device: torch.device) -> None:
+        self._geometry = geometry
+        self.keys = self._zeros(pages, device)
+        self.values = self._zeros(pages, device)
+
+    @property
+    def pages(self) -> int:
+        """Pages in the pool, the null page included."""
+        return self.keys.shape[2] // self._geometry.page_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V together."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Scatter new tokens.
+
+        Args:
+            slots: [B * S] int64, where each token goes; padding goes to slots of the null page.
+            keys, values: [B, Hkv, S, D].
+        """
+        self.keys[0].index_copy_(1, slots, _by_token(keys).to(self.keys.dtype))
+        self.values[0].index_copy_(1, slots, _by_token(values).to(self.values.dtype))
+
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole pages. sources, targets: [n] int64."""
+        for pages in self._by_page():
+            pages.index_copy_(1, targets, pages.index_select(1, sources))
+
+    def scrub(self, pages: Tensor) -> None:
+        """Zero whole pages. pages: [n] int64."""
+        for by_page in self._by_page():
+            by_page.index_fill_(1, pages, 0)
+
+    def resize(self, pages: int) -> None:
+        """Have `pages` pages. Growing keeps numbers and contents; shrinking only hides the rest."""
+        slots = pages * self._geometry.page_size
+        for name in ("keys", "values"):  # one at a time: the peak holds one tensor twice, not two
+            old = getattr(self, name)
+            if slots <= old.shape[2]:
+                new = old[:, :, :slots]
+            else:
+                new = self._zeros(pages, old.device)
+                new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def _zeros(self, pages: int, device: torch.device) -> Tensor:
+        g = self._geometry
+        return torch.zeros(
+            1, g.kv_heads, pages * g.page_size, g.head_dim, dtype=g.dtype, device=device
+        )
+
+    def _by_page(self) -> tuple[Tensor, Tensor]:
+        shape = (self._geometry.kv_heads, -1, self._geometry.page_size, self._geometry.head_dim)
+        return self.keys.view(shape), self.values.view(shape)
+
+
+def _by_token(states: Tensor) -> Tensor:
+    """[B, Hkv, S, D] -> [Hkv, B * S, D]"""
+    return states.transpose(0, 1).flatten(1, 2)
