@@ -1,12 +1,33 @@
 """Paged attention on PyTorch FlexAttention for IBM Granite-4 hybrid models, for inference.
 
-Importing compiles, registers and patches nothing.
+Importing compiles, registers and patches nothing; torch loads with the first name that needs it.
 """
 
-from granite_paged.cache import PagedCache
-from granite_paged.geometry import PagedConfig
-from granite_paged.integrate import is_patched, paged, patch, unpatch
+from __future__ import annotations
 
-__all__ = ["PagedCache", "PagedConfig", "is_patched", "paged", "patch", "unpatch"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from granite_paged.cache import PagedCache
+    from granite_paged.geometry import PagedConfig
+    from granite_paged.integrate import is_patched, paged, patch, unpatch
 
 __version__ = "0.1.0"
+
+__all__ = ["PagedCache", "PagedConfig", "__version__", "is_patched", "paged", "patch", "unpatch"]
+
+_HOME = {
+    "PagedCache": "cache",
+    "PagedConfig": "geometry",
+    "is_patched": "integrate",
+    "paged": "integrate",
+    "patch": "integrate",
+    "unpatch": "integrate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

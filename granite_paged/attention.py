@@ -147,31 +147,44 @@ def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: 
     """FlexAttention's dense form over the whole pool: for the CPU, float64 and debugging.
 
     The public `flex_attention` traces every new shape with dynamo even when nothing is compiled;
-    the operator underneath runs at once. Its dense product would spread one slot's NaN to every
-    row (0 * NaN), so foreign NaNs are taken out first, and a row keeps its own.
+    the operator underneath runs at once. It would also map the mask_mod over four dimensions one
+    by one at every call, so it is given the finished mask to look up.
+
+    A dense product would spread one slot's NaN to every row (0 * NaN), so NaNs in V are taken out
+    first, and given back to the rows that attend to them.
     """
+    allowed = _dense_mask(mask)
     exact = torch.promote_types(query.dtype, torch.float32)  # half weights would round twice
     finite = values.isfinite()
     clean = values if bool(finite.all()) else values.where(finite, 0)
-    operands = (query.to(exact), keys.to(exact), clean.to(exact))
-    out: Tensor = eager_flex_attention(*operands, _same_score, mask.as_tuple(), scale, {})[0]
+
+    def look_up(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        return allowed[row, folded_row, slot]
+
+    out: Tensor = eager_flex_attention(
+        query.to(exact),
+        keys.to(exact),
+        clean.to(exact),
+        _same_score,
+        (*mask.as_tuple()[:-1], look_up),
+        scale,
+        {},
+    )[0]
     if clean is not values:
-        out = out.masked_fill(_attends(mask, ~finite.all(dim=3)[0]), torch.nan)
+        poisoned = ~finite.all(dim=3)[0]  # [Hkv, slots]
+        out = out.masked_fill((allowed[:, None] & poisoned[:, None]).any(3, True), torch.nan)
     return out.to(query.dtype)
+
+
+def _dense_mask(mask: BlockMask) -> Tensor:
+    """[B, folded rows, slots] bool: the mask_mod, for all at once."""
+    device = mask.kv_num_blocks.device
+    rows, (folded_rows, slots) = mask.kv_num_blocks.shape[0], mask.shape[-2:]
+    row = torch.arange(rows, device=device)[:, None, None]
+    folded_row = torch.arange(folded_rows, device=device)[None, :, None]
+    slot = torch.arange(slots, device=device)[None, None, :]
+    return mask.mask_mod(row, row, folded_row, slot)
 
 
 def _same_score(score: Tensor, *_: Tensor) -> Tensor:
     return score
-
-
-def _attends(mask: BlockMask, slots: Tensor) -> Tensor:
-    """Which folded rows attend to any of the marked slots.
-
-    slots: [Hkv, pool slots] bool. Returns [B, Hkv, rows, 1] bool.
-    """
-    marked = slots.any(dim=0).nonzero()[:, 0]  # few, if any
-    device = slots.device
-    row = torch.arange(mask.kv_num_blocks.shape[0], device=device)[:, None, None]
-    folded_row = torch.arange(mask.shape[-2], device=device)[None, :, None]
-    allowed = mask.mask_mod(row, row, folded_row, marked[None, None])  # [B, rows, marked]
-    return (allowed[:, None] & slots[:, marked][None, :, None]).any(dim=3, keepdim=True)

@@ -1,0 +1,270 @@
+"""Models to run on: a checkpoint, a published geometry with random weights, or the embedded one.
+
+Weights are read from safetensors only, and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+)
+
+from granite_paged.checkpoints import TINY_RECALL
+from granite_paged.errors import CheckpointError, DeviceError, InvalidRequest, UnsupportedModel
+from granite_paged.geometry import MODEL_TYPE
+
+EMBEDDED = "tiny-recall"
+"""Name of the embedded checkpoint."""
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode on its device, frozen, with its tokenizer where it has one."""
+
+    name: str
+    model: Any
+    tokenizer: Any | None
+
+
+def load(
+    model: str | None = None,
+    *,
+    random_weights: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+) -> LoadedModel:
+    """Load one model.
+
+    Args:
+        model: folder of a checkpoint, or its id on the hub. Default: the embedded `tiny_recall`.
+        random_weights: instead, a name of `GEOMETRIES`: its sizes with weights drawn from `seed`.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto`, or a name of `DTYPES`. `auto` is a checkpoint's own, and for random weights
+            bfloat16 on CUDA and float32 elsewhere.
+        seed: of random weights.
+
+    Raises:
+        CheckpointError: missing, incomplete or corrupt.
+        UnsupportedModel: another architecture.
+        DeviceError: unknown device, or not there.
+        InvalidRequest: unknown name or dtype, or both a model and random weights.
+    """
+    where = resolve_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InvalidRequest(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+    if random_weights is None:
+        loaded = _from_checkpoint(model, DTYPES.get(dtype))
+    elif model is None:
+        default = torch.bfloat16 if where.type == "cuda" else torch.float32
+        loaded = _from_geometry(random_weights, DTYPES.get(dtype, default), where, seed)
+    else:
+        raise InvalidRequest("a model and random weights exclude each other")
+    loaded.model.eval().requires_grad_(False)
+    try:
+        loaded.model.to(where)
+    except torch.OutOfMemoryError:
+        raise DeviceError(f"{loaded.name} does not fit into the memory of {where}") from None
+    return loaded
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name, `auto` included. Raises DeviceError."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise DeviceError(f"{name} is not there: this machine has {gpus} CUDA devices")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a folder or on the hub. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def _from_checkpoint(model: str | None, dtype: torch.dtype | None) -> LoadedModel:
+    path = str(TINY_RECALL) if model is None else model
+    if model is not None and _looks_like_a_folder(model) and not Path(model).is_dir():
+        raise CheckpointError(f"no checkpoint at {model}: there is no such folder")
+    config = _read_config(path)
+    options: dict[str, Any] = {"dtype": dtype or config.dtype or torch.float32}
+    try:
+        loaded, report = GraniteMoeHybridForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from None
+    _check_complete(path, report)
+    has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    return LoadedModel(EMBEDDED if model is None else model, loaded, tokenizer)
+
+
+def _looks_like_a_folder(name: str) -> bool:
+    return name.startswith((".", "~", os.sep)) or name.count("/") != 1
+
+
+def _read_config(path: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read the config of {path}: {_first_line(error)}") from None
+    if config.model_type != MODEL_TYPE:
+        raise UnsupportedModel(f"model type {config.model_type!r}")
+    return config
+
+
+def _check_complete(path: str, report: dict[str, Any]) -> None:
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(map(str, report.get(problem) or ()))
+        if names:
+            what = problem.replace("_keys", "")
+            raise CheckpointError(f"{path}: {len(names)} {what} weights, {names[0]} among them")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# -- published geometries -----------------------------------------------------------------------
+
+
+def _from_geometry(name: str, dtype: torch.dtype, device: torch.device, seed: int) -> LoadedModel:
+    if name not in GEOMETRIES:
+        raise InvalidRequest(f"unknown geometry {name!r}: use one of {', '.join(GEOMETRIES)}")
+    torch.manual_seed(seed)
+    try:
+        with device:
+            model = GraniteMoeHybridForCausalLM._from_config(geometry_config(name), dtype=dtype)
+    except torch.OutOfMemoryError:
+        raise DeviceError(f"{name} does not fit into the memory of {device}") from None
+    return LoadedModel(f"{name} (random weights, seed {seed})", model, None)
+
+
+def geometry_config(name: str) -> GraniteMoeHybridConfig:
+    """The transformers config of a name in `GEOMETRIES`."""
+    sizes = dict(GEOMETRIES[name])
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    attention = sizes.pop("attention_layers")
+    layers = sizes["num_hidden_layers"]
+    sizes["layer_types"] = [
+        "attention" if attention is None or layer in attention else "mamba"
+        for layer in range(layers)
+    ]
+    return GraniteMoeHybridConfig(
+        vocab_size=100352,
+        tie_word_embeddings=True,
+        pad_token_id=100256,
+        bos_token_id=100257,
+        eos_token_id=100257,
+        max_position_embeddings=131072,
+        embedding_multiplier=12,
+        residual_multiplier=0.22,
+        attention_multiplier=heads / hidden,
+        logits_scaling=hidden / 256,
+        **{**_NO_EXPERTS, **_MAMBA, **sizes},
+    )
+
+
+_NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
+_MAMBA = {
+    "mamba_n_groups": 1,
+    "mamba_d_state": 128,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 256,
+}
+_EVERY_TENTH = (5, 15, 25, 35)
+
+
+def _hybrid(
+    hidden: int,
+    heads: tuple[int, int],
+    mamba_heads: int,
+    shared: int,
+    *,
+    layers: int = 40,
+    attention: tuple[int, ...] = _EVERY_TENTH,
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "attention_layers": attention,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "mamba_n_heads": mamba_heads,
+        "shared_intermediate_size": shared,
+        **more,
+    }
+
+
+def _experts(count: int, top: int, size: int) -> dict[str, Any]:
+    return {"num_local_experts": count, "num_experts_per_tok": top, "intermediate_size": size}
+
+
+def _dense(layers: int, hidden: int, heads: tuple[int, int], shared: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "attention_layers": None,  # all of them
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "shared_intermediate_size": shared,
+        "position_embedding_type": "rope",
+    }
+
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "granite-4.0-h-350m": _hybrid(768, (12, 4), 48, 2048, layers=32, attention=(10, 13, 17, 27)),
+    "granite-4.0-h-1b": _hybrid(1536, (12, 4), 48, 4096),
+    "granite-4.0-h-micro": _hybrid(2048, (32, 8), 64, 8192),
+    "granite-4.0-h-tiny": _hybrid(1536, (12, 4), 48, 1024, **_experts(64, 6, 512)),
+    "granite-4.0-h-small": _hybrid(4096, (32, 8), 128, 1536, **_experts(72, 10, 768)),
+    "granite-4.0-350m": _dense(28, 1024, (16, 4), 2048),
+    "granite-4.0-1b": _dense(40, 2048, (16, 4), 4096),
+    "granite-4.0-micro": _dense(40, 2560, (40, 8), 8192),
+    "study-24l": _hybrid(
+        2048,
+        (16, 4),
+        64,
+        4096,
+        layers=24,
+        attention=(5, 11, 17, 23),
+        position_embedding_type="rope",
+    ),
+}
+"""Sizes as published for the Granite-4.0 family. What the publications leave open follows a rule
+that fits those known: attention_multiplier 1 / head_dim, logits_scaling hidden / 256. `study-24l`
+has what the original study reports (24 layers, 16 heads, rotary) and an h-1b's proportions."""

@@ -1,0 +1,427 @@
+"""The main job: the same inputs through SDPA and through pages, and a verdict.
+
+Every case is a script of moves (feed tokens, fork rows) that is played three times: by the model as
+transformers runs it (`default`: SDPA and DynamicCache), by the patched model (`paged`), and by a
+float64 copy as the reference. The laws are in `laws.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DynamicCache
+
+import granite_paged
+from granite_paged import laws
+from granite_paged.allocator import PageAllocator
+from granite_paged.cache import PagedCache
+from granite_paged.errors import DeviceError, InvalidRequest
+from granite_paged.evaluate.recall import recall_accuracy, recall_batch, usual_pairs
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.integrate import paged
+from granite_paged.models import EMBEDDED, LoadedModel
+
+DECODE_STEPS = 64
+RECALL_CONTEXTS = (128, 1024, 4096)
+RAGGED_SEQUENCES, RAGGED_LONGEST = 256, 4096
+
+_MOST_LOGITS = 2**26  # kept of one feed; more would need gigabytes in float64
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Run these tokens on. input_ids [B, S]; attention_mask [B, columns so far + S] or None."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Row i goes on as a copy of row `rows[i]`."""
+
+    rows: tuple[int, ...]
+
+
+Move = Feed | Fork
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one script showed. Differences are of logits; errors are relative to float64.
+
+    `flipped` counts tokens whose likeliest successor differs, `near_ties` those among them whose
+    two best logits were closer than the largest difference allows to tell apart.
+    """
+
+    name: str
+    max_abs_diff: float
+    relative_diff: float
+    error_default: float | None
+    error_paged: float | None
+    error_ratio: float | None
+    tokens_equal: bool
+    flipped: int
+    near_ties: int
+    law: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Accuracy on associative recall, and whether every single answer agrees."""
+
+    default: float
+    paged: float
+    answers_equal: bool
+    questions: int
+    passed: bool
+
+
+@dataclass(frozen=True)
+class KVMemory:
+    """Bytes of K and V for a ragged set of sequences: padded into one batch, and in pages."""
+
+    sequences: int
+    tokens: int
+    bytes_contiguous: int
+    bytes_paged: int
+    waste_fraction: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything `granite-paged verify` has to say."""
+
+    passed: bool
+    model: str
+    device: str
+    dtype: str
+    page_size: int
+    cases: list[Case]
+    recall: Recall | None
+    kv: KVMemory
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types only."""
+        return asdict(self)
+
+
+def verify(
+    loaded: LoadedModel,
+    *,
+    config: PagedConfig | None = None,
+    context: int = 384,
+    seed: int = 0,
+    reference: bool = True,
+    progress: Progress = lambda stage: None,
+) -> Report:
+    """Play every case, default against paged.
+
+    Args:
+        loaded: the model.
+        config: of the paged side.
+        context: tokens of the longest prompt. At least 16.
+        seed: of the prompts.
+        reference: play each case in float64 too. Needs 8 bytes a parameter.
+        progress: told the name of each stage as it begins.
+
+    Raises:
+        DeviceError: if the float64 copy does not fit.
+        InvalidRequest: for a context that is too short.
+    """
+    if context < 16:
+        raise InvalidRequest(f"context must be at least 16 tokens, {context} given")
+    config = config or PagedConfig()
+    model = loaded.model
+    bench = _Bench(model, config, _float64_copy(model) if reference else None)
+    with torch.inference_mode():
+        cases = []
+        for name, moves in _scripts(bench, context, seed):
+            progress(name)
+            cases.append(bench.judge(name, moves))
+        recall = None
+        if loaded.name == EMBEDDED:
+            progress("recall")
+            recall = bench.recall(seed)
+        progress("memory")
+        kv = kv_memory(bench.geometry, seed)
+    return Report(
+        passed=all(case.passed for case in cases) and kv.passed and (not recall or recall.passed),
+        model=loaded.name,
+        device=_device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        page_size=config.page_size,
+        cases=cases,
+        recall=recall,
+        kv=kv,
+        versions=versions(),
+    )
+
+
+def stages(loaded: LoadedModel) -> int:
+    """How many times `verify` will call `progress`."""
+    return 7 if loaded.name == EMBEDDED else 6
+
+
+def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
+    """Drive the allocator with ragged sequences and count bytes: padded, and in pages."""
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, RAGGED_LONGEST) for _ in range(RAGGED_SEQUENCES)]
+    pages = 1 + sum(geometry.pages_for(length) for length in lengths)
+    allocator = PageAllocator(pages, geometry.page_size)
+    for length in lengths:
+        allocator.append({allocator.open(): length})
+    held_tokens = allocator.held * geometry.page_size
+    waste = 1 - allocator.tokens / held_tokens
+    return KVMemory(
+        sequences=len(lengths),
+        tokens=allocator.tokens,
+        bytes_contiguous=len(lengths) * max(lengths) * geometry.bytes_per_token,
+        bytes_paged=allocator.held * geometry.bytes_per_page,
+        waste_fraction=waste,
+        passed=waste <= laws.WASTE,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on."""
+    return {
+        "granite_paged": granite_paged.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# -- scripts ------------------------------------------------------------------------------------
+
+
+def _scripts(bench: _Bench, context: int, seed: int) -> Iterator[tuple[str, list[Move]]]:
+    ids = bench.tokens(4, context, seed)
+    chunk = _chunk(bench.model.config, context)
+    yield "prefill", [Feed(ids[:2])]
+    yield "chunked prefill", [Feed(part) for part in torch.split(ids[:2], chunk, dim=1)]
+    yield "decode", [Feed(ids[:2]), *bench.greedy(ids[:2], DECODE_STEPS)]
+    yield "ragged batch", _ragged(ids, bench.tokens(4, DECODE_STEPS // 4, seed + 1))
+    yield "fork and continue", _fork(ids[:1], bench.tokens(3, DECODE_STEPS // 4, seed + 2))
+
+
+def _chunk(config: Any, context: int) -> int:
+    """About a third of the context; Mamba's scan is exact only at multiples of its own chunk."""
+    unit = config.mamba_chunk_size if "linear_attention" in config.layers_block_type else 1
+    return int(max(1, context // 3 // unit) * unit)
+
+
+def _ragged(ids: Tensor, then: Tensor) -> list[Move]:
+    """Four left-padded rows: whole, two thirds, a third, and three tokens."""
+    width = ids.shape[1]
+    lengths = torch.tensor([width, 2 * width // 3, width // 3, 3], device=ids.device)
+    columns = torch.arange(width, device=ids.device)
+    mask = (columns >= width - lengths[:, None]).long()
+    moves: list[Move] = [Feed(ids * mask, mask)]
+    for token in torch.split(then, 1, dim=1):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        moves.append(Feed(token, mask))
+    return moves
+
+
+def _fork(ids: Tensor, then: Tensor) -> list[Move]:
+    """One prompt, ending inside a page, that three branches continue: a chunk, then by tokens."""
+    half = then.shape[1] // 2
+    steps = [Feed(token) for token in torch.split(then[:, half:], 1, dim=1)]
+    return [Feed(ids[:, :-1]), Fork((0, 0, 0)), Feed(then[:, :half]), *steps]
+
+
+# -- playing ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A model, how it is paged, and its float64 copy."""
+
+    model: Any
+    config: PagedConfig
+    exact: Any | None
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        return CacheGeometry.from_config(
+            self.model.config, page_size=self.config.page_size, dtype=self.model.dtype
+        )
+
+    def tokens(self, rows: int, columns: int, seed: int) -> Tensor:
+        """[rows, columns] random token ids on the model's device."""
+        draw = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self.model.config.vocab_size, (rows, columns), generator=draw)
+        return ids.to(self.model.device)
+
+    def greedy(self, ids: Tensor, steps: int) -> list[Move]:
+        """The tokens that `default` would generate, to feed to everybody alike."""
+        cache = DynamicCache(config=self.model.config)
+        moves: list[Move] = []
+        for _ in range(steps):
+            logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+            ids = logits[:, -1:].argmax(dim=-1)
+            moves.append(Feed(ids))
+        return moves
+
+    def play_default(self, moves: list[Move]) -> Tensor:
+        return play(self.model, moves, DynamicCache(config=self.model.config))
+
+    def play_paged(self, moves: list[Move]) -> Tensor:
+        with paged(self.model, self.config):
+            cache = PagedCache.for_model(self.model, self.config)
+            logits = play(self.model, moves, cache)
+            cache.check_valid()
+            return logits
+
+    def judge(self, name: str, moves: list[Move]) -> Case:
+        """Play a script everywhere and hold the results against the law for the dtype."""
+        default, ours = self.play_default(moves), self.play_paged(moves)
+        errors: tuple[float, float] | None = None
+        if self.exact is not None:
+            exact = play(self.exact, moves, DynamicCache(config=self.exact.config))
+            errors = laws.relative_error(default, exact), laws.relative_error(ours, exact)
+        return _case(name, default, ours, errors, bound=self._bound())
+
+    def _bound(self) -> float | None:
+        attention_only = not self.geometry.mamba_layers
+        return laws.logit_bound(self.model.dtype, attention_only=attention_only)
+
+    def recall(self, seed: int) -> Recall:
+        """Facts in a first feed, questions about them in a second: the history is in pages."""
+        default: list[float] = []
+        ours: list[float] = []
+        equal, questions = True, 0
+        for context in RECALL_CONTEXTS:
+            rows = max(1, 2048 // context)
+            batch = recall_batch(
+                context=context, pairs=usual_pairs(context), batch=rows, seed=seed + context
+            )
+            ids = batch.input_ids.to(self.model.device)
+            moves: list[Move] = [Feed(part) for part in torch.split(ids, context // 2, dim=1)]
+            answers = [
+                torch.cat(_by_feed(logits.argmax(dim=-1), moves), dim=1).cpu()
+                for logits in (self.play_default(moves), self.play_paged(moves))
+            ]
+            default.append(recall_accuracy(answers[0], batch))
+            ours.append(recall_accuracy(answers[1], batch))
+            equal &= bool((answers[0] == answers[1])[batch.scored].all())
+            questions += int(batch.scored.sum())
+        worst_default, worst_paged = min(default), min(ours)
+        return Recall(
+            default=worst_default,
+            paged=worst_paged,
+            answers_equal=equal,
+            questions=questions,
+            passed=equal and default == ours and min(worst_default, worst_paged) >= laws.RECALL,
+        )
+
+
+def play(model: Any, moves: list[Move], cache: Any) -> Tensor:
+    """Run a script. Returns the logits of its tokens (padding left out), [n, vocabulary]."""
+    kept = []
+    for move in moves:
+        if isinstance(move, Fork):
+            cache.reorder_cache(torch.tensor(move.rows, device=model.device))
+            continue
+        rows, columns = move.input_ids.shape
+        keep = max(1, min(columns, _MOST_LOGITS // (rows * model.config.vocab_size)))
+        logits = model(
+            move.input_ids,
+            attention_mask=move.attention_mask,
+            position_ids=_position_ids(move),
+            past_key_values=cache,
+            logits_to_keep=keep,
+        ).logits
+        kept.append(logits[_is_token(move)[:, -keep:]])
+    return torch.cat(kept)
+
+
+def _position_ids(move: Feed) -> Tensor | None:
+    """As `generate()` makes them for padded batches; None lets the model count columns."""
+    if move.attention_mask is None:
+        return None
+    positions = (move.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return positions[:, -move.input_ids.shape[1] :]
+
+
+def _is_token(move: Feed) -> Tensor:
+    if move.attention_mask is None:
+        return torch.ones_like(move.input_ids, dtype=torch.bool)
+    return move.attention_mask[:, -move.input_ids.shape[1] :].bool()
+
+
+def _by_feed(flat: Tensor, moves: list[Move]) -> list[Tensor]:
+    """Undo `play`'s flattening for scripts without padding: a [B, S] for each feed."""
+    shapes = [move.input_ids.shape for move in moves if isinstance(move, Feed)]
+    parts = torch.split(flat, [shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+# -- judging ------------------------------------------------------------------------------------
+
+
+def _case(
+    name: str,
+    default: Tensor,
+    ours: Tensor,
+    errors: tuple[float, float] | None,
+    *,
+    bound: float | None,
+) -> Case:
+    difference = float((ours.double() - default.double()).abs().max())
+    relative = difference / float(default.abs().max())
+    flipped = ours.argmax(dim=-1) != default.argmax(dim=-1)
+    best = default[flipped].double().topk(2, dim=-1).values
+    near_ties = int((best[:, 0] - best[:, 1] <= 2 * difference).sum())
+    ratio = errors[1] / errors[0] if errors and errors[0] else None
+    if bound is not None:
+        law = f"|diff| <= {bound:g} of the largest logit"
+        passed = relative <= bound and near_ties == int(flipped.sum())
+    elif ratio is not None:
+        law = f"error <= {laws.SDPA_RATIO:g} x SDPA's"
+        passed = ratio <= laws.SDPA_RATIO
+    else:
+        law = "not judged: no float64 reference"
+        passed = True
+    return Case(
+        name=name,
+        max_abs_diff=difference,
+        relative_diff=relative,
+        error_default=errors[0] if errors else None,
+        error_paged=errors[1] if errors else None,
+        error_ratio=ratio,
+        tokens_equal=not bool(flipped.any()),
+        flipped=int(flipped.sum()),
+        near_ties=near_ties,
+        law=law,
+        passed=passed and difference == difference,  # NaN is equal to nothing
+    )
+
+
+def _float64_copy(model: Any) -> Any:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    try:
+        return copy.deepcopy(model).double()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise DeviceError(
+            f"the float64 reference needs {8 * parameters / 1e9:.1f} GB: pass --no-reference"
+        ) from None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
