@@ -54,6 +54,7 @@ class Step:
         slots: [B * S] int64, where each new token's K and V go.
         block_mask: for every attention layer.
         mamba_mask: [B, S], or None where no column is padding.
+        recorded: [B, columns so far + S] bool, which columns are tokens; None where all are.
         finite: layer -> [] bool on the device, whether its K and V were.
     """
 
@@ -61,6 +62,7 @@ class Step:
     slots: Tensor
     block_mask: BlockMask
     mamba_mask: Tensor | None
+    recorded: Tensor | None
     finite: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -112,6 +114,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """
 
     _step: Step | None
+    _recorded: Tensor | None  # [B, columns] bool: which are tokens; None: all
 
     def __init__(
         self,
@@ -163,7 +166,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if fresh:
             self._open_rows(batch)
         try:
-            step = self._plan_step(columns, valid, attention_mask)
+            visible = self._visible(attention_mask)
+            step = self._plan_step(columns, valid, visible, attention_mask)
         except GranitePagedError:
             if fresh:
                 self._close_rows()
@@ -202,6 +206,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 self.fail_step("a step met NaN or infinity")
                 raise NonFinite(bad)
         self._columns += step.columns
+        self._recorded = step.recorded
 
     def fail_step(self, reason: str) -> None:
         """Close a step that did not finish: some layers saw its tokens and some did not."""
@@ -217,7 +222,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def reset(self) -> None:
         """Release every sequence and keep the pools, zeroed where a new owner needs it."""
         self._close_rows()
-        self._step, self._failure, self._columns = None, "", 0
+        self._step, self._failure = None, ""
+        self._columns, self._recorded = 0, None
         for layer in self._mamba_layers:
             layer.reset()
 
@@ -307,6 +313,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         }
         self._rows: list[int] = []  # row -> sequence of the allocator
         self._columns = 0
+        self._recorded = None
         self._step = None
         self._failure = ""
 
@@ -336,27 +343,46 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 f"attention_mask must be [{batch}, {width}], past columns included; "
                 f"{list(mask.shape)} given"
             )
-        past = mask[:, : self._columns].count_nonzero(dim=1).tolist()
         valid = mask[:, self._columns :].cpu().bool()
-        self._check_padding(past, valid)
+        self._check_right_padding(valid)
         return None if bool(valid.all()) else valid
 
-    def _check_padding(self, past: list[int], valid: Tensor) -> None:
-        started = valid.any(dim=1) | torch.tensor(past).bool()
+    def _check_right_padding(self, valid: Tensor) -> None:
+        held = [self.allocator.length(sequence) > 0 for sequence in self._rows]
+        started = valid.any(dim=1) | torch.tensor(held or [False])
         ends_padded = started & ~valid[:, -1]  # a row that has not started may go on being padded
         if bool(ends_padded.any()):
             raise PaddingError(
-                f"padding on the right of row {_names(ends_padded.nonzero()[:, 0].tolist())}: pad "
-                "on the left (tokenizer.padding_side = 'left'), or Mamba states would decay over it"
-            )
-        held = [self.allocator.length(sequence) for sequence in self._rows] or [0] * len(past)
-        changed = [row for row, (n, m) in enumerate(zip(past, held, strict=True)) if n != m]
-        if changed:
-            raise PaddingError(
-                f"attention_mask of row {_names(changed)} differs from what its past was run with"
+                f"padding on the right of row {_names(ends_padded)}: pad on the left "
+                "(tokenizer.padding_side = 'left'), or Mamba states would decay over it"
             )
 
-    def _plan_step(self, columns: int, valid: Tensor | None, mask: Tensor | None) -> Step:
+    def _visible(self, mask: Tensor | None) -> Tensor | None:
+        """[B, positions] bool, where the mask now hides tokens that are stored; else None.
+
+        `generate()` does so in a later turn: a row that had finished was fed padding as if it were
+        tokens, and the mask of the next turn leaves it out.
+        """
+        if mask is None or not self._columns:
+            return None
+        past = mask[:, : self._columns].bool()
+        recorded = torch.ones_like(past) if self._recorded is None else self._recorded
+        if torch.equal(past, recorded):
+            return None
+        revealed = (past & ~recorded).any(dim=1)
+        if bool(revealed.any()):
+            raise PaddingError(
+                f"attention_mask of row {_names(revealed.cpu())} shows columns that were padding "
+                "when they were run: their K and V were never stored"
+            )
+        longest = max(map(self.allocator.length, self._rows))
+        visible = past.new_ones(len(past), longest + mask.shape[1])
+        at = (recorded.cumsum(dim=1) - 1).where(recorded, visible.shape[1] - 1)
+        return visible.scatter(1, at, past | ~recorded)
+
+    def _plan_step(
+        self, columns: int, valid: Tensor | None, visible: Tensor | None, mask: Tensor | None
+    ) -> Step:
         lengths = [self.allocator.length(sequence) for sequence in self._rows]
         positions = _positions(lengths, columns, valid)
         added = (positions != PADDING).sum(dim=1).tolist()
@@ -373,9 +399,19 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 device_positions.int(),
                 page_size=self.config.page_size,
                 group=self.geometry.group,
+                visible=visible,
             ),
             mamba_mask=None if valid is None or mask is None else mask[:, -columns:].contiguous(),
+            recorded=self._record(columns, valid),
         )
+
+    def _record(self, columns: int, valid: Tensor | None) -> Tensor | None:
+        if valid is None and self._recorded is None:
+            return None
+        shape = (len(self._rows), self._columns)
+        past = torch.ones(shape, dtype=torch.bool, device=self.device)
+        new = past.new_ones(len(past), columns) if valid is None else valid.to(self.device)
+        return torch.cat([past if self._recorded is None else self._recorded, new], dim=1)
 
     def _make_room(self, growth: dict[int, int]) -> None:
         allocator = self.allocator
@@ -450,6 +486,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._rows = selected
         index = torch.tensor(rows, device=self.device)
         self.table.select_rows(index)
+        if self._recorded is not None:
+            self._recorded = self._recorded.index_select(0, index)
         for layer in self._mamba_layers:
             layer.select_rows(index)
 
@@ -460,8 +498,9 @@ def _not_patched() -> NotPatched:
     )
 
 
-def _names(rows: list[int]) -> str:
-    return ", ".join(map(str, rows))
+def _names(marked: Tensor) -> str:
+    """The rows that are True in [B] bool."""
+    return ", ".join(map(str, marked.nonzero()[:, 0].tolist()))
 
 
 def _positions(lengths: list[int], columns: int, valid: Tensor | None) -> Tensor:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import GraniteMoeHybridForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from granite_paged.attention import paged_attention
 from granite_paged.cache import PagedCache, Step
@@ -231,14 +231,17 @@ def _implementation(backend: Backend) -> str:
 def _register() -> None:
     for backend in BACKENDS:
         name = _implementation(backend)
-        ALL_ATTENTION_FUNCTIONS[name] = functools.partial(paged_attention_forward, backend=backend)
-        ALL_MASK_ATTENTION_FUNCTIONS[name] = sdpa_mask  # for the steps that are not paged
+        AttentionInterface.register(
+            name, functools.partial(paged_attention_forward, backend=backend)
+        )
+        # for the steps that are not paged; an implementation without one loses its padding silently
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def _unregister() -> None:
-    for backend in BACKENDS:
-        del ALL_ATTENTION_FUNCTIONS[_implementation(backend)]
-        del ALL_MASK_ATTENTION_FUNCTIONS[_implementation(backend)]
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        for backend in BACKENDS:
+            interface._global_mapping.pop(_implementation(backend), None)
 
 
 def _share_config(model: Any, old: Any, new: Any) -> None:

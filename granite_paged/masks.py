@@ -32,7 +32,13 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def paged_mask_mod(
-    physical: Tensor, logical: Tensor, positions: Tensor, *, page_size: int, group: int
+    physical: Tensor,
+    logical: Tensor,
+    positions: Tensor,
+    *,
+    page_size: int,
+    group: int,
+    visible: Tensor | None = None,
 ) -> MaskMod:
     """Causal attention over the pages of one's own row, decided slot by slot.
 
@@ -42,6 +48,8 @@ def paged_mask_mod(
         positions: [B, S] int32, of the query tokens; `PADDING` attends to nothing.
         page_size: tokens a page.
         group: query heads a KV head (G).
+        visible: [B, width * page_size] bool by position, for sequences of which some tokens were
+            hidden after they had been stored; None where all count.
     """
 
     def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
@@ -52,7 +60,15 @@ def paged_mask_mod(
         position = logical_page * page_size + slot % page_size
         return mine & (position <= positions[row, folded_row // group])
 
-    return mask_mod
+    if visible is None:
+        return mask_mod
+    shown: Tensor = visible
+
+    def mask_mod_with_hidden(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        position = logical[slot // page_size] * page_size + slot % page_size
+        return mask_mod(row, head, folded_row, slot) & shown[row, position.clamp(min=0)]
+
+    return mask_mod_with_hidden
 
 
 def paged_block_mask(
@@ -62,6 +78,7 @@ def paged_block_mask(
     *,
     page_size: int,
     group: int,
+    visible: Tensor | None = None,
 ) -> BlockMask:
     """The BlockMask of one step over a pool of `len(logical) * page_size` slots.
 
@@ -75,13 +92,18 @@ def paged_block_mask(
     # the CPU kernel refuses lists shorter than the pool, though it never reads past the counts
     width = pages if physical.device.type == "cpu" else physical.shape[1]
     whole, touched = _pages_seen(positions, page_size=page_size, group=group)
+    if visible is not None:  # any page may hide a token: let the mask_mod look at all of them
+        whole = torch.zeros_like(whole)
+    mask_mod = paged_mask_mod(
+        physical, logical, positions, page_size=page_size, group=group, visible=visible
+    )
     return BlockMask.from_kv_blocks(
         kv_num_blocks=(touched - whole)[:, None],
         kv_indices=_from_logical_page(physical, whole, width)[:, None],
         full_kv_num_blocks=whole[:, None],
         full_kv_indices=_from_logical_page(physical, torch.zeros_like(whole), width)[:, None],
         BLOCK_SIZE=(QUERY_BLOCK, page_size),
-        mask_mod=paged_mask_mod(physical, logical, positions, page_size=page_size, group=group),
+        mask_mod=mask_mod,
         seq_lengths=(positions.shape[1] * group, pages * page_size),
         compute_q_blocks=False,
     )

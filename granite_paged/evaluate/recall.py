@@ -142,7 +142,9 @@ def recall_batch(
     exactly once, in random order; `with_replacement` draws as many questions, but independently
     of one another.
     """
-    _check_sizes(context=context, pairs=pairs, keys=keys, batch=batch)
+    _check_sizes(context=context, pairs=pairs, keys=keys)
+    if batch < 1 or mode_interval < 1:
+        raise ValueError(f"batch={batch} and mode_interval={mode_interval} must be at least 1")
     draw = torch.Generator().manual_seed(seed)
     start = query_start(context)
     queries_fit = (context - start) // SLOT
@@ -203,7 +205,7 @@ def recall_accuracy(
     return (predictions == targets)[selected].double().mean().item()
 
 
-def _check_sizes(*, context: int, pairs: int, keys: int, batch: int) -> None:
+def _check_sizes(*, context: int, pairs: int, keys: int) -> None:
     if context < MIN_CONTEXT:
         raise ValueError(f"context={context} is shorter than {MIN_CONTEXT}: no fact fits")
     if not 1 <= keys <= KEYS:
@@ -212,8 +214,6 @@ def _check_sizes(*, context: int, pairs: int, keys: int, batch: int) -> None:
         raise ValueError(
             f"pairs={pairs}: context={context} holds 1..{fact_slots(context)}, and keys={keys}"
         )
-    if batch < 1:
-        raise ValueError(f"batch={batch} is less than 1")
 
 
 def _distinct(batch: int, choices: int, count: int, draw: torch.Generator) -> Tensor:
