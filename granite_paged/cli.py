@@ -224,6 +224,8 @@ def _report_tables(report: Any) -> list[Any]:
             "equal" if case.tokens_equal else f"{case.flipped} flipped",
             _verdict(case.passed),
         )
+        if case.invariant != "holds":
+            cases.add_row(f"  [red]{case.invariant}[/]")
     summary = Table(show_header=False, box=SIMPLE)
     if report.recall:
         recall = report.recall

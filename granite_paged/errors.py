@@ -54,7 +54,9 @@ class DoubleFree(GranitePagedError):
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
-        super().__init__(f"sequence {sequence} was released already: its pages have other owners")
+        super().__init__(
+            f"sequence {sequence} released twice: its pages may have other owners by now"
+        )
 
 
 class InvalidRequest(GranitePagedError, ValueError):

@@ -7,7 +7,8 @@ one model, and `unpatch` takes back:
 - a pre-hook and a hook on the decoder open and close a step of a `PagedCache`;
 - its `generate()` makes a `PagedCache` where it would have made a `DynamicCache`.
 
-Weights, module classes and every other model stay as they are.
+Weights, module classes and every other model stay as they are. transformers' two registries learn
+our names at the first `patch` and keep them, since copies of a patched model look them up as well.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -49,9 +49,6 @@ _PREPARE_CACHE = "_prepare_cache_for_generation"
 
 FIRST_RESERVE = 2048
 """New tokens a row is given pages for before the first step; `generate()` often stops earlier."""
-
-
-_patched_models: weakref.WeakSet[Any] = weakref.WeakSet()  # the registries' entries outlive none
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,6 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
     setattr(model.base_model, _PATCH, state)
     prepare = functools.partial(_prepare_cache, model, getattr(model, _PREPARE_CACHE), config)
     setattr(model, _PREPARE_CACHE, prepare)
-    _patched_models.add(model)
 
 
 def unpatch(model: Any) -> None:
@@ -111,9 +107,6 @@ def unpatch(model: Any) -> None:
     _share_config(model, state.own_config, state.model_config)
     delattr(model, _PREPARE_CACHE)  # the instance's; the class's shows again
     delattr(model.base_model, _PATCH)
-    _patched_models.discard(model)
-    if not _patched_models:
-        _unregister()
 
 
 @contextlib.contextmanager
@@ -236,12 +229,6 @@ def _register() -> None:
         )
         # for the steps that are not paged; an implementation without one loses its padding silently
         AttentionMaskInterface.register(name, sdpa_mask)
-
-
-def _unregister() -> None:
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        for backend in BACKENDS:
-            interface._global_mapping.pop(_implementation(backend), None)
 
 
 def _share_config(model: Any, old: Any, new: Any) -> None:

@@ -1,0 +1,359 @@
+"""Histories of pages, written so that a reviewer of a diff sees who held what when.
+
+Any change here is a change of which page goes where. It may be meant (another order of reuse), but
+then it is said in the commit that rewrites these tables.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pytest
+import torch
+from syrupy.assertion import SnapshotAssertion
+from tiny import FLAVOURS, SIZES
+from torch import Tensor
+from transformers import GraniteMoeHybridConfig
+
+from granite_paged import PagedCache, PagedConfig
+from granite_paged.allocator import NULL_PAGE, AppendPlan, PageAllocator
+from granite_paged.cache import Step
+from granite_paged.errors import GranitePagedError
+from granite_paged.page_table import NOBODY, PageTable
+
+CPU = torch.device("cpu")
+
+
+# -- histories of the allocator -----------------------------------------------------------------
+
+
+class Ledger:
+    """Runs an allocator and its page table side by side and writes down every operation."""
+
+    def __init__(self, pages: int, page_size: int) -> None:
+        self.allocator = PageAllocator(pages, page_size)
+        self.table = PageTable(rows=1, width=1, pages=pages, device=CPU)
+        self.rows: list[int] = []  # row of the table -> sequence
+        self._lines = [f"{pages} pages of {page_size} tokens, page {NULL_PAGE} is the null page"]
+        self._number = 0
+
+    def open(self) -> None:
+        self._step("open", self._open)
+
+    def append(self, **growth: int) -> None:
+        """append(s0=5, s2=1): sequence 0 grows by 5 tokens, sequence 2 by one."""
+        tokens = {int(name.removeprefix("s")): count for name, count in growth.items()}
+        what = ", ".join(f"sequence {s} by {count}" for s, count in tokens.items())
+        self._step(f"append to {what}", lambda: self._append(tokens))
+
+    def fork(self, parent: int) -> None:
+        self._step(f"fork sequence {parent}", lambda: self._fork(parent))
+
+    def release(self, *sequences: int) -> None:
+        self._step(f"release sequence {_numbers(sequences)}", lambda: self._release(sequences))
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+    def _open(self) -> str:
+        self.rows.append(self.allocator.open())
+        self.table.fit(rows=len(self.rows), width=1, pages=self.allocator.pages)
+        return f"sequence {self.rows[-1]}"
+
+    def _append(self, growth: dict[int, int]) -> str:
+        plan = self.allocator.append(growth)
+        width = max(len(self.allocator.pages_of(sequence)) for sequence in self.rows)
+        self.table.fit(rows=len(self.rows), width=width, pages=self.allocator.pages)
+        self.table.write(
+            torch.tensor([self.rows.index(write.sequence) for write in plan.writes]).long(),
+            torch.tensor([write.logical_page for write in plan.writes]).long(),
+            torch.tensor([write.physical_page for write in plan.writes]).long(),
+        )
+        return _plan(plan)
+
+    def _fork(self, parent: int) -> str:
+        index = [*range(len(self.rows)), self.rows.index(parent)]
+        self.rows.append(self.allocator.fork(parent))
+        self.table.select_rows(torch.tensor(index))
+        return f"sequence {self.rows[-1]}"
+
+    def _release(self, sequences: tuple[int, ...]) -> str:
+        freed = self.allocator.release(*sequences)
+        self.table.forget(torch.tensor(freed).long())
+        kept = [row for row, sequence in enumerate(self.rows) if sequence not in sequences]
+        self.table.select_rows(torch.tensor(kept).long())
+        self.rows = [self.rows[row] for row in kept]
+        return f"freed {_numbers(freed)}"
+
+    def _step(self, what: str, operation: Callable[[], str]) -> None:
+        self._number += 1
+        try:
+            outcome = operation()
+        except GranitePagedError as refusal:
+            outcome = f"refused, {type(refusal).__name__}"
+        self._lines += [
+            "",
+            f"{self._number}. {what}: {outcome}",
+            *map("   {}".format, self._state()),
+        ]
+        self.allocator.check_valid()
+        self.table.check_valid(self.allocator, self.rows)
+
+    def _state(self) -> Iterable[str]:
+        allocator = self.allocator
+        yield f"free {allocator.free}, held {allocator.held}"
+        for row, sequence in enumerate(self.rows):
+            yield _row(sequence, row, allocator, self.table)
+        yield from _pages(allocator, self.table)
+
+
+def _row(sequence: int, row: int, allocator: PageAllocator, table: PageTable) -> str:
+    held = len(allocator.pages_of(sequence))
+    named = _numbers(table.physical[row, :held].tolist())
+    return f"sequence {sequence} has length {allocator.length(sequence)}, pages {named}"
+
+
+def _pages(allocator: PageAllocator, table: PageTable) -> Iterable[str]:
+    """The inverse map and the reference counts, one column a page."""
+    logical = table.logical.tolist()
+    holders = [allocator.references(page) for page in range(len(logical))]
+    yield f"page          {_columns(range(len(logical)))}"
+    yield f"logical page  {_columns('-' if place == NOBODY else place for place in logical)}"
+    yield f"held by       {_columns(count or '-' for count in holders)}"
+
+
+def _plan(plan: AppendPlan) -> str:
+    parts = [
+        *(f"copy page {source} to {target}" for source, target in plan.copies),
+        *(f"scrub page {page}" for page in plan.scrub),
+        *(f"table[{sequence}, {place}] = {page}" for sequence, place, page in plan.writes),
+    ]
+    return "; ".join(parts) or "nothing to do"
+
+
+def _columns(cells: Iterable[object]) -> str:
+    return " ".join(f"{cell:>2}" for cell in cells)
+
+
+def _numbers(numbers: Iterable[int]) -> str:
+    return " ".join(map(str, numbers)) or "none"
+
+
+def test_sequences_grow_page_by_page(golden_table: SnapshotAssertion) -> None:
+    ledger = Ledger(pages=8, page_size=4)
+
+    ledger.open()
+    ledger.append(s0=3)
+    ledger.append(s0=1)
+    ledger.open()
+    ledger.append(s0=1, s1=9)
+    ledger.append(s0=0, s1=3)
+
+    assert golden_table == ledger.text()
+
+
+def test_forks_share_pages_until_they_write(golden_table: SnapshotAssertion) -> None:
+    ledger = Ledger(pages=10, page_size=4)
+
+    ledger.open()
+    ledger.append(s0=6)
+    ledger.fork(0)
+    ledger.fork(0)
+    ledger.append(s1=1)
+    ledger.append(s0=1, s2=4)
+    ledger.fork(2)
+    ledger.release(2)
+    ledger.append(s3=1)
+
+    assert golden_table == ledger.text()
+
+
+def test_a_fork_at_a_page_boundary_copies_nothing(golden_table: SnapshotAssertion) -> None:
+    ledger = Ledger(pages=6, page_size=4)
+
+    ledger.open()
+    ledger.append(s0=8)
+    ledger.fork(0)
+    ledger.append(s0=1, s1=1)
+
+    assert golden_table == ledger.text()
+
+
+def test_released_pages_are_issued_again_last_first(golden_table: SnapshotAssertion) -> None:
+    ledger = Ledger(pages=9, page_size=2)
+
+    for tokens in (4, 3, 5):
+        ledger.open()
+        ledger.append(**{f"s{ledger.rows[-1]}": tokens})
+    ledger.release(1)
+    ledger.release(2, 0)
+    ledger.open()
+    ledger.append(s3=11)
+
+    assert golden_table == ledger.text()
+
+
+def test_refused_requests_change_nothing(golden_table: SnapshotAssertion) -> None:
+    ledger = Ledger(pages=5, page_size=4)
+
+    ledger.open()
+    ledger.append(s0=14)
+    ledger.append(s0=3)
+    ledger.append(s0=-1)
+    ledger.fork(0)
+    ledger.append(s0=1, s1=1)
+    ledger.release(1, 1)
+    ledger.append(s7=1)
+    ledger.release(1)
+    ledger.release(1)
+
+    assert golden_table == ledger.text()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_schedule(seed: int, golden_table: SnapshotAssertion) -> None:
+    ledger, draw = Ledger(pages=12, page_size=4), random.Random(seed)
+
+    ledger.open()
+    for _ in range(24):
+        _random_operation(ledger, draw)()
+
+    assert golden_table == ledger.text()
+
+
+def _random_operation(ledger: Ledger, draw: random.Random) -> Callable[[], None]:
+    if not ledger.rows:
+        return ledger.open
+    # random() alone is promised to give the same numbers in every version of Python
+    chance, sequence = draw.random(), ledger.rows[int(draw.random() * len(ledger.rows))]
+    if chance < 0.6:
+        return partial(ledger.append, **{f"s{sequence}": 1 + int(draw.random() * 7)})
+    if chance < 0.8:
+        return partial(ledger.fork, sequence)
+    return partial(ledger.release, sequence) if chance < 0.95 else ledger.open
+
+
+# -- steps of a cache ---------------------------------------------------------------------------
+
+
+class Diary:
+    """Runs a `PagedCache` without a model and writes down what the layers would get."""
+
+    def __init__(self, page_size: int, max_tokens: int) -> None:
+        config = GraniteMoeHybridConfig(**{**SIZES, **FLAVOURS["dense"]})
+        self.cache = PagedCache(
+            config,
+            PagedConfig(page_size=page_size, max_tokens=max_tokens),
+            device=CPU,
+            dtype=torch.float32,
+        )
+        self._lines = [
+            f"{self.cache.allocator.pages} pages of {page_size} tokens, "
+            f"{self.cache.geometry.group} query heads a KV head"
+        ]
+
+    def step(self, what: str, mask: Tensor, columns: int) -> None:
+        """`mask` is of all columns so far."""
+        step = self.cache.begin_step(len(mask), columns, mask.long())
+        self.cache.end_step()
+        self._write(what, [*self._slots(step, columns), *self._tables(), *_blocks(step)])
+
+    def reorder(self, *rows: int) -> None:
+        self.cache.reorder_cache(torch.tensor(rows))
+        self._write(f"rows become {_numbers(rows)}", self._tables())
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+    def _write(self, what: str, lines: Iterable[str]) -> None:
+        self._lines += ["", what, *map("   {}".format, lines)]
+        self.cache.check_valid()
+
+    def _slots(self, step: Step, columns: int) -> Iterable[str]:
+        for row, slots in enumerate(step.slots.view(-1, columns).tolist()):
+            yield f"row {row}: writes slots {_runs(slots)}"
+
+    def _tables(self) -> Iterable[str]:
+        allocator, table = self.cache.allocator, self.cache.table
+        for row, sequence in enumerate(self.cache.sequences):
+            yield f"row {row}: {_row(sequence, row, allocator, table)}"
+        yield from _pages(allocator, table)
+
+
+def _blocks(step: Step) -> Iterable[str]:
+    """The pages that each block of query rows reads: the lists up to their counts."""
+    mask = step.block_mask
+    yield f"{mask.shape[-2]} query rows in blocks of {mask.BLOCK_SIZE[0]}"
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_indices is not None
+    counts = torch.stack([mask.full_kv_num_blocks, mask.kv_num_blocks], dim=-1)[:, 0]
+    for row, blocks in enumerate(counts.tolist()):
+        for block, (whole, part) in enumerate(blocks):
+            seen_whole = mask.full_kv_indices[row, 0, block, :whole].tolist()
+            seen_in_part = mask.kv_indices[row, 0, block, :part].tolist()
+            yield (
+                f"row {row}, block {block}: whole pages {_numbers(seen_whole)}; "
+                f"masked pages {_numbers(seen_in_part)}"
+            )
+
+
+def _runs(slots: list[int]) -> str:
+    """0 0 8 9 10 -> 'padding x2, 8..10'"""
+    runs: list[list[int]] = []
+    for slot in slots:
+        if runs and slot == runs[-1][-1] + bool(slot):
+            runs[-1].append(slot)
+        else:
+            runs.append([slot])
+    return ", ".join(map(_run, runs))
+
+
+def _run(slots: list[int]) -> str:
+    if not slots[0]:
+        return f"padding x{len(slots)}"
+    return f"{slots[0]}..{slots[-1]}" if len(slots) > 1 else f"{slots[0]}"
+
+
+def _ragged(*lengths: int, width: int) -> Tensor:
+    """Left-padded mask [B, width]."""
+    return torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
+
+
+def _decoded(mask: Tensor, columns: int = 1) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), columns)], dim=1)
+
+
+def test_ragged_prefill_then_decode(golden_table: SnapshotAssertion) -> None:
+    diary = Diary(page_size=4, max_tokens=64)
+    mask = _ragged(10, 4, 7, width=10)
+
+    diary.step("prefill 10, 4 and 7 tokens", mask, columns=10)
+    for number in (1, 2):
+        mask = _decoded(mask)
+        diary.step(f"decode, step {number}", mask, columns=1)
+
+    assert golden_table == diary.text()
+
+
+def test_prefill_of_several_query_blocks(golden_table: SnapshotAssertion) -> None:
+    diary = Diary(page_size=16, max_tokens=256)
+    mask = _ragged(100, 50, width=100)
+
+    diary.step("chunk 1, tokens 0 to 63; row 1 starts at column 50", mask[:, :64], columns=64)
+    diary.step("chunk 2, the rest", mask, columns=36)
+
+    assert golden_table == diary.text()
+
+
+def test_beams_share_pages_and_copy_the_last(golden_table: SnapshotAssertion) -> None:
+    diary = Diary(page_size=4, max_tokens=64)
+    mask = _ragged(6, 5, 9, width=9)
+
+    diary.step("prefill 6, 5 and 9 tokens", mask, columns=9)
+    rows = (2, 2, 0)
+    diary.reorder(*rows)
+    diary.step("decode", _decoded(mask[list(rows)]), columns=1)
+
+    assert golden_table == diary.text()

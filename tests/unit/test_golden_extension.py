@@ -1,0 +1,410 @@
+"""Golden data catches what moved, says who, and is written by an update only."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import syrupy
+import torch
+from golden_extension import (
+    AGREE,
+    INPUTS_CHANGED,
+    VERDICTS,
+    Measured,
+    Recorded,
+    compare,
+    contested,
+    difference,
+    fingerprint,
+)
+from tolerance import LOGITS_FLOAT32
+from torch import Tensor
+
+pytest_plugins = ["pytester"]
+
+TESTS = Path(__file__).parents[1]
+ORIGIN = {"seed": "0", "weights_sha256": "w", "ids_sha256": "i"}
+LARGEST_LOGIT = 8.0
+BOUND = LOGITS_FLOAT32 * LARGEST_LOGIT
+
+
+def logits(shift: float = 0.0) -> dict[str, Tensor]:
+    """Values up to LARGEST_LOGIT; one of them is moved by so many times the bound."""
+    values = torch.linspace(-4, LARGEST_LOGIT, 24, dtype=torch.float64).reshape(2, 3, 4)
+    values[1, 0, 2] += shift * BOUND
+    return {"last": values.float()}
+
+
+# -- the verdict --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sdpa", "paged", "verdict"),
+    [
+        (0, 0, AGREE),
+        (0.5, -0.4, AGREE),
+        (50, 50, "transformers' SDPA moved (we followed it)"),
+        (0, 50, "paged moved, SDPA did not"),
+        (50, 0, "transformers' SDPA moved, paged did not"),
+        (50, -50, "both moved apart"),
+        (0.8, -0.8, "paged and SDPA are apart, each within the bound of the record"),
+        (1.5, 0.8, "both drifted together, SDPA past the bound of the record"),
+        (0.8, 1.5, "both drifted together, paged past the bound of the record"),
+    ],
+)
+def test_verdict_says_who_moved(sdpa: float, paged: float, verdict: str) -> None:
+    measured = Measured(logits(sdpa), logits(paged), ORIGIN)
+
+    comparison = compare(measured, Recorded(logits(), ORIGIN, {}))
+
+    assert comparison.verdict == verdict
+    assert comparison.agrees == (verdict == AGREE)
+    assert comparison.lines()[0] == verdict
+
+
+def test_every_pattern_of_differences_has_a_verdict_of_its_own() -> None:
+    assert len(VERDICTS) == len(set(VERDICTS.values())) == 2**3
+
+
+@pytest.mark.parametrize("shift", [0, 50])
+def test_changed_inputs_are_told_from_a_changed_forward(shift: float) -> None:
+    measured = Measured(logits(shift), logits(shift), {**ORIGIN, "weights_sha256": "other"})
+
+    comparison = compare(measured, Recorded(logits(), ORIGIN, {}))
+
+    assert comparison.verdict == INPUTS_CHANGED
+    assert comparison.lines()[0] == f"{INPUTS_CHANGED} (weights_sha256)"
+
+
+def test_message_states_the_largest_difference_where_and_its_ratio_to_the_bound() -> None:
+    moved = difference(logits(50), logits())
+
+    assert moved.ratio == pytest.approx(50, rel=0.01)
+    assert f"50 x the bound: {50 * BOUND:.1e} at last[1, 0, 2]" in moved.text
+
+
+@pytest.mark.parametrize(("shift", "off"), [(0.9, False), (1.1, True)])
+def test_bound_is_a_part_of_the_largest_logit(shift: float, off: bool) -> None:
+    assert difference(logits(shift), logits()).off == off
+
+
+@pytest.mark.parametrize(
+    ("actual", "named"),
+    [
+        ({"first": torch.ones(2)}, "first float32[2] for last float32[2]"),
+        ({"last": torch.ones(3)}, "last float32[3] for last float32[2]"),
+        ({"last": torch.ones(2, 1)}, "last float32[2, 1] for last float32[2]"),
+        ({"last": torch.ones(2).double()}, "last float64[2] for last float32[2]"),
+        ({"last": torch.ones(2), "more": torch.ones(1)}, "more float32[1] for nothing"),
+    ],
+)
+def test_names_shapes_and_dtypes_are_exact(actual: dict[str, Tensor], named: str) -> None:
+    compared = difference(actual, {"last": torch.ones(2)})
+
+    assert compared.off
+    assert compared.text == named
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("both", [False, True])
+def test_logits_that_are_not_finite_never_agree(bad: float, both: bool) -> None:
+    broken, sound = {"last": torch.tensor([1.0, bad])}, {"last": torch.tensor([1.0, 2.0])}
+
+    assert difference(broken, broken if both else sound).off
+    assert difference(sound, broken).off
+
+
+@pytest.mark.parametrize(
+    "expected", [{}, {"last": torch.ones(0)}, {"last": torch.ones(2, dtype=torch.bfloat16)}]
+)
+def test_what_cannot_be_judged_never_agrees(expected: dict[str, Tensor]) -> None:
+    assert difference(expected, expected).off
+
+
+@pytest.mark.parametrize(("value", "off"), [(0.0, False), (1e-30, True)])
+def test_all_zero_logits_agree_with_zeros_only(value: float, off: bool) -> None:
+    assert difference({"last": torch.full((2,), value)}, {"last": torch.zeros(2)}).off == off
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        fingerprint({"w": torch.tensor([1.0, 2.5])}, size=1),
+        fingerprint({"v": torch.tensor([1.0, 2.0])}, size=1),
+        fingerprint({"w": torch.tensor([[1.0, 2.0]])}, size=1),
+        fingerprint({"w": torch.tensor([1.0, 2.0]).view(torch.int32)}, size=1),
+        fingerprint({"w": torch.tensor([1.0, 2.0])}, size=2),
+    ],
+    ids=["value", "name", "shape", "dtype", "setting"],
+)
+def test_fingerprint_sees_every_change(other: str) -> None:
+    assert fingerprint({"w": torch.tensor([1.0, 2.0])}, size=1) != other
+
+
+def test_fingerprint_does_not_depend_on_order_or_layout() -> None:
+    a, b = torch.arange(6.0).reshape(2, 3), torch.ones(2)
+
+    assert fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a.T.contiguous().T})
+
+
+def test_names_that_differ_in_case_only_are_contested() -> None:
+    claimed = {Path("golden/Test_a.txt"): ["x"], Path("golden/test_a.txt"): ["y"], Path("b"): ["z"]}
+
+    assert contested(claimed) == [["x", "y"]]
+
+
+# -- a suite with golden data -------------------------------------------------------------------
+
+CASES = """
+import os
+
+import pytest
+import torch
+from golden_extension import Measured
+
+
+def logits(side):
+    values = torch.linspace(-4, 8, 24).reshape(2, 3, 4)
+    values[1, 0, 2] += float(os.environ.get(side, 0))
+    return {"last": values}
+
+
+@pytest.mark.parametrize("case", ["plain", "sla/sh and blank"])
+def test_logits(case, golden_logits):
+    assert "BROKEN" not in os.environ, "before anything is compared"
+    measured = Measured(logits("SDPA"), logits("PAGED"), {"seed": os.environ.get("SEED", "0")})
+    assert golden_logits == measured
+
+
+def test_table(golden_table):
+    assert golden_table == os.environ.get("TABLE", "page 1: sequence 0") + "\\n"
+"""
+FILES = {
+    "golden/logits/test_logits-plain.safetensors",
+    "golden/logits/test_logits-sla-sh-and-blank.safetensors",
+    "golden/tables/test_table.txt",
+}
+
+
+class Suite:
+    """A small project of its own, with this project's fixtures and rules for golden data."""
+
+    def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self._pytester, self._monkeypatch = pytester.path, pytester, monkeypatch
+        for variable in ("ADDOPTS", "XDIST_WORKER", "XDIST_WORKER_COUNT", "XDIST_TESTRUNUID"):
+            monkeypatch.delenv(f"PYTEST_{variable}", raising=False)
+        pytester.makeini(
+            f"[pytest]\npythonpath = {TESTS}\ntestpaths = suite\naddopts = --import-mode=importlib"
+        )
+        suite = pytester.mkdir("suite")
+        for name in ("conftest.py", "test_golden_files.py"):
+            shutil.copy(TESTS / "golden" / name, suite)
+        (suite / "test_cases.py").write_text(CASES)
+
+    def run(self, *arguments: str, **environment: object) -> pytest.RunResult:
+        """In this process, leaving syrupy's globals as they were."""
+        with self._monkeypatch.context() as patch:
+            patch.setattr(syrupy, "_syrupy", syrupy._syrupy)
+            for name, value in environment.items():
+                patch.setenv(name, str(value))
+            run = self._pytester.runpytest_inprocess
+            return contextvars.copy_context().run(run, "-p", "no:cacheprovider", *arguments)
+
+    def update(self, **environment: object) -> pytest.RunResult:
+        return self.run("--snapshot-update", **environment)
+
+    def spread(self) -> pytest.RunResult:
+        """Over two workers of pytest-xdist."""
+        return self._pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "2")
+
+    def files(self) -> dict[str, tuple[bytes, int]]:
+        """Bytes and time of change of all golden data."""
+        golden = [path for path in (self.root / "golden").rglob("*") if path.is_file()]
+        return {
+            path.relative_to(self.root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in golden
+        }
+
+
+@pytest.fixture
+def empty(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
+    return Suite(pytester, monkeypatch)
+
+
+@pytest.fixture
+def suite(empty: Suite) -> Suite:
+    """With golden data of all its tests."""
+    assert empty.update().ret == 0
+    return empty
+
+
+def test_missing_golden_fails_and_is_not_written(empty: Suite) -> None:
+    result = empty.run()
+
+    result.assert_outcomes(failed=3, passed=3)
+    result.stdout.fnmatch_lines(["*'test_logits-plain' does not exist*", "*--snapshot-update*"])
+    assert not empty.files()
+
+
+def test_update_writes_one_file_a_test(empty: Suite) -> None:
+    empty.update().assert_outcomes(passed=6)
+
+    assert empty.files().keys() == FILES
+    assert empty.files()["golden/tables/test_table.txt"][0] == b"page 1: sequence 0\n"
+
+
+def test_an_update_of_the_same_logits_gives_the_same_bytes(suite: Suite) -> None:
+    before = suite.files()
+    shutil.rmtree(suite.root / "golden")
+
+    suite.update()
+
+    assert {name: content for name, (content, _) in suite.files().items()} == {
+        name: content for name, (content, _) in before.items()
+    }
+
+
+def test_an_update_leaves_what_still_agrees(suite: Suite) -> None:
+    before = suite.files()
+
+    suite.update(SDPA=BOUND / 4, PAGED=BOUND / 4)
+
+    assert suite.files() == before
+
+
+@pytest.mark.parametrize("moved", [{}, {"PAGED": 1}, {"SDPA": 1, "PAGED": 1}, {"TABLE": "other"}])
+def test_an_ordinary_run_writes_nothing(suite: Suite, moved: dict[str, object]) -> None:
+    before = suite.files()
+
+    result = suite.run(**moved)
+
+    assert (result.ret == 0) == (not moved)
+    assert suite.files() == before
+
+
+@pytest.mark.parametrize(
+    ("moved", "verdict"),
+    [
+        ({"SDPA": 0.5, "PAGED": 0.5}, "transformers' SDPA moved (we followed it)"),
+        ({"PAGED": 0.5}, "paged moved, SDPA did not"),
+        ({"SDPA": 0.5}, "transformers' SDPA moved, paged did not"),
+        ({"SDPA": 0.5, "PAGED": -0.5}, "both moved apart"),
+        ({"SEED": 1}, f"{INPUTS_CHANGED} (seed)"),
+    ],
+)
+def test_a_failure_names_who_moved(suite: Suite, moved: dict[str, object], verdict: str) -> None:
+    result = suite.run(**moved)
+
+    result.assert_outcomes(failed=2, passed=4)
+    assert f"E         {verdict}" in result.outlines
+    assert "truncated" not in result.stdout.str(), "pytest cut the message off"
+
+
+def test_a_changed_table_shows_the_changed_line(suite: Suite) -> None:
+    result = suite.run(TABLE="page 1: sequence 7")
+
+    result.assert_outcomes(failed=1, passed=5)
+    result.stdout.fnmatch_lines(["*- page 1: sequence 0", "*+ page 1: sequence 7"])
+
+
+def test_an_update_records_what_moved(suite: Suite) -> None:
+    suite.update(SDPA=0.5, PAGED=0.5, TABLE="other").assert_outcomes(passed=6)
+
+    suite.run(SDPA=0.5, PAGED=0.5, TABLE="other").assert_outcomes(passed=6)
+
+
+def test_an_update_refuses_logits_that_paged_does_not_share(suite: Suite) -> None:
+    before = suite.files()
+
+    result = suite.update(SDPA=0.5)
+
+    result.assert_outcomes(failed=2, passed=4)
+    result.stdout.fnmatch_lines(["*not recorded, paged and SDPA are apart*"])
+    assert suite.files() == before
+
+
+def test_an_update_keeps_the_golden_of_a_test_that_failed_before(suite: Suite) -> None:
+    before = suite.files()
+
+    suite.update(BROKEN=1).assert_outcomes(failed=2, passed=4)
+
+    assert suite.files() == before
+
+
+# -- orphans ------------------------------------------------------------------------------------
+
+
+def leave_behind(suite: Suite, name: str) -> None:
+    (suite.root / "golden" / name).write_text("of a test that was renamed")
+
+
+@pytest.mark.parametrize("name", ["logits/test_gone.safetensors", "tables/test_gone.txt"])
+@pytest.mark.parametrize(
+    "selection", [(), ("suite",), ("-k", "files or belongs"), ("--deselect", "suite/test_cases.py")]
+)
+def test_an_orphan_fails_whatever_is_selected(
+    suite: Suite, name: str, selection: tuple[str, ...]
+) -> None:
+    leave_behind(suite, name)
+
+    result = suite.run(*selection)
+
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines([f"*no test claims golden/{name}*"])
+
+
+@pytest.mark.parametrize(
+    "part", ["suite/test_golden_files.py", "suite/test_golden_files.py::test_every_golden_file_*"]
+)
+def test_golden_data_of_tests_that_were_not_collected_is_no_orphan(suite: Suite, part: str) -> None:
+    name = "test_every_golden_file_belongs_to_a_test"
+
+    result = suite.run(part.replace("test_every_golden_file_*", name), "-k", name)
+
+    assert result.parseoutcomes()["skipped"] == 1
+
+
+def test_orphans_and_ordinary_runs_are_the_same_under_xdist(suite: Suite) -> None:
+    leave_behind(suite, "tables/test_gone.txt")
+    before = suite.files()
+
+    result = suite.spread()
+
+    result.assert_outcomes(passed=5, failed=1)
+    result.stdout.fnmatch_lines(["*no test claims golden/tables/test_gone.txt*"])
+    assert suite.files() == before
+
+
+def with_test(suite: Suite, code: str) -> Suite:
+    (suite.root / "suite" / "test_more.py").write_text(code)
+    return suite
+
+
+def test_a_test_that_compares_nothing_fails(suite: Suite) -> None:
+    result = with_test(suite, "def test_idle(golden_table): pass").run("-k", "idle")
+
+    result.assert_outcomes(failed=1, deselected=6)
+    result.stdout.fnmatch_lines(["*nothing was compared with golden_table*"])
+
+
+def test_a_test_that_compares_twice_fails(suite: Suite) -> None:
+    twice = "def test_twice(golden_table):\n    assert golden_table == 'a'\n"
+    code = f"{twice}    assert golden_table == 'b'\n"
+
+    result = with_test(suite, code).run("-k", "twice", "--snapshot-update")
+
+    result.assert_outcomes(failed=1, deselected=6)
+    result.stdout.fnmatch_lines(["*compares with its golden file once*"])
+
+
+def test_two_tests_of_one_name_fail(suite: Suite) -> None:
+    same = "def test_table(golden_table):\n    assert golden_table == 'page 1: sequence 0\\n'\n"
+
+    result = with_test(suite, same).run()
+
+    result.assert_outcomes(failed=1, passed=6)
+    result.stdout.fnmatch_lines(["*FAILED*test_no_two_tests_share_a_golden_file*"])
