@@ -23,9 +23,9 @@ from granite_paged.geometry import Backend
 SMALLEST_KERNEL_BLOCK = 16
 """Triton's matrix product needs 16 rows, so a fused kernel cannot read smaller pages."""
 
-RECOMPILE_LIMIT = 256
-"""Dynamo's own limit of 8 counts all models, dtypes and page sizes of a process together; past it
-a call would fail, though nothing is wrong."""
+RECOMPILE_LIMIT = 1024
+"""Dynamo's own limit of 8 counts all models, dtypes and shapes of a process together; past it a
+call would fail, though nothing is wrong."""
 
 
 def paged_attention(
@@ -42,7 +42,7 @@ def paged_attention(
     Args:
         query: [B, Hq, S, D].
         keys, values: [1, Hkv, pages * page_size, D], the pool; this step's tokens written already.
-        block_mask: from `paged_block_mask`, for at least S query tokens.
+        block_mask: from `paged_block_mask`, for at least B rows and S query tokens.
         scale: factor on the scores (a model's `attention_multiplier`).
         backend: see `Backend`. Inside a traced region the call is always compiled.
 
@@ -52,10 +52,10 @@ def paged_attention(
     Raises:
         GeometryError: for a page size the fused kernel cannot read, or float64 when compiled.
     """
-    folded = _fold(query, keys.shape[1], block_mask.shape[-2])
+    folded = _fold(query, keys.shape[1], block_mask.shape)
     if torch.compiler.is_compiling():
         out = _fused(folded, keys, values, block_mask, scale)
-    elif resolve_backend(backend, query) == "compiled":
+    elif resolve_backend(backend, query.device, query.dtype) == "compiled":
         _check_compilable(query, block_mask)
         out = _call_compiled(folded, keys, values, block_mask, scale)
     else:
@@ -63,29 +63,41 @@ def paged_attention(
     return _unfold(out, query.shape)
 
 
-def resolve_backend(backend: Backend, query: Tensor) -> Backend:
+def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
     """`eager` or `compiled`, whatever was asked for."""
     if backend != "auto":
         return backend
-    compilable = query.is_cuda and query.dtype != torch.float64
-    return "compiled" if compilable else "eager"
+    return "compiled" if device.type == "cuda" and dtype != torch.float64 else "eager"
 
 
-def _fold(query: Tensor, kv_heads: int, rows: int) -> Tensor:
-    """[B, Hq, S, D] -> [B, Hkv, rows, D], zero rows at the end where the mask has more."""
+def bucket(count: int, *, steps: int = 1) -> int:
+    """The least of so many steps an octave that holds `count`, so that few shapes are compiled.
+
+    One step: powers of two. Two: 1, 2, 3, 4, 6, 8, 12, 16 ...; what is too much stays below
+    1 / steps of what was asked for.
+    """
+    octave = 1 << max(0, (count - 1).bit_length() - 1)
+    step = max(1, octave // steps)
+    return -(-count // step) * step
+
+
+def _fold(query: Tensor, kv_heads: int, mask_shape: tuple[int, ...]) -> Tensor:
+    """[B, Hq, S, D] -> [rows, Hkv, S * G, D], zeros at both ends where the mask has more."""
     batch, query_heads, _, head_dim = query.shape
     group = query_heads // kv_heads
     by_group = query.view(batch, kv_heads, group, -1, head_dim).transpose(2, 3)  # [B, Hkv, S, G, D]
     folded = by_group.reshape(batch, kv_heads, -1, head_dim)
-    missing = rows - folded.shape[2]
-    return torch.nn.functional.pad(folded, (0, 0, 0, missing)) if missing else folded
+    more_rows, more_tokens = mask_shape[0] - batch, mask_shape[-2] - folded.shape[2]
+    if more_rows or more_tokens:
+        folded = torch.nn.functional.pad(folded, (0, 0, 0, more_tokens, 0, 0, 0, more_rows))
+    return folded
 
 
 def _unfold(out: Tensor, shape: torch.Size) -> Tensor:
-    """[B, Hkv, rows, D] -> [B, Hq, S, D]"""
+    """[rows, Hkv, S * G, D] -> [B, Hq, S, D]"""
     batch, query_heads, tokens, head_dim = shape
     group = query_heads // out.shape[1]
-    by_group = out[:, :, : tokens * group].reshape(batch, -1, tokens, group, head_dim)
+    by_group = out[:batch, :, : tokens * group].reshape(batch, -1, tokens, group, head_dim)
     return by_group.transpose(2, 3).reshape(batch, query_heads, tokens, head_dim)
 
 
@@ -116,18 +128,18 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
 
 
 def _call_compiled(*args: Any) -> Tensor:
-    """Compiled once for each kind of model, dtype and phase; lengths and pools are dynamic there.
+    """Compiled once for every shape, which callers keep to few (`bucket`).
 
-    On the CPU, FlexAttention's kernel is static, so every shape is compiled anew.
+    Never with dynamic shapes: once page or group sizes have varied in a process, dynamo makes them
+    symbols too, and FlexAttention then fails, or answers wrongly (seen with torch 2.11).
     """
-    on_cpu = args[0].device.type == "cpu"
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _compiled(dynamic=False if on_cpu else None)(*args)
+        return _compiled()(*args)
 
 
 @functools.cache
-def _compiled(dynamic: bool | None) -> Callable[..., Tensor]:
-    return torch.compile(_fused, fullgraph=True, dynamic=dynamic)
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_fused, fullgraph=True, dynamic=False)
 
 
 def _check_compilable(query: Tensor, mask: BlockMask) -> None:

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from granite_paged.allocator import AppendPlan, PageAllocator
+from granite_paged.attention import bucket, resolve_backend
 from granite_paged.errors import (
     CacheReleased,
     GranitePagedError,
@@ -129,6 +130,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             model_config, page_size=self.config.page_size, dtype=dtype
         )
         self.device = device
+        self._compiled = resolve_backend(self.config.backend, device, dtype) == "compiled"
         self._page_limit = _page_limit(self.geometry, self.config, device)
         self._start_empty()
         paged = {i: PagedLayer(self, i) for i in self.geometry.attention_layers}
@@ -166,8 +168,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if fresh:
             self._open_rows(batch)
         try:
-            visible = self._visible(attention_mask)
-            step = self._plan_step(columns, valid, visible, attention_mask)
+            step = self._plan_step(columns, valid, attention_mask)
         except GranitePagedError:
             if fresh:
                 self._close_rows()
@@ -357,53 +358,67 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 "(tokenizer.padding_side = 'left'), or Mamba states would decay over it"
             )
 
-    def _visible(self, mask: Tensor | None) -> Tensor | None:
-        """[B, positions] bool, where the mask now hides tokens that are stored; else None.
+    def _hides_tokens(self, mask: Tensor | None) -> bool:
+        """Whether the mask leaves out tokens that are stored.
 
         `generate()` does so in a later turn: a row that had finished was fed padding as if it were
         tokens, and the mask of the next turn leaves it out.
         """
         if mask is None or not self._columns:
-            return None
-        past = mask[:, : self._columns].bool()
-        recorded = torch.ones_like(past) if self._recorded is None else self._recorded
-        if torch.equal(past, recorded):
-            return None
+            return False
+        past, recorded = self._past(mask)
         revealed = (past & ~recorded).any(dim=1)
         if bool(revealed.any()):
             raise PaddingError(
-                f"attention_mask of row {_names(revealed.cpu())} shows columns that were padding "
+                f"attention_mask of row {_names(revealed)} shows columns that were padding "
                 "when they were run: their K and V were never stored"
             )
-        longest = max(map(self.allocator.length, self._rows))
-        visible = past.new_ones(len(past), longest + mask.shape[1])
-        at = (recorded.cumsum(dim=1) - 1).where(recorded, visible.shape[1] - 1)
-        return visible.scatter(1, at, past | ~recorded)
+        return not torch.equal(past, recorded)
 
-    def _plan_step(
-        self, columns: int, valid: Tensor | None, visible: Tensor | None, mask: Tensor | None
-    ) -> Step:
+    def _past(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, columns] bool each: tokens as the mask has them, and as they were stored."""
+        past = mask[:, : self._columns].bool()
+        return past, torch.ones_like(past) if self._recorded is None else self._recorded
+
+    def _visible(self, mask: Tensor) -> Tensor:
+        """[rows, width * page_size] bool by position: all but the stored tokens the mask hides."""
+        past, recorded = self._past(mask)
+        at = (recorded.cumsum(dim=1) - 1)[recorded]  # stored tokens, row by row
+        row = torch.arange(len(past), device=past.device)[:, None].expand_as(past)[recorded]
+        table = self.table.physical
+        visible = past.new_ones(table.shape[0], table.shape[1] * self.config.page_size)
+        visible[row, at] = past[recorded]
+        return visible
+
+    def _plan_step(self, columns: int, valid: Tensor | None, mask: Tensor | None) -> Step:
+        hidden = self._hides_tokens(mask)
         lengths = [self.allocator.length(sequence) for sequence in self._rows]
         positions = _positions(lengths, columns, valid)
         added = (positions != PADDING).sum(dim=1).tolist()
         growth = dict(zip(self._rows, added, strict=True))
         self._make_room(growth)
         device_positions = self._apply(self.allocator.append(growth), positions)
-        physical = self.table.physical[: len(self._rows)]
+        physical = self.table.physical
         return Step(
             columns=columns,
-            slots=_slots(physical, device_positions, self.config.page_size),
+            slots=_slots(physical[: len(positions)], device_positions, self.config.page_size),
             block_mask=paged_block_mask(
                 physical,
                 self.table.logical,
-                device_positions.int(),
+                self._padded(device_positions.int(), physical.shape[0]),
                 page_size=self.config.page_size,
                 group=self.geometry.group,
-                visible=visible,
+                visible=self._visible(mask) if mask is not None and hidden else None,
             ),
             mamba_mask=None if valid is None or mask is None else mask[:, -columns:].contiguous(),
             recorded=self._record(columns, valid),
         )
+
+    def _padded(self, positions: Tensor, rows: int) -> Tensor:
+        """Positions [B, S] in a shape for which a kernel may have been compiled already."""
+        batch, columns = positions.shape
+        more = bucket(columns, steps=2) - columns if self._compiled else 0
+        return torch.nn.functional.pad(positions, (0, more, 0, rows - batch), value=PADDING)
 
     def _record(self, columns: int, valid: Tensor | None) -> Tensor | None:
         if valid is None and self._recorded is None:
@@ -433,11 +448,16 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return f"raise PagedConfig.{lever}, or run fewer or shorter sequences at once"
 
     def _fit(self, *, pages: int, width: int) -> None:
-        held, pages = self.allocator.pages, max(pages, self.allocator.pages)
+        """Have so many pages, and room for every row to name `width` of them."""
+        held, rows = self.allocator.pages, len(self._rows)
+        pages = max(pages, held)
+        if self._compiled:  # sizes that recur, so that kernels do
+            pages = min(bucket(pages, steps=8), self._page_limit) if pages > held else pages
+            rows, width = bucket(rows), bucket(width)
         try:
             for pool in self.pools.values():
                 pool.resize(pages)
-            self.table.fit(rows=len(self._rows), width=width, pages=pages)
+            self.table.fit(rows=rows, width=width, pages=pages)
         except torch.OutOfMemoryError:
             for pool in self.pools.values():
                 pool.resize(held)

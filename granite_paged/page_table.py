@@ -44,14 +44,15 @@ class PageTable:
         return self.physical.nbytes + self.logical.nbytes
 
     def fit(self, *, rows: int, width: int, pages: int) -> None:
-        """Grow any side that is too small; contents stay."""
+        """Have exactly so many rows and grow any other side that is too small; contents stay."""
         have_rows, have_width = self.physical.shape
-        if rows > have_rows or width > have_width:
-            # doubling the width keeps a long decode from reallocating at every page
-            wide = max(have_width, 2 * width if width > have_width else width)
-            grown = self.physical.new_full((max(rows, have_rows), wide), NULL_PAGE)
-            grown[:have_rows, :have_width] = self.physical
-            self.physical = grown
+        if width > have_width:
+            width = max(width, 2 * have_width)  # so that a long decode reallocates rarely
+        width = max(width, have_width)
+        if (have_rows, have_width) != (rows, width):
+            kept = self.physical[:rows]
+            self.physical = kept.new_full((rows, width), NULL_PAGE)
+            self.physical[: len(kept), :have_width] = kept
         if pages > len(self.logical):
             extra = self.logical.new_full((pages - len(self.logical),), NOBODY)
             self.logical = torch.cat([self.logical, extra])

@@ -1,0 +1,120 @@
+"""Live models on the GPU: the laws, generate(), and no recompilation once warm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faults
+import pytest
+import torch
+from tiny import FLAVOURS, prompts, tiny_model
+from tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, relative_error
+from transformers import DynamicCache
+
+from granite_paged import PagedCache, PagedConfig, paged, verify
+from granite_paged.models import LoadedModel, load
+
+PAGES = PagedConfig(page_size=16)
+
+
+@pytest.fixture(scope="module")
+def one_b() -> LoadedModel:
+    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_embedded_model_passes_every_law(dtype: str) -> None:
+    report = verify.verify(load(device="cuda", dtype=dtype), config=PAGES)
+    assert report.passed, report
+    assert report.recall is not None
+    assert report.recall.paged == report.recall.default >= RECALL
+
+
+def test_granite_4_h_1b_in_bfloat16_errs_no_more_than_sdpa(one_b: LoadedModel) -> None:
+    report = verify.verify(one_b, context=1024)
+    ratios = {case.name: case.error_ratio for case in report.cases}
+    assert all(ratio is not None and ratio <= SDPA_RATIO for ratio in ratios.values()), ratios
+
+
+def test_a_prompt_of_32768_tokens_errs_no_more_than_sdpa(one_b: LoadedModel) -> None:
+    model = one_b.model
+    ids = torch.randint(0, model.config.vocab_size, (1, 32768 + 4), device="cuda")
+    moves: list[verify.Move] = [verify.Feed(part) for part in ids[:, :32768].split(2048, dim=1)]
+    moves += [verify.Feed(token) for token in ids[:, 32768:].split(1, dim=1)]
+
+    def last(model: Any, cache: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            kept = [
+                model(move.input_ids, past_key_values=cache, logits_to_keep=64).logits.double()
+                for move in moves[-8:]
+                if isinstance(move, verify.Feed)
+            ]
+        return torch.cat([logits.flatten(0, 1) for logits in kept])
+
+    def fill(model: Any, cache: Any) -> Any:
+        with torch.inference_mode():
+            for move in moves[:-8]:
+                assert isinstance(move, verify.Feed)
+                model(move.input_ids, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    default = last(model, fill(model, DynamicCache(config=model.config)))
+    with paged(model):
+        ours = last(model, fill(model, PagedCache.for_model(model)))
+    exact_model = verify._float64_copy(model)
+    exact = last(exact_model, fill(exact_model, DynamicCache(config=model.config)))
+    assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(default, exact)
+
+
+@pytest.mark.parametrize("flavour", list(FLAVOURS))
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_generate_gives_sdpas_tokens(flavour: str, way: str) -> None:
+    model = tiny_model(flavour).cuda()
+    ids, mask = (tensor.cuda() for tensor in prompts())
+    options = {"max_new_tokens": 40, "num_beams": 3 if way == "beams" else 1, "do_sample": False}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    with paged(model, PAGES):
+        actual = model.generate(ids, attention_mask=mask, **options)
+    assert actual.tolist() == expected.tolist()
+
+
+def test_nothing_recompiles_over_200_decode_steps_across_pages() -> None:
+    model = load(device="cuda").model
+    ids, mask = (tensor.cuda() for tensor in prompts())
+    with paged(model, PAGES), torch.inference_mode():
+        cache = PagedCache.for_model(model, PAGES)
+        cache.reserve([300] * 3)
+        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        for step in range(208):
+            warm = step >= 8
+            with torch._dynamo.config.patch(error_on_recompile=warm):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                token = logits[:, -1:].argmax(dim=-1)
+                logits = model(token, attention_mask=mask, past_key_values=cache).logits
+        cache.check_valid()
+    assert cache.allocator.length(cache.sequences[0]) == 21 + 208
+
+
+@pytest.mark.parametrize("fault", faults.SEEN_BY_VERIFY)
+def test_a_fault_is_seen_through_the_fused_kernel(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "DECODE_STEPS", 4)
+    monkeypatch.setattr(verify, "RECALL_CONTEXTS", (128,))
+    with faults.SEEN_BY_VERIFY[fault]():
+        report = verify.verify(load(device="cuda"), config=PAGES, context=64, reference=False)
+    worst = max(case.relative_diff for case in report.cases)
+    assert worst > 10 * LOGITS_FLOAT32
+
+
+def test_pages_that_held_nan_are_clean_for_their_next_owner() -> None:
+    model = load(device="cuda").model
+    ids = prompts((37, 21))[0].cuda()
+    with paged(model, PAGES), torch.inference_mode():
+        clean = model(ids[:1], past_key_values=PagedCache.for_model(model, PAGES)).logits
+        cache = PagedCache.for_model(model, PAGES)
+        cache.reserve([64])
+        for pool in cache.pools.values():
+            pool.keys.fill_(torch.nan)
+            pool.values.fill_(torch.nan)
+        assert torch.equal(model(ids[:1], past_key_values=cache).logits, clean)
