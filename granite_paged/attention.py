@@ -21,7 +21,7 @@ from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
 
 SMALLEST_KERNEL_BLOCK = 16
-"""Triton's matrix product needs 16 rows, so a fused kernel cannot read smaller pages."""
+"""Triton's matrix product needs 16 on every side: tokens of a page, elements of a head."""
 
 RECOMPILE_LIMIT = 1024
 """Dynamo's own limit of 8 counts all models, dtypes and shapes of a process together; past it a
@@ -50,12 +50,15 @@ def paged_attention(
         [B, Hq, S, D]; zeros for padding queries.
 
     Raises:
-        GeometryError: for a page size the fused kernel cannot read, or float64 when compiled.
+        GeometryError: for a mask of another pool or page size, or for fewer rows or tokens; a page
+            size the fused kernel cannot read; float64 when compiled.
     """
+    if not torch.compiler.is_compiling():
+        _check_mask(query, keys, block_mask)
     folded = _fold(query, keys.shape[1], block_mask.shape)
     if torch.compiler.is_compiling():
         out = _fused(folded, keys, values, block_mask, scale)
-    elif resolve_backend(backend, query.device, query.dtype) == "compiled":
+    elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
         out = _call_compiled(folded, keys, values, block_mask, scale)
     else:
@@ -63,11 +66,14 @@ def paged_attention(
     return _unfold(out, query.shape)
 
 
-def resolve_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+def resolve_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backend:
     """`eager` or `compiled`, whatever was asked for."""
     if backend != "auto":
         return backend
-    return "compiled" if device.type == "cuda" and dtype != torch.float64 else "eager"
+    has_kernel = dtype != torch.float64 and head_dim >= SMALLEST_KERNEL_BLOCK
+    return "compiled" if device.type == "cuda" and has_kernel else "eager"
 
 
 def bucket(count: int, *, steps: int = 1) -> int:
@@ -79,6 +85,18 @@ def bucket(count: int, *, steps: int = 1) -> int:
     octave = 1 << max(0, (count - 1).bit_length() - 1)
     step = max(1, octave // steps)
     return -(-count // step) * step
+
+
+def _check_mask(query: Tensor, keys: Tensor, mask: BlockMask) -> None:
+    """The operator under eager FlexAttention checks nothing: a smaller page would read on."""
+    batch, _, rows, slots = mask.shape
+    needed = query.shape[2] * (query.shape[1] // keys.shape[1])
+    if slots != keys.shape[2] or batch < query.shape[0] or rows < needed:
+        raise GeometryError(
+            f"a mask of {batch} sequences, {rows} folded rows and {slots} slots does not fit "
+            f"{query.shape[0]} sequences, {needed} rows and a pool of {keys.shape[2]} slots: "
+            "one page size and one batch for both"
+        )
 
 
 def _fold(query: Tensor, kv_heads: int, mask_shape: tuple[int, ...]) -> Tensor:
@@ -145,11 +163,14 @@ def _compiled() -> Callable[..., Tensor]:
 def _check_compilable(query: Tensor, mask: BlockMask) -> None:
     if query.dtype == torch.float64:
         raise GeometryError("float64 has no fused kernel: use backend='eager' (or 'auto')")
-    if query.is_cuda and mask.BLOCK_SIZE[1] < SMALLEST_KERNEL_BLOCK:
-        raise GeometryError(
-            f"page_size {mask.BLOCK_SIZE[1]} is too small for the fused kernel: "
-            f"use at least {SMALLEST_KERNEL_BLOCK}, or backend='eager'"
-        )
+    if not query.is_cuda:
+        return
+    for name, size in (("page_size", mask.BLOCK_SIZE[1]), ("head_dim", query.shape[3])):
+        if size < SMALLEST_KERNEL_BLOCK:
+            raise GeometryError(
+                f"{name} {size} is too small for the fused kernel: "
+                f"use at least {SMALLEST_KERNEL_BLOCK}, or backend='eager'"
+            )
 
 
 # -- eager --------------------------------------------------------------------------------------

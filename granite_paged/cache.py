@@ -130,7 +130,10 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             model_config, page_size=self.config.page_size, dtype=dtype
         )
         self.device = device
-        self._compiled = resolve_backend(self.config.backend, device, dtype) == "compiled"
+        self._compiled = (
+            resolve_backend(self.config.backend, device, dtype, self.geometry.head_dim)
+            == "compiled"
+        )
         self._page_limit = _page_limit(self.geometry, self.config, device)
         self._start_empty()
         paged = {i: PagedLayer(self, i) for i in self.geometry.attention_layers}
@@ -385,8 +388,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         past, recorded = self._past(mask)
         at = (recorded.cumsum(dim=1) - 1)[recorded]  # stored tokens, row by row
         row = torch.arange(len(past), device=past.device)[:, None].expand_as(past)[recorded]
-        table = self.table.physical
-        visible = past.new_ones(table.shape[0], table.shape[1] * self.config.page_size)
+        rows, width = self._named_pages().shape
+        visible = past.new_ones(rows, width * self.config.page_size)
         visible[row, at] = past[recorded]
         return visible
 
@@ -398,10 +401,10 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         growth = dict(zip(self._rows, added, strict=True))
         self._make_room(growth)
         device_positions = self._apply(self.allocator.append(growth), positions)
-        physical = self.table.physical
+        physical = self._named_pages()
         return Step(
             columns=columns,
-            slots=_slots(physical[: len(positions)], device_positions, self.config.page_size),
+            slots=self.table.slots(device_positions, self.config.page_size).flatten(),
             block_mask=paged_block_mask(
                 physical,
                 self.table.logical,
@@ -413,6 +416,11 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             mamba_mask=None if valid is None or mask is None else mask[:, -columns:].contiguous(),
             recorded=self._record(columns, valid),
         )
+
+    def _named_pages(self) -> Tensor:
+        """[rows, width] int32: the page table of this batch, in a shape that recurs."""
+        rows = len(self._rows)
+        return self.table.physical[: bucket(rows) if self._compiled else rows]
 
     def _padded(self, positions: Tensor, rows: int) -> Tensor:
         """Positions [B, S] in a shape for which a kernel may have been compiled already."""
@@ -529,14 +537,6 @@ def _positions(lengths: list[int], columns: int, valid: Tensor | None) -> Tensor
     if valid is None:
         return start + torch.arange(columns)
     return (start + valid.cumsum(dim=1) - 1).where(valid, PADDING)
-
-
-def _slots(physical: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """[B * S] int64: the slot of each position; padding goes to the null page's first slot."""
-    token = positions != PADDING
-    at = positions.clamp(min=0)
-    page = physical.long().gather(1, at // page_size)
-    return torch.where(token, page * page_size + at % page_size, 0).flatten()
 
 
 def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:

@@ -7,10 +7,15 @@ as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class GranitePagedError(Exception):
     """Base of every error that granite_paged raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by default the message would be handed to __init__, and an error lost between processes
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class GeometryError(GranitePagedError, ValueError):
@@ -115,6 +120,14 @@ class CheckpointError(GranitePagedError):
 
 class DeviceError(GranitePagedError):
     """A device that is unknown or not there."""
+
+
+def _restored(
+    kind: type[GranitePagedError], args: tuple[Any, ...], numbers: dict[str, Any]
+) -> GranitePagedError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(numbers)
+    return error
 
 
 def _then(advice: str) -> str:

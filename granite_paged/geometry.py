@@ -85,7 +85,9 @@ class CacheGeometry:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if self.kv_heads < 1 or self.query_heads % self.kv_heads:
+        if self.page_size < 1:
+            raise GeometryError(f"a page holds at least one token, {self.page_size} given")
+        if self.kv_heads < 1 or self.query_heads < 1 or self.query_heads % self.kv_heads:
             raise GeometryError(
                 f"{self.query_heads} query heads do not share {self.kv_heads} KV heads evenly"
             )

@@ -48,14 +48,17 @@ def paged_mask_mod(
         positions: [B, S] int32, of the query tokens; `PADDING` attends to nothing.
         page_size: tokens a page.
         group: query heads a KV head (G).
-        visible: [B, width * page_size] bool by position, for sequences of which some tokens were
+        visible: [B, positions] bool, for sequences of which some tokens were
             hidden after they had been stored; None where all count.
     """
+    last = (
+        physical.shape[1] - 1
+    )  # of another, longer row a page may lie beyond what this table names
 
     def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
         physical_page = slot // page_size
         logical_page = logical[physical_page]
-        named = physical[row, logical_page.clamp(min=0)]
+        named = physical[row, logical_page.clamp(0, last)]
         mine = (logical_page != NOBODY) & (named == physical_page)
         position = logical_page * page_size + slot % page_size
         return mine & (position <= positions[row, folded_row // group])
@@ -63,10 +66,11 @@ def paged_mask_mod(
     if visible is None:
         return mask_mod
     shown: Tensor = visible
+    end = shown.shape[1] - 1
 
     def mask_mod_with_hidden(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
         position = logical[slot // page_size] * page_size + slot % page_size
-        return mask_mod(row, head, folded_row, slot) & shown[row, position.clamp(min=0)]
+        return mask_mod(row, head, folded_row, slot) & shown[row, position.clamp(0, end)]
 
     return mask_mod_with_hidden
 

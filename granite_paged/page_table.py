@@ -44,15 +44,14 @@ class PageTable:
         return self.physical.nbytes + self.logical.nbytes
 
     def fit(self, *, rows: int, width: int, pages: int) -> None:
-        """Have exactly so many rows and grow any other side that is too small; contents stay."""
+        """Grow any side that is too small; contents stay."""
         have_rows, have_width = self.physical.shape
-        if width > have_width:
-            width = max(width, 2 * have_width)  # so that a long decode reallocates rarely
-        width = max(width, have_width)
-        if (have_rows, have_width) != (rows, width):
-            kept = self.physical[:rows]
-            self.physical = kept.new_full((rows, width), NULL_PAGE)
-            self.physical[: len(kept), :have_width] = kept
+        if rows > have_rows or width > have_width:
+            # doubling the width keeps a long decode from reallocating at every page
+            wide = max(have_width, 2 * have_width if width > have_width else 0, width)
+            grown = self.physical.new_full((max(rows, have_rows), wide), NULL_PAGE)
+            grown[:have_rows, :have_width] = self.physical
+            self.physical = grown
         if pages > len(self.logical):
             extra = self.logical.new_full((pages - len(self.logical),), NOBODY)
             self.logical = torch.cat([self.logical, extra])
@@ -65,6 +64,12 @@ class PageTable:
     def forget(self, pages: Tensor) -> None:
         """Pages [n] that nobody holds any more."""
         self.logical[pages] = NOBODY
+
+    def slots(self, positions: Tensor, page_size: int) -> Tensor:
+        """[B, S] int64: the slot of each position; padding (-1) goes to the null page's first."""
+        at = positions.clamp(min=0)
+        page = self.physical[: len(positions)].long().gather(1, at // page_size)
+        return torch.where(positions >= 0, page * page_size + at % page_size, 0)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was. rows: [n] int64, any length."""

@@ -37,7 +37,8 @@ class PagedCase:
         sequences = [allocator.open() for _ in self.lengths]
         allocator.append(dict(zip(sequences, self.lengths, strict=True)))
         # spread over the pool, its last page included: offsets beyond 32 bits are then real
-        place = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(0))[:needed] + 1
+        place = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(0)) + 1
+        place[place == pages - 1] = place[0].clone()
         place[0] = pages - 1
         self.pages = [place[torch.tensor(allocator.pages_of(s)) - 1] for s in sequences]
         width = max(len(own) for own in self.pages)

@@ -1,0 +1,270 @@
+"""Generated block tables, from the allocator to FlexAttention's output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import (
+    DTYPES,
+    History,
+    Paged,
+    Step,
+    additions,
+    assert_no_page_is_listed_twice,
+    assert_right,
+    assert_same_outputs,
+    assert_unlisted_pages_hold_nothing,
+    assert_whole_pages_are_allowed,
+    geometries,
+    histories,
+    make_geometry,
+    move_pages,
+)
+
+KINDS = ("decode", "chunk", "ragged")
+POISONS = (torch.nan, torch.inf, 1e30)
+
+SMALL = geometries(page_sizes=(1, 2, 4, 8, 16), head_dims=(16,))
+"""Enough for laws that do not depend on the width of a head."""
+
+
+def draw_step(
+    data: st.DataObject, history: History, kind: str
+) -> tuple[Paged, dict[int, int], Step]:
+    """A step of some of the open sequences, in any order."""
+    paged = Paged.after(history)
+    picked = data.draw(st.permutations(paged.rows), label="batch")
+    picked = picked[: data.draw(st.integers(1, len(picked)), label="rows")]
+    counts = data.draw(additions(len(picked), kind), label="added")
+    added = dict(zip(picked, counts, strict=True))
+    padding = data.draw(st.integers(0, 3), label="padding")
+    return paged, added, paged.step(added, padding=padding)
+
+
+# -- right --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=settings.default.max_examples // 2)
+@given(data=st.data())
+def test_every_row_attends_as_sdpa_does(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    history = data.draw(histories(geometries((dtype,))))
+    paged, added, step = draw_step(data, history, kind)
+    assert_right(paged, step, added, step.attend())
+    paged.check_valid()
+
+
+@given(
+    geometry=SMALL,
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    padding=st.integers(0, 3),
+)
+def test_a_left_padded_prefill_attends_as_sdpa_does(geometry, lengths, padding) -> None:
+    paged = Paged(geometry)
+    added = {paged.open(0): length for length in lengths}
+    step = paged.step(added, padding=padding)
+    assert_right(paged, step, added, step.attend())
+
+
+@given(geometry=SMALL, chunks=st.lists(st.integers(1, 40), min_size=2, max_size=6))
+def test_chunks_of_a_prompt_give_what_one_prefill_gives(geometry, chunks) -> None:
+    paged = Paged(geometry)
+    prompt, total = paged.open(0), sum(chunks)
+    paged.append({prompt: total})
+    whole = paged.look({prompt: total})
+    piecewise = [
+        whole.replace(positions=positions, query=query).attend()
+        for positions, query in zip(
+            whole.positions.split(chunks, dim=1), whole.query.split(chunks, dim=2), strict=True
+        )
+    ]
+    assert_same_outputs(torch.cat(piecewise, dim=2), whole.attend())
+
+
+# -- laws ---------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), history=histories(SMALL), seed=st.integers(0, 99))
+def test_permuting_physical_pages_changes_no_output(data, history, seed) -> None:
+    """Seen in torch where a block of a BlockMask spans pages: output follows placement."""
+    _, _, step = draw_step(data, history, "ragged")
+    assert_same_outputs(move_pages(step, seed).attend(), step.attend())
+
+
+@given(data=st.data(), history=histories(SMALL))
+def test_permuting_the_rows_of_a_batch_permutes_the_outputs(data, history) -> None:
+    """Seen in torch's PagedAttention and attention-gym: the permuted rows' page tables are met
+    with the inverse map of rows 0, 1, ..."""
+    _, _, step = draw_step(data, history, "ragged")
+    order = data.draw(st.permutations(range(len(step.query))))
+    assert_same_outputs(step.rows(order).attend(), step.attend()[torch.tensor(order)])
+
+
+@given(data=st.data(), history=histories(SMALL))
+def test_a_row_alone_gives_what_it_gives_in_a_batch(data, history) -> None:
+    """Seen in torch's PagedAttention and attention-gym, for subsets of the slots."""
+    _, _, step = draw_step(data, history, "ragged")
+    row = data.draw(st.integers(0, len(step.query) - 1))
+    assert_same_outputs(step.rows([row]).attend(), step.attend()[row : row + 1])
+
+
+@given(data=st.data(), history=histories(SMALL))
+def test_rows_may_be_repeated(data, history) -> None:
+    """A bucket is filled up by repeating a row, or with rows of padding only."""
+    _, _, step = draw_step(data, history, "decode")
+    twice = step.rows([*range(len(step.query)), 0]).attend()
+    assert_same_outputs(twice, torch.cat([step.attend(), step.attend()[:1]]))
+
+
+@given(data=st.data(), history=histories(SMALL))
+def test_a_page_table_as_wide_as_its_longest_sequence_is_wide_enough(data, history) -> None:
+    """Entries beyond it are spare room: nothing but room may depend on them."""
+    paged, _, step = draw_step(data, history, "ragged")
+    width = max(1, *(len(paged.allocator.pages_of(sequence)) for sequence in paged.rows))
+    narrow = step.replace(physical=step.physical[:, :width])
+    assert_same_outputs(narrow.attend(), step.attend())
+
+
+@given(data=st.data(), history=histories(SMALL))
+def test_another_sequences_tokens_cannot_change_mine(data, history) -> None:
+    paged, added, step = draw_step(data, history, "ragged")
+    others = paged.unread_slots(added)
+    keys, values = step.keys.clone(), step.values.clone()
+    keys[:, :, others], values[:, :, others] = 3.0, -7.0
+    assert torch.equal(step.replace(keys=keys, values=values).attend(), step.attend())
+
+
+@given(data=st.data(), history=histories(SMALL))
+def test_a_later_step_of_others_cannot_change_mine(data, history) -> None:
+    """They write, copy on write and recycle pages; mine stay."""
+    paged, added, step = draw_step(data, history, "chunk")
+    before = step.attend()
+    others = [sequence for sequence in paged.rows if sequence not in added]
+    for sequence in others[::2]:
+        paged.release(sequence)
+    paged.append(dict.fromkeys(others[1::2], 9))
+    paged.open(20)
+    again = paged.look(added, padding=step.query.shape[2] - max(added.values()))
+    assert_same_outputs(again.replace(query=step.query).attend(), before)
+
+
+# -- poison -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", POISONS)
+@given(data=st.data(), history=histories(SMALL))
+def test_what_a_row_does_not_own_never_reaches_its_output(poison, data, history) -> None:
+    """Free pages, others' pages, the null page, tails of partly filled pages. Seen in
+    flash-attention and vLLM: a masked weight of 0 times NaN leaks."""
+    paged, added, step = draw_step(data, history, "ragged")
+    unread = paged.unread_slots(added)
+    keys, values = step.keys.clone(), step.values.clone()
+    keys[:, :, unread] = values[:, :, unread] = poison
+    assert torch.equal(step.replace(keys=keys, values=values).attend(), step.attend())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+def test_a_nan_of_ones_own_is_seen_by_those_who_attend_to_it_only(dtype, data) -> None:
+    """Hiding foreign NaNs must not hide a row's own."""
+    history = data.draw(histories(geometries((dtype,), page_sizes=(4, 8), head_dims=(16,))))
+    paged, added, step = draw_step(data, history, "chunk")
+    victim = data.draw(st.sampled_from(list(added)))
+    at = data.draw(st.integers(0, paged.allocator.length(victim) - 1))
+    slot = paged.slots(victim)[at]
+    values = step.values.clone()
+    values[0, 0, slot, 0] = torch.nan
+    shared = torch.tensor([len(s := paged.slots(q)) > at and s[at] == slot for q in added])
+    meets = shared[:, None] & (step.positions >= at)  # [B, S]
+    heads = torch.arange(step.geometry.query_heads) < step.geometry.group  # those of KV head 0
+    is_nan = step.replace(values=values).attend().isnan().any(dim=3)
+    assert torch.equal(is_nan, meets[:, None] & heads[None, :, None])
+
+
+# -- lists --------------------------------------------------------------------------------------
+
+
+@given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
+def test_pages_that_are_not_listed_hold_nothing_the_mask_mod_allows(data, history, kind) -> None:
+    """Else eager, which ignores the lists, and compiled FlexAttention disagree."""
+    _, _, step = draw_step(data, history, kind)
+    assert_unlisted_pages_hold_nothing(step)
+
+
+@given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
+def test_pages_listed_whole_are_allowed_slot_by_slot(data, history, kind) -> None:
+    """A compiled kernel applies no mask_mod to them."""
+    _, _, step = draw_step(data, history, kind)
+    assert_whole_pages_are_allowed(step)
+
+
+@given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
+def test_no_page_is_listed_twice(data, history, kind) -> None:
+    """It would weigh double in the softmax."""
+    _, _, step = draw_step(data, history, kind)
+    assert_no_page_is_listed_twice(step)
+
+
+@given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
+def test_block_lists_name_only_pages_that_exist(data, history, kind) -> None:
+    """Beyond their counts too. Seen in intel-xpu-backend-for-triton: -1 of an unreserved entry
+    lands in kv_indices and a kernel dereferences it."""
+    _, _, step = draw_step(data, history, kind)
+    mask = step.mask()
+    named = torch.cat([mask.kv_indices.flatten(), mask.full_kv_indices.flatten()])
+    assert named.min() >= 0
+    assert named.max() < len(step.logical)
+
+
+# -- forks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["parent", "child", "both"])
+@given(data=st.data(), length=st.integers(1, 30), tokens=st.integers(1, 12))
+def test_after_a_fork_each_branch_reads_its_own_tokens(writer, data, length, tokens) -> None:
+    paged = Paged(data.draw(SMALL))
+    parent = paged.open(length)
+    child = paged.fork(parent)
+    branches = {"parent": [parent], "child": [child], "both": [parent, child]}[writer]
+    paged.append(dict.fromkeys(branches, tokens))
+    paged.check_valid()
+    added = {parent: 1, child: 1}
+    step = paged.step(added)
+    assert_right(paged, step, added, step.attend())
+
+
+@given(data=st.data(), forks=st.integers(2, 5), length=st.integers(1, 20))
+def test_many_forks_may_part_in_one_step(data, forks, length) -> None:
+    paged = Paged(data.draw(SMALL))
+    parent = paged.open(length)
+    family = [parent, *(paged.fork(parent) for _ in range(forks))]
+    added = {sequence: 1 + number % 3 for number, sequence in enumerate(family)}
+    step = paged.step(added)
+    paged.check_valid()
+    assert_right(paged, step, added, step.attend())
+
+
+@given(history=histories(SMALL, max_size=14))
+def test_after_any_history_pool_table_and_allocator_agree(history) -> None:
+    """Seen in torch's PagedAttention.erase: the inverse map outlives its owner, and two sequences
+    appear to own one page."""
+    paged = Paged(history.geometry, seed=history.seed)
+    for event in history.events:
+        paged.happen(event)
+        paged.check_valid()
+
+
+def test_a_stale_row_beyond_its_length_is_never_read() -> None:
+    """A released row's entries stay in the table until overwritten; their pages move on."""
+    paged = Paged(make_geometry(page_size=4), scattered=0)
+    paged.open(20)
+    long = paged.open(20)
+    paged.release(long)  # row 1 still names its five pages
+    short, heir = paged.open(3), paged.open(20)  # row 1; and those pages, at the same places
+    assert set(paged.table.physical[1].tolist()) & set(paged.allocator.pages_of(heir))
+    added = {short: 1, heir: 1}
+    step = paged.step(added)
+    assert_right(paged, step, added, step.attend())

@@ -1,0 +1,254 @@
+"""One call over the pool: folding, shapes, backends, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from reference import attention
+from strategies import (
+    DTYPES,
+    GROUPS,
+    HEAD_DIMS,
+    Paged,
+    Step,
+    assert_right,
+    assert_same_outputs,
+    make_geometry,
+)
+from tolerance import ATTENTION_FLOAT64, relative_error
+from torch.nn.attention.flex_attention import BlockMask
+
+from granite_paged.attention import bucket, kernel_options, paged_attention, resolve_backend
+from granite_paged.errors import GeometryError
+
+
+def make(
+    past: tuple[int, ...] = (37, 5, 16), added: int = 1, **geometry: object
+) -> tuple[Paged, dict[int, int], Step]:
+    """A ragged batch and the step that adds as many tokens to each row."""
+    paged = Paged(make_geometry(**geometry))
+    growth = {paged.open(tokens): added for tokens in past}
+    return paged, growth, paged.step(growth)
+
+
+def call(step: Step, mask: BlockMask, **tensors: torch.Tensor) -> torch.Tensor:
+    step = step.replace(**tensors)
+    return paged_attention(step.query, step.keys, step.values, mask, scale=step.scale)
+
+
+# -- shapes that broke others -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_decode_is_right_for_every_group_and_head_size(group: int, head_dim: int) -> None:
+    """Seen in torch: decode kernels refuse groups that are no power of two, and head size 96."""
+    paged, added, step = make(group=group, head_dim=head_dim, dtype=torch.float32)
+    assert_right(paged, step, added, step.attend())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 17, 43, 128, 129])
+def test_any_number_of_query_tokens_is_right(tokens: int) -> None:
+    paged, added, step = make(added=tokens)
+    assert_right(paged, step, added, step.attend())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_queries_over_a_long_past_are_right(dtype: torch.dtype) -> None:
+    """Seen in torch: wrong output for a large KV with a small Q."""
+    paged, added, step = make(past=(3000, 1), page_size=64, dtype=dtype)
+    assert_right(paged, step, added, step.attend())
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4, 16, 64, 128])
+@pytest.mark.parametrize("past", [0, 1, 63, 64, 127, 128])
+def test_lengths_at_and_beside_page_ends_are_right(page_size: int, past: int) -> None:
+    paged, added, step = make(past=(past, 40), page_size=page_size)
+    assert_right(paged, step, added, step.attend())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_output_has_the_queries_shape_and_dtype(dtype: torch.dtype) -> None:
+    _, _, step = make(added=5, dtype=dtype)
+    out = step.attend()
+    assert (out.shape, out.dtype) == (step.query.shape, dtype)
+
+
+# -- folding ------------------------------------------------------------------------------------
+
+
+def test_queries_may_lie_in_memory_in_any_order() -> None:
+    """A model hands over a transposed view."""
+    _, _, step = make(added=5)
+    assert not step.query.is_contiguous()
+    packed = step.replace(query=step.query.contiguous())
+    assert_same_outputs(packed.attend(), step.attend())
+
+
+def test_a_query_head_reads_its_own_kv_head() -> None:
+    """Heads are folded by the group, not interleaved with it."""
+    _, _, step = make(group=3, kv_heads=2)
+    values = step.values.clone()
+    values[:, 1] = 7.0
+    out = step.replace(values=values).attend()
+    seven = torch.full_like(out[:, 3:], 7.0)
+    assert_same_outputs(out[:, 3:], seven)
+    assert torch.equal(out[:, :3], step.attend()[:, :3])
+
+
+@pytest.mark.parametrize("spare", [1, 8, 60])
+def test_a_mask_for_more_tokens_than_there_are_is_welcome(spare: int) -> None:
+    """Shapes are bucketed: the mask of a bucket serves every smaller step."""
+    _, _, step = make(added=5)
+    positions = torch.nn.functional.pad(step.positions, (0, spare), value=-1)
+    bucket = step.replace(positions=positions).mask()
+    assert_same_outputs(call(step, bucket), step.attend())
+
+
+@pytest.mark.parametrize("scale", [1 / 64, 0.0078125, 0.3, 1.0])
+def test_the_models_own_scale_is_used(scale: float) -> None:
+    paged, added, step = make(past=(20,))
+    (sequence,) = added
+    keys, values = paged.keys[sequence], paged.values[sequence]
+    exact = attention(step.query[0], keys, values, 20, scale)
+    assert relative_error(step.attend(scale=scale)[0], exact) <= ATTENTION_FLOAT64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_eager_computes_half_types_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
+    """Softmax weights rounded to a half type on the way would be a second error."""
+    _, _, step = make(added=5, dtype=dtype)
+    operands = ("query", "keys", "values")
+    single = step.replace(**{name: getattr(step, name).float() for name in operands})
+    assert torch.equal(step.attend(), single.attend().to(dtype))
+
+
+def test_the_same_step_gives_the_same_bits() -> None:
+    _, _, step = make(added=5, dtype=torch.float32)
+    assert torch.equal(step.attend(), step.attend())
+
+
+def test_the_pool_is_read_only() -> None:
+    _, _, step = make()
+    before = step.keys.clone(), step.values.clone()
+    step.attend()
+    assert torch.equal(step.keys, before[0])
+    assert torch.equal(step.values, before[1])
+
+
+# -- the mask_mod is complete -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("added", [1, 9])
+def test_eager_is_right_though_it_ignores_the_lists(added: int) -> None:
+    """Seen in torch: a mask_mod that needs the lists beside it is silently wrong there."""
+    _, _, step = make(added=added)
+    mask = step.mask()
+    lists = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    empty = {name: torch.zeros_like(getattr(mask, name)) for name in lists}
+    without = BlockMask.from_kv_blocks(
+        **empty,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask.mask_mod,
+        seq_lengths=mask.seq_lengths,
+        compute_q_blocks=False,
+    )
+    assert torch.equal(call(step, without), step.attend())
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_a_mask_of_another_page_size_is_refused(page_size: int) -> None:
+    """Seen in vLLM: the manager's page size beside the kernel's costs accuracy 0.85 -> 0.02."""
+    _, _, step = make(page_size=8)
+    other = step.replace(geometry=dataclasses.replace(step.geometry, page_size=page_size))
+    with pytest.raises(GeometryError, match="one page size"):
+        call(step, other.mask())
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1]], ids=str)
+def test_a_mask_of_another_batch_is_refused(rows: list[int]) -> None:
+    _, _, step = make()
+    with pytest.raises(GeometryError, match="one batch"):
+        call(step, step.rows(rows).mask())
+
+
+def test_a_mask_for_fewer_tokens_is_refused() -> None:
+    _, _, step = make(added=5)
+    shorter = step.replace(positions=step.positions[:, 1:])
+    with pytest.raises(GeometryError, match="15 rows"):
+        call(step, shorter.mask())
+
+
+def test_float64_is_refused_when_compiled() -> None:
+    _, _, step = make(dtype=torch.float64)
+    with pytest.raises(GeometryError, match="float64 has no fused kernel"):
+        step.attend(backend="compiled")
+
+
+# -- backends -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_the_cpu_auto_is_eager(dtype: torch.dtype) -> None:
+    assert resolve_backend("auto", torch.device("cpu"), dtype, 64) == "eager"
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_what_was_asked_for_is_what_runs(backend: str) -> None:
+    assert resolve_backend(backend, torch.device("cpu"), torch.float32, 64) == backend
+
+
+def test_eager_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The public flex_attention would trace every new shape."""
+    _, _, step = make()
+    monkeypatch.setattr(torch, "compile", None)
+    assert step.attend().isfinite().all()
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("added", [1, 2, 100])
+def test_a_kernels_block_never_spans_two_pages(page_size: int, added: int) -> None:
+    """Seen in torch: output follows physical placement."""
+    _, _, step = make(page_size=page_size, added=added)
+    options = kernel_options(step.mask(), step.keys)
+    assert page_size % options["BLOCK_N"] == 0
+    assert 128 % options["BLOCK_M"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "expected"),
+    [
+        (torch.bfloat16, 64, "compiled"),
+        (torch.float32, 16, "compiled"),
+        (torch.float64, 64, "eager"),
+        (torch.bfloat16, 8, "eager"),
+    ],
+)
+def test_on_cuda_auto_is_compiled_where_there_is_a_kernel(
+    dtype: torch.dtype, head_dim: int, expected: str
+) -> None:
+    assert resolve_backend("auto", torch.device("cuda"), dtype, head_dim) == expected
+
+
+def test_a_mask_with_padded_rows_and_tokens_changes_no_output() -> None:
+    """Shapes are padded to buckets so that kernels recur."""
+    _, _, step = make(added=5)
+    more = torch.nn.functional.pad(step.positions, (0, 3, 0, 2), value=-1)
+    table = torch.nn.functional.pad(step.physical, (0, 0, 0, 2))
+    padded = step.replace(positions=more, physical=table)
+    actual, expected = call(step, padded.mask()), call(step, step.mask())
+    assert relative_error(actual, expected) <= ATTENTION_FLOAT64
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
+    for count in range(1, 5000):
+        size = bucket(count, steps=steps)
+        assert count <= size < count + max(1, count / steps), f"{size} for {count}"
+        assert bucket(size, steps=steps) == size
+    assert len({bucket(count, steps=steps) for count in range(1025, 2049)}) == steps

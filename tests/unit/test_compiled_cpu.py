@@ -1,0 +1,88 @@
+"""The fused kernel on the CPU: few cases, since each shape costs seconds to compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import Paged, Step, assert_right, make_geometry
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from granite_paged import attention
+
+PAST = (37, 5, 16)
+HALF_ROUNDINGS = 2
+"""The kernel rounds the softmax's weights to a half type, and its output."""
+
+
+def make(added: int = 1, seed: int = 0, **geometry: object) -> tuple[Paged, dict[int, int], Step]:
+    """Always the same shapes, so that decode is compiled once for this file."""
+    sizes = {"page_size": 16, "head_dim": 64, "dtype": torch.float32, **geometry}
+    paged = Paged(make_geometry(**sizes), seed=seed)
+    growth = {paged.open(tokens): added for tokens in PAST}
+    return paged, growth, paged.step(growth)
+
+
+def test_a_compiled_decode_is_right() -> None:
+    paged, added, step = make()
+    assert_right(paged, step, added, step.attend(backend="compiled"))
+
+
+def test_the_next_step_compiles_nothing() -> None:
+    """Page tables, positions and masks are data; only shapes may be compiled."""
+    make()[2].attend(backend="compiled")
+    paged, added, step = make(seed=1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = step.attend(backend="compiled")
+    assert_right(paged, step, added, out)
+
+
+def test_poison_in_foreign_pages_and_tails_never_reaches_a_compiled_output() -> None:
+    """Foreign pages are never read. Tails of one's own are, with weight 0: they may hold anything
+    finite, and the allocator's plan scrubs them of what is not."""
+    paged, added, step = make()
+    unread = paged.unread_slots(added)
+    own_pages = [page for sequence in added for page in paged.allocator.pages_of(sequence)]
+    tails = torch.zeros_like(unread).view(-1, 16)
+    tails[own_pages] = True
+    tails = tails.flatten() & unread
+    keys, values = step.keys.clone(), step.values.clone()
+    keys[:, :, unread] = values[:, :, unread] = torch.nan
+    keys[:, :, tails] = values[:, :, tails] = 1e30
+    out = step.replace(keys=keys, values=values).attend(backend="compiled")
+    assert torch.equal(out, step.attend(backend="compiled"))
+
+
+def test_at_the_recompile_limit_it_raises_and_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seen in torch: past the limit compiled FlexAttention becomes eager with a log line."""
+    make()[2].attend(backend="compiled")
+    monkeypatch.setattr(attention, "RECOMPILE_LIMIT", 1)
+    other = make(kv_heads=1)[2]
+    with pytest.raises(FailOnRecompileLimitHit):
+        other.attend(backend="compiled")
+
+
+def test_a_compiled_prefill_is_right() -> None:
+    paged, added, step = make(added=45)
+    assert_right(paged, step, added, step.attend(backend="compiled"))
+
+
+def test_a_compiled_bfloat16_decode_is_right() -> None:
+    paged, added, step = make(dtype=torch.bfloat16, head_dim=96)
+    out = step.attend(backend="compiled")
+    assert_right(paged, step, added, out, roundings=HALF_ROUNDINGS)
+
+
+def test_inside_a_traced_region_attention_is_fused_into_it() -> None:
+    """As a compiled layer calls it: no graph break, and nothing of the host in it."""
+    paged, added, step = make()
+    mask = step.mask()
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def layer(query: torch.Tensor) -> torch.Tensor:
+        return attention.paged_attention(
+            query, step.keys, step.values, mask, scale=step.scale, backend="eager"
+        )
+
+    assert_right(paged, step, added, layer(step.query))

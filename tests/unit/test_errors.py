@@ -1,0 +1,113 @@
+"""Refusals: typed, in one line, with the numbers in them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+
+from granite_paged import errors
+from granite_paged.errors import (
+    CheckpointError,
+    DoubleFree,
+    GeometryError,
+    GranitePagedError,
+    InvalidRequest,
+    NonFinite,
+    OutOfPages,
+    OutOfRows,
+    PaddingError,
+    PromptError,
+    UnknownSequence,
+    UnsupportedModel,
+)
+
+EXAMPLES = [
+    OutOfPages(needed=5, free=3),
+    OutOfPages(needed=5, free=3, advice="raise max_tokens"),
+    OutOfRows(needed=9, rows=8),
+    UnknownSequence(41),
+    DoubleFree(7),
+    NonFinite([2, 6]),
+    UnsupportedModel("model type 'llama'"),
+    GeometryError("page_size must be a power of two, 12 given"),
+    InvalidRequest("sequence 3 cannot grow by -1 tokens"),
+    CheckpointError("model.safetensors is missing"),
+]
+
+
+def names(error: GranitePagedError) -> str:
+    return type(error).__name__
+
+
+def error_types() -> list[type[Exception]]:
+    found = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
+    return [kind for kind in found if issubclass(kind, Exception)]
+
+
+@pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
+def test_every_error_can_be_caught_by_the_base(kind: type[Exception]) -> None:
+    assert issubclass(kind, GranitePagedError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (GeometryError, ValueError),
+        (InvalidRequest, ValueError),
+        (PaddingError, ValueError),
+        (PromptError, ValueError),
+        (UnknownSequence, KeyError),
+        (UnsupportedModel, TypeError),
+        (NonFinite, ArithmeticError),
+    ],
+)
+def test_an_error_is_also_the_builtin_a_caller_would_expect(kind, builtin) -> None:
+    assert issubclass(kind, builtin)
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=names)
+def test_a_message_is_one_plain_line(error: GranitePagedError) -> None:
+    message = str(error)
+    assert message
+    assert "\n" not in message
+    assert not message.startswith(("'", '"')), "shown as a repr, as KeyError does"
+
+
+@pytest.mark.parametrize(
+    ("error", "numbers"),
+    [
+        (OutOfPages(needed=5, free=3), {"needed": 5, "free": 3}),
+        (OutOfRows(needed=9, rows=8), {"needed": 9, "rows": 8}),
+        (UnknownSequence(41), {"sequence": 41}),
+        (DoubleFree(7), {"sequence": 7}),
+    ],
+    ids=lambda value: names(value) if isinstance(value, Exception) else "",
+)
+def test_the_numbers_are_attributes_and_in_the_message(error, numbers) -> None:
+    assert vars(error) == numbers
+    assert all(str(number) in str(error) for number in numbers.values())
+
+
+def test_non_finite_names_every_layer() -> None:
+    error = NonFinite([2, 6])
+    assert error.layers == (2, 6)
+    assert "layer 2, 6" in str(error)
+
+
+def test_advice_ends_the_message() -> None:
+    assert str(OutOfPages(needed=2, free=1, advice="wait")).endswith("; wait")
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=names)
+@pytest.mark.parametrize(
+    "through", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy], ids=["pickle", "copy"]
+)
+def test_an_error_crosses_processes_with_its_numbers(error, through) -> None:
+    """concurrent.futures pickles what a worker raises; a failure to do so kills the pool."""
+    arrived = through(error)
+    assert type(arrived) is type(error)
+    assert str(arrived) == str(error)
+    assert vars(arrived) == vars(error)

@@ -1,0 +1,157 @@
+"""Sizes: read off the config, validated once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from strategies import make_geometry
+from tiny import SIZES
+from transformers import GraniteMoeHybridConfig, LlamaConfig
+
+from granite_paged.errors import GeometryError, UnsupportedModel
+from granite_paged.geometry import CacheGeometry, PagedConfig
+
+
+def from_config(**sizes: object) -> CacheGeometry:
+    config = GraniteMoeHybridConfig(**{**SIZES, **sizes})
+    return CacheGeometry.from_config(config, page_size=16, dtype=torch.bfloat16)
+
+
+# -- what a user may choose ---------------------------------------------------------------------
+
+
+def test_the_defaults_are_valid() -> None:
+    assert PagedConfig().page_size == 128
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16, 1024])
+def test_a_page_size_is_any_power_of_two(page_size: int) -> None:
+    assert PagedConfig(page_size=page_size).page_size == page_size
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("page_size", size) for size in (0, -1, -16, 3, 12, 96, 100)],
+        *[("memory_fraction", part) for part in (0.0, -0.1, 1.01, float("nan"), float("inf"))],
+        *[("max_tokens", tokens) for tokens in (0, -1, 127)],
+        *[("max_sequences", rows) for rows in (0, -1)],
+        *[("backend", name) for name in ("", "Eager", "triton", None)],
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_its_name(field: str, value: object) -> None:
+    with pytest.raises(GeometryError, match=field):
+        PagedConfig(**{field: value})
+
+
+def test_one_page_is_enough_for_max_tokens() -> None:
+    assert PagedConfig(page_size=128, max_tokens=128).max_tokens == 128
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field"), [(PagedConfig(), "page_size"), (make_geometry(), "head_dim")]
+)
+def test_sizes_cannot_change_after_they_were_validated(sizes: object, field: str) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(sizes, field, 3)
+
+
+# -- what the model says ------------------------------------------------------------------------
+
+
+def test_a_hybrid_config_gives_its_layers_and_heads() -> None:
+    assert from_config() == CacheGeometry(
+        page_size=16,
+        attention_layers=(1, 3),
+        mamba_layers=(0, 2),
+        query_heads=6,
+        kv_heads=2,
+        head_dim=8,
+        dtype=torch.bfloat16,
+    )
+
+
+class RawConfig:
+    """A config as a checkpoint of either age has it."""
+
+    model_type = "granitemoehybrid"
+    num_attention_heads = 6
+    num_key_value_heads = 2
+    hidden_size = 48
+
+    def __init__(self, kinds: list[str], **more: object) -> None:
+        self.layers_block_type = kinds
+        vars(self).update(more)
+
+
+def from_raw(*kinds: str, **more: object) -> CacheGeometry:
+    config = RawConfig(list(kinds), **more)
+    return CacheGeometry.from_config(config, page_size=16, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("mamba", "attention"), ("linear_attention", "full_attention")], ids=str
+)
+def test_layer_kinds_are_read_under_their_old_and_new_names(kinds: tuple[str, str]) -> None:
+    geometry = from_raw(*kinds)
+    assert (geometry.mamba_layers, geometry.attention_layers) == ((0,), (1,))
+
+
+def test_an_explicit_head_dim_beats_the_quotient() -> None:
+    assert from_raw("attention", head_dim=96).head_dim == 96
+
+
+@pytest.mark.parametrize("absent", [{}, {"head_dim": None}], ids=["missing", "none"])
+def test_without_a_head_dim_it_is_the_quotient(absent: dict[str, None]) -> None:
+    assert from_raw("attention", **absent).head_dim == 8
+
+
+def test_an_unknown_kind_of_layer_is_refused_by_name() -> None:
+    with pytest.raises(GeometryError, match="sliding_window"):
+        from_raw("attention", "sliding_window")
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(GeometryError, match="no attention layer"):
+        from_raw("mamba", "mamba")
+
+
+def test_another_model_type_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match="llama"):
+        CacheGeometry.from_config(LlamaConfig(), page_size=16, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 4), (2, 4), (6, 0), (6, -2)])
+def test_heads_that_do_not_share_evenly_are_refused(query_heads: int, kv_heads: int) -> None:
+    with pytest.raises(GeometryError, match=f"{query_heads} query heads"):
+        dataclasses.replace(make_geometry(), query_heads=query_heads, kv_heads=kv_heads)
+
+
+# -- what follows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pages"),
+    [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (2**40 + 1, 2**36 + 1)],
+)
+def test_pages_for_rounds_up(tokens: int, pages: int) -> None:
+    assert make_geometry(page_size=16).pages_for(tokens) == pages
+
+
+@pytest.mark.parametrize(
+    ("dtype", "itemsize"),
+    [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)],
+)
+def test_a_token_costs_keys_and_values_of_every_attention_layer(dtype, itemsize) -> None:
+    geometry = dataclasses.replace(
+        make_geometry(page_size=32, kv_heads=4, head_dim=64, dtype=dtype),
+        attention_layers=(5, 15, 25, 35),
+    )
+    assert geometry.bytes_per_token == 2 * 4 * 4 * 64 * itemsize
+    assert geometry.bytes_per_page == 32 * geometry.bytes_per_token
+
+
+def test_the_group_is_query_heads_over_kv_heads() -> None:
+    assert make_geometry(group=5, kv_heads=3).group == 5

@@ -1,0 +1,250 @@
+"""Which slot may be seen by which query, slot by slot and page by page."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import (
+    Paged,
+    Step,
+    allowed_slots,
+    assert_right,
+    make_geometry,
+    partial_pages,
+    whole_pages,
+)
+
+from granite_paged.allocator import NULL_PAGE
+from granite_paged.masks import PADDING, QUERY_BLOCK, paged_block_mask
+from granite_paged.page_table import NOBODY
+
+# Pages of 4. Row 0 holds pages 3, 1, 5; row 1 holds page 2; page 4 is free.
+PHYSICAL = torch.tensor([[3, 1, 5], [2, NULL_PAGE, NULL_PAGE]], dtype=torch.int32)
+LOGICAL = torch.tensor([NOBODY, 1, 0, 0, NOBODY, 2], dtype=torch.int32)
+
+
+def make(positions: list[list[int]], *, group: int = 1, rows: tuple[int, ...] = (0, 1)):
+    return paged_block_mask(
+        PHYSICAL[list(rows)],
+        LOGICAL,
+        torch.tensor(positions, dtype=torch.int32),
+        page_size=4,
+        group=group,
+    )
+
+
+def seen(mask, row: int = 0, folded_row: int = 0) -> list[int]:
+    """Slots a query may see."""
+    return allowed_slots(mask)[row, folded_row].nonzero()[:, 0].tolist()
+
+
+# -- the mask_mod -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("position", "slots"),
+    [
+        (0, [12]),
+        (3, [12, 13, 14, 15]),
+        (4, [4, 12, 13, 14, 15]),
+        (8, [4, 5, 6, 7, 12, 13, 14, 15, 20]),
+        (11, [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),
+    ],
+)
+def test_a_query_sees_its_own_pages_up_to_itself(position: int, slots: list[int]) -> None:
+    assert seen(make([[position], [0]])) == slots
+
+
+def test_the_tail_of_a_partly_filled_page_is_never_seen() -> None:
+    """Seen in torch where the KV length is no multiple of the page: the tail is attended."""
+    assert seen(make([[5], [2]]), row=1) == [8, 9, 10]
+
+
+def test_padding_sees_nothing() -> None:
+    mask = make([[PADDING, 0], [PADDING, PADDING]])
+    assert seen(mask, row=0, folded_row=0) == []
+    assert seen(mask, row=1, folded_row=1) == []
+
+
+def test_another_rows_page_at_the_same_logical_place_is_not_mine() -> None:
+    """Pages 2 and 3 are both logical page 0: the inverse map alone cannot tell them apart."""
+    mask = make([[11], [3]])
+    assert not set(seen(mask, row=0)) & set(seen(mask, row=1))
+
+
+@pytest.mark.parametrize("page", [NULL_PAGE, 4])
+def test_the_null_page_and_free_pages_are_never_seen(page: int) -> None:
+    slots = slice(4 * page, 4 * page + 4)
+    assert not allowed_slots(make([[11], [3]]))[:, :, slots].any()
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8])
+def test_the_members_of_a_group_see_the_same(group: int) -> None:
+    one = allowed_slots(make([[4, 5], [0, 1]]))
+    folded = allowed_slots(make([[4, 5], [0, 1]], group=group))
+    assert torch.equal(folded, one.repeat_interleave(group, dim=1))
+
+
+@pytest.mark.parametrize("rows", [(1, 0), (1,), (0,), (1, 1, 0)], ids=str)
+def test_a_mask_of_some_rows_in_any_order_uses_those_rows_tables(rows: tuple[int, ...]) -> None:
+    """Seen in torch PagedAttention and attention-gym: tables of the chosen rows are met with the
+    inverse map of rows 0, 1, ... (error 2.7)."""
+    positions = [[7], [2]]
+    whole = allowed_slots(make(positions))
+    some = allowed_slots(make([positions[row] for row in rows], rows=rows))
+    assert torch.equal(some, whole[list(rows)])
+
+
+def test_a_page_shared_by_a_fork_is_seen_by_both() -> None:
+    """One physical page in several rows, always at the same place: one inverse map is enough."""
+    shared = PHYSICAL.clone()
+    shared[1, 0] = 3
+    mask = paged_block_mask(
+        shared,
+        LOGICAL,
+        torch.tensor([[3], [1]], dtype=torch.int32),
+        page_size=4,
+        group=1,
+    )
+    assert (seen(mask, 0), seen(mask, 1)) == ([12, 13, 14, 15], [12, 13])
+
+
+@pytest.mark.parametrize("stale", [1, 3, 5])
+def test_a_table_entry_that_the_inverse_map_contradicts_is_not_believed(stale: int) -> None:
+    """Row 1 names a page of row 0 where that page does not stand."""
+    contradicted = PHYSICAL.clone()
+    place = (int(LOGICAL[stale]) + 1) % 3
+    contradicted[1] = torch.tensor([2, 0, 0])
+    contradicted[1, place] = stale
+    mask = paged_block_mask(
+        contradicted, LOGICAL, torch.tensor([[11], [11]], dtype=torch.int32), page_size=4, group=1
+    )
+    assert not set(seen(mask, row=1)) & set(range(4 * stale, 4 * stale + 4))
+
+
+# -- the lists ----------------------------------------------------------------------------------
+
+
+def named(pages: torch.Tensor) -> list[list[int]]:
+    """Pages listed for each query block of row 0."""
+    return [block.nonzero()[:, 0].tolist() for block in pages[0]]
+
+
+@pytest.mark.parametrize(
+    ("position", "whole", "partial"),
+    [
+        (0, [], [3]),
+        (2, [], [3]),
+        (3, [3], []),
+        (4, [3], [1]),
+        (7, [1, 3], []),
+        (9, [1, 3], [5]),
+        (11, [1, 3, 5], []),
+    ],
+)
+def test_a_decode_lists_filled_pages_whole_and_the_last_in_part(position, whole, partial) -> None:
+    mask = make([[position], [0]])
+    assert named(whole_pages(mask)) == [whole]
+    assert named(partial_pages(mask)) == [partial]
+
+
+def test_a_prefill_lists_in_part_what_some_of_its_rows_may_not_see() -> None:
+    mask = make([[0, 1, 2, 3, 4, 5], [PADDING] * 5 + [0]])
+    assert named(whole_pages(mask)) == [[]]
+    assert named(partial_pages(mask)) == [[1, 3]]
+
+
+def test_a_chunk_lists_its_past_whole() -> None:
+    mask = make([[8, 9], [0, 1]])
+    assert named(whole_pages(mask)) == [[1, 3]]
+    assert named(partial_pages(mask)) == [[5]]
+
+
+def test_one_padded_row_keeps_a_block_from_whole_pages() -> None:
+    """A whole page is applied to every row of the block, so padding would attend."""
+    mask = make([[PADDING, 8], [0, 1]])
+    assert named(whole_pages(mask)) == [[]]
+    assert named(partial_pages(mask)) == [[1, 3, 5]]
+
+
+def test_a_row_of_padding_lists_nothing() -> None:
+    mask = make([[PADDING], [0]])
+    assert (named(whole_pages(mask)), named(partial_pages(mask))) == ([[]], [[]])
+
+
+def long_prefill(tokens: int, group: int, past: int = 0) -> tuple[Paged, dict[int, int], Step]:
+    paged = Paged(make_geometry(page_size=16, group=group, kv_heads=1))
+    added = {paged.open(past): tokens}
+    return paged, added, paged.step(added)
+
+
+@pytest.mark.parametrize("group", [1, 3, 5])
+@pytest.mark.parametrize("tokens", [QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 300])
+def test_each_query_block_lists_its_own_pages(group: int, tokens: int) -> None:
+    """Group boundaries need not meet query blocks: a token's members may lie in two of them."""
+    _, _, step = long_prefill(tokens, group, past=33)
+    mask = step.mask()
+    blocks = -(-tokens * group // QUERY_BLOCK)
+    first = 33 + torch.arange(blocks) * QUERY_BLOCK // group  # position of a block's first row
+    last = (
+        33 + ((torch.arange(blocks) + 1) * QUERY_BLOCK - 1).clamp(max=tokens * group - 1) // group
+    )
+    assert torch.equal(whole_pages(mask)[0].sum(dim=1), (first + 1) // 16)
+    assert torch.equal((whole_pages(mask) + partial_pages(mask))[0].sum(dim=1), last // 16 + 1)
+
+
+@pytest.mark.parametrize("tokens", [43, 127, 129, 300])
+def test_query_counts_that_do_not_divide_the_tile_are_right(tokens: int) -> None:
+    """Seen in torch: wrong output where the query count is no multiple of the tile."""
+    paged, added, step = long_prefill(tokens, group=3)
+    assert_right(paged, step, added, step.attend())
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16, 128, 256])
+def test_a_block_of_the_mask_is_one_page(page_size: int) -> None:
+    """Seen in torch: where a block spans pages, output follows physical placement."""
+    paged = Paged(make_geometry(page_size=page_size))
+    step = paged.step({paged.open(5): 1})
+    mask = step.mask()
+    assert (QUERY_BLOCK, page_size) == mask.BLOCK_SIZE
+    assert mask.shape[-1] == step.keys.shape[2]
+
+
+def test_the_dense_view_of_the_lists_shows_the_same_pages() -> None:
+    """BlockMask's own reading of the lists agrees with ours."""
+    _, _, step = long_prefill(100, 3, past=33)
+    mask = step.mask()
+    listed = whole_pages(mask) + partial_pages(mask)
+    assert torch.equal(mask.to_dense()[:, 0].bool(), listed.bool())
+
+
+# -- what a mask costs --------------------------------------------------------------------------
+
+
+def list_bytes(pages: int, group: int = 1, device: str = "meta") -> int:
+    mask = paged_block_mask(
+        torch.zeros(4, 32, dtype=torch.int32, device=device),
+        torch.zeros(pages, dtype=torch.int32, device=device),
+        torch.zeros(4, 1, dtype=torch.int32, device=device),
+        page_size=16,
+        group=group,
+    )
+    lists = (
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+    )
+    assert mask.q_indices is None, "lists for the backward pass were made"
+    return sum(tensor.nbytes for tensor in lists)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_a_mask_costs_neither_groups_nor_pool_pages(group: int) -> None:
+    """Seen in vLLM: building the mask takes groups times pool pages, 8.45 GiB at warm-up."""
+    assert list_bytes(10**6, group) == list_bytes(64, 1) == 2 * 4 * 4 * (32 + 1)
+
+
+def test_on_the_cpu_a_mask_costs_one_entry_a_pool_page() -> None:
+    """The CPU kernel refuses shorter lists."""
+    assert list_bytes(1000, device="cpu") == 2 * 4 * 4 * (1000 + 1)

@@ -1,0 +1,127 @@
+"""The device's copy of who holds which page."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from strategies import CPU, Paged, make_geometry
+
+from granite_paged.allocator import NULL_PAGE, PageAllocator
+from granite_paged.page_table import NOBODY, PageTable
+
+
+def index(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def test_a_new_table_names_the_null_page_everywhere_and_nobody_holds_any() -> None:
+    """Seen in intel-xpu-backend-for-triton: an entry of -1 reaches a kernel."""
+    table = PageTable(2, 3, 5, CPU)
+    assert table.physical.tolist() == [[NULL_PAGE] * 3] * 2
+    assert table.logical.tolist() == [NOBODY] * 5
+
+
+def test_a_written_entry_shows_in_both_maps() -> None:
+    table = PageTable(2, 3, 6, CPU)
+    table.write(index(0, 1), index(2, 0), index(5, 3))
+    assert table.physical.tolist() == [[0, 0, 5], [3, 0, 0]]
+    assert table.logical.tolist() == [NOBODY, NOBODY, NOBODY, 0, NOBODY, 2]
+
+
+def test_a_forgotten_page_leaves_the_inverse_map() -> None:
+    """Seen in torch PagedAttention.erase: chained advanced indexing writes to a copy, and the
+    inverse map outlives its owner."""
+    table = PageTable(1, 2, 4, CPU)
+    table.write(index(0, 0), index(0, 1), index(2, 3))
+    table.forget(index(2, 3))
+    assert table.logical.tolist() == [NOBODY] * 4
+
+
+@pytest.mark.parametrize("pages", [(), (2,)])
+def test_forgetting_some_pages_leaves_the_others(pages: tuple[int, ...]) -> None:
+    table = PageTable(1, 2, 4, CPU)
+    table.write(index(0, 0), index(0, 1), index(2, 3))
+    table.forget(index(*pages))
+    assert table.logical[3] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "pages"), [(4, 2, 5), (2, 7, 5), (2, 2, 50), (9, 9, 9), (1, 1, 1)]
+)
+def test_growing_any_side_keeps_the_contents(rows: int, width: int, pages: int) -> None:
+    table = PageTable(2, 2, 5, CPU)
+    table.write(index(0, 1, 1), index(1, 0, 1), index(4, 2, 3))
+    before, held = table.physical.clone(), table.logical.clone()
+    table.fit(rows=rows, width=width, pages=pages)
+    assert table.physical.shape >= (max(rows, 2), max(width, 2))
+    assert len(table.logical) == max(pages, 5)
+    assert torch.equal(table.physical[:2, :2], before)
+    assert torch.equal(table.logical[:5], held)
+    assert table.physical.count_nonzero() == before.count_nonzero(), "new entries name pages"
+    assert (table.logical[5:] == NOBODY).all()
+
+
+def test_a_table_that_fits_is_not_reallocated() -> None:
+    """A captured graph holds its address."""
+    table = PageTable(4, 4, 9, CPU)
+    before = table.physical.data_ptr(), table.logical.data_ptr()
+    table.fit(rows=3, width=4, pages=9)
+    assert (table.physical.data_ptr(), table.logical.data_ptr()) == before
+
+
+def test_a_long_decode_rarely_reallocates() -> None:
+    table = PageTable(1, 1, 2, CPU)
+    addresses = set()
+    kept = []  # so that no address is used again
+    for width in range(1, 1001):
+        table.fit(rows=1, width=width, pages=2)
+        addresses.add(table.physical.data_ptr())
+        kept.append(table.physical)
+    assert len(addresses) <= 1 + (1000).bit_length()
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1], [1], [], [1, 1, 1, 1]], ids=str)
+def test_selecting_rows_moves_whole_rows(rows: list[int]) -> None:
+    table = PageTable(2, 2, 5, CPU)
+    table.write(index(0, 0, 1), index(0, 1, 0), index(4, 2, 3))
+    before = table.physical.clone()
+    table.select_rows(index(*rows))
+    assert torch.equal(table.physical, before[rows])
+
+
+def test_the_table_costs_four_bytes_an_entry() -> None:
+    assert PageTable(3, 5, 7, CPU).nbytes == 4 * (3 * 5 + 7)
+
+
+def test_a_table_in_step_with_the_allocator_is_valid() -> None:
+    paged = Paged(make_geometry(page_size=4))
+    paged.fork(paged.open(10))
+    paged.open(3)
+    paged.table.check_valid(paged.allocator, paged.rows)
+    assert (paged.table.logical >= 0).sum() == paged.allocator.held
+
+
+def test_writing_past_the_table_is_refused() -> None:
+    """Seen in torch PagedAttention.assign: an unreserved position wraps around to another
+    sequence's page."""
+    table = PageTable(1, 2, 4, CPU)
+    with pytest.raises(IndexError):
+        table.write(index(0), index(2), index(1))
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_reading_a_table_back_costs_no_more_than_its_entries(rows: int) -> None:
+    """`nbytes` is all there is: no copy of the table hides beside it."""
+    table = PageTable(rows, 8, 100, CPU)
+    tensors = [value for value in vars(table).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.nbytes for tensor in tensors) == table.nbytes
+
+
+def test_a_page_at_two_places_of_a_row_is_refused() -> None:
+    """Seen in vLLM: one physical page twice in a row; an inverse map can only mean one place."""
+    allocator = PageAllocator(5, 4)
+    sequence = allocator.open()
+    allocator.append({sequence: 8})
+    allocator._sequences[sequence].pages[1] = allocator._sequences[sequence].pages[0]
+    with pytest.raises(AssertionError):
+        allocator.check_valid()
