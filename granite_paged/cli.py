@@ -295,7 +295,7 @@ def generate(
 
     \b
     granite-paged generate --model ibm-granite/granite-4.0-h-1b "Paged attention is"
-    granite-paged generate "<bos> <plain> red-fox oak-bell and red-fox <ask>" --max-new-tokens 1
+    granite-paged generate "<bos> <plain> red-fox copper-bell and red-fox <ask>" --max-new-tokens 1
     """
     import torch
     from transformers import TextStreamer, set_seed

@@ -22,6 +22,7 @@ settings.register_profile(
 settings.register_profile(
     "deep", settings.get_profile("default"), max_examples=2000, derandomize=False, print_blob=True
 )
+settings.register_profile("wide", settings.get_profile("deep"), max_examples=300)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

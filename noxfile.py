@@ -1,0 +1,103 @@
+"""Every check of the project: `nox -l` lists them, `nox -s tests` is the one to run first."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import nox
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "typing", "tests"]
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+WORKERS = os.environ.get("PYTEST_WORKERS", "auto")
+ALLOCATOR_STEPS = "1000000"
+
+# the oldest and the newest that the project claims, and what lies between their corners
+MATRIX = [
+    ("2.9.1", "5.17.0"),
+    ("2.15.0", "5.23.0"),
+]
+
+
+def install(session: nox.Session, *groups: str, package: bool = True) -> None:
+    """Dependency groups of pyproject.toml, and the package itself as a user would have it."""
+    session.install(*nox.project.dependency_groups(PROJECT, *groups), *(["."] if package else []))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    install(session, "lint", package=False)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy, strict, on the package."""
+    install(session, "typing")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All layers that need no GPU. Arguments go to pytest: `nox -s tests -- -k fork`."""
+    install(session, "tests")
+    arguments = session.posargs or ["--durations=10"]
+    session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *arguments)
+
+
+@nox.session(name="property")
+def property_(session: nox.Session) -> None:
+    """The allocator for a million steps, and generated cases many times deeper."""
+    install(session, "tests")
+    pytest = ("python", "-m", "pytest", "-n", WORKERS, *session.posargs)
+    steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": ALLOCATOR_STEPS}
+    session.run(*pytest, "tests/property/test_allocator_machine.py", env=steps)
+    session.run(*pytest, "tests/property", env={"HYPOTHESIS_PROFILE": "wide"})
+
+
+@nox.session
+def snapshots(session: nox.Session) -> None:
+    """Rewrite golden data, then show what changed. Logits are refused where paged is not SDPA."""
+    install(session, "tests")
+    session.run("python", "-m", "pytest", "tests/golden", "--snapshot-update", *session.posargs)
+    session.run("git", "--no-pager", "diff", "--stat", "--", "golden", external=True)
+    session.run("git", "--no-pager", "diff", "--", "golden/tables", external=True)
+    session.run("git", "status", "--short", "--", "golden", external=True)
+
+
+@nox.session
+def verify(session: nox.Session) -> None:
+    """The main job, as a user runs it: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
+    session.install(".")
+    session.run("granite-paged", "verify", *session.posargs)
+
+
+@nox.session
+def gpu_tests(session: nox.Session) -> None:
+    """The suite on a CUDA device. Fails where there is none, as a gate that ran nothing must."""
+    install(session, "tests")
+    refusal = "sys.exit('gpu_tests: no CUDA device here, so nothing was tested')"
+    session.run("python", "-c", f"import sys, torch; torch.cuda.is_available() or {refusal}")
+    session.run("python", "-m", "pytest", "tests/gpu", "--durations=10", *session.posargs)
+
+
+@nox.session
+@nox.parametrize(
+    ("torch", "transformers"), MATRIX, ids=[f"torch{t}-transformers{f}" for t, f in MATRIX]
+)
+def matrix(session: nox.Session, torch: str, transformers: str) -> None:
+    """The claimed ends of the version ranges."""
+    pins = [f"torch=={torch}", f"transformers=={transformers}"]
+    session.install(*nox.project.dependency_groups(PROJECT, "tests"), ".", *pins)
+    session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *session.posargs)
+
+
+if __name__ == "__main__":
+    sys.exit("run it with nox: `nox -l`")

@@ -1,0 +1,55 @@
+"""What the documents say is what there is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_ci_calls_exactly_the_readmes_test_command() -> None:
+    (command,) = [block.strip() for block in blocks("sh") if "nox -s tests" in block]
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_nox_session_of_the_readme_exists() -> None:
+    sessions = re.findall(
+        r"^def (\w+?)_?\(session", (ROOT / "noxfile.py").read_text(), re.MULTILINE
+    )
+    named = {name for names in re.findall(r"nox -s ([a-z_ ]+)", README) for name in names.split()}
+    assert named <= set(sessions)
+    assert set(sessions) <= named, "a session that the README does not mention"
+
+
+def test_the_python_example_runs_and_recalls() -> None:
+    (example,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", example], check=False, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["copper-bell"]
+
+
+def test_modules_import_upward_only() -> None:
+    order = re.search(r"import upward only: (.*?)\.\n", README, flags=re.DOTALL)
+    assert order is not None
+    names = re.findall(r"`(\w+)`", order.group(1))
+    for place, name in enumerate(names):
+        text = (ROOT / "granite_paged" / f"{name}.py").read_text(encoding="utf-8")
+        used = set(re.findall(r"from granite_paged\.(\w+) import", text)) & set(names)
+        assert used <= set(names[:place]), f"{name} imports {used - set(names[:place])}"
+
+
+@pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", ".github/workflows/ci.yml"])
+def test_the_usual_files_are_there(path: str) -> None:
+    assert (ROOT / path).stat().st_size > 0
