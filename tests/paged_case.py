@@ -26,9 +26,9 @@ class PagedCase:
     head_dim: int
     dtype: torch.dtype
     pool_pages: int = 0  # 0: just enough
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
-        self.device = torch.device("cuda", 0)
         self.scale = self.head_dim**-0.5
         self.draw = torch.Generator(self.device).manual_seed(len(self.lengths) + self.queries)
         needed = 3 + sum(-(-n // self.page_size) for n in self.lengths)

@@ -229,3 +229,16 @@ def test_page_size_changes_no_token() -> None:
         with paged(model, PagedConfig(page_size=page_size)):
             answers.append(generate(model, ids, mask, do_sample=False).sequences.tolist())
     assert all(answer == answers[0] for answer in answers)
+
+
+def test_compiled_kernels_give_the_same_tokens_and_are_made_once() -> None:
+    model = tiny_model()
+    ids, mask = prompts()
+    options = {"do_sample": False, "max_new_tokens": 14, "min_new_tokens": 14}
+    expected = generate(model, ids, mask, **options)
+    with paged(model, PagedConfig(page_size=8, backend="compiled")):
+        actual = generate(model, ids, mask, **options)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            again = generate(model, ids[:, 1:], mask[:, 1:], **options)
+    assert actual.sequences.tolist() == expected.sequences.tolist()
+    assert again.sequences.shape == (3, 20 + 14)

@@ -24,9 +24,8 @@ def test_ci_calls_exactly_the_readmes_test_command() -> None:
 
 def test_every_nox_session_of_the_readme_exists() -> None:
     noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-    sessions = re.findall(
-        r"^@nox\.session[^\n]*\n(?:[@ )][^\n]*\n)*def (\w+?)_?\(", noxfile, re.MULTILINE
-    )
+    session = r"^@nox\.session[^\n]*\n(?:[@ )][^\n]*\n)*def (\w+?)_?\("
+    sessions = re.findall(session, noxfile, re.MULTILINE)
     assert len(sessions) == noxfile.count("@nox.session")
     named = {name for names in re.findall(r"nox -s ([a-z_ ]+)", README) for name in names.split()}
     assert named <= set(sessions)
