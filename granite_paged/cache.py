@@ -8,8 +8,8 @@ One step, one way::
     update       device  K and V into the pool; the pool goes to FlexAttention
     end_step     host    refuse NaN, count the columns
 
-Rows of the batch are sequences of the allocator. transformers counts *columns*, padding included
-(`get_seq_length`); pages hold *tokens*, padding excluded.
+Rows of the batch are sequences of the allocator. transformers counts columns (`get_seq_length`),
+pages hold tokens: see `columns.py`.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from granite_paged.allocator import AppendPlan, PageAllocator
 from granite_paged.attention import bucket, resolve_backend
+from granite_paged.columns import Columns, NewColumns
 from granite_paged.errors import (
     CacheReleased,
+    GeometryError,
     GranitePagedError,
     InvalidRequest,
     NonFinite,
     NotPatched,
     OutOfPages,
     OutOfRows,
-    PaddingError,
-    PromptError,
 )
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.mamba import MambaRows
@@ -51,19 +51,17 @@ class Step:
     """What the layers of one forward pass share.
 
     Attributes:
-        columns: new columns of the batch, padding included (S).
+        columns: the new columns of the batch, padding included.
         slots: [B * S] int64, where each new token's K and V go.
         block_mask: for every attention layer.
         mamba_mask: [B, S], or None where no column is padding.
-        recorded: [B, columns so far + S] bool, which columns are tokens; None where all are.
         finite: layer -> [] bool on the device, whether its K and V were.
     """
 
-    columns: int
+    columns: NewColumns
     slots: Tensor
     block_mask: BlockMask
     mamba_mask: Tensor | None
-    recorded: Tensor | None
     finite: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -115,7 +113,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """
 
     _step: Step | None
-    _recorded: Tensor | None  # [B, columns] bool: which are tokens; None: all
 
     def __init__(
         self,
@@ -166,18 +163,23 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """
         if self._failure:
             raise CacheReleased(f"{self._failure}; call reset() and start over")
-        valid = self._valid_tokens(batch, columns, attention_mask)
+        if self._rows and batch != len(self._rows):
+            raise InvalidRequest(f"the cache holds {len(self._rows)} rows, the batch has {batch}")
+        started = [self.allocator.length(s) > 0 for s in self._rows] or [False] * batch
+        new = self._columns.check(attention_mask, columns, started)
         fresh = not self._rows
         if fresh:
             self._open_rows(batch)
         try:
-            step = self._plan_step(columns, valid, attention_mask)
-        except GranitePagedError:
+            self._step = self._plan_step(new, attention_mask)
+        except GranitePagedError:  # refused before anything changed
             if fresh:
                 self._close_rows()
             raise
-        self._step = step
-        return step
+        except BaseException:
+            self.fail_step("a step of this cache could not be prepared")
+            raise
+        return self._step
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's share of the step. keys, values: [B, Hkv, S, D]. Returns the pool's."""
@@ -209,8 +211,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             if bad:
                 self.fail_step("a step met NaN or infinity")
                 raise NonFinite(bad)
-        self._columns += step.columns
-        self._recorded = step.recorded
+        self._columns.extend(step.columns)
 
     def fail_step(self, reason: str) -> None:
         """Close a step that did not finish: some layers saw its tokens and some did not."""
@@ -221,13 +222,12 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns so far, padding included: what `generate()` slices its inputs by."""
-        return self._columns
+        return self._columns.count
 
     def reset(self) -> None:
         """Release every sequence and keep the pools, zeroed where a new owner needs it."""
         self._close_rows()
-        self._step, self._failure = None, ""
-        self._columns, self._recorded = 0, None
+        self._step, self._failure, self._columns = None, "", Columns()
         for layer in self._mamba_layers:
             layer.reset()
 
@@ -316,8 +316,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             for layer in self.geometry.attention_layers
         }
         self._rows: list[int] = []  # row -> sequence of the allocator
-        self._columns = 0
-        self._recorded = None
+        self._columns = Columns()
         self._step = None
         self._failure = ""
 
@@ -333,88 +332,32 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if self.config.max_sequences is not None and needed > self.config.max_sequences:
             raise OutOfRows(needed=needed, rows=self.config.max_sequences)
 
-    def _valid_tokens(self, batch: int, columns: int, mask: Tensor | None) -> Tensor | None:
-        """[B, S] bool on the host, or None where every column is a token."""
-        if self._rows and batch != len(self._rows):
-            raise InvalidRequest(f"the cache holds {len(self._rows)} rows, the batch has {batch}")
-        if batch < 1 or columns < 1:
-            raise PromptError("empty prompt: there is nothing to run")
-        if mask is None:
-            return None
-        width = self._columns + columns
-        if tuple(mask.shape) != (batch, width):
-            raise InvalidRequest(
-                f"attention_mask must be [{batch}, {width}], past columns included; "
-                f"{list(mask.shape)} given"
-            )
-        valid = mask[:, self._columns :].cpu().bool()
-        self._check_right_padding(valid)
-        return None if bool(valid.all()) else valid
-
-    def _check_right_padding(self, valid: Tensor) -> None:
-        held = [self.allocator.length(sequence) > 0 for sequence in self._rows]
-        started = valid.any(dim=1) | torch.tensor(held or [False])
-        ends_padded = started & ~valid[:, -1]  # a row that has not started may go on being padded
-        if bool(ends_padded.any()):
-            raise PaddingError(
-                f"padding on the right of row {_names(ends_padded)}: pad on the left "
-                "(tokenizer.padding_side = 'left'), or Mamba states would decay over it"
-            )
-
-    def _hides_tokens(self, mask: Tensor | None) -> bool:
-        """Whether the mask leaves out tokens that are stored.
-
-        `generate()` does so in a later turn: a row that had finished was fed padding as if it were
-        tokens, and the mask of the next turn leaves it out.
-        """
-        if mask is None or not self._columns:
-            return False
-        past, recorded = self._past(mask)
-        revealed = (past & ~recorded).any(dim=1)
-        if bool(revealed.any()):
-            raise PaddingError(
-                f"attention_mask of row {_names(revealed)} shows columns that were padding "
-                "when they were run: their K and V were never stored"
-            )
-        return not torch.equal(past, recorded)
-
-    def _past(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, columns] bool each: tokens as the mask has them, and as they were stored."""
-        past = mask[:, : self._columns].bool()
-        return past, torch.ones_like(past) if self._recorded is None else self._recorded
-
-    def _visible(self, mask: Tensor) -> Tensor:
-        """[rows, width * page_size] bool by position: all but the stored tokens the mask hides."""
-        past, recorded = self._past(mask)
-        at = (recorded.cumsum(dim=1) - 1)[recorded]  # stored tokens, row by row
-        row = torch.arange(len(past), device=past.device)[:, None].expand_as(past)[recorded]
-        rows, width = self._named_pages().shape
-        visible = past.new_ones(rows, width * self.config.page_size)
-        visible[row, at] = past[recorded]
-        return visible
-
-    def _plan_step(self, columns: int, valid: Tensor | None, mask: Tensor | None) -> Step:
-        hidden = self._hides_tokens(mask)
+    def _plan_step(self, new: NewColumns, mask: Tensor | None) -> Step:
         lengths = [self.allocator.length(sequence) for sequence in self._rows]
-        positions = _positions(lengths, columns, valid)
+        positions = _positions(lengths, new)
         added = (positions != PADDING).sum(dim=1).tolist()
         growth = dict(zip(self._rows, added, strict=True))
         self._make_room(growth)
         device_positions = self._apply(self.allocator.append(growth), positions)
         physical = self._named_pages()
+        rows, width = physical.shape
+        page_size = self.config.page_size
+        visible = None
+        if new.hides and mask is not None:
+            visible = self._columns.visible(mask, (rows, width * page_size))
+        padded = new.tokens is not None and mask is not None
         return Step(
-            columns=columns,
-            slots=self.table.slots(device_positions, self.config.page_size).flatten(),
+            columns=new,
+            slots=self.table.slots(device_positions, page_size).flatten(),
             block_mask=paged_block_mask(
                 physical,
                 self.table.logical,
-                self._padded(device_positions.int(), physical.shape[0]),
-                page_size=self.config.page_size,
+                self._padded(device_positions.int(), rows),
+                page_size=page_size,
                 group=self.geometry.group,
-                visible=self._visible(mask) if mask is not None and hidden else None,
+                visible=visible,
             ),
-            mamba_mask=None if valid is None or mask is None else mask[:, -columns:].contiguous(),
-            recorded=self._record(columns, valid),
+            mamba_mask=mask[:, -new.count :].contiguous() if mask is not None and padded else None,
         )
 
     def _named_pages(self) -> Tensor:
@@ -428,14 +371,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         more = bucket(columns, steps=2) - columns if self._compiled else 0
         return torch.nn.functional.pad(positions, (0, more, 0, rows - batch), value=PADDING)
 
-    def _record(self, columns: int, valid: Tensor | None) -> Tensor | None:
-        if valid is None and self._recorded is None:
-            return None
-        shape = (len(self._rows), self._columns)
-        past = torch.ones(shape, dtype=torch.bool, device=self.device)
-        new = past.new_ones(len(past), columns) if valid is None else valid.to(self.device)
-        return torch.cat([past if self._recorded is None else self._recorded, new], dim=1)
-
     def _make_room(self, growth: dict[int, int]) -> None:
         allocator = self.allocator
         needed = allocator.pages_needed(growth)
@@ -447,7 +382,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         room = self._page_limit - allocator.pages
         if missing > room:
             raise OutOfPages(needed=needed, free=allocator.free + room, advice=self._advice())
-        ample = int(_GROWTH * allocator.pages) if self._columns else 0
+        ample = int(_GROWTH * allocator.pages) if self._columns.count else 0
         pages = min(max(allocator.pages + missing, ample), self._page_limit)
         self._fit(pages=pages, width=width)
 
@@ -514,8 +449,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._rows = selected
         index = torch.tensor(rows, device=self.device)
         self.table.select_rows(index)
-        if self._recorded is not None:
-            self._recorded = self._recorded.index_select(0, index)
+        self._columns.select_rows(index)
         for layer in self._mamba_layers:
             layer.select_rows(index)
 
@@ -526,17 +460,12 @@ def _not_patched() -> NotPatched:
     )
 
 
-def _names(marked: Tensor) -> str:
-    """The rows that are True in [B] bool."""
-    return ", ".join(map(str, marked.nonzero()[:, 0].tolist()))
-
-
-def _positions(lengths: list[int], columns: int, valid: Tensor | None) -> Tensor:
+def _positions(lengths: list[int], new: NewColumns) -> Tensor:
     """[B, S] int64: where each new token stands in its sequence, `PADDING` for padding."""
     start = torch.tensor(lengths)[:, None]
-    if valid is None:
-        return start + torch.arange(columns)
-    return (start + valid.cumsum(dim=1) - 1).where(valid, PADDING)
+    if new.tokens is None:
+        return start + torch.arange(new.count)
+    return (start + new.tokens.cumsum(dim=1) - 1).where(new.tokens, PADDING)
 
 
 def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
@@ -549,10 +478,16 @@ def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
 
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
     """Most pages the pools may have, the null page included."""
-    if config.max_tokens is not None:
-        return 1 + geometry.pages_for(config.max_tokens)
-    budget = int(config.memory_fraction * _memory(device))
-    return max(2, budget // geometry.bytes_per_page)
+    memory = _memory(device)
+    if config.max_tokens is None:
+        return max(2, int(config.memory_fraction * memory) // geometry.bytes_per_page)
+    pages = 1 + geometry.pages_for(config.max_tokens)
+    if pages * geometry.bytes_per_page > memory:
+        raise GeometryError(
+            f"max_tokens {config.max_tokens} needs {pages * geometry.bytes_per_page / 1e9:.1f} GB "
+            f"of K and V, {memory / 1e9:.1f} GB are there"
+        )
+    return pages
 
 
 def _memory(device: torch.device) -> int:

@@ -195,22 +195,18 @@ def _prepare_cache(
     generation_mode: Any,
     batch_size: int,
     max_cache_length: int,
-) -> Any:
+) -> None:
     """In place of `generate()`'s own: the user's cache wins, else ours instead of DynamicCache."""
-    default = generation_config.use_cache is not False and (
-        generation_config.cache_implementation in (None, "dynamic")
-    )
-    if model_kwargs.get("past_key_values") is None and default:
+    user_cache = model_kwargs.get("past_key_values") is not None
+    dynamic = generation_config.cache_implementation in (None, "dynamic")
+    if user_cache or not dynamic or generation_config.use_cache is False:
+        otherwise(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    else:
         model_kwargs["past_key_values"] = PagedCache.for_model(model, config)
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, PagedCache):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache.reserve(_tokens_expected(model_kwargs, batch_size * copies, max_cache_length))
-    if cache is None or not default or not isinstance(cache, PagedCache):
-        return otherwise(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-    return None
 
 
 # -- details ------------------------------------------------------------------------------------

@@ -34,7 +34,14 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
 
     def reset(self) -> None:
         """Forget every row, and how many there were."""
-        self.__init__()  # type: ignore[misc]
+        for by_state, unset in (
+            (self.conv_states, None),
+            (self.recurrent_states, None),
+            (self.is_conv_states_initialized, False),
+            (self.is_recurrent_states_initialized, False),
+            (self.has_previous_state, False),
+        ):
+            by_state[_STATE] = unset
 
     @property
     def nbytes(self) -> int:
