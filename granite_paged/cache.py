@@ -159,12 +159,14 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             PaddingError: padding on the right, or a mask that disagrees with the cache's past.
             PromptError: no rows or no columns.
             InvalidRequest: a batch or mask of another shape.
-            CacheReleased: after a step that failed, until `reset()`.
+            CacheReleased: after a step that failed or was interrupted, until `reset()`.
         """
-        if self._failure:
-            raise CacheReleased(f"{self._failure}; call reset() and start over")
+        self._check_usable()
         if self._rows and batch != len(self._rows):
-            raise InvalidRequest(f"the cache holds {len(self._rows)} rows, the batch has {batch}")
+            raise InvalidRequest(
+                f"the cache holds {len(self._rows)} rows, the batch has {batch}: "
+                "send the same rows, or reset() the cache"
+            )
         started = [self.allocator.length(s) > 0 for s in self._rows] or [False] * batch
         new = self._columns.check(attention_mask, columns, started)
         fresh = not self._rows
@@ -241,8 +243,15 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order. indices: [n] int, or [B] bool."""
-        kept = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
-        self._select_rows(kept.tolist())
+        if indices.dtype != torch.bool:
+            self._select_rows(indices.tolist())
+        elif len(indices) == len(self._rows):
+            self._select_rows(indices.nonzero()[:, 0].tolist())
+        else:
+            raise InvalidRequest(
+                f"a selection of {len(indices)} rows does not fit a cache of {len(self._rows)}: "
+                "give one bool for each"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: a Mamba state cannot be taken back, so nor can the pages beside it."""
@@ -327,6 +336,12 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def _close_rows(self) -> None:
         self._forget(self.allocator.release(*self._rows))
         self._rows = []
+
+    def _check_usable(self) -> None:
+        if self._step is not None:  # KeyboardInterrupt passes by the hooks that close a step
+            self.fail_step("a step of this cache was interrupted")
+        if self._failure:
+            raise CacheReleased(f"{self._failure}; call reset() and start over")
 
     def _check_rows(self, needed: int) -> None:
         if self.config.max_sequences is not None and needed > self.config.max_sequences:
@@ -436,8 +451,16 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             self.table.forget(torch.tensor(pages, device=self.device))
 
     def _select_rows(self, rows: list[int]) -> None:
-        if rows == list(range(len(self._rows))):
+        self._check_usable()
+        held = len(self._rows)
+        if rows == list(range(held)):
             return
+        wrong = [row for row in rows if not 0 <= row < held]
+        if wrong or not rows:
+            raise InvalidRequest(
+                f"{f'row {wrong[0]}' if wrong else 'no row'} cannot be kept: "
+                f"name some of the {held} rows by 0 to {held - 1}, or reset() the cache"
+            )
         self._check_rows(len(rows))
         selected: list[int] = []
         kept: set[int] = set()

@@ -59,7 +59,7 @@ class Columns:
         """
         batch = len(started)
         if batch < 1 or columns < 1:
-            raise PromptError("empty prompt: there is nothing to run")
+            raise PromptError("empty prompt: give every row at least one token")
         if mask is None:
             return NewColumns(columns, None, self._extended(None, batch, columns), hides=False)
         if tuple(mask.shape) != (batch, self.count + columns):

@@ -266,7 +266,10 @@ def _check_same_model(decoder: Any, cache: PagedCache) -> None:
         decoder.config, page_size=cache.config.page_size, dtype=decoder.dtype
     )
     if geometry != cache.geometry or decoder.device != cache.device:
-        raise GeometryError("this PagedCache was made for another model, dtype or device")
+        raise GeometryError(
+            "this PagedCache was made for another model, dtype or device: "
+            "make one with PagedCache.for_model(model)"
+        )
 
 
 def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tuple[int, int]:
@@ -275,6 +278,11 @@ def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tu
     tokens = token_ids if token_ids is not None else embeddings
     if tokens is None:
         raise PromptError("neither input_ids nor inputs_embeds given")
+    if tokens.ndim != (2 if token_ids is not None else 3):
+        raise InvalidRequest(
+            "input_ids must be [batch, tokens] and inputs_embeds [batch, tokens, hidden]; "
+            f"{list(tokens.shape)} given"
+        )
     batch, columns = tokens.shape[:2]
     prompt = columns > 1 or not cache.is_initialized  # sampled tokens are in the vocabulary
     if prompt and token_ids is not None and token_ids.numel():
@@ -282,7 +290,10 @@ def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tu
         vocabulary = decoder.config.vocab_size
         if lowest < 0 or highest >= vocabulary:
             wrong = lowest if lowest < 0 else highest
-            raise PromptError(f"token {wrong} is outside the vocabulary of {vocabulary}")
+            raise PromptError(
+                f"token {wrong} is outside the vocabulary of {vocabulary}: "
+                "use the model's own tokenizer"
+            )
     return batch, columns
 
 
