@@ -5,13 +5,13 @@ Weights are read from safetensors only, and no code of a checkpoint is ever run.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,6 +23,15 @@ from transformers import (
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.errors import CheckpointError, DeviceError, InvalidRequest, UnsupportedModel
 from granite_paged.geometry import MODEL_TYPE
+
+_UNREADABLE_CONFIG = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,  # a dtype that torch does not know
+    StrictDataclassError,  # sizes that contradict each other
+)
 
 EMBEDDED = "tiny-recall"
 """Name of the embedded checkpoint."""
@@ -118,7 +127,10 @@ def _from_checkpoint(model: str | None, dtype: torch.dtype | None) -> LoadedMode
     if model is not None and _looks_like_a_folder(model) and not Path(model).is_dir():
         raise CheckpointError(f"no checkpoint at {model}: there is no such folder")
     config = _read_config(path)
-    options: dict[str, Any] = {"dtype": dtype or config.dtype or torch.float32}
+    options: dict[str, Any] = {
+        "dtype": dtype or config.dtype or torch.float32,
+        "ignore_mismatched_sizes": True,  # refused below, by name
+    }
     try:
         loaded, report = GraniteMoeHybridForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
@@ -136,9 +148,11 @@ def _looks_like_a_folder(name: str) -> bool:
 
 
 def _read_config(path: str) -> Any:
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise CheckpointError(f"{path} is no checkpoint: it holds no config.json")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except _UNREADABLE_CONFIG as error:
         raise CheckpointError(f"cannot read the config of {path}: {_first_line(error)}") from None
     if config.model_type != MODEL_TYPE:
         raise UnsupportedModel(f"model type {config.model_type!r}")
@@ -147,14 +161,16 @@ def _read_config(path: str) -> Any:
 
 def _check_complete(path: str, report: dict[str, Any]) -> None:
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        names = sorted(map(str, report.get(problem) or ()))
+        keys = report.get(problem) or ()  # with their two shapes, where they do not match
+        names = sorted(key if isinstance(key, str) else key[0] for key in keys)
         if names:
             what = problem.replace("_keys", "")
             raise CheckpointError(f"{path}: {len(names)} {what} weights, {names[0]} among them")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 # -- published geometries -----------------------------------------------------------------------
