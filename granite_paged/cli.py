@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command. Returns the exit status; errors go to standard error in one line."""
     try:
-        status = cli.main(list(arguments), prog_name=PROGRAM, standalone_mode=False)
+        status = cli.main(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
         return _complain(error.format_message())
     except GranitePagedError as error:
@@ -150,6 +151,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_model
 
 
+def _in_a_folder(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    """Refuse now what could not be written when the work is done."""
+    if path and path != "-" and not os.access(Path(path).parent, os.W_OK):
+        raise click.BadParameter(f"cannot write {path}: its folder is missing or write-protected")
+    return path
+
+
 # -- verify -------------------------------------------------------------------------------------
 
 
@@ -167,12 +175,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, writable=True, allow_dash=True),
+    callback=_in_a_folder,
     help="Write the report as one JSON object; - for standard output.",
 )
 def verify(
     loaded: Any, config: Any, seed: int, context: int, reference: bool, json_file: str | None
 ) -> int:
-    r"""Prove that paging gives SDPA's answers, on this machine and model.
+    """Prove that paging gives SDPA's answers, on this machine and model.
 
     Runs the same inputs through transformers' SDPA and through pages: prefill, chunked prefill,
     64 decode steps, a ragged left-padded batch, a fork that goes on. Prints the largest logit
@@ -183,7 +192,7 @@ def verify(
     granite-paged verify
     granite-paged verify --random-weights granite-4.0-h-1b --dtype bfloat16
     granite-paged verify --model ./my-checkpoint --json report.json
-    """
+    """  # noqa: D301
     from granite_paged.verify import stages
     from granite_paged.verify import verify as run_verification
 
@@ -291,12 +300,12 @@ def generate(
     temperature: float,
     top_p: float,
 ) -> int:
-    r"""Continue TEXT, printing the answer as it comes; the KV cache is paged.
+    """Continue TEXT, printing the answer as it comes; the KV cache is paged.
 
     \b
     granite-paged generate --model ibm-granite/granite-4.0-h-1b "Paged attention is"
     granite-paged generate "<bos> <plain> red-fox copper-bell and red-fox <ask>" --max-new-tokens 1
-    """
+    """  # noqa: D301
     import torch
     from transformers import TextStreamer, set_seed
 
