@@ -1,0 +1,603 @@
+"""A `PagedCache` on live models: what holds after every kind of step, and what may never leak."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import faults
+import pytest
+import torch
+from tiny import EOS, PAD, VOCABULARY, prompts, tiny_model
+from tolerance import LOGITS_FLOAT32
+from torch import Tensor
+from transformers import DynamicCache
+
+from granite_paged import PagedCache, PagedConfig, cache, paged
+from granite_paged.errors import CacheReleased, InvalidRequest, OutOfPages
+
+PAGE = 4
+PAGES = PagedConfig(page_size=PAGE)
+LENGTHS = (21, 16, 8)  # the second ends with its page, the others inside one
+NEXT = torch.tensor([[7], [30], [51]])
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Any]:
+    """Patched for the whole file."""
+    hybrid = tiny_model().requires_grad_(False)
+    with paged(hybrid, PAGES):
+        yield hybrid
+
+
+@pytest.fixture(scope="module")
+def sdpa() -> Any:
+    """The same weights, as transformers runs them."""
+    return tiny_model().requires_grad_(False)
+
+
+def run(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits [B, S, V] of the next tokens; mask over all columns so far."""
+    positions = None
+    if mask is not None:
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    logits: Tensor = out.logits
+    return logits
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Within the law for float32, NaN never."""
+    difference = (actual - expected).abs().max() / expected.abs().max()
+    assert difference <= LOGITS_FLOAT32, f"logits differ by {difference:.1e} of the largest"
+
+
+def fresh(model: Any, **options: Any) -> PagedCache:
+    return PagedCache.for_model(model, PagedConfig(**{"page_size": PAGE, **options}))
+
+
+def filled(model: Any, lengths: tuple[int, ...] = LENGTHS, **options: Any) -> PagedCache:
+    """After a left-padded prefill."""
+    own = fresh(model, **options)
+    run(model, own, *prompts(lengths))
+    return own
+
+
+def more(mask: Tensor, columns: int = 1) -> Tensor:
+    return torch.nn.functional.pad(mask, (0, columns), value=1)
+
+
+def slots_of(own: PagedCache, row: int) -> Tensor:
+    """Where the tokens of a row are in every pool, in order."""
+    sequence = own.sequences[row]
+    pages = torch.tensor(own.allocator.pages_of(sequence))
+    slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    return slots[: own.allocator.length(sequence)]
+
+
+# -- agreement ----------------------------------------------------------------------------------
+
+
+def interrupted(model: Any, own: PagedCache) -> None:
+    with broken_layer(model, RuntimeError), pytest.raises(RuntimeError):
+        run(model, own, NEXT)
+
+
+KINDS: dict[str, Callable[[Any, PagedCache], Any]] = {
+    "a left-padded prefill": lambda model, own: None,
+    "a decode step": lambda model, own: run(model, own, NEXT),
+    "a chunk": lambda model, own: run(model, own, prompts((9, 9, 9))[0]),
+    "a chunk with padding": lambda model, own: run(
+        model, own, prompts((9, 3, 5))[0], torch.cat([prompts()[1], prompts((9, 3, 5))[1]], dim=1)
+    ),
+    "a reordering": lambda model, own: own.reorder_cache(torch.tensor([2, 0, 0])),
+    "a repetition": lambda model, own: own.batch_repeat_interleave(3),
+    "a selection": lambda model, own: own.batch_select_indices(torch.tensor([2])),
+    "growth": lambda model, own: own.reserve([100, 100, 100]),
+    "a reset": lambda model, own: own.reset(),
+    "a failed step": interrupted,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_allocator_table_and_pools_agree_after(model: Any, kind: str) -> None:
+    own = filled(model)
+    KINDS[kind](model, own)
+    own.check_valid()
+    if own.is_initialized:  # and so they do after a step that writes into what was shared
+        run(model, own, NEXT[:1].expand(own.batch_size, 1))
+        own.check_valid()
+
+
+def test_no_kind_of_step_loses_or_keeps_a_page(model: Any) -> None:
+    own = filled(model)
+    for kind in ("a reordering", "a decode step", "a repetition", "a selection"):
+        KINDS[kind](model, own)
+    own.reset()
+    own.check_valid()
+    assert own.allocator.held == 0
+    assert own.kv_bytes == 0
+    assert own.batch_size == -1
+
+
+# -- following the batch ------------------------------------------------------------------------
+
+SELECTIONS: dict[str, tuple[str, Any, list[int]]] = {
+    "one beam wins": ("reorder_cache", torch.tensor([1, 1, 1]), [1, 1, 1]),
+    "beams cross": ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+    "a permutation": ("reorder_cache", torch.tensor([1, 2, 0]), [1, 2, 0]),
+    "nothing changes": ("reorder_cache", torch.tensor([0, 1, 2]), [0, 1, 2]),
+    "repeated": ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    "by index": ("batch_select_indices", torch.tensor([2, 0]), [2, 0]),
+    "by bool": ("batch_select_indices", torch.tensor([False, True, True]), [1, 2]),
+}
+
+
+@pytest.mark.parametrize("flavour", ["hybrid", "dense"])
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_rows_are_selected_as_dynamic_cache_selects_them(flavour: str, selection: str) -> None:
+    model = tiny_model(flavour).requires_grad_(False)
+    ids, mask = prompts(LENGTHS)
+    method, argument, rows = SELECTIONS[selection]
+
+    def talk(own: Any) -> Tensor:
+        run(model, own, ids, mask)
+        if isinstance(own, DynamicCache) and flavour == "hybrid":
+            own.reorder_cache(torch.tensor(rows))  # all that its Mamba layers know
+        else:
+            getattr(own, method)(argument)
+        kept, steps = mask[rows], []
+        for columns in (1, 6, 1):
+            kept = more(kept, columns)
+            tokens = torch.arange(3, 3 + len(rows) * columns).view(len(rows), columns)
+            steps.append(run(model, own, tokens, kept))
+        return torch.cat(steps, dim=1)
+
+    expected = talk(DynamicCache(config=model.config))
+    with paged(model, PAGES):
+        own = fresh(model)
+        actual = talk(own)
+    assert_same(actual, expected)
+    own.check_valid()
+
+
+@pytest.mark.parametrize(
+    ("method", "argument"),
+    [
+        ("reorder_cache", torch.tensor([0, 3, 1])),
+        ("batch_select_indices", torch.tensor([-1, 0])),
+        ("batch_select_indices", torch.tensor([], dtype=torch.long)),
+        ("batch_select_indices", torch.tensor([False, False, False])),
+        ("batch_select_indices", torch.tensor([True, False, False, True])),
+        ("batch_select_indices", torch.tensor([True])),
+        ("batch_repeat_interleave", 0),
+    ],
+)
+def test_rows_that_are_not_there_are_refused_and_nothing_changes(
+    model: Any, method: str, argument: Any
+) -> None:
+    own, untouched = filled(model), filled(model)
+    with pytest.raises(InvalidRequest, match="row") as refused:
+        getattr(own, method)(argument)
+    assert "\n" not in str(refused.value)
+    own.check_valid()
+    assert torch.equal(run(model, own, NEXT), run(model, untouched, NEXT))
+
+
+def test_a_fork_shares_every_page_until_it_is_written(model: Any) -> None:
+    own = filled(model, (10,))
+    before = own.kv_bytes
+    own.reorder_cache(torch.tensor([0, 0, 0]))
+    tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
+    assert tables[0] == tables[1] == tables[2]
+    assert own.kv_bytes == before
+
+
+def test_a_fork_copies_only_the_page_it_writes_and_copies_it_whole(model: Any) -> None:
+    own = filled(model, (10,))
+    slots = slots_of(own, 0)
+    stored = {i: pool.values[:, :, slots].clone() for i, pool in own.pools.items()}
+    own.reorder_cache(torch.tensor([0, 0]))
+    run(model, own, NEXT[:2])
+    first, second = (own.allocator.pages_of(sequence) for sequence in own.sequences)
+    assert first[:2] == second[:2]
+    assert first[2] != second[2]
+    for layer, pool in own.pools.items():
+        mine, other = (pool.values[:, :, slots_of(own, row)] for row in (0, 1))
+        assert torch.equal(mine[:, :, :10], stored[layer]), f"layer {layer}: the parent changed"
+        assert torch.equal(other[:, :, :10], stored[layer]), f"layer {layer}: the copy differs"
+        assert not torch.equal(mine[:, :, 10], other[:, :, 10])
+
+
+def test_a_fork_at_the_end_of_a_page_copies_nothing(model: Any) -> None:
+    own = filled(model, (2 * PAGE,))
+    own.reorder_cache(torch.tensor([0, 0]))
+    run(model, own, NEXT[:2])
+    assert own.allocator.held == 2 + 2, "two full pages are shared, each row has one of its own"
+
+
+def test_branches_of_a_fork_answer_as_if_each_had_run_alone(model: Any) -> None:
+    own = filled(model, (10,))
+    own.reorder_cache(torch.tensor([0, 0, 0]))
+    together = torch.cat([run(model, own, NEXT), run(model, own, NEXT.flip(0))], dim=1)
+    alone = [filled(model, (10,)) for _ in NEXT]
+    expected = [
+        torch.cat([run(model, c, first[None]), run(model, c, then[None])], dim=1)
+        for c, first, then in zip(alone, NEXT, NEXT.flip(0), strict=True)
+    ]
+    assert_same(together, torch.cat(expected))
+
+
+# -- counting -----------------------------------------------------------------------------------
+
+
+def test_get_seq_length_counts_columns_under_left_padding(model: Any) -> None:
+    own = filled(model)
+    assert own.get_seq_length() == max(LENGTHS)
+    run(model, own, NEXT)
+    assert own.get_seq_length() == own.layers[1].get_seq_length() == max(LENGTHS) + 1
+    held = [own.allocator.length(sequence) for sequence in own.sequences]
+    assert held == [n + 1 for n in LENGTHS], "pages hold tokens, not columns"
+
+
+def test_kv_bytes_are_those_of_the_pages_that_tokens_fill(model: Any) -> None:
+    own = filled(model)
+    pages = sum(own.geometry.pages_for(n) for n in LENGTHS)
+    per_token = 2 * 2 * 2 * 8 * 4  # K and V, two layers, two KV heads of 8 float32
+    assert own.kv_bytes == pages * PAGE * per_token
+    assert own.pool_bytes == own.allocator.pages * PAGE * per_token
+
+
+def test_no_row_wastes_as_much_as_a_page(model: Any) -> None:
+    lengths = (33, 1, 17, 4, 29, 8, 5, 40)
+    own = filled(model, lengths)
+    wasted = own.allocator.held * PAGE - own.allocator.tokens
+    assert own.allocator.tokens == sum(lengths)
+    assert wasted == sum(-n % PAGE for n in lengths)
+
+
+def test_pages_of_one_token_waste_nothing_and_answer_the_same(model: Any) -> None:
+    own = filled(model, page_size=1)
+    assert own.allocator.held == own.allocator.tokens == sum(LENGTHS)
+    assert_same(run(model, own, NEXT), run(model, filled(model), NEXT))
+
+
+# -- growing ------------------------------------------------------------------------------------
+
+
+def greedy(model: Any, own: Any, steps: int) -> tuple[list[int], list[int]]:
+    """Tokens of one row, and the pages of the pool at each step."""
+    ids, tokens, sizes = prompts((5,))[0], [], []
+    for _ in range(steps):
+        ids = run(model, own, ids)[:, -1:].argmax(dim=-1)
+        tokens.append(ids.item())
+        sizes.append(own.allocator.pages if isinstance(own, PagedCache) else 0)
+    return tokens, sizes
+
+
+def test_a_pool_that_grows_mid_generation_gives_the_same_tokens(model: Any, sdpa: Any) -> None:
+    own = fresh(model)
+    tokens, sizes = greedy(model, own, 60)
+    assert tokens == greedy(sdpa, DynamicCache(config=sdpa.config), 60)[0]
+    assert len(set(sizes)) >= 4, f"the pool hardly grew: {sizes}"
+    assert sizes == sorted(sizes)
+    own.check_valid()
+
+
+def test_pages_keep_numbers_and_contents_while_the_pool_grows(model: Any) -> None:
+    own = filled(model)
+    tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
+    slots = torch.cat([slots_of(own, row) for row in range(3)])
+    stored = [p.keys[:, :, slots].clone() for p in own.pools.values()]
+    size = own.allocator.pages
+    own.reserve([200, 200, 200])
+    assert own.allocator.pages > size
+    assert [own.allocator.pages_of(sequence) for sequence in own.sequences] == tables
+    after = [p.keys[:, :, slots] for p in own.pools.values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, stored, strict=True))
+
+
+def test_what_was_reserved_is_not_allocated_again(model: Any) -> None:
+    own = fresh(model)
+    own.reserve([30, 30, 30])
+    where = [pool.keys.data_ptr() for pool in own.pools.values()]
+    run(model, own, *prompts(LENGTHS))
+    for _ in range(9):
+        run(model, own, NEXT)
+    assert [pool.keys.data_ptr() for pool in own.pools.values()] == where
+    assert own.allocator.pages == 1 + 3 * own.geometry.pages_for(30)
+
+
+def until_full(model: Any, own: PagedCache) -> OutOfPages:
+    with pytest.raises(OutOfPages) as refused:
+        greedy(model, own, 200)
+    return refused.value
+
+
+def test_a_pool_never_grows_past_max_tokens(model: Any) -> None:
+    own = fresh(model, max_tokens=60)
+    refusal = until_full(model, own)
+    assert own.allocator.tokens == 60
+    assert own.allocator.pages == 1 + 60 // PAGE
+    assert (refusal.needed, refusal.free) == (1, 0)
+    assert "max_tokens" in str(refusal)
+
+
+def test_a_pool_never_grows_past_its_fraction_of_memory(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = 20 * fresh(model).geometry.bytes_per_page
+    monkeypatch.setattr(cache, "_memory", lambda device: memory)
+    own = fresh(model, memory_fraction=0.5)
+    own.reserve([10_000])
+    assert own.pool_bytes == memory / 2
+    refusal = until_full(model, own)
+    assert own.pool_bytes == memory / 2
+    assert own.allocator.tokens == 9 * PAGE, "all pages but the null page are of use"
+    assert "memory_fraction" in str(refusal)
+
+
+# -- starting over ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(30,), (3, 19, 8, 11, 25)])
+def test_after_reset_a_batch_of_another_size_is_answered_as_by_a_new_cache(
+    model: Any, lengths: tuple[int, ...]
+) -> None:
+    own = filled(model)
+    run(model, own, NEXT)
+    own.reset()
+    ids, mask = prompts(lengths, seed=4)
+    new = fresh(model)
+    for tokens in (ids, ids[:, :1]):
+        assert_same(run(model, own, tokens, mask), run(model, new, tokens, mask))
+        mask = more(mask)
+    own.check_valid()
+    assert own.get_seq_length() == ids.shape[1] + 1
+
+
+def test_a_copy_continues_independently_of_its_original(model: Any) -> None:
+    own = filled(model)
+    twin = copy.deepcopy(own)
+    actual = run(model, own, NEXT), run(model, twin, NEXT.flip(0))
+    expected = run(model, filled(model), NEXT), run(model, filled(model), NEXT.flip(0))
+    assert torch.equal(torch.stack(actual), torch.stack(expected))
+    own.reset()
+    twin.check_valid()
+    assert twin.allocator.tokens == sum(LENGTHS) + 3
+
+
+@contextlib.contextmanager
+def broken_layer(model: Any, error: type[BaseException]) -> Iterator[None]:
+    """The third layer raises: the first attention layer has stored the step's K and V by then."""
+
+    def fail(*args: Any) -> None:
+        raise error("broken on purpose")
+
+    hook = model.model.layers[2].register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", ["prefill", "decode"])
+def test_a_step_that_failed_half_way_releases_everything(
+    model: Any, error: type[BaseException], at: str
+) -> None:
+    own = fresh(model) if at == "prefill" else filled(model)
+    step = prompts(LENGTHS) if at == "prefill" else (NEXT, more(prompts(LENGTHS)[1]))
+    with broken_layer(model, error), pytest.raises(error):
+        run(model, own, *step)
+    with pytest.raises(CacheReleased, match=r"reset\(\)"):
+        run(model, own, *step)
+    own.check_valid()
+    assert own.allocator.held == own.kv_bytes == own.get_seq_length() == 0
+    assert sum(own.layers[layer].nbytes for layer in own.geometry.mamba_layers) == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_released_cache_refuses_everything_until_reset(
+    model: Any, error: type[BaseException]
+) -> None:
+    own = filled(model)
+    with broken_layer(model, error), pytest.raises(error):
+        run(model, own, NEXT)
+    with pytest.raises(CacheReleased):
+        own.reorder_cache(torch.tensor([0, 0, 0]))
+    with pytest.raises(CacheReleased):
+        model.generate(prompts((9,))[0], past_key_values=own, max_new_tokens=2)
+    own.reset()
+    ids, mask = prompts(LENGTHS)
+    assert_same(run(model, own, ids, mask), run(model, fresh(model), ids, mask))
+
+
+# -- what may never leak ------------------------------------------------------------------------
+
+
+def poison(own: PagedCache, value: float) -> None:
+    for pool in own.pools.values():
+        pool.keys.fill_(value)
+        pool.values.fill_(value)
+
+
+def three_steps(model: Any, own: PagedCache) -> Tensor:
+    """Logits of a padded prefill, a chunk and a decode step, without those of padding."""
+    ids, mask = prompts(LENGTHS)
+    kept = [run(model, own, ids, mask)[mask.bool()]]
+    for columns in (6, 1):
+        mask = more(mask, columns)
+        kept.append(run(model, own, ids[:, -columns:], mask).flatten(0, 1))
+    return torch.cat(kept)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_what_the_pools_held_before_the_first_step_changes_nothing(
+    model: Any, value: float
+) -> None:
+    own, clean = fresh(model, max_tokens=100), fresh(model, max_tokens=100)
+    poison(own, value)
+    assert torch.equal(three_steps(model, own), three_steps(model, clean))
+
+
+def assert_tails_are_clean(own: PagedCache) -> None:
+    """What a fused kernel reads with weight 0 has to be finite, so it is zero."""
+    for row, sequence in enumerate(own.sequences):
+        pages = torch.tensor(own.allocator.pages_of(sequence))
+        slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()
+        tail = slots[len(slots_of(own, row)) :]
+        for layer, pool in own.pools.items():
+            left = pool.keys[:, :, tail].abs() + pool.values[:, :, tail].abs()
+            assert (left == 0).all(), f"row {row}, layer {layer}: another owner's K or V"
+
+
+def handed_on(model: Any, value: float) -> tuple[PagedCache, Tensor]:
+    """A cache whose pages held `value` for one batch and then go to the next."""
+    own = filled(model, (40, 40), max_tokens=80)
+    before = {page for sequence in own.sequences for page in own.allocator.pages_of(sequence)}
+    poison(own, value)
+    own.reset()
+    logits = run(model, own, *prompts((22, 9, 13), seed=2))
+    after = {page for sequence in own.sequences for page in own.allocator.pages_of(sequence)}
+    assert after <= before, "no page has changed its owner"
+    return own, logits[:, -1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
+def test_released_pages_are_clean_for_the_next_owner(model: Any, value: float) -> None:
+    own, logits = handed_on(model, value)
+    assert_tails_are_clean(own)
+    expected = run(model, fresh(model), *prompts((22, 9, 13), seed=2))[:, -1]
+    assert_same(logits, expected)
+
+
+def test_pages_that_are_not_scrubbed_are_seen(model: Any) -> None:
+    with faults.unscrubbed_pages():
+        own, _ = handed_on(model, torch.nan)
+    with pytest.raises(AssertionError, match="another owner"):
+        assert_tails_are_clean(own)
+
+
+def test_huge_keys_and_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
+    own = fresh(model, max_tokens=100)
+    attention = model.model.layers[1].self_attn
+    hooks = [
+        projection.register_forward_hook(lambda module, args, out: out * 1e30)
+        for projection in (attention.k_proj, attention.v_proj)
+    ]
+    run(model, own, *prompts((40, 40)))
+    for hook in hooks:
+        hook.remove()
+    assert own.pools[1].values.abs().max() > 1e28
+    own.reset()
+    assert_same(three_steps(model, own), three_steps(model, fresh(model)))
+
+
+@pytest.fixture(scope="module")
+def fused() -> Any:
+    """One page of 16 and heads of 16: a single kernel serves both tests below."""
+    return tiny_model(num_attention_heads=3, num_key_value_heads=1).requires_grad_(False)
+
+
+def first_logits_from_poisoned_pools(model: Any) -> Tensor:
+    config = PagedConfig(page_size=16, max_tokens=32, backend="compiled")
+    with paged(model, config):
+        own = PagedCache.for_model(model, config)
+        poison(own, torch.nan)
+        return run(model, own, prompts((11,))[0])
+
+
+def test_nan_in_fresh_pools_does_not_reach_the_fused_kernels_output(fused: Any) -> None:
+    expected = run(fused, DynamicCache(config=fused.config), prompts((11,))[0])
+    assert_same(first_logits_from_poisoned_pools(fused), expected)
+
+
+def test_nan_in_pages_that_are_not_scrubbed_does(fused: Any) -> None:
+    with faults.unscrubbed_pages(), pytest.MonkeyPatch.context() as lenient:
+        lenient.setattr(PagedCache, "end_step", lambda self: setattr(self, "_step", None))
+        logits = first_logits_from_poisoned_pools(fused)
+    assert not logits.isfinite().all()
+
+
+def beside(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
+    """Logits of one prompt and three tokens after it, first row of a batch."""
+    mine = prompts((12,), seed=9)[0]
+    lengths, seed = others
+    width = max(12, *lengths, 0)
+    ids, mask = torch.full((1 + len(lengths), width), PAD), torch.zeros(1 + len(lengths), width)
+    ids[0, -12:], mask[0, -12:] = mine, 1
+    for row, length in enumerate(lengths, start=1):
+        ids[row, -length:] = prompts((length,), seed=seed + row)[0]
+        mask[row, -length:] = 1
+    own, mask = fresh(model), mask.long()
+    kept = [run(model, own, ids, mask)[0, -12:]]
+    for token in (7, 30, 51):
+        mask = more(mask)
+        step = torch.arange(token, token + len(ids))[:, None] % VOCABULARY
+        kept.append(run(model, own, step, mask)[0])
+    return torch.cat(kept)
+
+
+@pytest.mark.parametrize("others", [((5,), 1), ((40, 3), 2), ((12, 12, 12, 12), 3), ((1,), 4)])
+def test_another_rows_tokens_never_change_mine(
+    model: Any, others: tuple[tuple[int, ...], int]
+) -> None:
+    assert_same(beside(model, others), beside(model, ((), 0)))
+
+
+def test_permuting_the_batch_permutes_the_outputs(model: Any) -> None:
+    ids, mask = prompts((21, 16, 8, 13, 21), seed=6)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    straight, permuted = fresh(model), fresh(model)
+    for columns in (21, 1, 1):
+        expected = run(model, straight, ids[:, :columns], mask)
+        actual = run(model, permuted, ids[order, :columns], mask[order])
+        token = mask[order, -columns:].bool()
+        assert_same(actual[token], expected[order][token])
+        mask = more(mask)
+
+
+@pytest.mark.parametrize("filler", [EOS, VOCABULARY - 1])
+def test_the_ids_under_the_mask_change_nothing(model: Any, filler: int) -> None:
+    ids, mask = prompts(LENGTHS)
+    first, second = fresh(model), fresh(model)
+    expected = run(model, first, ids, mask)[mask.bool()]
+    actual = run(model, second, ids.where(mask.bool(), filler), mask)[mask.bool()]
+    assert_same(actual, expected)
+    assert_same(run(model, second, NEXT, more(mask)), run(model, first, NEXT, more(mask)))
+
+
+HIDDEN = {
+    "one token": [(0, 22)],
+    "a whole page of one row": [(0, 8), (0, 9), (0, 10), (0, 11)],
+    "the first token of a padded row": [(2, 13)],
+    "tokens of several rows": [(0, 3), (1, 5), (1, 21), (2, 20), (2, 23)],
+}
+
+
+@pytest.mark.parametrize("flavour", ["hybrid", "rotary"])
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_tokens_that_a_later_mask_hides_are_hidden_as_under_sdpa(flavour: str, hidden: str) -> None:
+    model = tiny_model(flavour).requires_grad_(False)
+    ids, mask = prompts(LENGTHS)
+
+    def talk(own: Any) -> Tensor:
+        shown = mask
+        run(model, own, ids, shown)
+        for _ in range(3):
+            shown = more(shown)
+            run(model, own, NEXT, shown)
+        for row, column in HIDDEN[hidden]:
+            shown[row, column] = 0
+        kept = []
+        for tokens in (ids[:, -5:], NEXT, NEXT):
+            shown = more(shown, tokens.shape[1])
+            kept.append(run(model, own, tokens, shown))
+        return torch.cat(kept, dim=1)
+
+    expected = talk(DynamicCache(config=model.config))
+    with paged(model, PAGES):
+        assert_same(talk(fresh(model)), expected)
