@@ -153,7 +153,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _in_a_folder(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """Refuse now what could not be written when the work is done."""
-    if path and path != "-" and not os.access(Path(path).parent, os.W_OK):
+    folder = Path(path or ".").parent
+    if path != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise click.BadParameter(f"cannot write {path}: its folder is missing or write-protected")
     return path
 
