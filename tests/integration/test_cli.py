@@ -1,0 +1,284 @@
+"""The command line: it teaches, answers, and says in one line what is wrong."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from granite_paged import PagedCache, __version__, models, verify
+from granite_paged.cli import INTERRUPTED, OK, USAGE, run
+from granite_paged.evaluate.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
+
+Capture = pytest.CaptureFixture[str]
+
+FACTS = [  # stated values are of the plain half; the others are what <shift> makes of them
+    ("amber-bear", "brass-bell"),
+    ("amber-crane", "copper-kite"),
+    ("red-fox", "glass-boat"),
+    ("green-otter", "clay-lamp"),
+    ("white-wolf", "felt-bowl"),
+    ("violet-hare", "iron-drum"),
+]
+
+
+QUESTION = ("red-fox", FACTS)
+
+
+def facts_then_question(key: str, facts: list[tuple[str, str]]) -> str:
+    stated = " ".join(f"{name} {value} {FILLER_WORDS[i]}" for i, (name, value) in enumerate(facts))
+    return f"<bos> <plain> {stated} {key} <ask>"
+
+
+def generate(text: str, *options: str) -> int:
+    return run(["generate", text, "--device", "cpu", *options])
+
+
+# -- help ---------------------------------------------------------------------------------------
+
+
+def test_help_of_the_module_comes_without_importing_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "granite_paged", "--help"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == OK
+    assert "granite-paged verify" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "granite_paged.cli" in imported
+    assert not {"torch", "transformers"} & imported
+
+
+def test_the_command_alone_shows_its_help(capsys: Capture) -> None:
+    assert run([]) == OK
+    alone = capsys.readouterr()
+    assert run(["--help"]) == OK
+    assert alone == capsys.readouterr()
+    assert "verify" in alone.out
+    assert "generate" in alone.out
+
+
+def test_the_version_is_the_packages(capsys: Capture) -> None:
+    assert run(["--version"]) == OK
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "generate"])
+def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
+    command: str, capsys: Capture
+) -> None:
+    assert run([command, "--help"]) == OK
+    shown = capsys.readouterr().out
+    examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
+    assert len(examples) >= 2, shown
+    assert all(line.startswith(f"  granite-paged {command} ") for line in examples[1:])
+    assert "\\b" not in shown
+    assert shown.count("[default: ") >= 5
+
+
+@pytest.mark.parametrize("command", ["verify", "generate"])
+def test_every_option_is_explained(command: str, capsys: Capture) -> None:
+    assert run([command, "-h"]) == OK
+    shown = capsys.readouterr().out
+    options = ["--model", "--random-weights", "--device", "--dtype", "--seed", "--page-size"]
+    assert [option for option in options if option not in shown] == []
+
+
+# -- usage --------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "unknown command": (["verfy"], "No such command 'verfy'"),
+    "unknown option": (["verify", "--pages", "3"], "No such option '--pages'"),
+    "bad page size": (["verify", "--page-size", "12"], "power of two, 12 given"),
+    "page size zero": (["verify", "--page-size", "0"], "'--page-size'"),
+    "page larger than the pool": (
+        ["verify", "--page-size", "64", "--max-tokens", "32"],
+        "page_size 64 does not fit into max_tokens 32",
+    ),
+    "unknown device": (["verify", "--device", "banana"], "unknown device 'banana': use auto"),
+    "missing device": (["generate", "x", "--device", "cuda:99"], "cuda:99 is not there"),
+    "unknown dtype": (["verify", "--dtype", "int4"], "unknown dtype 'int4': use auto"),
+    "unknown backend": (["verify", "--backend", "fast"], "'eager', 'compiled'"),
+    "unknown geometry": (["verify", "--random-weights", "gpt-2"], "unknown geometry 'gpt-2'"),
+    "missing checkpoint": (["verify", "--model", "./nowhere"], "no checkpoint at ./nowhere"),
+    "two models": (
+        ["verify", "--model", "./a", "--random-weights", "granite-4.0-h-1b"],
+        "exclude each other",
+    ),
+    "context too short": (["verify", "--context", "3"], "'--context'"),
+    "memory fraction": (["verify", "--memory-fraction", "1.5"], "'--memory-fraction'"),
+    "report without folder": (["verify", "--json", "no/such/folder.json"], "cannot write"),
+    "report that is a folder": (["verify", "--json", "."], "is a directory"),
+    "no text": (["generate"], "Missing argument 'TEXT'"),
+    "empty text": (["generate", ""], "empty prompt"),
+    "blank text": (["generate", "  "], "empty prompt"),
+    "missing tokenizer": (["generate", "x", "--tokenizer", "./nowhere"], "no tokenizer in"),
+    "no new tokens": (["generate", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
+    "pool too small": (
+        ["generate", "and " * 40, "--max-tokens", "32"],
+        "out of pages: 3 needed, 2 free; raise",
+    ),
+}
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong usage has to be noticed before the work."""
+
+    def work(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("the verification ran")
+
+    monkeypatch.setattr(verify, "verify", work)
+
+
+def assert_one_line(capsys: Capture, reason: str) -> None:
+    shown = capsys.readouterr()
+    assert shown.err.startswith("granite-paged: error: ")
+    assert reason in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+@pytest.mark.usefixtures("unverified")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
+    arguments, reason = WRONG[wrong]
+    if arguments[0] in ("verify", "generate") and "--device" not in arguments:
+        arguments = [*arguments, "--device", "cpu"]
+    assert run(arguments) == USAGE
+    assert_one_line(capsys, reason)
+
+
+@pytest.mark.usefixtures("unverified")
+def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    (tmp_path / "file").touch()
+    assert run(["verify", "--json", str(tmp_path / "file" / "report.json")]) == USAGE
+    assert_one_line(capsys, "cannot write")
+
+
+def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path, capsys: Capture) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert generate("x", "--model", str(tmp_path)) == USAGE
+    assert_one_line(capsys, "has no tokenizer: pass --tokenizer ID_OR_PATH")
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    capsys.readouterr()
+    other = ["--model", str(tmp_path), "--tokenizer", str(models.TINY_RECALL)]
+    assert generate(f"{KEY_WORDS[-1]} {VALUE_WORDS[0]}", *other) == USAGE
+    assert_one_line(capsys, "outside the vocabulary of 97")
+
+
+def test_a_mistake_in_a_process_of_its_own_exits_2_without_a_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "granite_paged", "verfy"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == USAGE
+    assert done.stderr.startswith("granite-paged: error: No such command 'verfy'.")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", [["verify"], ["generate", "x"]])
+def test_an_interrupt_exits_130_in_one_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load", interrupt)
+    assert run(command) == INTERRUPTED == 130
+    shown = capsys.readouterr()
+    assert shown.err.strip() == "granite-paged: interrupted"
+    assert shown.out == ""
+
+
+# -- generate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "value"), FACTS)
+def test_generate_recalls_the_value_that_was_stated(key: str, value: str, capsys: Capture) -> None:
+    assert generate(facts_then_question(key, FACTS), "--max-new-tokens", "1") == OK
+    shown = capsys.readouterr()
+    assert shown.out.split() == [value]
+    assert shown.err == ""
+
+
+def test_generate_answers_the_other_half_after_shift(capsys: Capture) -> None:
+    key, value = FACTS[2]
+    text = facts_then_question(key, FACTS).replace("<plain>", "<shift>")
+    assert generate(text, "--max-new-tokens", "1") == OK
+    partner = VALUE_WORDS[VALUE_WORDS.index(value) + PLAIN_VALUES]
+    assert capsys.readouterr().out.split() == [partner]
+
+
+def test_the_example_of_generates_help_works(capsys: Capture) -> None:
+    run(["generate", "--help"])
+    examples = [line for line in capsys.readouterr().out.splitlines() if "<ask>" in line]
+    assert len(examples) == 1
+    text, options = examples[0].split('"')[1:]
+    assert generate(text, *options.split()) == OK
+    words = text.split()
+    assert capsys.readouterr().out.split() == [words[words.index("red-fox") + 1]]
+
+
+class Recorder(io.StringIO):
+    """Standard output that counts what reaches its reader piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def flush(self) -> None:
+        self.pieces.append(self.getvalue())
+
+
+def test_generate_prints_the_answer_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = Recorder()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert generate(facts_then_question(*QUESTION), "--max-new-tokens", "6") == OK
+    lengths = sorted({len(piece) for piece in out.pieces} - {0})
+    assert len(lengths) >= 4, out.pieces
+    assert out.getvalue().endswith("\n")
+
+
+def test_generate_runs_in_pages_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    begin = PagedCache.begin_step
+
+    def seen(self: PagedCache, *args: Any) -> Any:
+        sizes.append(self.config.page_size)
+        return begin(self, *args)
+
+    monkeypatch.setattr(PagedCache, "begin_step", seen)
+    options = ["--max-new-tokens", "3", "--page-size", "8"]
+    assert generate(facts_then_question(*QUESTION), *options) == OK
+    assert sizes == [8, 8, 8]
+
+
+def sampled(capsys: Capture, seed: int) -> str:
+    options = ["--temperature", "3", "--max-new-tokens", "12", "--seed", str(seed)]
+    assert generate(facts_then_question(*QUESTION), *options) == OK
+    return capsys.readouterr().out
+
+
+def test_sampling_is_reproducible_by_its_seed(capsys: Capture) -> None:
+    first = sampled(capsys, 7)
+    assert first.strip()
+    assert sampled(capsys, 7) == first
+    assert sampled(capsys, 8) != first

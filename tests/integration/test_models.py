@@ -1,0 +1,354 @@
+"""`load`: what it gives, what it refuses, and that published geometries are as published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import prompts, tiny_model
+from transformers import GraniteMoeHybridForCausalLM
+from transformers.utils import logging
+
+from granite_paged import models
+from granite_paged.checkpoints import TINY_RECALL
+from granite_paged.errors import (
+    CheckpointError,
+    DeviceError,
+    GranitePagedError,
+    InvalidRequest,
+    UnsupportedModel,
+)
+from granite_paged.models import GEOMETRIES, geometry_config, load
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> None:
+    """transformers' own reports of broken checkpoints are not what is tested."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the embedded checkpoint, to be broken."""
+    return Path(shutil.copytree(TINY_RECALL, tmp_path / "checkpoint"))
+
+
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model(prompts((19,))[0], use_cache=False).logits
+    return out
+
+
+# -- what is loaded -----------------------------------------------------------------------------
+
+
+def test_the_embedded_checkpoint_is_the_default() -> None:
+    loaded = load(device="cpu")
+    assert loaded.name == models.EMBEDDED == "tiny-recall"
+    assert loaded.tokenizer is not None
+    assert loaded.model.device == torch.device("cpu")
+
+
+def test_models_come_frozen_and_in_eval_mode() -> None:
+    model = load(device="cpu").model
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_saved_model_comes_back_to_the_same_logits(tmp_path: Path) -> None:
+    model = tiny_model("experts").requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path), device="cpu")
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert loaded.tokenizer is None
+    assert loaded.name == str(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dtype_auto_is_the_checkpoints_own(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_model().to(dtype).save_pretrained(tmp_path)
+    assert load(str(tmp_path), device="cpu").model.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", list(models.DTYPES))
+def test_another_dtype_can_be_asked_for(dtype: str) -> None:
+    assert load(device="cpu", dtype=dtype).model.dtype == models.DTYPES[dtype]
+
+
+def edit_config(checkpoint: Path, **changes: Any) -> None:
+    config = json.loads((checkpoint / CONFIG).read_text())
+    (checkpoint / CONFIG).write_text(json.dumps(config | changes))
+
+
+def test_old_names_of_layer_types_mean_the_same(checkpoint: Path) -> None:
+    edit_config(checkpoint, layer_types=["mamba", "attention"] * 2)
+    assert torch.equal(
+        logits(load(str(checkpoint), device="cpu").model), logits(load(device="cpu").model)
+    )
+
+
+def test_code_of_a_checkpoint_is_never_run(checkpoint: Path) -> None:
+    (checkpoint / "evil.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    edit_config(checkpoint, auto_map=names)
+    assert isinstance(load(str(checkpoint), device="cpu").model, GraniteMoeHybridForCausalLM)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def holding(name: str, content: bytes) -> Callable[[Path], Any]:
+    return lambda checkpoint: (checkpoint / name).write_bytes(content)
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    return lambda checkpoint: edit_config(checkpoint, **changes)
+
+
+def truncated(checkpoint: Path) -> None:
+    whole = (checkpoint / WEIGHTS).read_bytes()
+    (checkpoint / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+
+
+def pickled(checkpoint: Path) -> None:
+    torch.save(load_file(checkpoint / WEIGHTS), checkpoint / "pytorch_model.bin")
+    (checkpoint / WEIGHTS).unlink()
+
+
+def weighing(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def rewrite(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / WEIGHTS)
+        change(tensors)
+        save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+
+    return rewrite
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], type[GranitePagedError], str]] = {
+    "folder without config": (without(CONFIG), CheckpointError, "no config.json"),
+    "corrupt config": (holding(CONFIG, b"{ not json"), CheckpointError, "not a valid JSON"),
+    "config that is a list": (holding(CONFIG, b"[]"), CheckpointError, "model_type"),
+    "another architecture": (configured(model_type="gpt2"), UnsupportedModel, "'gpt2'"),
+    "an unheard-of architecture": (configured(model_type="foo"), CheckpointError, "`foo`"),
+    "a size of words": (configured(hidden_size="wide"), CheckpointError, "expected int, got str"),
+    "layers that are not listed": (
+        configured(layer_types=["mamba"]),
+        CheckpointError,
+        "num_hidden_layers",
+    ),
+    "an unknown kind of layer": (
+        configured(layer_types=["mamba", "gate", "mamba", "attention"]),
+        CheckpointError,
+        "layer_types",
+    ),
+    "an unknown dtype": (configured(dtype="floaty"), CheckpointError, "floaty"),
+    "weights truncated": (truncated, CheckpointError, "cannot load"),
+    "weights empty": (holding(WEIGHTS, b""), CheckpointError, "header too small"),
+    "weights that are no safetensors": (
+        holding(WEIGHTS, b"\xff" * 100),
+        CheckpointError,
+        "header too large",
+    ),
+    "no weights": (without(WEIGHTS), CheckpointError, "no file named model.safetensors"),
+    "pickled weights only": (pickled, CheckpointError, "no file named model.safetensors"),
+    "a missing weight": (
+        weighing(lambda tensors: tensors.pop(K_PROJ)),
+        CheckpointError,
+        f"1 missing weights, {K_PROJ}",
+    ),
+    "a weight too many": (
+        weighing(lambda tensors: tensors.update(stranger=torch.zeros(2))),
+        CheckpointError,
+        "1 unexpected weights, stranger",
+    ),
+    "a weight of another shape": (
+        weighing(lambda tensors: tensors.update({K_PROJ: torch.zeros(3, 3)})),
+        CheckpointError,
+        f"1 mismatched weights, {K_PROJ}",
+    ),
+    "more layers than weights": (
+        configured(num_hidden_layers=6, layer_types=["mamba", "attention"] * 3),
+        CheckpointError,
+        "20 missing weights",
+    ),
+    "corrupt tokenizer": (holding("tokenizer.json", b"{"), CheckpointError, "no tokenizer in"),
+    "empty tokenizer": (holding("tokenizer.json", b"{}"), CheckpointError, "no tokenizer in"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line(checkpoint: Path, broken: str) -> None:
+    spoil, kind, match = BROKEN[broken]
+    spoil(checkpoint)
+    with pytest.raises(kind, match=match) as caught:
+        load(str(checkpoint), device="cpu")
+    assert "\n" not in str(caught.value)
+    assert kind is UnsupportedModel or str(checkpoint) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing", "./missing", "/missing/folder", "a/b/c"])
+def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no checkpoint at {name}: there is no such folder"):
+        load(name, device="cpu")
+
+
+def test_a_file_is_no_folder(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        load(str(checkpoint / CONFIG), device="cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float8", "torch.float32", "half", ""])
+def test_an_unknown_dtype_is_refused_with_those_known(dtype: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"use auto, float64, float32, bfloat16, float16$"):
+        load(dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["tpu", "banana", "mps", "meta", "cuda:x", ""])
+def test_an_unknown_device_is_refused_with_those_known(device: str) -> None:
+    with pytest.raises(DeviceError, match=f"'{device}'.*use auto, cpu, cuda or cuda:N$"):
+        load(device=device)
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="cuda:9 is not there: this machine has 2 CUDA devices"):
+        load(device="cuda:9")
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(DeviceError, match="cuda is not there: this machine has 0"):
+        models.resolve_device("cuda")
+
+
+def test_an_unknown_geometry_is_refused_with_those_known() -> None:
+    with pytest.raises(InvalidRequest, match="unknown geometry 'granite-5'") as caught:
+        load(random_weights="granite-5", device="cpu")
+    assert all(name in str(caught.value) for name in GEOMETRIES)
+
+
+def test_a_model_and_random_weights_exclude_each_other() -> None:
+    with pytest.raises(InvalidRequest, match="exclude each other"):
+        load(str(TINY_RECALL), random_weights="granite-4.0-h-1b", device="cpu")
+
+
+# -- published geometries -----------------------------------------------------------------------
+
+EVERY_TENTH = (5, 15, 25, 35)
+PUBLISHED: dict[str, tuple[float, int, tuple[int, ...]]] = {  # parameters, layers, attention
+    "granite-4.0-h-350m": (340e6, 32, (10, 13, 17, 27)),
+    "granite-4.0-h-1b": (1_461_538_368, 40, EVERY_TENTH),
+    "granite-4.0-h-micro": (3.2e9, 40, EVERY_TENTH),
+    "granite-4.0-h-tiny": (7e9, 40, EVERY_TENTH),
+    "granite-4.0-h-small": (32e9, 40, EVERY_TENTH),
+    "granite-4.0-350m": (350e6, 28, tuple(range(28))),
+    "granite-4.0-1b": (1.6e9, 40, tuple(range(40))),
+    "granite-4.0-micro": (3.4e9, 40, tuple(range(40))),
+}
+
+
+def on_meta(name: str) -> Any:
+    with torch.device("meta"):
+        return GraniteMoeHybridForCausalLM(geometry_config(name))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_geometry_has_the_published_size_and_layers(name: str) -> None:
+    parameters, layers, attention = PUBLISHED[name]
+    model = on_meta(name)
+    kinds = [hasattr(layer, "self_attn") and layer.self_attn is not None
+             for layer in model.model.layers]  # fmt: skip
+    assert model.num_parameters() == pytest.approx(parameters, rel=0.03)
+    assert len(kinds) == layers
+    assert tuple(i for i, is_attention in enumerate(kinds) if is_attention) == attention
+
+
+def test_h_1b_has_exactly_the_published_parameters() -> None:
+    assert on_meta("granite-4.0-h-1b").num_parameters() == 1_461_538_368
+
+
+def test_the_studys_geometry_has_what_the_study_reports() -> None:
+    config = geometry_config("study-24l")
+    assert config.num_hidden_layers == 24
+    assert config.num_attention_heads == 16
+    assert config.position_embedding_type == "rope"
+    assert on_meta("study-24l").num_parameters() > 1e9
+
+
+def test_every_geometry_is_checked_here() -> None:
+    assert set(GEOMETRIES) == {*PUBLISHED, "study-24l"}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_only_dense_geometries_and_the_studys_are_rotary(name: str) -> None:
+    config = geometry_config(name)
+    rotary = config.position_embedding_type == "rope"
+    assert rotary == ("-h-" not in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [("granite-4.0-h-tiny", 64), ("granite-4.0-h-small", 72)]
+)
+def test_mixtures_have_their_published_experts(name: str, experts: int) -> None:
+    assert geometry_config(name).num_local_experts == experts
+
+
+# -- random weights -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a geometry that is drawn in milliseconds."""
+    sizes = models._hybrid(64, (4, 2), 4, 64, layers=2, attention=(1,), mamba_d_state=8)
+    monkeypatch.setitem(GEOMETRIES, "small", sizes)
+    return "small"
+
+
+def weights(name: str, **options: Any) -> list[torch.Tensor]:
+    return list(load(random_weights=name, device="cpu", **options).model.parameters())
+
+
+def test_one_seed_draws_the_same_weights(small: str) -> None:
+    first, again = weights(small, seed=3), weights(small, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_another_seed_draws_other_weights(small: str) -> None:
+    first, other = weights(small, seed=3), weights(small, seed=4)
+    drawn = [(a, b) for a, b in zip(first, other, strict=True) if a.ndim == 2]
+    assert drawn
+    assert not any(torch.equal(a, b) for a, b in drawn)
+
+
+def test_random_weights_say_so_and_bring_no_tokenizer(small: str) -> None:
+    loaded = load(random_weights=small, device="cpu", seed=5)
+    assert loaded.name == "small (random weights, seed 5)"
+    assert loaded.tokenizer is None
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_random_weights_on_the_cpu_are_float32_unless_asked(
+    small: str, dtype: str, expected: str
+) -> None:
+    model = load(random_weights=small, device="cpu", dtype=dtype).model
+    assert model.dtype == models.DTYPES[expected]
