@@ -28,10 +28,6 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
             if states[_STATE] is not None:
                 states[_STATE] = states[_STATE].index_select(0, rows)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """transformers' name for `select_rows`."""
-        self.select_rows(beam_idx)
-
     def reset(self) -> None:
         """Forget every row, and how many there were."""
         for by_state, unset in (

@@ -106,7 +106,7 @@ def resolve_device(name: str) -> torch.device:
         raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= gpus:
         raise DeviceError(f"{name} is not there: this machine has {gpus} CUDA devices")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
