@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from golden_extension import Measured, fingerprint
+from safetensors.torch import load_file
 from tiny import EOS, FLAVOURS, PAD, SIZES
 from torch import Tensor
 from transformers import DynamicCache, GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from granite_paged import PagedCache, PagedConfig, paged
+from granite_paged.checkpoints import TINY_RECALL
 
 PAGE_SIZE = 8  # prompts of a few pages, the last one partly filled
 KEPT = 4  # last positions whose logits are kept: they attend to all others
@@ -68,11 +70,19 @@ def _tiny(flavour: str, seed: int = 0) -> GoldenModel:
     return load(settings, tiny_weights(GraniteMoeHybridConfig(**settings), seed), str(seed))
 
 
+def _embedded() -> GoldenModel:
+    config, _ = GraniteMoeHybridConfig.get_config_dict(str(TINY_RECALL))
+    settings = {n: v for n, v in config.items() if n not in _PROVENANCE and not n.startswith("_")}
+    return load(settings, load_file(TINY_RECALL / "model.safetensors"), "trained")
+
+
+_PROVENANCE = ("architectures", "dtype", "model_type", "transformers_version")
+
 MODELS: dict[str, Callable[[], GoldenModel]] = {
-    flavour: functools.partial(_tiny, flavour) for flavour in FLAVOURS
+    **{flavour: functools.partial(_tiny, flavour) for flavour in FLAVOURS},
+    "tiny-recall": _embedded,
 }
-"""Every case of the golden logits runs on each of these. A checkpoint on disk is one entry more:
-its config.json's values and `safetensors.torch.load_file(...)` go to `load`."""
+"""Every case of the golden logits runs on each of these."""
 
 
 @functools.cache
