@@ -146,7 +146,7 @@ def paged_attention_forward(
     """transformers' attention interface: the pool if the step is paged, SDPA if it is not.
 
     query [B, Hq, S, D]; key and value as the cache returned them. Returns [B, S, Hq, D].
-    A patched model that is run with somebody else's cache, or none, answers as before.
+    A patched model that is run with somebody else's cache, or none, is answered by SDPA.
     """
     if not isinstance(attention_mask, BlockMask):
         out: tuple[Tensor, None] = sdpa_attention_forward(
