@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from granite_paged.errors import (
+    BrokenInvariant,
     DoubleFree,
     GeometryError,
     InvalidRequest,
     OutOfPages,
     UnknownSequence,
+    require,
 )
 
 NULL_PAGE = 0
@@ -212,20 +214,20 @@ class PageAllocator:
     # -- proving --------------------------------------------------------------------------------
 
     def check_valid(self) -> None:
-        """Prove the invariant; AssertionError says what broke. Costs as much as all held pages."""
+        """Prove the invariant; BrokenInvariant says what broke. Costs as much as all held pages."""
         incidence = Counter(page for s in self._sequences.values() for page in s.pages)
-        assert incidence == Counter(self._references), "reference counts differ from the tables"
+        require(incidence == Counter(self._references), "reference counts differ from the tables")
         recycled = set(self._recycled)
-        assert len(recycled) == len(self._recycled), "a page is free twice"
-        assert not recycled & incidence.keys(), "a page is free and held"
+        require(len(recycled) == len(self._recycled), "a page is free twice")
+        require(not recycled & incidence.keys(), "a page is free and held")
         issued = set(range(NULL_PAGE + 1, self._never_issued))
-        assert recycled | incidence.keys() == issued, "a page is lost, or out of range"
-        assert self.free + self.held == self._pages - 1, "free + held is not the pool"
+        require(recycled | incidence.keys() == issued, "a page is lost, or out of range")
+        require(self.free + self.held == self._pages - 1, "free + held is not the pool")
         for sequence_id, s in self._sequences.items():
-            assert len(s.pages) == self._pages_for(s.length), (
-                f"sequence {sequence_id}: pages/length"
-            )
-            assert len(set(s.pages)) == len(s.pages), f"sequence {sequence_id}: a page twice"
+            if len(s.pages) != self._pages_for(s.length):
+                raise BrokenInvariant(f"sequence {sequence_id}: pages/length")
+            if len(set(s.pages)) != len(s.pages):
+                raise BrokenInvariant(f"sequence {sequence_id}: a page twice")
 
     # -- details --------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from granite_paged.errors import (
     NotPatched,
     OutOfPages,
     OutOfRows,
+    require,
 )
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.mamba import MambaRows
@@ -308,11 +309,12 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._fit(pages=min(1 + sum(pages), self._page_limit), width=max(pages, default=1))
 
     def check_valid(self) -> None:
-        """Prove that allocator, page table and pools agree; AssertionError says what does not."""
+        """Prove that allocator, page table and pools agree; BrokenInvariant says what does not."""
         self.allocator.check_valid()
-        assert sorted(self._rows) == sorted(self.allocator.sequences), "a sequence without a row"
+        require(sorted(self._rows) == sorted(self.allocator.sequences), "a sequence without a row")
         self.table.check_valid(self.allocator, self._rows)
-        assert all(pool.pages == self.allocator.pages for pool in self.pools.values())
+        sizes = {pool.pages for pool in self.pools.values()}
+        require(sizes == {self.allocator.pages}, "a pool of another size than the allocator's")
 
     # -- details --------------------------------------------------------------------------------
 

@@ -110,6 +110,10 @@ class NonFinite(GranitePagedError, ArithmeticError):
         )
 
 
+class BrokenInvariant(GranitePagedError, AssertionError):
+    """What `check_valid()` found: allocator, page tables and pools do not agree."""
+
+
 class CacheReleased(GranitePagedError):
     """The cache lost its sequences to a failed step; `reset()` makes it usable again."""
 
@@ -120,6 +124,12 @@ class CheckpointError(GranitePagedError):
 
 class DeviceError(GranitePagedError):
     """A device that is unknown or not there."""
+
+
+def require(holds: bool, invariant: str) -> None:
+    """Raise BrokenInvariant unless it holds; unlike `assert`, under `python -O` as well."""
+    if not holds:
+        raise BrokenInvariant(invariant)
 
 
 def _restored(

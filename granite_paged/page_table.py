@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.allocator import NULL_PAGE, PageAllocator
+from granite_paged.errors import BrokenInvariant
 
 NOBODY = -1
 """Logical page of a physical page that no sequence holds."""
@@ -81,7 +82,9 @@ class PageTable:
         held = {}
         for row, sequence in enumerate(sequences):
             pages = allocator.pages_of(sequence)
-            assert tuple(physical[row][: len(pages)]) == pages, f"row {row}: page table is stale"
+            if tuple(physical[row][: len(pages)]) != pages:
+                raise BrokenInvariant(f"row {row}: page table is stale")
             held.update({page: place for place, page in enumerate(pages)})
         for page, place in enumerate(logical):
-            assert place == held.get(page, NOBODY), f"page {page}: the inverse map says {place}"
+            if place != held.get(page, NOBODY):
+                raise BrokenInvariant(f"page {page}: the inverse map says {place}")

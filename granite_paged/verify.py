@@ -23,7 +23,7 @@ import granite_paged
 from granite_paged import laws
 from granite_paged.allocator import PageAllocator
 from granite_paged.cache import PagedCache
-from granite_paged.errors import DeviceError, InvalidRequest
+from granite_paged.errors import BrokenInvariant, DeviceError, InvalidRequest
 from granite_paged.evaluate.recall import recall_accuracy, recall_batch, usual_pairs
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.integrate import paged
@@ -291,7 +291,7 @@ class _Bench:
             logits = play(self.model, moves, cache)
         try:
             cache.check_valid()
-        except AssertionError as broken:
+        except BrokenInvariant as broken:
             return logits, str(broken)
         return logits, ""
 

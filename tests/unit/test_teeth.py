@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -475,3 +477,17 @@ def test_a_nan_that_is_not_cleaned_away_is_caught(monkeypatch) -> None:
     assert torch.equal(poisoned.attend(), step.attend())
     monkeypatch.setattr(Tensor, "isfinite", lambda numbers: torch.ones_like(numbers).bool())
     assert not torch.equal(poisoned.attend(), step.attend())
+
+
+def test_a_broken_invariant_is_named_even_where_python_drops_assertions() -> None:
+    code = (
+        "from granite_paged.allocator import PageAllocator\n"
+        "allocator = PageAllocator(9, 4)\n"
+        "allocator.append({allocator.open(): 9})\n"
+        "allocator._references[1] = 5\n"
+        "allocator.check_valid()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code], check=False, capture_output=True, text=True
+    )
+    assert "BrokenInvariant: reference counts differ from the tables" in done.stderr
