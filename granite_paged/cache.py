@@ -174,7 +174,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if fresh:
             self._open_rows(batch)
         try:
-            self._step = self._plan_step(new, attention_mask)
+            self._step = self._plan_step(new)
         except GranitePagedError:  # refused before anything changed
             if fresh:
                 self._close_rows()
@@ -349,7 +349,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if self.config.max_sequences is not None and needed > self.config.max_sequences:
             raise OutOfRows(needed=needed, rows=self.config.max_sequences)
 
-    def _plan_step(self, new: NewColumns, mask: Tensor | None) -> Step:
+    def _plan_step(self, new: NewColumns) -> Step:
         lengths = [self.allocator.length(sequence) for sequence in self._rows]
         positions = _positions(lengths, new)
         added = (positions != PADDING).sum(dim=1).tolist()
@@ -360,9 +360,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         rows, width = physical.shape
         page_size = self.config.page_size
         visible = None
-        if new.hides and mask is not None:
-            visible = self._columns.visible(mask, (rows, width * page_size))
-        padded = new.tokens is not None and mask is not None
+        if new.hidden_by is not None:
+            visible = self._columns.visible(new.hidden_by, (rows, width * page_size))
         return Step(
             columns=new,
             slots=self.table.slots(device_positions, page_size).flatten(),
@@ -374,7 +373,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 group=self.geometry.group,
                 visible=visible,
             ),
-            mamba_mask=mask[:, -new.count :].contiguous() if mask is not None and padded else None,
+            mamba_mask=new.mask,
         )
 
     def _named_pages(self) -> Tensor:

@@ -27,14 +27,16 @@ class NewColumns:
     Attributes:
         count: how many (S).
         tokens: [B, S] bool on the host, which are tokens; None where all are.
+        mask: [B, S] of the user's mask, for Mamba layers; None where all are tokens.
         stored: [B, columns so far + S] bool, the record once the step is done; None: all tokens.
-        hides: whether the mask leaves out tokens stored earlier.
+        hidden_by: the whole mask, where it leaves out tokens stored earlier; else None.
     """
 
     count: int
     tokens: Tensor | None
+    mask: Tensor | None
     stored: Tensor | None
-    hides: bool
+    hidden_by: Tensor | None
 
 
 class Columns:
@@ -61,7 +63,7 @@ class Columns:
         if batch < 1 or columns < 1:
             raise PromptError("empty prompt: give every row at least one token")
         if mask is None:
-            return NewColumns(columns, None, self._extended(None, batch, columns), hides=False)
+            return NewColumns(columns, None, None, self._extended(None, batch, columns), None)
         if tuple(mask.shape) != (batch, self.count + columns):
             raise InvalidRequest(
                 f"attention_mask must be [{batch}, {self.count + columns}], past columns included; "
@@ -70,10 +72,11 @@ class Columns:
         new = mask[:, self.count :].bool()
         tokens = new.cpu()
         _refuse_right_padding(tokens, torch.tensor(started))
-        hides = self._hides(mask)
+        hidden_by = mask if self._hides(mask) else None
         if bool(tokens.all()):
-            return NewColumns(columns, None, self._extended(None, batch, columns), hides)
-        return NewColumns(columns, tokens, self._extended(new, batch, columns), hides)
+            return NewColumns(columns, None, None, self._extended(None, batch, columns), hidden_by)
+        padded = mask[:, self.count :].contiguous()
+        return NewColumns(columns, tokens, padded, self._extended(new, batch, columns), hidden_by)
 
     def extend(self, new: NewColumns) -> None:
         """Take the columns of a finished step into the record."""

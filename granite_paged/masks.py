@@ -51,9 +51,8 @@ def paged_mask_mod(
         visible: [B, positions] bool, for sequences of which some tokens were
             hidden after they had been stored; None where all count.
     """
-    last = (
-        physical.shape[1] - 1
-    )  # of another, longer row a page may lie beyond what this table names
+    # a page of a longer row than this table names lies beyond its end
+    last = physical.shape[1] - 1
 
     def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
         physical_page = slot // page_size
@@ -61,18 +60,12 @@ def paged_mask_mod(
         named = physical[row, logical_page.clamp(0, last)]
         mine = (logical_page != NOBODY) & (named == physical_page)
         position = logical_page * page_size + slot % page_size
-        return mine & (position <= positions[row, folded_row // group])
+        allowed = mine & (position <= positions[row, folded_row // group])
+        if visible is None:
+            return allowed
+        return allowed & visible[row, position.clamp(0, visible.shape[1] - 1)]
 
-    if visible is None:
-        return mask_mod
-    shown: Tensor = visible
-    end = shown.shape[1] - 1
-
-    def mask_mod_with_hidden(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
-        position = logical[slot // page_size] * page_size + slot % page_size
-        return mask_mod(row, head, folded_row, slot) & shown[row, position.clamp(0, end)]
-
-    return mask_mod_with_hidden
+    return mask_mod
 
 
 def paged_block_mask(

@@ -49,7 +49,7 @@ class PageTable:
         have_rows, have_width = self.physical.shape
         if rows > have_rows or width > have_width:
             # doubling the width keeps a long decode from reallocating at every page
-            wide = max(have_width, 2 * have_width if width > have_width else 0, width)
+            wide = have_width if width <= have_width else max(width, 2 * have_width)
             grown = self.physical.new_full((max(rows, have_rows), wide), NULL_PAGE)
             grown[:have_rows, :have_width] = self.physical
             self.physical = grown

@@ -213,7 +213,7 @@ def versions() -> dict[str, str]:
 
 def _scripts(bench: _Bench, context: int, seed: int) -> Iterator[tuple[str, list[Move]]]:
     ids = bench.tokens(4, context, seed)
-    chunk = _chunk(bench.model.config, context)
+    chunk = _chunk(bench, context)
     yield "prefill", [Feed(ids[:2])]
     yield "chunked prefill", [Feed(part) for part in torch.split(ids[:2], chunk, dim=1)]
     yield "decode", [Feed(ids[:2]), *bench.greedy(ids[:2], DECODE_STEPS)]
@@ -221,9 +221,9 @@ def _scripts(bench: _Bench, context: int, seed: int) -> Iterator[tuple[str, list
     yield "fork and continue", _fork(ids[:1], bench.tokens(3, DECODE_STEPS // 4, seed + 2))
 
 
-def _chunk(config: Any, context: int) -> int:
+def _chunk(bench: _Bench, context: int) -> int:
     """About a third of the context; Mamba's scan is exact only at multiples of its own chunk."""
-    unit = config.mamba_chunk_size if "linear_attention" in config.layers_block_type else 1
+    unit = bench.model.config.mamba_chunk_size if bench.geometry.mamba_layers else 1
     return int(max(1, context // 3 // unit) * unit)
 
 

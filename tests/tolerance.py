@@ -10,7 +10,6 @@ from granite_paged.laws import (
     RECALL,
     SDPA_RATIO,
     WASTE,
-    logit_bound,
     relative_error,
 )
 
@@ -21,7 +20,6 @@ __all__ = [
     "RECALL",
     "SDPA_RATIO",
     "WASTE",
-    "logit_bound",
     "relative_error",
     "rounding_floor",
 ]

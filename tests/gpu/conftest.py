@@ -8,11 +8,6 @@ import pytest
 import torch
 
 
-@pytest.fixture(scope="session")
-def cuda() -> torch.device:
-    return torch.device("cuda", 0)
-
-
 @pytest.fixture(autouse=True)
 def _free_memory() -> Iterator[None]:
     yield

@@ -103,6 +103,18 @@ def test_a_filled_cache_is_continued_over_several_turns(model: Any) -> None:
         assert talk() == expected
 
 
+def continued(model: Any, turn: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    """Tokens of the next turn, on the last one's cache."""
+    last = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=turn.past_key_values,
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    return last.tolist()
+
+
 def test_padding_inside_a_later_turn_is_skipped_as_sdpa_skips_it(model: Any) -> None:
     ids, mask = prompts()
     more, more_mask = prompts((9, 4, 6), seed=7)
@@ -111,14 +123,7 @@ def test_padding_inside_a_later_turn_is_skipped_as_sdpa_skips_it(model: Any) -> 
     def talk() -> list[list[int]]:
         turn = generate(model, ids, mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         longer = torch.cat([turn.sequences, more], dim=1)
-        last = model.generate(
-            longer,
-            attention_mask=full,
-            past_key_values=turn.past_key_values,
-            max_new_tokens=6,
-            do_sample=False,
-        )
-        return last.tolist()
+        return continued(model, turn, longer, full)
 
     expected = talk()
     with paged(model, PAGES):
@@ -174,14 +179,7 @@ def test_a_later_turn_may_hide_what_finished_rows_were_fed(model: Any) -> None:
         longer = torch.cat([turn.sequences, more], dim=1)
         shown = (longer != PAD).long()
         assert not shown[:, ids.shape[1] :].all(), "nothing is hidden"
-        last = model.generate(
-            longer,
-            attention_mask=shown,
-            past_key_values=turn.past_key_values,
-            max_new_tokens=6,
-            do_sample=False,
-        )
-        return last.tolist()
+        return continued(model, turn, longer, shown)
 
     expected = talk()
     with paged(model, PAGES):
