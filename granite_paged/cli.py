@@ -6,32 +6,30 @@ Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from granite_paged import __version__
 from granite_paged.errors import GranitePagedError, InvalidRequest, PromptError
+from granite_paged.options import (
+    FAILED,
+    INTERRUPTED,
+    OK,
+    SETTINGS,
+    USAGE,
+    json_option,
+    model_options,
+    progress_bar,
+    report_console,
+    write_json,
+)
 
 PROGRAM = "granite-paged"
-
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-_SMALL_PAGE = 16  # for the embedded model, whose contexts are short: so that they fill many pages
-
-_TABLE_WIDTH = 100  # where the output goes to a file, so that numbers are not cut
-
-_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
 def main() -> None:
@@ -61,7 +59,7 @@ def _complain(message: str) -> int:
     return USAGE
 
 
-@click.group(context_settings=_SETTINGS)
+@click.group(context_settings=SETTINGS)
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Paged attention for IBM Granite-4 hybrid models, proven equal to SDPA.
@@ -71,99 +69,11 @@ def cli() -> None:
     """
 
 
-def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command with a model, which gets a `LoadedModel` and a `PagedConfig`."""
-
-    @click.option(
-        "--model",
-        metavar="ID_OR_PATH",
-        help="Checkpoint folder or hub id.  [default: the embedded tiny-recall]",
-        show_default=False,
-    )
-    @click.option(
-        "--random-weights",
-        metavar="NAME",
-        help="A published geometry with random weights, e.g. granite-4.0-h-1b.",
-    )
-    @click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-    @click.option(
-        "--dtype",
-        default="auto",
-        metavar="DTYPE",
-        help="auto, float32, bfloat16, float16 or float64.",
-    )
-    @click.option(
-        "--seed",
-        default=0,
-        type=click.IntRange(min=0),
-        help="Of random weights, prompts and sampling.",
-    )
-    @click.option(
-        "--page-size",
-        type=click.IntRange(min=1),
-        metavar="TOKENS",
-        help="Tokens a page, a power of two.  [default: 16 for the embedded model, else 128]",
-        show_default=False,
-    )
-    @click.option(
-        "--memory-fraction",
-        default=0.5,
-        type=click.FloatRange(0, 1, min_open=True),
-        help="Most of the free memory that K and V may take.",
-    )
-    @click.option(
-        "--max-tokens",
-        type=click.IntRange(min=1),
-        metavar="TOKENS",
-        help="Fixed size of the pool, instead of growing with need.",
-    )
-    @click.option(
-        "--backend",
-        default="auto",
-        type=click.Choice(["auto", "eager", "compiled"]),
-        help="How FlexAttention runs.",
-    )
-    @functools.wraps(command)
-    def with_model(
-        model: str | None,
-        random_weights: str | None,
-        device: str,
-        dtype: str,
-        seed: int,
-        page_size: int | None,
-        **rest: Any,
-    ) -> Any:
-        from granite_paged import models
-        from granite_paged.geometry import PagedConfig
-
-        options = {name: rest.pop(name) for name in ("memory_fraction", "max_tokens", "backend")}
-        if page_size is None and model is None and random_weights is None:
-            page_size = _SMALL_PAGE
-        if page_size is not None:
-            options["page_size"] = page_size
-        config = PagedConfig(**options)  # before the model: wrong sizes should not cost a load
-        _quiet()
-        loaded = models.load(
-            model, random_weights=random_weights, device=device, dtype=dtype, seed=seed
-        )
-        return command(loaded=loaded, config=config, seed=seed, **rest)
-
-    return with_model
-
-
-def _in_a_folder(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
-    """Refuse now what could not be written when the work is done."""
-    folder = Path(path or ".").parent
-    if path != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise click.BadParameter(f"cannot write {path}: its folder is missing or write-protected")
-    return path
-
-
 # -- verify -------------------------------------------------------------------------------------
 
 
-@cli.command(context_settings=_SETTINGS)
-@_model_options
+@cli.command(context_settings=SETTINGS)
+@model_options
 @click.option(
     "--context", default=384, type=click.IntRange(min=16), help="Tokens of the longest prompt."
 )
@@ -172,13 +82,7 @@ def _in_a_folder(context: click.Context, option: click.Parameter, path: str | No
     default=True,
     help="Judge errors against a float64 copy (8 bytes a parameter).",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, writable=True, allow_dash=True),
-    callback=_in_a_folder,
-    help="Write the report as one JSON object; - for standard output.",
-)
+@json_option
 def verify(
     loaded: Any, config: Any, seed: int, context: int, reference: bool, json_file: str | None
 ) -> int:
@@ -197,7 +101,7 @@ def verify(
     from granite_paged.verify import stages
     from granite_paged.verify import verify as run_verification
 
-    with _progress() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("start", total=stages(loaded))
 
         def on_stage(stage: str) -> None:
@@ -211,11 +115,9 @@ def verify(
             reference=reference,
             progress=on_stage,
         )
-    console = Console(stderr=json_file == "-")
-    console.width = max(console.width, _TABLE_WIDTH)
-    console.print(*_report_tables(report), sep="")
+    report_console(json_file).print(*_report_tables(report), sep="")
     if json_file:
-        _write_json(json_file, report.to_json())
+        write_json(json_file, report.to_json())
     return OK if report.passed else FAILED
 
 
@@ -272,9 +174,9 @@ def _megabytes(count: int) -> str:
 # -- generate -----------------------------------------------------------------------------------
 
 
-@cli.command(context_settings=_SETTINGS)
+@cli.command(context_settings=SETTINGS)
 @click.argument("text")
-@_model_options
+@model_options
 @click.option("--tokenizer", metavar="ID_OR_PATH", help="Tokenizer, where the model brings none.")
 @click.option(
     "--max-new-tokens", default=64, type=click.IntRange(min=1), help="Most tokens of the answer."
@@ -329,38 +231,3 @@ def generate(
             **(sampling if temperature else {"do_sample": False}),
         )
     return OK
-
-
-# -- shared -------------------------------------------------------------------------------------
-
-
-def _quiet() -> None:
-    """Leave standard error to our own progress and errors."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _progress() -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns,
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _write_json(path: str, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    if path == "-":
-        click.echo(text, nl=False)
-        return
-    try:
-        Path(path).write_text(text)
-    except OSError as error:
-        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
