@@ -1,0 +1,1 @@
+"""Continuous batching over pages and rows: many requests, one model."""
