@@ -434,7 +434,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def _apply(self, plan: AppendPlan, positions: Tensor) -> Tensor:
         """Carry a plan out on the device. Returns the positions [B, S] int64 there."""
         row_of = {sequence: row for row, sequence in enumerate(self._rows)}
-        rows, logical, physical, sources, targets, scrub, flat = _to_device(
+        rows, logical, physical, sources, targets, scrub, flat = to_device(
             self.device,
             torch.tensor([row_of[write.sequence] for write in plan.writes]),
             torch.tensor([write.logical_page for write in plan.writes]),
@@ -498,7 +498,7 @@ def _positions(lengths: list[int], new: NewColumns) -> Tensor:
     return (start + new.tokens.cumsum(dim=1) - 1).where(new.tokens, PADDING)
 
 
-def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
+def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
     """Move 1-D integer tensors to the device in one copy."""
     packed = torch.cat([part.long() for part in parts])
     if device.type == "cuda":
@@ -508,7 +508,7 @@ def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
 
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
     """Most pages the pools may have, the null page included."""
-    memory = _memory(device)
+    memory = free_memory(device)
     if config.max_tokens is None:
         return max(2, int(config.memory_fraction * memory) // geometry.bytes_per_page)
     pages = 1 + geometry.pages_for(config.max_tokens)
@@ -520,7 +520,7 @@ def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.devi
     return pages
 
 
-def _memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that could be had: free ones of a GPU, all of the host's."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
