@@ -1,1 +1,1 @@
-"""Continuous batching over pages and rows: many requests, one model."""
+"""Running a model: fixed shapes, graphs, and who is served when."""
