@@ -353,9 +353,7 @@ class Scheduler:
             plan = self._allocator.append(growth)
             for job in jobs:
                 job.reserved += growth[job.handle]
-            # whole pages are reserved though one token is written: their tails must be clean
-            clean = AppendPlan(plan.writes, plan.copies, _new_pages(plan))
-            self._device.write_pages(clean, {job.handle: job.row for job in jobs})
+            self._device.write_pages(_clean(plan), {job.handle: job.row for job in jobs})
         except Exception as error:  # whatever it is, it concerns these jobs only
             self.recover(jobs, error)
         return True
@@ -444,22 +442,28 @@ class Scheduler:
         """
         budget -= sum(job.target - job.stored for job in self.prefilling)
         passed: list[Job] = []
-        while budget > 0 and not self._short and len(passed) < LOOK_AHEAD:
-            job = self._first_waiting()
-            if job is None or not self._row_for(job):
-                break
-            hit = self._prefix.find(job.path)
-            if self._prefix.worth_waiting(job.path, hit):
-                passed.append(job)
-                heapq.heappop(self._queue)
-            elif self._guarded(job, self._admit, job, hit):
-                budget -= job.target - job.stored
+        try:
+            while budget > 0 and not self._short and len(passed) < LOOK_AHEAD:
+                job = self._first_waiting()
+                if job is None or not self._row_for(job):
+                    break
+                self._guarded(job, self._admit_or_pass, job, passed)
+                if job.state is State.WAITING and job not in passed:
+                    break
+                budget -= max(0, job.target - job.stored)
                 if job.state is State.DECODE:
                     step.resumed.append(job)
-            elif job.state is State.WAITING:
-                break
-        for job in passed:
-            self._push(job)
+        finally:
+            for job in passed:
+                self._push(job)
+
+    def _admit_or_pass(self, job: Job, passed: list[Job]) -> bool:
+        hit = self._prefix.find(job.path)
+        if self._prefix.worth_waiting(job.path, hit):
+            heapq.heappop(self._queue)
+            passed.append(job)
+            return False
+        return self._admit(job, hit)
 
     def _first_waiting(self) -> Job | None:
         while self._queue:
@@ -483,7 +487,7 @@ class Scheduler:
         pages = () if swapped else hit.pages
         job.target = swapped.stored if swapped else job.prefix_tokens
         tokens = max(job.target, min(job.target + 1, job.most))
-        job.row, job.handle = self._rows.pop(), self._allocator.open(pages)
+        job.handle, job.row = self._allocator.open(pages), self._rows.pop()
         if not self._prefix.evict(self._pages_for(tokens) - len(pages)):
             self._vacate(job)
             return False
@@ -518,7 +522,7 @@ class Scheduler:
     def _append(self, job: Job, tokens: int) -> None:
         if tokens:
             plan = self._allocator.append({job.handle: tokens})
-            self._device.write_pages(plan, {job.handle: job.row})
+            self._device.write_pages(_clean(plan), {job.handle: job.row})
 
     def _enter(self, job: Job, state: State) -> None:
         if job.scoring and job.stored == job.target:
@@ -578,7 +582,8 @@ class Scheduler:
             return None
         self._device.clear_rows([row])
         self._device.fork_row(job.row, row)
-        self._device.write_pages(self._allocator.append({handle: tokens}), {handle: row})
+        plan = self._allocator.append({handle: tokens})
+        self._device.write_pages(_clean(plan), {handle: row})
         return row, handle
 
     def _own(self, job: Job, tokens: int) -> tuple[int, int] | None:
@@ -648,8 +653,8 @@ class Scheduler:
         job.partial.clear()
         job.seen = None
         self._drop_swapped(job)
+        self._vacate(job)
         if job.state is not State.WAITING:
-            self._vacate(job)
             self._enqueue(job)
 
     def _vacate(self, job: Job) -> None:
@@ -726,9 +731,11 @@ def _rank(job: Job) -> int:
     return job.rank
 
 
-def _new_pages(plan: AppendPlan) -> list[int]:
+def _clean(plan: AppendPlan) -> AppendPlan:
+    """The plan with every new page scrubbed: pages are reserved before all of them is written."""
     copied = {copy.target for copy in plan.copies}
-    return [write.physical_page for write in plan.writes if write.physical_page not in copied]
+    new = [write.physical_page for write in plan.writes]
+    return AppendPlan(plan.writes, plan.copies, [page for page in new if page not in copied])
 
 
 _Item = TypeVar("_Item")
