@@ -30,12 +30,14 @@ class Answers:
     Attributes:
         scheduler: told of jobs that end; set once, as each knows the other.
         tokens: sampled and delivered since it was made.
+        ended: requests of which a job ended; whoever reads the list empties it.
     """
 
     scheduler: Scheduler
 
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokens = 0
+        self.ended: list[Request | Scoring] = []
         self._tokenizer = tokenizer
         self._texts: dict[Job, TextStream] = {}
 
@@ -70,6 +72,7 @@ class Answers:
             return
         self._texts.pop(job, None)
         self.scheduler.finish(job)
+        self.ended.append(job.request)
         if isinstance(job.request, Scoring):
             job.request.error = job.request.error or error
         else:
@@ -108,8 +111,13 @@ class Answers:
         return "length" if len(job.tokens) - job.prompt_length == job.limit else None
 
     def _text(self, job: Job, output: Output, token: int, *, last: bool) -> str:
+        """What the token adds to the text; all of it at the end where nobody looks before."""
         assert isinstance(job.request, Request)
         if self._tokenizer is None:
+            return ""
+        if job.request.on_token is None and not job.request.params.stop_strings:
+            if last:
+                output.text = self._tokenizer.decode(output.tokens, skip_special_tokens=True)
             return ""
         if job not in self._texts:
             self._texts[job] = TextStream(self._tokenizer, job.request.params.stop_strings)

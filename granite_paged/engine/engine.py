@@ -295,8 +295,10 @@ class Engine:
                 self._flights = []
                 self._scheduler.restart([job for asked in self._open for job in asked.jobs])
                 raise
-            for asked in [asked for asked in self._open if asked.finished]:
-                del self._open[asked]
+            ended, self._answers.ended = self._answers.ended, []
+            for asked in ended:
+                if asked.finished:
+                    self._open.pop(asked, None)
             self._seconds += (time.perf_counter() - started) if busy else 0.0
             return busy
 
