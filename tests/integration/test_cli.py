@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tiny import tiny_model
 
-from granite_paged import PagedCache, __version__, models, verify
+from granite_paged import __version__, models, verify
 from granite_paged.cli import INTERRUPTED, OK, USAGE, run
+from granite_paged.engine.runner import Runner
 from granite_paged.evaluate.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
 
 Capture = pytest.CaptureFixture[str]
@@ -123,7 +124,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no new tokens": (["generate", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "pool too small": (
         ["generate", "and " * 40, "--max-tokens", "32"],
-        "out of pages: 3 needed, 2 free; raise",
+        "out of pages: 7 needed, 2 free; raise",
     ),
 }
 
@@ -259,14 +260,14 @@ def test_generate_prints_the_answer_as_it_comes(monkeypatch: pytest.MonkeyPatch)
 
 def test_generate_runs_in_pages_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    begin = PagedCache.begin_step
+    decode = Runner.decode
 
-    def seen(self: PagedCache, *args: Any) -> Any:
+    def seen(self: Runner, *args: Any) -> Any:
         sizes.append(self.config.page_size)
-        return begin(self, *args)
+        return decode(self, *args)
 
-    monkeypatch.setattr(PagedCache, "begin_step", seen)
-    options = ["--max-new-tokens", "3", "--page-size", "8"]
+    monkeypatch.setattr(Runner, "decode", seen)
+    options = ["--max-new-tokens", "4", "--page-size", "8"]
     assert generate(facts_then_question(*QUESTION), *options) == OK
     assert sizes == [8, 8, 8]
 
