@@ -126,6 +126,7 @@ class PaperRunner:
         self.nonfinite = torch.zeros(rows + 1, dtype=torch.bool)
         self.mismatches: list[str] = []
         self.calls: Counter[str] = Counter()
+        self.computed = 0  # tokens
         self.fault: Callable[[str, Sequence[int]], None] = lambda call, rows: None
         self.closed = False
         self._nan = nan
@@ -247,6 +248,7 @@ class PaperRunner:
     def _compute(self, row: int, start: int, tokens: Sequence[int]) -> tuple[Any, ...]:
         """Write the tokens, and say what is read: the pages, if all is well also the state."""
         assert 0 < row <= self.rows, "the null row computes nothing"
+        self.computed += len(tokens)
         if len(self._states[row]) != start:
             self.mismatches.append(f"row {row}: state of {len(self._states[row])}, start {start}")
         self._states[row] = (*self._states[row], *tokens)

@@ -86,7 +86,9 @@ def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     kept = place < _tensor(most, scores)[:, None]
     chances = ordered.masked_fill(~kept, -math.inf).softmax(dim=-1)
     before = chances.cumsum(dim=-1) - chances
-    kept &= (before < _column([w.params.top_p for w in draws], scores)) | (place == 0)
+    # sums of float32 may pass 1 before the last token, which all of the probability includes
+    mass = [w.params.top_p if w.params.top_p < 1 else math.inf for w in draws]
+    kept &= (before < _column(mass, scores)) | (place == 0)
     dropped = torch.zeros_like(kept).scatter_(1, tokens, ~kept)
     return scores.masked_fill(dropped, -math.inf)
 

@@ -559,7 +559,8 @@ class Scheduler:
         place = None
         if len(job.pending) > 1 and self._rows:
             place = self._branch(job, tokens)
-        if place is None and (len(job.pending) == 1 or self.running == 1):
+        nothing_else = self.running == 1 and not self._branches
+        if place is None and (len(job.pending) == 1 or nothing_else):
             place = self._own(job, tokens)
         if place is None:
             return False
