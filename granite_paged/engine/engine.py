@@ -93,7 +93,8 @@ class Engine:
         config: page size, pools, rows.
         tokenizer: for prompts that are text, and for the text of answers.
         runner: instead of one made for `model` and `config`.
-        step_tokens: tokens computed a step; fewer make long prompts stall others less.
+        step_tokens: most tokens computed a step, decoded ones included; fewer make long prompts
+            stall others less. None: every row's, and a whole chunk of prompts.
         queue: sequences that may wait.
         state_bytes: memory for Mamba states that prompts share; 0 turns prefix sharing off.
         swap_bytes: host memory for preempted sequences.
@@ -457,7 +458,7 @@ class Engine:
         return Limits(
             rows=runner.rows,
             longest=runner.longest,
-            step_tokens=step_tokens or runner.chunk_tokens,
+            step_tokens=step_tokens or runner.chunk_tokens + runner.rows,
             chunk_tokens=runner.chunk_tokens,
             alignment=min(runner.alignment, runner.chunk_tokens),
             queue=queue,

@@ -275,6 +275,7 @@ class Scheduler:
         decodes = self._decodes()
         step.decodes = _calls(decodes, lambda job: job)
         budget = max(self._limits.step_tokens - len(decodes), self._limits.alignment)
+        budget = min(budget, self._limits.chunk_tokens)
         budget -= self._plan_scores(step, budget)
         self._admit_waiting(step, budget)
         while budget > 0 and (spans := self._spans(budget)):
@@ -288,7 +289,7 @@ class Scheduler:
         drawing, followers = [job], job.followers
         job.followers = []
         for follower in followers:
-            if self._rows:
+            if self._row_for(follower):
                 if self._guarded(follower, self._fork, job, follower):
                     drawing.append(follower)
             else:
