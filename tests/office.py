@@ -151,7 +151,8 @@ def walk(office: Office, steps: int, seed: int) -> None:
     """Requests of every kind in random order, as the state machine without shrinking."""
     chance = random.Random(seed)
     vocabulary = office.oracle.vocabulary
-    stems = [[chance.randrange(vocabulary) for _ in range(24)] for _ in range(3)]
+    stems = [_tokens(chance, 24, vocabulary - 1) for _ in range(2)]
+    stems.append([stems[0][0] ^ 1, *stems[0][1:]])  # a twin but for one token
     for _ in range(steps):
         action = chance.random()
         if action < 0.10 and len(office.open) < 12:

@@ -165,8 +165,8 @@ class Engine:
 
         A request that is refused or fails has its `error` in its output; others are answered.
         """
-        listed = _listed(prompts)
-        wishes = _matched(params, len(listed))
+        listed = as_prompts(prompts)
+        wishes = matched(params, len(listed))
         outputs: list[list[Output]] = []
         make = [lambda p=p, w=w: self.submit(p, w) for p, w in zip(listed, wishes, strict=True)]
         for number, asked in enumerate(self._run(make, "generate", progress)):
@@ -501,15 +501,17 @@ def _end_of_text(model: Any) -> frozenset[int]:
     return frozenset()
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as several."""
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]  # one prompt, by what it holds
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _matched(
+def matched(
     params: SamplingParams | Sequence[SamplingParams] | None, prompts: int
 ) -> list[SamplingParams]:
+    """Params of each prompt. Raises InvalidSampling where there are more or fewer."""
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * prompts
     if len(params) != prompts:
