@@ -115,7 +115,7 @@ class Office:
             preempted=stats.preempted,
             swapped=stats.swapped,
             hits=stats.prefix_hits,
-            forked=getattr(self.runner, "calls", {}).get("fork_row", 0),
+            forked=getattr(self.runner, "forked", 0),
         )
 
     def check(self) -> None:

@@ -127,6 +127,7 @@ class PaperRunner:
         self.mismatches: list[str] = []
         self.calls: Counter[str] = Counter()
         self.computed = 0  # tokens
+        self.forked = 0  # rows
         self.fault: Callable[[str, Sequence[int]], None] = lambda call, rows: None
         self.closed = False
         self._nan = nan
@@ -151,11 +152,13 @@ class PaperRunner:
         for page in pages:
             self._contents[page] = [POISON] * self.config.page_size
 
-    def fork_row(self, source: int, target: int) -> None:
-        self._called("fork_row", [source, target])
-        self._tables[target] = dict(self._tables[source])
-        self._states[target] = self._states[source]
-        self.nonfinite[target] = self.nonfinite[source]
+    def fork_row(self, source: int, *targets: int) -> None:
+        self._called("fork_row", [source, *targets])
+        self.forked += len(targets)
+        for target in targets:
+            self._tables[target] = dict(self._tables[source])
+            self._states[target] = self._states[source]
+            self.nonfinite[target] = self.nonfinite[source]
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         self._called("clear_rows", rows)

@@ -381,7 +381,7 @@ class Engine:
         started = time.perf_counter()
         step = self._scheduler.schedule()
         self._schedule_seconds += time.perf_counter() - started
-        launched = self._launcher.launch(step) if step else []
+        launched = self._launcher.launch(step)
         landing, self._flights = self._flights, launched
         for flight in landing:
             self._answers.read(flight)

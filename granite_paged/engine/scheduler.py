@@ -49,8 +49,8 @@ class Device(Protocol):
         """Nobody holds these pages any more."""
         ...
 
-    def fork_row(self, source: int, target: int) -> None:
-        """Copy a row: its page table and its Mamba state."""
+    def fork_row(self, source: int, *targets: int) -> None:
+        """Copy a row with all that is in it: its page table and its Mamba state."""
         ...
 
     def clear_rows(self, rows: Sequence[int]) -> None:
@@ -185,6 +185,7 @@ class Scheduler:
         self._arrivals = 0
         self._queued = 0
         self._rows = list(range(limits.rows, 0, -1))
+        self._dirty = set(self._rows)
         self._short = False  # this step wanted pages that were not there: nobody new comes in
         self._branches: dict[int, int] = {}  # sequence -> row of the continuations of this step
         self._unreleased: list[int] = []  # sequences whose release raised
@@ -316,10 +317,8 @@ class Scheduler:
 
     def scored(self, parts: Sequence[Part]) -> None:
         """All calls of a step were made, with these parts: what was taken for them is free."""
-        branches, self._branches = self._branches, {}
-        for handle, row in branches.items():
-            self._release(handle)
-            self._rows.append(row)
+        for handle in list(self._branches):
+            self._end_branch(handle)
         used_up = {part.job for part in parts if not part.forked}
         for job in dict.fromkeys(part.job for part in parts):
             if job in self.scoring and (job in used_up or not job.pending):
@@ -431,6 +430,7 @@ class Scheduler:
         follower.target, follower.suspect = job.target, job.suspect
         follower.state, follower.sampled = State.DECODE, 1
         self.decoding[follower] = None
+        self._dirty.add(follower.row)
         self._device.fork_row(job.row, follower.row)
         return True
 
@@ -492,7 +492,7 @@ class Scheduler:
         if not self._prefix.evict(self._pages_for(tokens) - len(pages)):
             self._vacate(job)
             return False
-        self._device.clear_rows([job.row])
+        self._clear_row(job.row)
         if swapped:
             self._swap_in(job, swapped)
         else:
@@ -501,6 +501,14 @@ class Scheduler:
         self.counts.admitted += 1
         self._enter(job, State.DECODE if swapped else State.PREFILL)
         return True
+
+    def _clear_row(self, row: int) -> None:
+        """Clear a row for its new owner, and with it all others that will need it."""
+        if row in self._dirty:
+            rows = self._dirty.intersection([row, *self._rows])
+            self._device.clear_rows(sorted(rows))
+            self._dirty -= rows
+        self._dirty.add(row)  # by what its owner will leave in it
 
     def _start(self, job: Job, hit: Hit) -> None:
         if hit.pages:
@@ -539,68 +547,90 @@ class Scheduler:
 
     def _plan_scores(self, step: Step, budget: int) -> int:
         """Continuations of the contexts that are there, each in a fork. Returns their tokens."""
-        spent, planned = 0, []
+        spent = 0
+        planned: list[list[Part]] = []
         for job in sorted(self.scoring, key=_rank):
-            while job.state is State.SCORE and job.pending and spent < budget:
-                pieces: list[Part] = []
-                self._guarded(job, self._part, job, pieces)
-                if not pieces:
-                    break
-                spent += sum(piece.end - piece.start for piece in pieces)
-                planned.append(pieces)
-                if not pieces[0].forked:
-                    break  # the context's own row is used up
+            before = len(planned)
+            if job.state is State.SCORE and spent < budget:
+                self._guarded(job, self._plan_continuations, job, budget - spent, planned)
+            spent += sum(pieces[-1].end for pieces in planned[before:])
         step.scores = self._score_calls(planned)
         return spent
 
-    def _part(self, job: Job, pieces: list[Part]) -> bool:
-        """The next continuation, in pieces that one call can take; none if there is no room."""
-        number = job.pending[0]
-        tokens = len(job.continuation(number))
-        place = None
-        if len(job.pending) > 1 and self._rows:
-            place = self._branch(job, tokens)
-        nothing_else = self.running == 1 and not self._branches
-        if place is None and (len(job.pending) == 1 or nothing_else):
-            place = self._own(job, tokens)
-        if place is None:
-            return False
-        del job.pending[0]
-        row, handle = place
+    def _plan_continuations(self, job: Job, budget: int, planned: list[list[Part]]) -> bool:
+        """As many of a context's as there is room for; the last of all in the context's own row."""
+        numbers = self._affordable(job, budget)
+        last = len(numbers) == len(job.pending)
+        forks = self._fork_out(job, numbers[:-1] if last else numbers)
+        for number, (handle, row) in zip(numbers, forks, strict=False):
+            planned.append(self._pieces(job, number, row, handle))
+        done = len(forks)
+        alone = self.running == 1 and not self._branches  # nobody else will make room
+        own = alone or (last and done == len(numbers) - 1)
+        if own and self._grow_own(job, len(job.continuation(numbers[done]))):
+            planned.append(self._pieces(job, numbers[done], job.row, job.handle))
+            done += 1
+        del job.pending[:done]
+        return done > 0
+
+    def _affordable(self, job: Job, budget: int) -> list[int]:
+        """The next continuations: one, and more as long as rows and the budget last."""
+        numbers = job.pending[:1]
+        budget -= len(job.continuation(numbers[0]))
+        for number in job.pending[1 : len(self._rows) + 1]:
+            budget -= len(job.continuation(number))
+            if budget < 0:
+                break
+            numbers.append(number)
+        return numbers
+
+    def _pieces(self, job: Job, number: int, row: int, handle: int) -> list[Part]:
+        """A continuation in pieces that one call can take each."""
+        size, tokens = self._limits.chunk_tokens, len(job.continuation(number))
         forked = handle != job.handle
-        for start in range(0, tokens, self._limits.chunk_tokens):
-            end = min(start + self._limits.chunk_tokens, tokens)
-            pieces.append(Part(job, job.epoch, number, start, end, row, handle, forked))
-        return True
+        return [
+            Part(job, job.epoch, number, start, min(start + size, tokens), row, handle, forked)
+            for start in range(0, tokens, size)
+        ]
 
-    def _branch(self, job: Job, tokens: int) -> tuple[int, int] | None:
-        """Row and sequence of a fork of the context with room for so many tokens."""
-        handle, row = self._allocator.fork(job.handle), self._rows.pop()
-        self._branches[handle] = row
-        if not self._room(job, {handle: tokens}):
-            del self._branches[handle]
-            self._release(handle)
-            self._rows.append(row)
-            return None
-        self._device.clear_rows([row])
-        self._device.fork_row(job.row, row)
-        plan = self._allocator.append({handle: tokens})
-        self._device.write_pages(_clean(plan), {handle: row})
-        return row, handle
+    def _fork_out(self, job: Job, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Forks of a context with room for these continuations, or for the first few of them.
 
-    def _own(self, job: Job, tokens: int) -> tuple[int, int] | None:
-        """The context's own row and sequence: for its last continuation, or where no fork fits."""
-        if not self._room(job, {job.handle: tokens}):
-            return None
+        Returns:
+            Sequence and row of each.
+        """
+        growth: dict[int, int] = {}
+        for number in numbers[: len(self._rows)]:
+            handle = self._allocator.fork(job.handle)
+            self._branches[handle] = self._rows.pop()
+            growth[handle] = len(job.continuation(number))
+        while growth and not self._room(job, growth, needed=len(growth) == 1):
+            self._end_branch(growth.popitem()[0])
+        if not growth:
+            return []
+        rows = {handle: self._branches[handle] for handle in growth}
+        self._dirty.update(rows.values())
+        self._device.fork_row(job.row, *rows.values())
+        self._device.write_pages(_clean(self._allocator.append(growth)), rows)
+        return list(rows.items())
+
+    def _end_branch(self, handle: int) -> None:
+        self._rows.append(self._branches.pop(handle))
+        self._release(handle)
+
+    def _grow_own(self, job: Job, tokens: int) -> bool:
+        """Room in the context's own pages: for its last continuation, or where no fork fits."""
+        if not self._room(job, {job.handle: tokens}, needed=True):
+            return False
         self._append(job, tokens)
         job.reserved += tokens
-        return job.row, job.handle
+        return True
 
-    def _room(self, job: Job, growth: dict[int, int]) -> bool:
-        """Make room, at the cost of newer jobs that nothing was planned for yet."""
+    def _room(self, job: Job, growth: dict[int, int], *, needed: bool) -> bool:
+        """Make room; if it is needed, at the cost of newer jobs that nothing was planned for."""
         while not self._prefix.evict(self._allocator.pages_needed(growth)):
             newer = [o for o in (*self.scoring, *self.prefilling) if o.rank > job.rank]
-            if not newer:
+            if not needed or not newer:
                 self._short = True
                 return False
             self._preempt(self._newest(newer))

@@ -20,7 +20,9 @@ class Fetch:
     """Tensors on their way to the host; `read` waits until they are there."""
 
     def __init__(self, device: torch.device, **tensors: Tensor | None) -> None:
-        self._landed: Any = torch.Event(device) if device.type == "cuda" else None
+        self._landed: Any = None
+        if device.type == "cuda":
+            self._landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._tensors = {
             name: self._start(tensor) for name, tensor in tensors.items() if tensor is not None
         }

@@ -150,7 +150,7 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
     ask(desk, [7] * 11, new=2, n=4, temperature=1.0)
     desk.drain()
     assert desk.runner.computed == 11 + 4 * 1
-    assert desk.runner.calls["fork_row"] == 3
+    assert desk.runner.forked == 3
 
 
 def test_samples_that_find_no_row_are_computed_when_there_is_one() -> None:
@@ -165,7 +165,7 @@ def test_a_context_is_computed_once_for_all_its_continuations() -> None:
     desk.score([7] * 13, [[1, 2], [3], [4, 5, 6], [8]])
     desk.drain()
     assert desk.runner.computed == 12 + (2 + 1 + 3 + 1)
-    assert desk.runner.calls["fork_row"] == 3, "the last one takes the context's own row"
+    assert desk.runner.forked == 3, "the last one takes the context's own row"
 
 
 def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
