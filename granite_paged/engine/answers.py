@@ -19,7 +19,8 @@ from granite_paged.engine.request import (
     State,
     TokenLogprob,
 )
-from granite_paged.engine.scheduler import Part, Scheduler
+from granite_paged.engine.scheduler import Scheduler
+from granite_paged.engine.step import Part
 from granite_paged.engine.text import TextStream
 from granite_paged.errors import CallbackFailed, NonFiniteRequest, StepFailed
 

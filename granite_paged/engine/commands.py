@@ -146,20 +146,13 @@ def bench_serve(
     sizes = _sized(config, rows=min(rows, len(coming)), tokens=workload.longest)
     with progress_bar() as bar, Engine(loaded.model, sizes, queue=len(coming)) as engine:
         task = bar.add_task("capture")
-        engine.runner.warm_up(
-            lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            )
-        )
-        report = compare(
-            engine,
-            loaded.model,
-            coming,
-            batch=batch if with_default else None,
-            progress=lambda who, done: bar.update(
-                task, description=who, completed=done, total=len(coming)
-            ),
-        )
+
+        def tell(what: str, done: int, total: int = len(coming)) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        engine.runner.warm_up(tell)
+        static = batch if with_default else None
+        report = compare(engine, loaded.model, coming, batch=static, progress=tell)
     report_console(json_file).print(_serving_table(report, loaded.name))
     if json_file:
         write_json(json_file, {"workload": dataclasses.asdict(workload), **report.to_json()})

@@ -41,8 +41,9 @@ from granite_paged.engine.request import (
     check_tokens,
 )
 from granite_paged.engine.runner import Chunk, Runner
-from granite_paged.engine.scheduler import Limits, Scheduler
+from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
+from granite_paged.engine.step import Limits
 from granite_paged.errors import (
     EngineClosed,
     GranitePagedError,

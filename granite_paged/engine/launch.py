@@ -16,7 +16,8 @@ from granite_paged.engine.prefix import RowState
 from granite_paged.engine.request import Job, Request, Scoring, State
 from granite_paged.engine.runner import Chunk, Runner
 from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
-from granite_paged.engine.scheduler import Part, Scheduler, Span, Step
+from granite_paged.engine.scheduler import Scheduler
+from granite_paged.engine.step import Part, Span, Step
 from granite_paged.engine.transfer import Fetch, upload
 
 

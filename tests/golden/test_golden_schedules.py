@@ -12,7 +12,7 @@ from paper_runner import HashOracle
 from syrupy.assertion import SnapshotAssertion
 
 from granite_paged.engine.request import SamplingParams
-from granite_paged.engine.scheduler import Part, Span, Step
+from granite_paged.engine.step import Part, Span, Step
 
 
 class Diary(Office):
