@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from paper_runner import Oracle, PaperRunner
 
+from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.engine import _SAMPLE_STRIDE, Engine
 from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
 from granite_paged.engine.sampling import Draw, draw, seen_tokens
@@ -39,6 +41,16 @@ def logprobs_alone(
     logits = oracle.logits((*context, *continuation))[len(context) - 1 : -1]
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
     return [float(one) for one in chosen[:, 0]]
+
+
+def search_alone(
+    oracle: Oracle, prompt: Sequence[int], params: SamplingParams, beams: int
+) -> list[list[int]]:
+    """The answers of a beam search with nobody else there, and room for everything."""
+    runner: Any = PaperRunner(oracle, pages=400, rows=2 * beams)
+    with Engine(None, runner=runner) as engine:
+        (outputs,) = engine.search([prompt], params, beams=beams)
+    return [output.tokens for output in outputs]
 
 
 class Office:
@@ -74,6 +86,13 @@ class Office:
             return None
         self.open.append(request)
         return request
+
+    def search(self, prompt: Sequence[int], params: SamplingParams, beams: int) -> None:
+        """A beam search, unless it is refused."""
+        try:
+            self.open.append(self.engine.submit_search(prompt, params, beams=beams))
+        except GranitePagedError as refusal:
+            self.met[type(refusal).__name__] += 1
 
     def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
         """Continuations of a context, unless they are refused."""
@@ -124,7 +143,9 @@ class Office:
         assert not getattr(self.runner, "mismatches", None), self.runner.mismatches
         for asked in [asked for asked in self.open if asked.finished]:
             self.open.remove(asked)
-            if isinstance(asked, Request):
+            if isinstance(asked, BeamRequest):
+                self._judge_search(asked)
+            elif isinstance(asked, Request):
                 for output in asked.outputs:
                     self._judge(asked, output)
             elif asked.error is None:
@@ -138,6 +159,12 @@ class Office:
         if output.finish in ("cancelled", "error"):
             expected = expected[: len(output.tokens)]
         assert output.tokens == expected, f"request {request.number}: {output} is not {expected}"
+
+    def _judge_search(self, asked: BeamRequest) -> None:
+        found = [output.tokens for output in asked.outputs if output.error is None]
+        if found:
+            params = replace(asked.params, logprobs=None)
+            assert found == search_alone(self.oracle, asked.prompt, params, asked.width)
 
     def _judge_scores(self, asked: Scoring) -> None:
         for continuation, score in zip(asked.continuations, asked.scores, strict=True):

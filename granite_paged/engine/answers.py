@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from granite_paged.engine.beams import BeamKeeper, BeamRequest
 from granite_paged.engine.launch import Flight
 from granite_paged.engine.request import (
     Finish,
@@ -29,12 +30,13 @@ class Answers:
     """Fills the outputs of requests.
 
     Attributes:
-        scheduler: told of jobs that end; set once, as each knows the other.
+        scheduler, beams: told of jobs that end and report; set once, as each knows the other.
         tokens: sampled and delivered since it was made.
         ended: requests of which a job ended; whoever reads the list empties it.
     """
 
     scheduler: Scheduler
+    beams: BeamKeeper
 
     def __init__(self, tokenizer: Any | None) -> None:
         self.tokens = 0
@@ -56,6 +58,8 @@ class Answers:
             if job.epoch == epoch and job.state is not State.DONE:
                 if numbers["bad"][at]:
                     self.end(job, "error", NonFiniteRequest(job.request.number))
+                elif isinstance(job.request, BeamRequest):
+                    self._report(job, job.request, numbers, at)
                 else:
                     self._token(job, numbers["tokens"][at], numbers, at)
         if flight.parts:
@@ -76,6 +80,11 @@ class Answers:
         self.ended.append(job.request)
         if isinstance(job.request, Scoring):
             job.request.error = job.request.error or error
+        elif isinstance(job.request, BeamRequest):
+            for beam in job.request.jobs:
+                self.scheduler.finish(beam)
+            for output in job.request.outputs:
+                output.finish, output.error = finish, error
         else:
             output = job.request.outputs[job.index]
             output.finish, output.error = finish, error
@@ -106,6 +115,16 @@ class Answers:
         if finish:
             self.end(job, finish)
 
+    def _report(
+        self, job: Job, request: BeamRequest, numbers: dict[str, list[Any]], at: int
+    ) -> None:
+        self.tokens += 1
+        likeliest = list(zip(numbers["top_logprobs"][at], numbers["top_tokens"][at], strict=True))
+        if self.beams.report(request, job, likeliest):
+            self.ended.append(request)
+            for output in request.outputs:
+                output.text = self._whole_text(output)
+
     def _finish_of(self, job: Job, request: Request, token: int) -> Finish | None:
         if token in request.stop_tokens:
             return "stop"
@@ -118,7 +137,7 @@ class Answers:
             return ""
         if job.request.on_token is None and not job.request.params.stop_strings:
             if last:
-                output.text = self._tokenizer.decode(output.tokens, skip_special_tokens=True)
+                output.text = self._whole_text(output)
             return ""
         if job not in self._texts:
             self._texts[job] = TextStream(self._tokenizer, job.request.params.stop_strings)
@@ -126,6 +145,11 @@ class Answers:
         piece = text.push(token) + (text.finish() if last else "")
         output.text = text.text
         return piece
+
+    def _whole_text(self, output: Output) -> str:
+        if self._tokenizer is None:
+            return ""
+        return str(self._tokenizer.decode(output.tokens, skip_special_tokens=True))
 
     def _tell(self, job: Job, request: Request, token: int, piece: str) -> None:
         if request.on_token is None:

@@ -28,6 +28,7 @@ import torch
 
 from granite_paged.allocator import PageAllocator
 from granite_paged.engine.answers import Answers
+from granite_paged.engine.beams import BeamKeeper, BeamRequest, beam_params
 from granite_paged.engine.launch import Flight, Launcher
 from granite_paged.engine.prefix import PrefixCache
 from granite_paged.engine.request import (
@@ -75,7 +76,7 @@ _STALLED = 3  # steps without work while somebody waits: a bug, and better said 
 
 
 _SAMPLE_STRIDE = 0x9E3779B97F4A7C15
-_Asked = TypeVar("_Asked", Request, Scoring)
+_Asked = TypeVar("_Asked", Request, Scoring, BeamRequest)
 
 
 class Piece(NamedTuple):
@@ -140,9 +141,11 @@ class Engine:
         )
         self._answers.scheduler = self._scheduler
         self._launcher = Launcher(self.runner, self._scheduler)
+        self._answers.beams = self._beams = BeamKeeper(self._scheduler, self._launcher.feed)
         self._lock = threading.RLock()
         self._flights: list[Flight] = []
         self._open: dict[Request | Scoring, None] = {}
+        self._searches: set[BeamRequest] = set()
         self._numbers = 0
         self._closed = False
         self._stalled = 0
@@ -196,6 +199,34 @@ class Engine:
         make = [lambda c=c, k=k: self.submit_scoring(c, k) for c, k in items]
         done = self._run(make, "score", progress)
         return [_scores(asked) for asked in done]
+
+    def search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        progress: bool | None = None,
+    ) -> list[list[Output]]:
+        """Beam search: the best `beams` answers of each prompt, the best first.
+
+        Raises:
+            GranitePagedError: of the first request that was refused or failed.
+        """
+        make = [
+            lambda p=prompt: self.submit_search(
+                p, params, beams=beams, length_penalty=length_penalty
+            )
+            for prompt in as_prompts(prompts)
+        ]
+        found = []
+        for asked in self._run(make, "search", progress):
+            if isinstance(asked, GranitePagedError):
+                raise asked
+            _raise_first(asked)
+            found.append(asked.outputs)
+        return found
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Answer one prompt, token by token. Leaving the loop cancels the request.
@@ -287,6 +318,33 @@ class Engine:
             scoring.jobs = [job]
             return self._opened(scoring)
 
+    def submit_search(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+    ) -> BeamRequest:
+        """Let a beam search wait. Raises as `submit` does."""
+        wishes = params or SamplingParams()
+        tokens = check_tokens(self._tokens(prompt), self.runner.vocabulary, "prompt")
+        stops = wishes.stop_tokens
+        stop_tokens = self._stop_tokens if stops is None else frozenset(stops)
+        wanted = beam_params(wishes, beams, len(stop_tokens))
+        with self._lock:
+            self._check_open()
+            self._scheduler.check_fits(len(tokens) + wanted.max_new_tokens - 1)
+            request = BeamRequest(self._numbers, tokens, wanted, stop_tokens)
+            request.width, request.length_penalty = beams, length_penalty
+            job = self._job(request, 0)
+            job.exact, job.limit = True, 1
+            self._scheduler.submit([job])
+            request.jobs, request.scores = [job], {job: 0.0}
+            request.outputs = [Output(request.number, index, tokens) for index in range(beams)]
+            self._searches.add(request)
+            return self._opened(request)
+
     def step(self) -> bool:
         """Launch one step and deliver the one before. Whether there was anything to do."""
         with self._lock, torch.inference_mode(), self._on_device():
@@ -300,7 +358,7 @@ class Engine:
             ended, self._answers.ended = self._answers.ended, []
             for asked in ended:
                 if asked.finished:
-                    self._open.pop(asked, None)
+                    self._close_request(asked)
             self._seconds += (time.perf_counter() - started) if busy else 0.0
             return busy
 
@@ -380,6 +438,8 @@ class Engine:
 
     def _step(self) -> bool:
         started = time.perf_counter()
+        for request in self._searches:
+            self._beams.make_way(request)
         step = self._scheduler.schedule()
         self._schedule_seconds += time.perf_counter() - started
         launched = self._launcher.launch(step)
@@ -435,7 +495,12 @@ class Engine:
             if not asked.finished:
                 for job in asked.jobs:
                     self._answers.end(job, "cancelled", error)
-            self._open.pop(asked, None)
+            self._close_request(asked)
+
+    def _close_request(self, asked: Request | Scoring) -> None:
+        self._open.pop(asked, None)
+        if isinstance(asked, BeamRequest):
+            self._searches.discard(asked)
 
     def _job(self, request: Request, index: int) -> Job:
         wishes, tokens = request.params, request.prompt

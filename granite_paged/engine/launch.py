@@ -56,7 +56,7 @@ class Launcher:
         """Make every call of a step. Returns those that were made."""
         flights: list[Flight] = []
         for job in step.resumed:
-            self._attempt(flights, [job], self._feed, job)
+            self._attempt(flights, [job], self.feed, job)
         for jobs in step.decodes:
             self._attempt(flights, jobs, self._decode, jobs)
         for parts in step.scores:
@@ -87,8 +87,8 @@ class Launcher:
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def _feed(self, job: Job) -> None:
-        """A job that came back is fed its last token."""
+    def feed(self, job: Job) -> None:
+        """The job's last token is the one that its row is fed next."""
         last = upload(job.tokens[-1:], torch.int64, self._runner.device)
         self._runner.tokens[job.row : job.row + 1] = last
 

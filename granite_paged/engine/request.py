@@ -99,6 +99,7 @@ class Output:
         tokens: sampled tokens, a stop token included.
         text: of the tokens, up to a stop string; empty without a tokenizer.
         logprobs: one a token, where asked for.
+        score: of a beam, its log-probability with the length penalty.
         finish: why it ended; None while it runs.
         error: what ended it, where `finish` is "error" or "cancelled".
     """
@@ -109,6 +110,7 @@ class Output:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float | None = None
     finish: Finish | None = None
     error: Exception | None = None
 
@@ -206,6 +208,7 @@ class Job:
         seen: tokens that a repetition penalty falls on, on the device.
         seed: of its draws.
         greedy: whether an argmax is all it wants.
+        exact: pages are reserved token by token, so that it can be forked at any time.
     """
 
     request: Request | Scoring
@@ -234,6 +237,7 @@ class Job:
     seen: Any = None
     seed: int = 0
     greedy: bool = True
+    exact: bool = False
 
     @property
     def scoring(self) -> bool:

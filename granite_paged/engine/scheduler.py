@@ -139,6 +139,24 @@ class Scheduler:
         for follower in followers:  # nobody is left to fork them from
             self._enqueue(follower)
 
+    def rest(self, job: Job) -> None:
+        """A job that has drawn all it may does not need its row and pages for now."""
+        if job in self.decoding:
+            self._vacate(job)
+            job.state = State.READ
+
+    def requeue(self, job: Job) -> None:
+        """A job without a row has tokens to draw again: it waits to be computed."""
+        self._leave_queue(job)
+        self._vacate(job)
+        self._enqueue(job)
+
+    def fork(self, job: Job, child: Job) -> bool:
+        """Give a new job the row and pages of a decoding one, if there is a row for it."""
+        if job not in self.decoding or not self._row_for(child):
+            return False
+        return self._guarded(child, self._fork, job, child)
+
     def recover(self, jobs: Iterable[Job], error: Exception) -> None:
         """A call with these jobs raised, so their rows and pages hold anything.
 
@@ -241,7 +259,7 @@ class Scheduler:
     def _grow(self, jobs: Sequence[Job]) -> bool:
         """Room up to the end of a page for each, so that most steps ask for nothing."""
         size = self._allocator.page_size
-        growth = {job.handle: size - job.reserved % size for job in jobs}
+        growth = {job.handle: 1 if job.exact else size - job.reserved % size for job in jobs}
         try:
             if not self._prefix.evict(self._allocator.pages_needed(growth)):
                 return False
@@ -260,6 +278,9 @@ class Scheduler:
         """Take a job's row and pages; it waits to come back."""
         self.counts.preempted += 1
         self._short = True
+        if job.state is State.DECODE and job.sampled == job.limit:
+            self.rest(job)
+            return
         if job.state is State.DECODE and not job.suspect and self._limits.swap(job.stored):
             self._swap_out(job)
         self._vacate(job)

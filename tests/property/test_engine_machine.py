@@ -75,6 +75,11 @@ class EngineMachine(RuleBasedStateMachine):
     def score(self, context: list[int], continuations: list[list[int]]) -> None:
         self.office.score(context, continuations)
 
+    @rule(prompt=PROMPTS, new=st.integers(1, 5), beams=st.integers(1, 3))
+    def search(self, prompt: list[int], new: int, beams: int) -> None:
+        params = SamplingParams(max_new_tokens=new, stop_tokens=(11, 29, 60))
+        self.office.search(prompt, params, beams)
+
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
         for _ in range(steps):
