@@ -24,7 +24,6 @@ from torch import Tensor
 from granite_paged.kernels.linear import Convolution, Normed, convolve, early, wait
 from granite_paged.mamba import MambaSizes, MambaState
 
-
 STATE_BLOCK = 32
 """Elements of a head whose states one program of a decode step holds: the fastest at every batch
 from 1 to 128 on an H200 (`nox -s tune`)."""
