@@ -1,0 +1,211 @@
+"""Where the time of one step goes: a trace for Perfetto, and kernels by kind of layer.
+
+A kernel belongs to the layer whose module launched it, where there are modules to see (eager
+modes). Replayed from a CUDA graph or compiled, it has only its name, and `KERNEL_RULES` decide: the
+first rule whose pattern is found in the name. Products of matrices run in every kind of layer under
+the same names, so by name alone they are `matmul`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from granite_paged.bench.measure import Clock, Prepared
+from granite_paged.bench.results import writable_folder
+from granite_paged.errors import InvalidRequest
+
+KERNEL_RULES: tuple[tuple[str, str], ...] = (
+    ("attention", r"flex|attention|flash|fmha|sdpa|softmax_backward|_attn"),
+    ("mamba", r"mamba|ssm|ssd|selective|chunk_(scan|state)|conv1d|conv_depthwise|softplus|cumsum"),
+    ("mamba", r"conv(olution)?|scan|_exp|tri[lu]"),
+    ("norm", r"rms_?norm|layer_?norm|rsqrt|_norm|mean"),
+    ("mlp", r"mlp|swiglu|moe|expert|grouped_mm|topk"),
+    ("head", r"embedding|lm_head|argmax|logits|log_softmax"),
+    ("matmul", r"gemm|gemv|cutlass|nvjet|cublas|xmma|addmm|\bmm\b|bmm|matmul|splitk"),
+    ("mlp", r"silu"),
+)
+"""Kind and pattern, first found wins. Inductor names a kernel after the operations it fused: an
+update of a Mamba state says softplus or exp, a norm says rsqrt."""
+
+MODULE_RULES: tuple[tuple[str, str], ...] = (
+    ("mamba", r"\.mamba$"),
+    ("attention", r"\.self_attn$"),
+    ("mlp", r"\.(shared_mlp|block_sparse_moe)$"),
+    ("norm", r"(layer)?norm$"),
+    ("head", r"lm_head$|embed_tokens$"),
+)
+"""Kind of a module by its name in a `GraniteMoeHybridForCausalLM`."""
+
+_RANGE = "layer kind: "  # what the ranges of modules are called in the trace
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCost:
+    """All launches of one kernel for one kind of layer."""
+
+    kind: str
+    name: str
+    calls: int
+    microseconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One profiled step.
+
+    Attributes:
+        trace: Chrome trace, for https://ui.perfetto.dev.
+        snapshot: memory snapshot, for https://pytorch.org/memory_viz; None where not taken.
+        kernels: costliest first.
+    """
+
+    trace: str
+    snapshot: str | None
+    kernels: list[KernelCost]
+
+    def by_kind(self) -> list[tuple[str, float]]:
+        """Microseconds of each kind of layer, most first."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for kernel in self.kernels:
+            sums[kernel.kind] += kernel.microseconds
+        return sorted(sums.items(), key=lambda item: -item[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types only."""
+        return {**asdict(self), "kinds": dict(self.by_kind())}
+
+
+def profile_step(
+    prepared: Prepared,
+    model: Any,
+    clock: Clock,
+    folder: Path,
+    name: str,
+    *,
+    steps: int = 3,
+    memory: bool = False,
+) -> Profile:
+    """Profile some steps and write `<name>.trace.json`, and `<name>.memory.pickle` if asked for.
+
+    Raises:
+        InvalidRequest: for a memory snapshot without a GPU, or a folder that cannot be written.
+    """
+    if memory and not clock.gpu:
+        raise InvalidRequest("a memory snapshot is of CUDA memory: leave --memory out here")
+    folder = writable_folder(folder)
+    trace = folder / f"{name}.trace.json"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.gpu else [])]
+    snapshot = folder / f"{name}.memory.pickle" if memory else None
+    with _memory_history(snapshot), layer_ranges(model):
+        for _ in range(2):  # the hooks are new to whatever was warm
+            _play(prepared, clock)
+        with profile(activities=activities) as recorded:
+            for _ in range(steps):
+                _play(prepared, clock)
+    recorded.export_chrome_trace(str(trace))
+    kernels = kernel_costs(recorded.events() or (), steps=steps, gpu=clock.gpu)
+    return Profile(str(trace), None if snapshot is None else str(snapshot), kernels)
+
+
+def _play(prepared: Prepared, clock: Clock) -> None:
+    prepared.reset()
+    prepared.step()
+    clock.wait()
+
+
+@contextlib.contextmanager
+def _memory_history(snapshot: Path | None) -> Iterator[None]:
+    if snapshot is None:
+        yield
+        return
+    memory: Any = torch.cuda.memory
+    memory._record_memory_history()
+    try:
+        yield
+        memory._dump_snapshot(str(snapshot))
+    finally:
+        memory._record_memory_history(enabled=None)
+
+
+@contextlib.contextmanager
+def layer_ranges(model: Any) -> Iterator[None]:
+    """Name what modules launch after their kind of layer, for as long as this lasts."""
+    hooks: list[Any] = []
+    for name, module in model.named_modules():
+        kind = module_kind(name)
+        if kind is not None:
+            hooks += _ranged(module, kind)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ranged(module: torch.nn.Module, kind: str) -> list[Any]:
+    open_ranges: list[Any] = []
+
+    def begin(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            open_ranges.append(record_function(f"{_RANGE}{kind}"))
+            open_ranges[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        if open_ranges:
+            open_ranges.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
+def module_kind(name: str) -> str | None:
+    """Kind of a module by its name; None for those that hold others, or do nothing."""
+    return next((kind for kind, pattern in MODULE_RULES if re.search(pattern, name)), None)
+
+
+def kernel_kind(name: str) -> str:
+    """Kind of a kernel by its name alone."""
+    found = (kind for kind, pattern in KERNEL_RULES if re.search(pattern, name, re.IGNORECASE))
+    return next(found, "other")
+
+
+def kernel_costs(events: Iterable[Any], *, steps: int, gpu: bool) -> list[KernelCost]:
+    """Sum a profiler's events by kernel and kind of layer, a step; costliest first."""
+    calls: Counter[tuple[str, str]] = Counter()
+    microseconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for event in events:
+        for name, time in _launched(event, gpu):
+            key = (_enclosing_kind(event) or kernel_kind(name), name)
+            calls[key] += 1
+            microseconds[key] += time
+    costs = [
+        KernelCost(kind, name, max(1, calls[kind, name] // steps), time / steps)
+        for (kind, name), time in microseconds.items()
+    ]
+    return sorted(costs, key=lambda cost: -cost.microseconds)
+
+
+def _launched(event: Any, gpu: bool) -> list[tuple[str, float]]:
+    """Kernels of one event with their microseconds; on the CPU, the operation itself."""
+    if gpu:
+        return [(kernel.name, float(kernel.duration)) for kernel in event.kernels]
+    if event.name.startswith(_RANGE) or event.self_cpu_time_total <= 0:
+        return []
+    return [(event.name, float(event.self_cpu_time_total))]
+
+
+def _enclosing_kind(event: Any) -> str | None:
+    """Kind of the innermost range around an event."""
+    while event is not None:
+        if event.name.startswith(_RANGE):
+            return str(event.name.removeprefix(_RANGE))
+        event = event.cpu_parent
+    return None
