@@ -149,7 +149,10 @@ def bench(
         _collect(session, plan, rows)
     finally:  # an interrupt keeps the rows so far
         _write_rows(session, rows, json_file, markdown_file)
-    report_console(json_file).print(_row_table(session, rows))
+    console = report_console(json_file)
+    console.print(_row_table(session, rows))
+    for failure in _failures(rows):
+        console.print(failure, soft_wrap=True, markup=False)
     if profile_dir is not None:
         _profile_first_shapes(session, plan, profile_dir)
     return OK
@@ -188,30 +191,36 @@ def _write_rows(
 
 def _row_table(session: Session, rows: Sequence[Row]) -> Table:
     title = f"{session.name}, {session.device_name}"
-    table = Table("case", "mode", title=title, box=SIMPLE)
-    for name in ("batch", "context", "median", "p10", "p90", "n", "tokens/s", "floor", "peak"):
+    table = Table(title=title, box=SIMPLE)
+    for name in ("case", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in ("batch", "context", "ms", "p90", "n", "tokens/s", "floor", "peak GB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         shape = (row.case, row.mode, str(row.batch), row.variant or f"{row.context:,}")
-        table.add_row(*shape, *([f"[red]{row.error}[/]"] if row.error else _cells(row)))
+        table.add_row(*shape, *(["failed"] if row.error else _cells(row)))
     return table
+
+
+def _failures(rows: Sequence[Row]) -> list[str]:
+    return [f"{r.case}, {r.mode}, {r.batch} x {r.context}: {r.error}" for r in rows if r.error]
 
 
 def _cells(row: Row) -> list[str]:
     latency = row.latency_ms
-    times = (latency.median, latency.p10, latency.p90) if latency else (None, None, None)
+    times = (latency.median, latency.p90) if latency else (None, None)
     floor_ms = row.floor_us / 1e3 if row.floor_us else row.floor_ms
     return [
         *map(_ms, times),
         str(latency.n) if latency else "-",
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
         _ms(floor_ms),
-        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3f} GB",
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3f}",
     ]
 
 
 def _ms(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g} ms" if number < 100 else f"{number:,.0f} ms"
+    return "-" if number is None else f"{number:.3g}" if number < 100 else f"{number:,.0f}"
 
 
 @click.command(hidden=True, context_settings=SETTINGS)

@@ -28,6 +28,7 @@ from granite_paged.bench.measure import (
 from granite_paged.bench.modes import make_mode
 from granite_paged.bench.profile import Profile, profile_step
 from granite_paged.bench.results import Latency, Result, Row
+from granite_paged.errors import InvalidRequest
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
 from granite_paged.verify import versions
@@ -278,8 +279,12 @@ def plan_of(
     """Shapes of those cases on the session's device; all cases and modes where none are named.
 
     Raises:
-        InvalidRequest: for an unknown case.
+        InvalidRequest: for an unknown case, or one that none of the named modes can run.
     """
+    chosen = tuple(modes or MODES)
+    for case in chosen_cases(cases) if cases else ():
+        if not set(case.modes) & set(chosen):
+            raise InvalidRequest(f"case {case.name} runs in mode {', '.join(case.modes)} only")
     shapes = [
         (case, shape)
         for case in chosen_cases(cases)
@@ -287,7 +292,7 @@ def plan_of(
             gpu=session.clock.gpu, quick=quick, batches=batches, contexts=contexts
         )
     ]
-    return Plan(shapes, tuple(modes or MODES), budget)
+    return Plan(shapes, chosen, budget)
 
 
 def run(
