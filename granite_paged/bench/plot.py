@@ -90,7 +90,8 @@ def _latency(case: str, axis: str) -> Callable[..., Any]:
             *_mode_lines(results, case, axis, _ms_per_prompt),
             *_floor_lines(results, case, axis),
         ]
-        return _figure(lines, axis, "ms per prompt", f"Prefill time against {_AXES[axis]}", results)
+        title = f"Prefill time against {_AXES[axis]}{_fixed(results, case, axis)}"
+        return _figure(lines, axis, "ms per prompt", title, results)
 
     return make
 
@@ -101,12 +102,23 @@ def _memory(case: str, axis: str) -> Callable[..., Any]:
             *_published_lines(published, case, axis, lambda row: row.peak_gb),
             *_mode_lines(results, case, axis, _peak_gb),
         ]
-        return _figure(lines, axis, "peak GB", f"Peak memory against {_AXES[axis]}", results)
+        title = f"Peak memory of prefill against {_AXES[axis]}{_fixed(results, case, axis)}"
+        return _figure(lines, axis, "peak GB", title, results)
 
     return make
 
 
 _AXES = {"batch": "batch size", "context": "context length"}
+
+
+def _fixed(results: Sequence[Result], case: str, axis: str) -> str:
+    """What does not change along the axis: tokens of each prompt, or how many prompts."""
+    rows = [row for result in results for row in result.measured(case)]
+    if axis == "batch":
+        values = sorted({row.context for row in rows})
+        return f", {' or '.join(map(str, values))} tokens a prompt"
+    values = sorted({row.batch for row in rows})
+    return "" if values == [1] else f", {' or '.join(map(str, values))} prompts"
 
 
 def _ms_per_prompt(row: Row) -> float | None:
@@ -179,12 +191,13 @@ def _figure(
 
 def _dress(axes: Any, x_label: str, y_label: str, places: set[float]) -> None:
     """Logarithmic axes with plain numbers at the places that were measured."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(places), [_count(x) for x in sorted(places)])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(x_label + (", tokens" if "context" in x_label else ""))
@@ -213,7 +226,12 @@ def _decode(results: Sequence[Result], published: Sequence[Published]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
-        1, len(contexts), figsize=(3.2 * len(contexts) + 1, 3.6), sharey=True, squeeze=False
+        1,
+        len(contexts),
+        figsize=(3 * len(contexts) + 1, 4.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axes, context in zip(panels[0], contexts, strict=True):
         lines = _decode_lines(results, context)
@@ -223,7 +241,7 @@ def _decode(results: Sequence[Result], published: Sequence[Published]) -> Any:
         axes.set_title(f"{_count(context)} tokens of context", fontsize=10)
     for axes in panels[0][1:]:
         axes.set_ylabel("")
-    figure.suptitle(f"One decode step\n{_models(results)}", fontsize=11, x=0.01, ha="left", y=1.06)
+    figure.suptitle(f"One decode step\n{_models(results)}", fontsize=11, x=0.01, ha="left")
     _shared_legend(figure, panels[0])
     return figure
 
@@ -252,14 +270,9 @@ def _shared_legend(figure: Any, panels: Iterable[Any]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         by_label |= dict(zip(labels, handles, strict=True))
+    handles = list(by_label.values())
     figure.legend(
-        list(by_label.values()),
-        list(by_label),
-        fontsize=8,
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.02),
-        ncol=4,
+        handles, list(by_label), fontsize=8, frameon=False, loc="outside lower center", ncol=4
     )
 
 
@@ -283,7 +296,6 @@ def _kernel(results: Sequence[Result], published: Sequence[Published]) -> Any:
         drawn = axes.bar(middles, heights, width=0.25, label=label, color=colour)
         axes.bar_label(drawn, [f"{height:.3g}" for height in heights], fontsize=7, padding=1)
     axes.set_xticks(range(len(rows)), [_shape_label(row) for _, row in rows], fontsize=8)
-    axes.set_yscale("log")
     axes.set_ylabel("µs per layer")
     axes.spines[["top", "right"]].set_visible(False)
     devices = ", ".join(sorted({device for device, _ in rows}))
