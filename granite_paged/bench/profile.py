@@ -26,7 +26,7 @@ from granite_paged.errors import InvalidRequest
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"flex|attention|flash|fmha|sdpa|softmax_backward|_attn"),
     ("mamba", r"mamba|ssm|ssd|selective|chunk_(scan|state)|conv1d|conv_depthwise|softplus|cumsum"),
-    ("mamba", r"conv(olution)?|scan|_exp|tri[lu]"),
+    ("mamba", r"conv(?!ert)|scan|_exp(?![a-z])|tri[lu]"),
     ("norm", r"rms_?norm|layer_?norm|rsqrt|_norm|mean"),
     ("mlp", r"mlp|swiglu|moe|expert|grouped_mm|topk"),
     ("head", r"embedding|lm_head|argmax|logits|log_softmax"),
