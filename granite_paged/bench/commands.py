@@ -26,7 +26,7 @@ from granite_paged.options import (
 if TYPE_CHECKING:
     from granite_paged.bench.gate import GateReport
     from granite_paged.bench.profile import Profile
-    from granite_paged.bench.results import Row
+    from granite_paged.bench.results import Result, Row
     from granite_paged.bench.session import Plan, Session
 
 RECORDS = "golden/perf"
@@ -83,6 +83,7 @@ _markdown_option = click.option(
     help="Begin no shape after so long; what is left out is listed.",
 )
 @json_option
+@click.option("--update", is_flag=True, help="Keep the rows of the --json file not measured again.")
 @_markdown_option
 @click.option(
     "--profile",
@@ -103,6 +104,7 @@ def bench(
     quick: bool,
     budget: float | None,
     json_file: str | None,
+    update: bool,
     markdown_file: str | None,
     profile_dir: Path | None,
 ) -> int:
@@ -123,11 +125,14 @@ def bench(
     \b
     granite-paged bench --quick
     granite-paged bench --random-weights granite-4.0-h-1b --case decode --json decode.json
+    granite-paged bench --case kernel --json all.json --update
     granite-paged bench --case batch --batch 8 --context 1024 --mode default --mode paged
     """  # noqa: D301
     from granite_paged.bench.measure import QUICK, Repeats
+    from granite_paged.bench.results import updated
     from granite_paged.bench.session import Session, plan_of
 
+    earlier = _earlier(json_file) if update else None
     session = Session(
         loaded,
         config,
@@ -144,11 +149,13 @@ def bench(
         contexts=contexts,
         budget=budget,
     )
+    if earlier is not None:
+        updated(earlier, session.result([]))  # now, not when the work is done
     rows: list[Row] = []
     try:
         _collect(session, plan, rows)
     finally:  # an interrupt keeps the rows so far
-        _write_rows(session, rows, json_file, markdown_file)
+        _write_rows(session, rows, earlier, json_file, markdown_file)
     console = report_console(json_file)
     console.print(_row_table(session, rows))
     for failure in _failures(rows):
@@ -178,15 +185,34 @@ def _collect(session: Session, plan: Plan, rows: list[Row]) -> None:
         rows.extend(run(session, plan, progress=on_shape))
 
 
+def _earlier(json_file: str | None) -> Result | None:
+    """What `--update` adds to: the file as it is; None where there is none yet."""
+    from granite_paged.bench.results import read_result
+
+    if json_file is None or json_file == "-":
+        raise click.UsageError("--update needs a file: pass --json FILE")
+    return read_result(json_file) if Path(json_file).exists() else None
+
+
 def _write_rows(
-    session: Session, rows: list[Row], json_file: str | None, markdown_file: str | None
+    session: Session,
+    rows: list[Row],
+    earlier: Result | None,
+    json_file: str | None,
+    markdown_file: str | None,
 ) -> None:
     from granite_paged.bench.report import markdown, write_text
+    from granite_paged.bench.results import updated
 
-    if rows and json_file:
-        write_json(json_file, session.result(rows).to_json())
-    if rows and markdown_file:
-        write_text(Path(markdown_file), markdown([session.result(rows)]))
+    if not rows:
+        return
+    result = session.result(rows)
+    if earlier is not None:
+        result = updated(earlier, result)
+    if json_file:
+        write_json(json_file, result.to_json())
+    if markdown_file:
+        write_text(Path(markdown_file), markdown([result]))
 
 
 def _row_table(session: Session, rows: Sequence[Row]) -> Table:

@@ -6,7 +6,7 @@ matplotlib comes with the extra `plot`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,18 +138,28 @@ def _mode_lines(results: Sequence[Result], case: str, axis: str, value: Value) -
     for place, result in enumerate(results):
         for mode, colour in _COLOURS.items():
             style = {"color": colour, "linestyle": _STYLES[place % len(_STYLES)], "marker": "o"}
-            points = [(getattr(r, axis), value(r)) for r in result.measured(case, mode)]
-            lines.append(_line(f"{mode}, {result.device}", points, style))
+            for suffix, rows in _by_other_axis(result.measured(case, mode), axis):
+                points = [(getattr(row, axis), value(row)) for row in rows]
+                lines.append(_line(f"{mode}{suffix}, {result.device}", points, style))
     return [line for line in lines if line.x]
+
+
+def _by_other_axis(rows: Sequence[Row], axis: str) -> Iterator[tuple[str, list[Row]]]:
+    """One line for each value of what the axis does not show; named where there are several."""
+    other, unit = ("context", "tokens") if axis == "batch" else ("batch", "prompts")
+    values = sorted({getattr(row, other) for row in rows})
+    for value in values:
+        suffix = f" {value} {unit}" if len(values) > 1 else ""
+        yield suffix, [row for row in rows if getattr(row, other) == value]
 
 
 def _floor_lines(results: Sequence[Result], case: str, axis: str) -> list[Line]:
     lines = []
     for result in results:
-        rows = {getattr(row, axis): row for row in result.measured(case)}
-        points = [(x, r.floor_ms / r.batch if r.floor_ms else None) for x, r in rows.items()]
         style = {"color": _FLOOR, "linestyle": (0, (1, 1)), "linewidth": 1.5}
-        lines.append(_line(f"floor, {result.device}", points, style))
+        for suffix, rows in _by_other_axis(result.measured(case), axis):
+            points = {(getattr(r, axis), r.floor_ms / r.batch) for r in rows if r.floor_ms}
+            lines.append(_line(f"floor{suffix}, {result.device}", points, style))
     return [line for line in lines if line.x]
 
 

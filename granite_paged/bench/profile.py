@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from granite_paged.bench.measure import Clock, Prepared
@@ -179,27 +180,50 @@ def kernel_kind(name: str) -> str:
 
 def kernel_costs(events: Iterable[Any], *, steps: int, gpu: bool) -> list[KernelCost]:
     """Sum a profiler's events by kernel and kind of layer, a step; costliest first."""
-    calls: Counter[tuple[str, str]] = Counter()
-    microseconds: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for event in events:
-        for name, time in _launched(event, gpu):
-            key = (_enclosing_kind(event) or kernel_kind(name), name)
-            calls[key] += 1
-            microseconds[key] += time
+    times = _device_times(list(events)) if gpu else _host_times(events)
     costs = [
-        KernelCost(kind, name, max(1, calls[kind, name] // steps), time / steps)
-        for (kind, name), time in microseconds.items()
+        KernelCost(kind, name, max(1, len(each) // steps), sum(each) / steps)
+        for (kind, name), each in times.items()
+        if each
     ]
     return sorted(costs, key=lambda cost: -cost.microseconds)
 
 
-def _launched(event: Any, gpu: bool) -> list[tuple[str, float]]:
-    """Kernels of one event with their microseconds; on the CPU, the operation itself."""
-    if gpu:
-        return [(kernel.name, float(kernel.duration)) for kernel in event.kernels]
-    if event.name.startswith(_RANGE) or event.self_cpu_time_total <= 0:
-        return []
-    return [(event.name, float(event.self_cpu_time_total))]
+Times = dict[tuple[str, str], list[float]]
+"""Microseconds of every launch, by kind of layer and kernel."""
+
+
+def _device_times(events: list[Any]) -> Times:
+    """Kernels by the module around their launch, the others by their names.
+
+    What was not launched by an operator of torch, as from a CUDA graph, hangs on no host event: so
+    all of the device's own events are taken, less those that a module accounts for.
+    """
+    times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    accounted: Counter[str] = Counter()
+    for event in events:
+        kind = _enclosing_kind(event)
+        for kernel in event.kernels if kind and not event.is_user_annotation else ():
+            times[str(kind), kernel.name].append(float(kernel.duration))
+            accounted[kernel.name] += 1
+    for event in events:
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+            continue
+        if accounted[event.name]:
+            accounted[event.name] -= 1
+        else:
+            times[kernel_kind(event.name), event.name].append(event.time_range.elapsed_us())
+    return times
+
+
+def _host_times(events: Iterable[Any]) -> Times:
+    """Operations on the CPU, each without those that it calls."""
+    times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if not event.name.startswith(_RANGE) and event.self_cpu_time_total > 0:
+            kind = _enclosing_kind(event) or kernel_kind(event.name)
+            times[kind, event.name].append(float(event.self_cpu_time_total))
+    return times
 
 
 def _enclosing_kind(event: Any) -> str | None:

@@ -19,7 +19,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,23 @@ class Result:
         """Rows of a case, and of a mode, that have no error, by batch and context."""
         rows = [row for row in self.rows if row.case == case and mode in (None, row.mode)]
         return sorted((r for r in rows if not r.error), key=lambda row: (row.batch, row.context))
+
+
+def updated(old: Result, new: Result) -> Result:
+    """`new`, and the rows of `old` that it did not measure again.
+
+    Raises:
+        InvalidRequest: if they are not of one device, model, dtype, seed and set of versions.
+    """
+    for name in ("device", "model", "dtype", "versions", "seed"):
+        if getattr(old, name) != getattr(new, name):
+            raise InvalidRequest(
+                f"results of different {name} make no one record: "
+                f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
+            )
+    again = {(row.case, row.mode, row.batch, row.context) for row in new.rows}
+    kept = [row for row in old.rows if (row.case, row.mode, row.batch, row.context) not in again]
+    return replace(new, rows=[*kept, *new.rows])
 
 
 def slug(device: str) -> str:

@@ -22,6 +22,7 @@ from granite_paged.bench.measure import (
     Samples,
     free_memory,
     interleaved,
+    level_workspaces,
     reason,
     released,
 )
@@ -78,7 +79,7 @@ class Session:
         self.rates = measure_rates(self.clock.device, self.model.dtype)
         self.sizes = ModelSizes.of(self.model)
         self._fresh_arguments = tuple(fresh_arguments)
-        free_memory(self.clock.device)
+        level_workspaces(self.clock.device)
         self._weights = self.clock.allocated()
 
     @property
@@ -209,6 +210,7 @@ class Session:
     ) -> dict[str, Measured]:
         measured = {mode: Measured() for mode in modes}
         steps: dict[str, Prepared] = {}
+        level_workspaces(self.clock.device)
         with released(steps, self.clock.device):
             for mode in modes:
                 try:

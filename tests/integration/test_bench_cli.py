@@ -114,6 +114,29 @@ def test_an_interrupt_keeps_the_rows_so_far(
     assert capsys.readouterr().err.strip() == "granite-paged: interrupted"
 
 
+def test_an_update_replaces_what_is_measured_again_and_keeps_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    update = ("--json", str(file), "--update")
+    assert bench("--case", "memory", *update) == OK
+    assert bench(*ONE_SHAPE, *update) == OK
+    before = read_result(file).rows
+    assert bench(*ONE_SHAPE, "--mode", "default", *update) == OK
+    after = {row.key: row for row in read_result(file).rows}
+    assert set(after) == {row.key for row in before}
+    changed = [row.mode for row in before if after[row.key] != row]
+    assert changed == ["default"]
+
+
+def test_an_update_of_another_models_result_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(Result("cpu", {}, 0, [], model="another").to_json()))
+    monkeypatch.setattr(Session, "rows", lambda *args: pytest.fail("a row was measured"))
+    assert bench(*ONE_SHAPE, "--json", str(file), "--update") == USAGE
+    one_line(capsys, "results of different model make no one record: another and tiny-recall")
+
+
 def test_a_spent_budget_leaves_rows_that_say_so(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     assert bench("--case", "batch", "--budget", "0", "--json", str(file)) == OK
@@ -358,6 +381,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         "case kernel runs in mode paged only",
     ),
     "markdown without folder": (["bench", "--markdown", "no/such/page.md"], "cannot write"),
+    "update of nothing": (["bench", "--device", "cpu", "--update"], "pass --json FILE"),
     "profile of nothing": (["profile"], "Missing argument"),
     "profile of training": (["profile", "training"], "'training'"),
     "snapshot of a CPU": (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import FLAVOURS, tiny_model
+from torch.autograd import DeviceType
 
 from granite_paged.bench import profile
 from granite_paged.bench.cases import Shape
@@ -101,24 +102,56 @@ def test_a_modules_name_says_its_kind(name: str, kind: str | None) -> None:
 
 
 def event(name: str, *kernels: tuple[str, float], inside: Any = None, own: float = 0) -> Any:
+    """Of the host, with what it launched."""
     launched = [SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels]
-    return SimpleNamespace(name=name, kernels=launched, cpu_parent=inside, self_cpu_time_total=own)
+    return SimpleNamespace(
+        name=name,
+        kernels=launched,
+        cpu_parent=inside,
+        self_cpu_time_total=own,
+        device_type=DeviceType.CPU,
+        is_user_annotation=name.startswith("layer kind: "),
+    )
+
+
+def on_device(name: str, microseconds: float) -> Any:
+    """Of the device itself."""
+    made = event(name)
+    made.device_type = DeviceType.CUDA
+    made.time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
+    return made
 
 
 def test_a_kernel_belongs_to_the_innermost_module_that_launched_it() -> None:
     mamba = event("layer kind: mamba")
-    norm = event("layer kind: norm", inside=mamba)
+    norm = event("layer kind: norm", ("layer kind: norm", 50.0), inside=mamba)
     events = [
         mamba,
         norm,
         event("aten::mm", ("gemm", 10.0), inside=mamba),
         event("aten::mul", ("mul", 4.0), inside=norm),
-        event("cudaGraphLaunch", ("gemm", 2.0)),
+        on_device("gemm", 10.0),
+        on_device("mul", 4.0),
+        on_device("layer kind: norm", 50.0),
     ]
     assert kernel_costs(events, steps=2, gpu=True) == [
         KernelCost("mamba", "gemm", 1, 5.0),
         KernelCost("norm", "mul", 1, 2.0),
-        KernelCost("matmul", "gemm", 1, 1.0),
+    ]
+
+
+def test_a_kernel_that_no_operator_launched_is_told_by_its_name_and_not_lost() -> None:
+    mlp = event("layer kind: mlp")
+    events = [
+        event("aten::mm", ("gemm", 10.0), inside=mlp),
+        on_device("gemm", 10.0),
+        on_device("gemm", 3.0),
+        on_device("triton_red_fused_rsqrt", 1.0),
+    ]
+    assert kernel_costs(events, steps=1, gpu=True) == [
+        KernelCost("mlp", "gemm", 1, 10.0),
+        KernelCost("matmul", "gemm", 1, 3.0),
+        KernelCost("norm", "triton_red_fused_rsqrt", 1, 1.0),
     ]
 
 

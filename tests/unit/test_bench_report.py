@@ -153,6 +153,13 @@ def test_lines_show_the_medians_a_prompt_the_floor_and_the_published_figures() -
     assert study.get_ydata()[0] == 289.84
 
 
+def test_each_length_of_prompt_is_a_line_of_its_own() -> None:
+    rows = [row("batch", "paged", b, c, 1.0 * b * c) for b in (1, 2) for c in (16, 64)]
+    lines = lines_of("latency-batch", result(*rows), published=[])
+    assert list(lines["paged 64 tokens, NVIDIA H200"].get_ydata()) == [64.0, 64.0]
+    assert list(lines["paged 16 tokens, NVIDIA H200"].get_ydata()) == [16.0, 16.0]
+
+
 def test_memory_is_drawn_in_gigabytes() -> None:
     assert list(lines_of("memory-batch", result())["paged, NVIDIA H200"].get_ydata()) == [2.0, 3.0]
 
