@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
+from granite_paged.bench import modes
+from granite_paged.engine.runner import Chunk
 from granite_paged.geometry import CacheGeometry, PagedConfig
-
-
-class Chunk(NamedTuple):
-    row: int
-    start: int
-    tokens: Sequence[int]
 
 
 class Runner:
@@ -38,7 +32,7 @@ class Runner:
             model.config, page_size=config.page_size, dtype=model.dtype
         )
         self.rows = config.max_sequences
-        self.pages = config.max_tokens // config.page_size
+        self.pages = config.max_tokens // config.page_size + 1
         self.longest = config.max_tokens
         self.vocabulary = model.config.vocab_size
         self.tokens = torch.zeros(self.rows + 1, dtype=torch.int64)
@@ -115,12 +109,8 @@ class Runner:
 
 @contextmanager
 def installed() -> Iterator[type[Runner]]:
-    """The fake in the place of `granite_paged.engine.runner`."""
-    module = types.ModuleType("granite_paged.engine.runner")
+    """The fake in the place of the engine's."""
     made = type("Runner", (Runner,), {"made": []})
-    module.Runner, module.Chunk = made, Chunk  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "granite_paged.engine.runner", module)
-        if "granite_paged.engine" not in sys.modules:
-            patch.setitem(sys.modules, "granite_paged.engine", types.ModuleType("engine"))
+        patch.setattr(modes, "Runner", made)
         yield made

@@ -39,7 +39,7 @@ import torch
 
 from granite_paged.bench.cases import CASES, Case, Shape
 from granite_paged.bench.measure import Repeats
-from granite_paged.bench.modes import config_for, fallback, make_runner
+from granite_paged.bench.modes import config_for, make_runner
 from granite_paged.bench.published import Published
 from granite_paged.bench.results import Result, read_result, slug
 from granite_paged.bench.session import Measured, Session, describe
@@ -280,7 +280,7 @@ def refuse_where_blind(session: Session) -> None:
     if not session.clock.gpu:
         raise no_gpu()
     runner = make_runner(session.model, config_for(session.config, Shape(1, 1)))
-    slow = fallback(runner)
+    slow = runner.fallback
     runner.close()
     if slow:
         raise CannotJudge(f"paged has fallen back to a slower path here, not judged: {slow}")

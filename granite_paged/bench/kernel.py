@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from granite_paged.allocator import PageAllocator
-from granite_paged.attention import paged_attention
+from granite_paged.attention import DecodePlan, decode_plan, paged_attention, split_attention
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.masks import PADDING, paged_block_mask
+from granite_paged.kernels import unavailable
+from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.page_table import PageTable
 
 _FLUSH_BYTES = 2**28  # several times any GPU's cache
@@ -68,7 +70,17 @@ class KernelCase:
         return sum(self._lengths) * g.bytes_per_token // len(g.attention_layers)
 
     def paged(self) -> Tensor:
-        """[B, Hq, 1, D] through the pages."""
+        """[B, Hq, 1, D] through the pages, as a runner's decode step goes."""
+        if self._plan is not None:
+            out = split_attention(
+                self._query[:, :, 0],
+                self._keys,
+                self._values,
+                self._block_mask,
+                scale=self._scale,
+                plan=self._plan,
+            )
+            return out[:, :, None]
         return paged_attention(
             self._query,
             self._keys,
@@ -91,11 +103,38 @@ class KernelCase:
         slots = len(table.logical) * g.page_size
         self._keys, self._values = (self._random(1, g.kv_heads, slots, g.head_dim) for _ in "kv")
         last = (lengths[:, None] - 1).int().to(self._device)
-        self._block_mask = paged_block_mask(
-            table.physical, table.logical, last, page_size=g.page_size, group=g.group
-        )
+        self._plan = self._split_plan(table)
+        if self._plan is None:
+            self._block_mask = paged_block_mask(
+                table.physical, table.logical, last, page_size=g.page_size, group=g.group
+            )
+        else:
+            self._block_mask = self._split_mask(table, last[:, 0], self._plan.splits)
         tokens = torch.arange(int(lengths.max()), device=self._device).expand(len(lengths), -1)
         self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
+
+    def _split_plan(self, table: PageTable) -> DecodePlan | None:
+        """How a runner would split the rows; None where it would not."""
+        g, (rows, width) = self._geometry, table.physical.shape
+        if self._backend == "eager" or unavailable(self._device, g.dtype):
+            return None
+        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return decode_plan(rows, g.kv_heads, width, g.page_size, processors)
+
+    def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
+        from granite_paged.kernels.pages import split_pages
+
+        g, (count, width) = self._geometry, table.physical.shape
+        rows = torch.arange(count, device=self._device)
+        sizes = torch.zeros(count * splits, dtype=torch.int32, device=self._device)
+        pages = sizes[:, None].repeat(1, -(-width // splits))
+        lists = (sizes, pages, sizes.clone(), pages.clone())
+        split_pages(rows, newest, table.physical, lists, splits, g.page_size)
+        mask_mod = split_mask_mod(
+            table.physical, table.logical, rows, newest, page_size=g.page_size, splits=splits
+        )
+        slots = self._keys.shape[2]
+        return split_block_mask(lists, mask_mod, page_size=g.page_size, group=g.group, slots=slots)
 
     def _page_table(self) -> PageTable:
         g, lengths = self._geometry, self._lengths

@@ -15,11 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from transformers import DynamicCache, StaticCache
 
 from granite_paged.allocator import PageAllocator
 from granite_paged.bench.cases import Kind, Shape
 from granite_paged.bench.measure import Prepared
+from granite_paged.engine.runner import Chunk, Runner
 from granite_paged.errors import Unsupported
 from granite_paged.geometry import PagedConfig
 
@@ -133,8 +135,6 @@ def _next_token(model: Any, token: Tensor, cache: Any) -> Tensor:
 
 def _forget_compiled_step() -> None:
     """Drop the graphs of `static`, and nobody else's: they hold on to its cache."""
-    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
     reset_code(_next_token.__code__)
     reset_cudagraph_trees()
 
@@ -190,9 +190,10 @@ class Paged:
             runner.close()
             raise
 
-    def _prepared(self, runner: Any, kind: Kind, shape: Shape) -> Prepared:
-        if shape.context + 1 > runner.longest:
-            raise Unsupported(f"a sequence of {shape.context + 1} tokens: {runner.longest} fit")
+    def _prepared(self, runner: Runner, kind: Kind, shape: Shape) -> Prepared:
+        tokens = shape.context + (kind == "decode")
+        if tokens > runner.longest:
+            raise Unsupported(f"a sequence of {tokens} tokens: {runner.longest} are the most")
         ids = token_ids(self._model, shape.batch, shape.context, self._seed)
         sequences = Sequences(runner, shape.batch)
         if kind == "prefill":
@@ -200,28 +201,21 @@ class Paged:
         return _paged_decode(runner, sequences, ids)
 
 
-def make_runner(model: Any, config: PagedConfig) -> Any:
+def make_runner(model: Any, config: PagedConfig) -> Runner:
     """A `Runner` over the model's weights."""
-    from granite_paged.engine.runner import Runner
-
     return Runner.for_model(model, config)
 
 
 def config_for(config: PagedConfig, shape: Shape) -> PagedConfig:
     """Rows for the batch; pages for its contexts and one more token each."""
-    pages = shape.batch * -(-(shape.context + 1) // config.page_size) + 1  # the null page
+    pages = shape.batch * -(-(shape.context + 1) // config.page_size)
     return replace(config, max_sequences=shape.batch, max_tokens=pages * config.page_size)
-
-
-def fallback(runner: Any) -> str:
-    """Which slower path a runner has fallen back to, and why; empty if it has not."""
-    return str(getattr(runner, "fallback", None) or "")
 
 
 class Sequences:
     """A batch of sequences in rows 1 .. batch of a runner, and their pages."""
 
-    def __init__(self, runner: Any, batch: int) -> None:
+    def __init__(self, runner: Runner, batch: int) -> None:
         self._runner = runner
         self._allocator = PageAllocator(runner.pages, runner.config.page_size)
         self.rows = list(range(1, batch + 1))
@@ -245,7 +239,7 @@ class Sequences:
         return [page for sequence in self._row_of for page in self._allocator.pages_of(sequence)]
 
 
-def _paged_prefill(runner: Any, sequences: Sequences, ids: Tensor) -> Prepared:
+def _paged_prefill(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared:
     calls, context = prefill_calls(runner, ids.tolist()), ids.shape[1]
 
     def step() -> None:
@@ -256,7 +250,7 @@ def _paged_prefill(runner: Any, sequences: Sequences, ids: Tensor) -> Prepared:
     return Prepared(step, sequences.close, runner.close)
 
 
-def _paged_decode(runner: Any, sequences: Sequences, ids: Tensor) -> Prepared:
+def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared:
     batch, context = ids.shape
     sequences.open(context + 1)
     stretch = _fill_pages(runner, sequences, ids)
@@ -270,10 +264,8 @@ def _paged_decode(runner: Any, sequences: Sequences, ids: Tensor) -> Prepared:
     return Prepared(step, close=runner.close, note=_note(context, stretch))
 
 
-def _fill_pages(runner: Any, sequences: Sequences, ids: Tensor) -> int:
+def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:
     """Run a stretch of row 1, copy its pages and state to all others. Returns its tokens."""
-    from granite_paged.engine.runner import Chunk
-
     stretch = min(ids.shape[1], _piece(runner))
     runner.prefill([Chunk(1, 0, ids[0, :stretch].tolist())])
     pages, filled = sequences.pages(), runner.geometry.pages_for(stretch)
@@ -294,11 +286,9 @@ def _groups(pages: Sequence[int], size: int) -> Iterator[list[int]]:
         yield group
 
 
-def prefill_calls(runner: Any, prompts: Sequence[Sequence[int]]) -> list[list[Any]]:
+def prefill_calls(runner: Runner, prompts: Sequence[Sequence[int]]) -> list[list[Chunk]]:
     """Chunks of each call: every prompt's first piece, then every second, as many as fit a call."""
-    from granite_paged.engine.runner import Chunk
-
-    piece, calls = _piece(runner), [[]]  # type: int, list[list[Any]]
+    piece, calls = _piece(runner), [[]]  # type: int, list[list[Chunk]]
     for start in range(0, max(map(len, prompts)), piece):
         for row, prompt in enumerate(prompts, start=1):
             if start >= len(prompt):
@@ -313,6 +303,6 @@ def prefill_calls(runner: Any, prompts: Sequence[Sequence[int]]) -> list[list[An
     return [chunks for chunks in calls if chunks]
 
 
-def _piece(runner: Any) -> int:
+def _piece(runner: Runner) -> int:
     """Tokens of one sequence that one call takes: a multiple of the alignment."""
     return int(runner.chunk_tokens // runner.alignment * runner.alignment or runner.chunk_tokens)

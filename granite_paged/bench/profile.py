@@ -25,17 +25,24 @@ from granite_paged.bench.results import writable_folder
 from granite_paged.errors import InvalidRequest
 
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
+    ("attention", r"^_(write|split)_pages$"),
+    ("mamba", r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs)$"),
+    ("matmul", r"^_(few_rows|one_row)$"),
     ("attention", r"flex|attention|flash|fmha|sdpa|softmax_backward|_attn"),
-    ("mamba", r"mamba|ssm|ssd|selective|chunk_(scan|state)|conv1d|conv_depthwise|softplus|cumsum"),
-    ("mamba", r"conv(?!ert)|scan|_exp(?![a-z])|tri[lu]"),
+    (
+        "mamba",
+        r"mamba|ssm|ssd|selective|chunk_state|scan|cumsum|conv(?!ert)"
+        r"|softplus|_exp(?![a-z])|tri[lu]",
+    ),
     ("norm", r"rms_?norm|layer_?norm|rsqrt|_norm|mean"),
     ("mlp", r"mlp|swiglu|moe|expert|grouped_mm|topk"),
     ("head", r"embedding|lm_head|argmax|logits|log_softmax"),
     ("matmul", r"gemm|gemv|cutlass|nvjet|cublas|xmma|addmm|\bmm\b|bmm|matmul|splitk"),
     ("mlp", r"silu"),
 )
-"""Kind and pattern, first found wins. Inductor names a kernel after the operations it fused: an
-update of a Mamba state says softplus or exp, a norm says rsqrt."""
+"""Kind and pattern, first found wins; our own kernels are known by their whole names. Inductor names
+a kernel after the operations it fused: an update of a Mamba state says softplus or exp, a norm says
+rsqrt."""
 
 MODULE_RULES: tuple[tuple[str, str], ...] = (
     ("mamba", r"\.mamba$"),

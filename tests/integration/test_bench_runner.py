@@ -15,8 +15,6 @@ from granite_paged.bench.modes import Default, Paged
 from granite_paged.bench.results import read_result
 from granite_paged.cli import OK, run
 
-pytest.importorskip("granite_paged.engine.runner")
-
 
 def test_bench_runs_on_the_engines_runner(tmp_path: Path) -> None:
     file = tmp_path / "result.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tiny import FLAVOURS, tiny_model
 from torch.autograd import DeviceType
 
+from granite_paged import kernels
 from granite_paged.bench import profile
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock
@@ -29,6 +31,12 @@ from granite_paged.bench.profile import (
 from granite_paged.errors import InvalidRequest
 
 NAMES = {
+    "_write_pages": "attention",
+    "_step": "mamba",
+    "_pass_on": "mamba",
+    "_few_rows": "matmul",
+    "_silu_mul": "mlp",
+    "_rms_norm": "norm",
     "triton_tem_fused_flex_attention_0": "attention",
     "triton_tem_fused_paged_attention_flex_decoding_1": "attention",
     "void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>": "attention",
@@ -62,6 +70,17 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kernels_name_says_its_kind(name: str) -> None:
     assert kernel_kind(name) == NAMES[name]
+
+
+def test_our_own_kernels_are_all_told_apart() -> None:
+    sources = Path(kernels.__file__).parent.glob("*.py")
+    launched = {
+        name
+        for source in sources
+        for name in re.findall(r"^ *(_\w+)\[", source.read_text(), re.MULTILINE)
+    }
+    assert {"_step", "_write_pages", "_rms_norm"} <= launched
+    assert [name for name in launched if kernel_kind(name) == "other"] == []
 
 
 @pytest.mark.parametrize("place", range(len(KERNEL_RULES)))
