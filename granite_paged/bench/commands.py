@@ -157,7 +157,7 @@ def bench(
     finally:  # an interrupt keeps the rows so far
         _write_rows(session, rows, earlier, json_file, markdown_file)
     console = report_console(json_file)
-    console.print(_row_table(session, rows))
+    console.print(*_row_tables(session, rows), sep="")
     for failure in _failures(rows):
         console.print(failure, soft_wrap=True, markup=False)
     if profile_dir is not None:
@@ -215,17 +215,44 @@ def _write_rows(
         write_text(Path(markdown_file), markdown([result]))
 
 
-def _row_table(session: Session, rows: Sequence[Row]) -> Table:
+_STEP_COLUMNS = ("batch", "context", "ms", "p90", "n", "tokens/s", "floor", "peak GB")
+_OTHER_COLUMNS = ("what", "sequences", "seconds", "GB")
+
+
+def _row_tables(session: Session, rows: Sequence[Row]) -> list[Table]:
+    """Steps in one table; what fits, and how long a start takes, in another."""
+    steps = [row for row in rows if row.case not in ("memory", "coldstart")]
+    others = [row for row in rows if row.case in ("memory", "coldstart")]
     title = f"{session.name}, {session.device_name}"
+    tables = []
+    if steps:
+        lines = [(*_shape(row), *_cells(row)) for row in steps]
+        tables.append(_table(title, _STEP_COLUMNS, lines))
+    if others:
+        tables.append(_table(title, _OTHER_COLUMNS, [_other_cells(row) for row in others]))
+    return tables
+
+
+def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, box=SIMPLE)
     for name in ("case", "mode"):
         table.add_column(name, no_wrap=True)
-    for name in ("batch", "context", "ms", "p90", "n", "tokens/s", "floor", "peak GB"):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        shape = (row.case, row.mode, str(row.batch), row.variant or f"{row.context:,}")
-        table.add_row(*shape, *(["failed"] if row.error else _cells(row)))
+    for line in lines:
+        table.add_row(*line)
     return table
+
+
+def _shape(row: Row) -> tuple[str, ...]:
+    lengths = row.variant.removeprefix("ragged ") or f"{row.context:,}"
+    return (row.case, row.mode, str(row.batch), lengths)
+
+
+def _other_cells(row: Row) -> list[str]:
+    seconds = row.latency_ms.median / 1e3 if row.latency_ms else None
+    what = "failed" if row.error else row.variant
+    return [row.case, row.mode, what, f"{row.batch:,}", _ms(seconds), _gb(row)]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
@@ -233,16 +260,21 @@ def _failures(rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
+    if row.error:
+        return ["failed"]
     latency = row.latency_ms
     times = (latency.median, latency.p90) if latency else (None, None)
-    floor_ms = row.floor_us / 1e3 if row.floor_us else row.floor_ms
     return [
         *map(_ms, times),
         str(latency.n) if latency else "-",
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
-        _ms(floor_ms),
-        "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3f}",
+        _ms(row.floor_us / 1e3 if row.floor_us else row.floor_ms),
+        _gb(row),
     ]
+
+
+def _gb(row: Row) -> str:
+    return "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3f}"
 
 
 def _ms(number: float | None) -> str:
