@@ -135,7 +135,7 @@ def _parameters(model: Any) -> dict[str, int]:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Copy one large tensor, multiply two large matrices; the best of several times each."""
     gpu = device.type == "cuda"
-    count, side = (2**30, 8192) if gpu else (2**25, 512)
+    count, side = (2**30, 8192) if gpu else (2**24, 384)
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy = _best_seconds(lambda: target.copy_(source), device)

@@ -40,8 +40,8 @@ KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("matmul", r"gemm|gemv|cutlass|nvjet|cublas|xmma|addmm|\bmm\b|bmm|matmul|splitk"),
     ("mlp", r"silu"),
 )
-"""Kind and pattern, first found wins. Our own kernels are known by their whole names; Inductor's are
-called after what they fused: an update of a Mamba state says softplus or exp, a norm says rsqrt."""
+"""Kind and pattern, first found wins. Our own kernels are known by their whole names; Inductor calls
+its kernels after what they fused: a Mamba state's update says softplus or exp, a norm rsqrt."""
 
 MODULE_RULES: tuple[tuple[str, str], ...] = (
     ("mamba", r"\.mamba$"),

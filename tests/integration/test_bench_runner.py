@@ -18,7 +18,7 @@ from granite_paged.cli import OK, run
 
 def test_bench_runs_on_the_engines_runner(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    cases = ["--case", "batch", "--case", "context", "--case", "decode"]
+    cases = ["--case", "batch", "--case", "decode", "--batch", "2", "--context", "40"]
     options = ["--device", "cpu", "--quick", "--mode", "default", "--mode", "paged"]
     assert run(["bench", *cases, *options, "--json", str(file)]) == OK
     result = read_result(file)
