@@ -85,15 +85,15 @@ class Default:
     def _decode(self, ids: Tensor) -> Prepared:
         model, cache, token = self._model, DynamicCache(config=self._model.config), ids[:, :1]
         note = _fill(model, cache, ids)
-        kept = [(layer, layer.keys, layer.values) for layer in _attention_layers(cache)]
+        context = ids.shape[1]
 
         @torch.no_grad()
         def step() -> Any:
             return _next_token(model, token, cache)
 
         def reset() -> None:
-            for layer, keys, values in kept:  # the step made longer copies
-                layer.keys, layer.values = keys, values
+            for layer in _attention_layers(cache):  # the step made longer copies
+                layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
 
         return Prepared(step, reset, note=note)
 

@@ -40,8 +40,8 @@ KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("matmul", r"gemm|gemv|cutlass|nvjet|cublas|xmma|addmm|\bmm\b|bmm|matmul|splitk"),
     ("mlp", r"silu"),
 )
-"""Kind and pattern, first found wins. Our own kernels are known by their whole names; Inductor calls
-its kernels after what they fused: a Mamba state's update says softplus or exp, a norm rsqrt."""
+"""Kind and pattern, first found wins. Our own kernels are known by their names; Inductor calls its
+kernels after what they fused: a Mamba state's update says softplus or exp, a norm rsqrt."""
 
 MODULE_RULES: tuple[tuple[str, str], ...] = (
     ("mamba", r"\.mamba$"),
@@ -52,6 +52,7 @@ MODULE_RULES: tuple[tuple[str, str], ...] = (
 )
 """Kind of a module by its name in a `GraniteMoeHybridForCausalLM`."""
 
+_WARM_UP = 3
 _RANGE = "layer kind: "  # what the ranges of modules are called in the trace
 
 
@@ -113,7 +114,7 @@ def profile_step(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.gpu else [])]
     snapshot = folder / f"{name}.memory.pickle" if memory else None
     with _memory_history(snapshot), layer_ranges(model):
-        for _ in range(2):  # the hooks are new to whatever was warm
+        for _ in range(_WARM_UP):  # the hooks are new to whatever was warm
             _play(prepared, clock)
         with profile(activities=activities) as recorded:
             for _ in range(steps):
