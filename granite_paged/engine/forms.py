@@ -80,6 +80,10 @@ class PlainForms:
         logits: Tensor = self._head(self._decoder.norm(hidden)) / self._config.logits_scaling
         return logits
 
+    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+        """tokens [B, 1] -> logits [B, vocabulary]"""
+        return self.logits(self.forward(tokens, step).flatten(0, 1))
+
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self._decoder.rotary_emb is None:
             return None

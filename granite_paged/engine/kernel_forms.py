@@ -1,21 +1,24 @@
 """A decoder layer's forward pass in half precision on a GPU: see `forms.py`.
 
-Products of few rows take what surrounds them along, Mamba is Triton, and what is left of a layer of
-a decode step is five kernels. Importing this needs Triton.
+A decode step of few rows is a chain of kernels that each leave what the next one starts from: five
+a layer. Prompts, and batches of more rows, go through the library's matrix products with small
+kernels around them. Mamba is Triton either way. Importing this needs Triton.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
 
 from granite_paged.attention import paged_attention, split_attention
 from granite_paged.engine.forms import PlainForms, Step, by_head
-from granite_paged.kernels import linear, mamba, pages, pointwise
+from granite_paged.kernels import mamba, pages, pointwise
+from granite_paged.kernels.linear import MOST_ROWS, Normed, linear, prenorm
 from granite_paged.mamba import MambaSizes
+
+Rotary = tuple[Tensor, Tensor] | None
 
 
 class KernelForms(PlainForms):
@@ -26,76 +29,174 @@ class KernelForms(PlainForms):
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:
         """See `PlainForms.forward`."""
-        batch, count = tokens.shape
-        hidden: Tensor = torch.nn.functional.embedding(
-            tokens.flatten(), self._decoder.embed_tokens.weight
-        )
-        hidden = hidden * self._config.embedding_multiplier
+        hidden = self._embedded(tokens)
         rotary = self._rotary(hidden, step.positions)
         for index, layer in enumerate(self._decoder.layers):
-            if layer.mamba is not None:
-                self._add_mamba(index, layer, hidden, step)
-            else:
-                self._add_attention(index, layer, hidden, step, rotary)
-            self._add_mlp(layer, hidden, batch)
-        return hidden.view(batch, count, -1)
+            normed = _normalised(hidden, layer.input_layernorm)
+            self._mix(index, layer, hidden, normed, step, rotary)
+            normed = _normalised(hidden, layer.post_attention_layernorm)
+            routed = self._routed(layer, normed, tokens.shape)
+            fed = pointwise.silu_mul(normed @ layer.shared_mlp.input_linear.weight.T)
+            _add(hidden, fed, layer.shared_mlp.output_linear.weight, layer.residual_multiplier)
+            if routed is not None:
+                hidden.add_(routed, alpha=layer.residual_multiplier)
+        return hidden.view(*tokens.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `PlainForms.logits`."""
         norm = self._decoder.norm
-        return product(
-            hidden,
-            self._head.weight,
-            norm=norm.weight,
-            eps=norm.variance_epsilon,
-            scale=1 / self._config.logits_scaling,
-        )
+        scale = 1 / self._config.logits_scaling
+        if len(hidden) > MOST_ROWS:
+            logits: Tensor = _normalised(hidden, norm) @ self._head.weight.T
+            return logits.mul_(scale)
+        normed = prenorm(hidden.contiguous(), norm.weight)
+        return linear(normed, self._head.weight, eps=norm.variance_epsilon, scale=scale)[0]
 
-    def _add_mamba(self, index: int, layer: Any, hidden: Tensor, step: Step) -> None:
-        mixer, norm = layer.mamba, layer.input_layernorm
-        projected = product(
-            hidden, mixer.in_proj.weight, norm=norm.weight, eps=norm.variance_epsilon
+    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+        """See `PlainForms.decode`."""
+        if len(tokens) > MOST_ROWS:
+            return super().decode(tokens, step)
+        layers, last = list(self._decoder.layers), self._decoder.norm
+        hidden = self._embedded(tokens)
+        rotary = self._rotary(hidden, step.positions)
+        normed = prenorm(hidden, layers[0].input_layernorm.weight)
+        norms = [*(layer.input_layernorm for layer in layers[1:]), last]
+        for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+            normed = self._decode_mixer(index, layer, hidden, normed, step, rotary)
+            normed = self._decode_mlp(layer, hidden, normed, next_norm.weight)
+        scale = 1 / self._config.logits_scaling
+        return linear(normed, self._head.weight, eps=last.variance_epsilon, scale=scale)[0]
+
+    # -- few rows: each product leaves its result before the next norm ---------------------------
+
+    def _decode_mixer(
+        self,
+        index: int,
+        layer: Any,
+        hidden: Tensor,
+        normed: Normed,
+        step: Step,
+        rotary: Rotary,
+    ) -> Normed:
+        eps, out_eps = layer.input_layernorm.variance_epsilon, 0.0
+        if layer.mamba is not None:
+            mixer = layer.mamba
+            projected = linear(normed, mixer.in_proj.weight, eps=eps)[0]
+            mixed = self._scan(index, mixer, projected, step, norm=mixer.norm.weight)
+            weight, out_eps = mixer.out_proj.weight, mixer.norm.variance_epsilon
+        else:
+            attention = layer.self_attn
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            query, key, value = (linear(normed, part.weight, eps=eps)[0] for part in parts)
+            mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
+            weight = attention.o_proj.weight
+        return self._onto(hidden, mixed, weight, layer, out_eps, layer.post_attention_layernorm)
+
+    def _decode_mlp(self, layer: Any, hidden: Tensor, normed: Normed, next_norm: Tensor) -> Normed:
+        mlp, eps = layer.shared_mlp, layer.post_attention_layernorm.variance_epsilon
+        routed = None
+        if layer.has_experts:
+            whole = _normalised(hidden, layer.post_attention_layernorm)
+            routed = self._routed(layer, whole, (len(hidden), 1))
+        fed = linear(normed, mlp.input_linear.weight, eps=eps, gated=True)[0]
+        scale = layer.residual_multiplier
+        _, after = linear(
+            fed, mlp.output_linear.weight, residual=hidden, scale=scale, norm=next_norm, out=hidden
         )
+        if routed is not None:
+            hidden.add_(routed, alpha=scale)
+            after = prenorm(hidden, next_norm)
+        assert after is not None
+        return after
+
+    def _onto(
+        self,
+        hidden: Tensor,
+        mixed: Tensor | Normed,
+        weight: Tensor,
+        layer: Any,
+        eps: float,
+        norm: Any,
+    ) -> Normed:
+        _, after = linear(
+            mixed,
+            weight,
+            eps=eps,
+            residual=hidden,
+            scale=layer.residual_multiplier,
+            norm=norm.weight,
+            out=hidden,
+        )
+        assert after is not None
+        return after
+
+    # -- many rows -------------------------------------------------------------------------------
+
+    def _mix(
+        self, index: int, layer: Any, hidden: Tensor, normed: Tensor, step: Step, rotary: Rotary
+    ) -> None:
+        if layer.mamba is not None:
+            mixer = layer.mamba
+            gated = self._scan(index, mixer, normed @ mixer.in_proj.weight.T, step)
+            mixed = _normalised(gated, mixer.norm, mixer.n_groups)
+            weight = mixer.out_proj.weight
+        else:
+            attention = layer.self_attn
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            query, key, value = (normed @ part.weight.T for part in parts)
+            mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
+            weight = attention.o_proj.weight
+        _add(hidden, mixed, weight, layer.residual_multiplier)
+
+    # -- both ------------------------------------------------------------------------------------
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """[B, S] -> [B * S, hidden]"""
+        hidden: Tensor = self._decoder.embed_tokens(tokens.flatten())
+        return hidden.mul(self._config.embedding_multiplier)
+
+    def _routed(self, layer: Any, normed: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """What the experts add, [B * S, hidden]; None where there are none."""
+        if not layer.has_experts:
+            return None
+        routed: Tensor = layer.block_sparse_moe(normed.view(*shape, -1)).view(normed.shape)
+        return routed
+
+    def _scan(
+        self, index: int, mixer: Any, projected: Tensor, step: Step, norm: Tensor | None = None
+    ) -> Any:
+        """[B * S, inner], gated; on its way through its norm if that is given."""
         sizes = MambaSizes.of(mixer)
-        one = step.positions.shape[1] == 1
-        gated = (mamba.step if one else mamba.scan)(
-            sizes,
-            projected,
-            step.positions[:, 0] if one else step.positions,
+        weights = (
             mixer.conv1d.weight.view(sizes.channels, sizes.conv_width),
             mixer.conv1d.bias,
             mixer.dt_bias,
             mixer.A_log,
             mixer.D,
-            self._storage.states[index]._replace(rows=step.rows),
         )
-        product(
-            gated,
-            mixer.out_proj.weight,
-            norm=mixer.norm.weight,
-            eps=mixer.norm.variance_epsilon,
-            groups=sizes.groups,
-            scale=layer.residual_multiplier,
-            onto=hidden,
-        )
+        state = self._storage.states[index]._replace(rows=step.rows)
+        if step.positions.shape[1] > 1:
+            return mamba.scan(sizes, projected, step.positions, *weights, state)
+        fused = norm if sizes.groups == 1 else None
+        gated = mamba.step(sizes, projected, step.positions[:, 0], *weights, state, fused)
+        if norm is None or isinstance(gated, Normed):
+            return gated
+        return _normalised(gated, mixer.norm, sizes.groups)
 
-    def _add_attention(
+    def _attention_of(
         self,
         index: int,
-        layer: Any,
-        hidden: Tensor,
+        attention: Any,
+        projected: tuple[Tensor, Tensor, Tensor],
         step: Step,
-        rotary: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        attention, norm = layer.self_attn, layer.input_layernorm
-        eps = norm.variance_epsilon
-        weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        query, key, value = products(hidden, weights, norm=norm.weight, eps=eps)
+        rotary: Rotary,
+    ) -> Tensor:
+        """Query, key and value [B * S, heads * D] -> [B * S, Hq * D]"""
+        query, key, value = projected
         if rotary is not None:
             query, key = self._rotated(query, key, attention.head_dim, step, rotary)
         self._write_pages(index, key, value, step)
-        out = self._attend(index, attention, query, step)
-        product(out, attention.o_proj.weight, scale=layer.residual_multiplier, onto=hidden)
+        return self._attend(index, attention, query, step)
 
     def _rotated(
         self,
@@ -137,64 +238,15 @@ class KernelForms(PlainForms):
             return out.view(query.shape)
         heads = by_head(query.view(*step.positions.shape, -1), attention.head_dim)
         out = paged_attention(
-            heads, pool.keys, pool.values, step.block_mask, scale=scale, backend="compiled"
+            heads, pool.keys, pool.values, step.block_mask, scale=scale, backend=self._backend
         )
         return out.transpose(1, 2).reshape(query.shape)
 
-    def _add_mlp(self, layer: Any, hidden: Tensor, batch: int) -> None:
-        norm, mlp, scale = (
-            layer.post_attention_layernorm,
-            layer.shared_mlp,
-            layer.residual_multiplier,
-        )
-        eps = norm.variance_epsilon
-        routed = None
-        if layer.has_experts:
-            normed = norm(hidden).view(batch, -1, hidden.shape[1])
-            routed = layer.block_sparse_moe(normed).view(hidden.shape)
-        fed = product(hidden, mlp.input_linear.weight, norm=norm.weight, eps=eps, gated=True)
-        product(fed, mlp.output_linear.weight, scale=scale, onto=hidden)
-        if routed is not None:
-            hidden.add_(routed, alpha=scale)
+
+def _normalised(x: Tensor, norm: Any, groups: int = 1) -> Tensor:
+    return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, groups)
 
 
-def product(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    groups: int = 1,
-    scale: float = 1.0,
-    gated: bool = False,
-    onto: Tensor | None = None,
-) -> Tensor:
-    """scale * f(norm(x) W^T), added in place to `onto` where that is given.
-
-    Few rows take one fused kernel, many rows the library's product with small kernels around it.
-    x [rows, depth]; groups: equal parts of a row that are normalised separately.
-    """
-    if norm is not None and (groups > 1 or len(x) > linear.MOST_ROWS):
-        x, norm = pointwise.rms_norm(x, norm, eps, groups), None
-    if len(x) <= linear.MOST_ROWS:
-        return linear.linear(
-            x, weight, norm=norm, eps=eps, residual=onto, scale=scale, gated=gated, out=onto
-        )
-    if onto is not None:
-        onto.addmm_(x, weight.T, alpha=scale)
-        return onto
-    out = torch.mm(x, weight.T)
-    out = pointwise.silu_mul(out) if gated else out
-    if scale != 1.0:
-        out.mul_(scale)
-    return out
-
-
-def products(
-    x: Tensor, weights: tuple[Tensor, ...], *, norm: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    """Several products of one normalised x, which is normalised once where rows are many."""
-    if len(x) > linear.MOST_ROWS:
-        normed = pointwise.rms_norm(x, norm, eps)
-        return tuple(product(normed, weight) for weight in weights)
-    return tuple(product(x, weight, norm=norm, eps=eps) for weight in weights)
+def _add(hidden: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
+    """hidden += scale * x W^T, in one kernel of the library."""
+    hidden.addmm_(x, weight.T, alpha=scale)

@@ -3,7 +3,7 @@
 ::
 
     inputs    rows [B] | positions [B * S] | of a prefill also: tokens [B * S] | last [B]   int64
-    hidden    [B, S, hidden]
+    hidden    [B, S, hidden], of a prefill
     logits    [B, vocabulary], of the last token of each row
 
 One copy takes the inputs over; nothing in the step depends on the host.
@@ -97,11 +97,11 @@ class Program:
         step = Step(rows, positions, self._block_mask(rows, positions), self._plan)
         if self._decodes:
             tokens = self._tokens.index_select(0, rows)
-        else:
-            tokens, last = of_prefill
+            self.logits = self._forms.decode(tokens[:, None], step)
+            return
+        tokens, last = of_prefill
         self.hidden = self._forms.forward(tokens.view(self._batch, self._length), step)
-        ends = self.hidden.flatten(0, 1)
-        self.logits = self._forms.logits(ends if self._decodes else ends.index_select(0, last))
+        self.logits = self._forms.logits(self.hidden.flatten(0, 1).index_select(0, last))
 
     def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask:
         table, pool = self._storage.table, next(iter(self._storage.pools.values()))

@@ -3,7 +3,7 @@
 ::
 
     projected   [B * S, inner + channels + heads]    gate | x, B, C | dt, as `in_proj` leaves it
-    gated       [B * S, inner]                       y * silu(gate), ready for norm and `out_proj`
+    gated       [B * S, inner]                       y * silu(gate), for norm and `out_proj`
     conv ring   [rows, channels, width]              slot `position % width`
     ssm         [rows, heads, head_dim, state_size]  float32
 
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granite_paged.kernels.linear import Normed, early, wait
 from granite_paged.mamba import MambaSizes, MambaState
 
 
@@ -60,12 +61,13 @@ def _convolve_one(
 @triton.jit
 def _step(
     projected_ptr, ring_ptr, ssm_ptr, rows_ptr, positions_ptr,
-    weight_ptr, bias_ptr, dt_bias_ptr, a_log_ptr, skip_ptr, gated_ptr,
+    weight_ptr, bias_ptr, dt_bias_ptr, a_log_ptr, skip_ptr, norm_ptr, gated_ptr, squares_ptr,
     heads, head_dim, state_size, groups, low, high,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr,
-    P: tl.constexpr, N: tl.constexpr,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     batch, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    squares_at = (head * tl.num_programs(2) + part) * tl.num_programs(0) + batch
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
     position = tl.load(positions_ptr + batch).to(tl.int32)
@@ -74,9 +76,20 @@ def _step(
     p_there, n_there = p < head_dim, n < state_size
     out = gated_ptr + batch.to(tl.int64) * inner + head * head_dim + p
     if position < 0:
+        wait(EARLY)
         tl.store(out, tl.zeros([P], tl.float32).to(gated_ptr.dtype.element_ty), mask=p_there)
+        if NORM:
+            tl.store(squares_ptr + squares_at, 0.0)
         return
     row = tl.load(rows_ptr + batch).to(tl.int64)
+    # whoever wrote states and weights has long ended: only `projected` is the last kernel's
+    place = (row * heads + head) * head_dim * state_size + p[:, None] * state_size + n[None, :]
+    there = p_there[:, None] & n_there[None, :]
+    state = tl.load(ssm_ptr + place, mask=there, other=0.0)
+    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    skip = tl.load(skip_ptr + head).to(tl.float32)
+    wait(EARLY)
     projected = projected_ptr + batch.to(tl.int64) * (inner + channels + heads)
     ring = ring_ptr + row * channels * WIDTH
     group = head // (heads // groups)
@@ -102,18 +115,18 @@ def _step(
         tl.store(ring + c_channel * WIDTH + newest, c_new, mask=n_there)
 
     raw = tl.load(projected + inner + channels + head).to(tl.float32)
-    dt = _softplus(raw + tl.load(dt_bias_ptr + head).to(tl.float32))
+    dt = _softplus(raw + dt_bias)
     if position == 0:
         dt = tl.minimum(tl.maximum(dt, low), high)
-    decay = tl.exp(-dt * tl.exp(tl.load(a_log_ptr + head).to(tl.float32)))
-    place = (row * heads + head) * head_dim * state_size + p[:, None] * state_size + n[None, :]
-    there = p_there[:, None] & n_there[None, :]
-    state = tl.load(ssm_ptr + place, mask=there, other=0.0)
-    state = state * decay + (dt * x)[:, None] * b[None, :]
+    state = state * tl.exp(dt * rate) + (dt * x)[:, None] * b[None, :]
     tl.store(ssm_ptr + place, state, mask=there)
-    y = tl.sum(state * c[None, :], axis=1) + tl.load(skip_ptr + head).to(tl.float32) * x
+    y = tl.sum(state * c[None, :], axis=1) + skip * x
     gate = tl.load(projected + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
-    tl.store(out, (y * _silu(gate)).to(gated_ptr.dtype.element_ty), mask=p_there)
+    y = tl.where(p_there, y * _silu(gate), 0.0)
+    if NORM:
+        tl.store(squares_ptr + squares_at, tl.sum(y * y, axis=0))
+        y *= tl.load(norm_ptr + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
+    tl.store(out, y.to(gated_ptr.dtype.element_ty), mask=p_there)
 
 
 def step(
@@ -126,7 +139,8 @@ def step(
     a_log: Tensor,
     skip: Tensor,
     state: MambaState,
-) -> Tensor:
+    norm: Tensor | None = None,
+) -> Tensor | Normed:
     """One token for each of B rows: convolution, recurrence and gate in one kernel.
 
     Args:
@@ -136,23 +150,26 @@ def step(
         weight, bias: of the convolution, [channels, width] and [channels] or None.
         dt_bias, a_log, skip: [heads].
         state: of the layer, all rows; `state.rows` [B] int names the batch's.
+        norm: [inner], weight of the norm that the result goes through next, or None.
 
     Returns:
-        [B, inner] in projected's dtype, gated; zeros at padding.
+        [B, inner] in projected's dtype, gated, before its norm if there is one; zeros at padding.
     """
     batch = positions.shape[0]
     gated = projected.new_empty(batch, sizes.inner)
     block = _state_block(sizes, batch)
     grid = (batch, sizes.heads, triton.cdiv(sizes.head_dim, block))
+    squares = None if norm is None else state.ssm.new_empty(grid[1] * grid[2], batch)
     _step[grid](
         projected, state.conv, state.ssm, state.rows, positions,
-        weight, bias, dt_bias, a_log, skip, gated,
+        weight, bias, dt_bias, a_log, skip, norm, gated, squares,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *_limits(sizes),
         WIDTH=sizes.conv_width, TAPS=triton.next_power_of_2(sizes.conv_width),
-        BIAS=bias is not None, P=block, N=triton.next_power_of_2(sizes.state_size),
-        num_warps=_step_warps(block),
+        BIAS=bias is not None, NORM=norm is not None, P=block,
+        N=triton.next_power_of_2(sizes.state_size), num_warps=_step_warps(block),
+        **early(projected.device),
     )  # fmt: skip
-    return gated
+    return gated if squares is None else Normed(gated, squares)
 
 
 def _state_block(sizes: MambaSizes, batch: int) -> int:

@@ -34,35 +34,76 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 # -- products of few rows -----------------------------------------------------------------------
 
 
+def product_case(
+    rows: int, columns: int, depth: int, gated: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, residual, norm weights before and after."""
+    torch.manual_seed(rows)
+    shapes = ((rows, depth), (columns * (2 if gated else 1), depth), (rows, columns))
+    x, weight, residual = (torch.randn(*shape, device=DEVICE) for shape in shapes)
+    before, after = torch.randn(depth, device=DEVICE), torch.randn(columns, device=DEVICE)
+    return x, weight, residual, before, after
+
+
+def formula(x: Tensor, weight: Tensor, before: Tensor | None, gated: bool) -> Tensor:
+    product = (x.double() if before is None else rms_norm(x, before)) @ weight.double().T
+    if not gated:
+        return product
+    half = product.shape[1] // 2
+    return silu(product[:, :half]) * product[:, half:]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 17, 40])
 @pytest.mark.parametrize("columns", [16, 75])
 @pytest.mark.parametrize("depth", [128, 200])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_product_of_few_rows_is_the_formula(
-    rows: int, columns: int, depth: int, norm: bool, gated: bool, residual: bool
+    rows: int, columns: int, depth: int, normed: bool, gated: bool, residual: bool
 ) -> None:
-    torch.manual_seed(rows)
-    x = torch.randn(rows, depth, device=DEVICE)
-    weight = torch.randn(columns * (2 if gated else 1), depth, device=DEVICE)
-    scale = torch.randn(depth, device=DEVICE) if norm else None
-    before = torch.randn(rows, columns, device=DEVICE) if residual else None
-    product = (rms_norm(x, scale) if norm else x.double()) @ weight.double().T
-    if gated:
-        product = silu(product[:, :columns]) * product[:, columns:]
-    expected = 0.22 * product + (before.double() if residual else 0)
-    actual = few_rows.linear(
-        x, weight, norm=scale, eps=1e-5, residual=before, scale=0.22, gated=gated, DEPTH=128
+    x, weight, held, before, _ = product_case(rows, columns, depth, gated)
+    expected = 0.22 * formula(x, weight, before if normed else None, gated)
+    expected = expected + held if residual else expected
+    given = few_rows.prenorm(x, before) if normed else x
+    actual, nothing = few_rows.linear(
+        given,
+        weight,
+        eps=1e-5,
+        residual=held if residual else None,
+        scale=0.22,
+        gated=gated,
     )
+    assert nothing is None
     assert error(actual.double(), expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_in_a_row_pass_their_norm_on(
+    rows: int, splits: int, normed: bool, gated: bool
+) -> None:
+    x, weight, held, before, after = product_case(rows, 40, 300, gated)
+    given = few_rows.prenorm(x, before) if normed else x
+    options = {} if rows == 1 else {"DEPTH": 64, "COLUMNS": 16, "SPLITS": splits}
+    expected = formula(x, weight, before if normed else None, gated) + held
+    for _ in range(2):  # the second time shows that nothing was left behind
+        actual, passed = few_rows.linear(
+            given, weight, eps=1e-5, residual=held, gated=gated, norm=after, **options
+        )
+        assert error(actual.double(), expected) <= FLOAT32
+        assert passed is not None
+        inverse = torch.rsqrt(passed.squares.sum(0) / 40 + 1e-5)[:, None]
+        assert error(passed.values * inverse, rms_norm(actual, after)) <= FLOAT32
 
 
 def test_a_product_adds_to_its_residual_in_place() -> None:
     x, weight = torch.randn(3, 64, device=DEVICE), torch.randn(32, 64, device=DEVICE)
     hidden = torch.randn(3, 32, device=DEVICE)
     expected = hidden + 0.5 * x @ weight.T
-    assert few_rows.linear(x, weight, residual=hidden, scale=0.5, out=hidden) is hidden
+    assert few_rows.linear(x, weight, residual=hidden, scale=0.5, out=hidden)[0] is hidden
     assert error(hidden, expected) <= FLOAT32
 
 
@@ -162,6 +203,27 @@ def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
         actual = kernels_mix(mixer.half(), hidden, at, mine)
     assert error(actual.float(), expected) <= HALF
     assert error(mine.ssm, defined.ssm) <= HALF
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_step_passes_its_norm_on(batch: int) -> None:
+    mixer, _ = layer(mamba_n_heads=3, mamba_d_head=16)
+    mixer = mixer.to(DEVICE)
+    sizes = MambaSizes.of(mixer)
+    held = sizes.empty_state(batch + 1, torch.float32, DEVICE)
+    at = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+    projected = torch.randn(batch, sizes.inner + sizes.channels + sizes.heads, device=DEVICE)
+    weights = (mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D)
+
+    def stepped(norm: Tensor | None) -> Any:
+        rows = torch.arange(1, batch + 1, device=DEVICE)
+        state = MambaState(held.conv.clone(), held.ssm.clone(), rows)
+        with torch.inference_mode():
+            return mamba.step(sizes, projected, at, *weights, state, norm)
+
+    plain, passed = stepped(None), stepped(mixer.norm.weight)
+    inverse = torch.rsqrt(passed.squares.sum(0) / sizes.inner + 1e-5)[:, None]
+    assert error(passed.values * inverse, rms_norm(plain, mixer.norm.weight)) <= FLOAT32
 
 
 # -- pages --------------------------------------------------------------------------------------
