@@ -34,7 +34,7 @@ KERNEL_RULES: tuple[tuple[str, str], ...] = (
         r"mamba|ssm|ssd|selective|chunk_state|scan|cumsum|conv(?!ert)"
         r"|softplus|_exp(?![a-z])|tri[lu]",
     ),
-    ("norm", r"rms_?norm|layer_?norm|rsqrt|_norm|mean"),
+    ("norm", r"norm|rsqrt|mean"),
     ("mlp", r"mlp|swiglu|moe|expert|grouped_mm|topk"),
     ("head", r"embedding|lm_head|argmax|logits|log_softmax"),
     ("matmul", r"gemm|gemv|cutlass|nvjet|cublas|xmma|addmm|\bmm\b|bmm|matmul|splitk"),
