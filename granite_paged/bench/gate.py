@@ -20,7 +20,7 @@ It follows
   of 5 shapes are then all quiet in 9 suites of 10 on the noisiest machine that can be judged at
   all, and practically always on one whose steps vary by 5 %;
 - that the machine may be off its recorded day by about 3 % either way before either turns;
-- that wider noise is reported as such: it can turn red, never green.
+- that what is too wide to tell is reported as such, and is not green.
 
 Against the law that holds anywhere, paged not slower than default, five per cent must be seen, and
 the limit lies half way again. Peak memory repeats to the byte, so it is compared as it is, with 1 %

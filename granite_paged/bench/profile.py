@@ -28,7 +28,7 @@ KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"^_(write|split)_pages$"),
     ("mamba", r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs)$"),
     ("matmul", r"^_(few_rows|one_row)$"),
-    ("attention", r"flex|attention|flash|fmha|sdpa|softmax_backward|_attn"),
+    ("attention", r"flex|attention|flash|fmha|sdpa|_attn|(?<!log)_softmax|modindex"),
     (
         "mamba",
         r"mamba|ssm|ssd|selective|chunk_state|scan|cumsum|conv(?!ert)"

@@ -42,6 +42,8 @@ NAMES = {
     "triton_tem_fused_paged_attention_flex_decoding_1": "attention",
     "void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>": "attention",
     "fmha_cutlassF_bf16_aligned_64x64_rf_sm80": "attention",
+    "aten::_softmax": "attention",
+    "aten::_log_softmax": "head",
     "_chunk_scan_fwd_kernel": "mamba",
     "_chunk_state_fwd_kernel": "mamba",
     "_selective_scan_update_kernel": "mamba",
