@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate`.
+"""The command line: `granite-paged verify | generate | bench | gate | plot | profile`.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from granite_paged import __version__
+from granite_paged.bench import commands as bench_commands
 from granite_paged.errors import GranitePagedError, InvalidRequest, PromptError
 from granite_paged.options import (
     FAILED,
@@ -231,3 +232,12 @@ def generate(
             **(sampling if temperature else {"do_sample": False}),
         )
     return OK
+
+
+# -- in modules of their own --------------------------------------------------------------------
+
+cli.add_command(bench_commands.bench)
+cli.add_command(bench_commands.coldstart)
+cli.add_command(bench_commands.gate)
+cli.add_command(bench_commands.plot)
+cli.add_command(bench_commands.profile)
