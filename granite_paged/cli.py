@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate | bench-serve`.
+"""The command line: `granite-paged verify | generate | bench | bench-serve | gate` and more.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -15,7 +15,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from granite_paged import __version__
-from granite_paged.engine.commands import bench_serve, generate
+from granite_paged.bench import commands as bench_commands
+from granite_paged.engine import commands as engine_commands
 from granite_paged.errors import GranitePagedError
 from granite_paged.options import (
     FAILED,
@@ -174,5 +175,10 @@ def _megabytes(count: int) -> str:
 
 # -- commands that have a module of their own ---------------------------------------------------
 
-cli.add_command(generate)
-cli.add_command(bench_serve)
+cli.add_command(engine_commands.generate)
+cli.add_command(bench_commands.bench)
+cli.add_command(engine_commands.bench_serve)
+cli.add_command(bench_commands.coldstart)
+cli.add_command(bench_commands.gate)
+cli.add_command(bench_commands.plot)
+cli.add_command(bench_commands.profile)

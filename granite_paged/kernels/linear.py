@@ -283,7 +283,7 @@ def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int
         "DEPTH": deep,
         "SPLITS": min(splits, -(-depth // deep)),
         "num_warps": 4,
-        "num_stages": 3 if few_columns and tall > 16 else 4,
+        "num_stages": 3 if few_columns and tall > 16 and not gated else 4,
     }
 
 
