@@ -186,7 +186,8 @@ def walk(office: Office, steps: int, seed: int) -> None:
             office.submit(_prompt(chance, stems, vocabulary), _params(chance, vocabulary))
         elif action < 0.13 and len(office.open) < 12:
             context = _prompt(chance, stems, vocabulary)
-            lengths = [chance.randint(1, 6) for _ in range(chance.randint(1, 4))]
+            longest = chance.choice([1, 6])
+            lengths = [chance.randint(1, longest) for _ in range(chance.randint(1, 4))]
             office.score(context, [_tokens(chance, n, vocabulary) for n in lengths])
         elif action < 0.14:
             office.cancel(chance.randrange(8))

@@ -313,6 +313,7 @@ class Engine:
             rank = self._scheduler.rank(0)
             job = Job(scoring, 0, rank, list(tokens), 0, most, len(tokens))
             job.pending = list(range(len(asked)))
+            job.single = all(len(one) == 1 for one in asked)
             if asked:
                 self._scheduler.submit([job])
             scoring.jobs = [job]

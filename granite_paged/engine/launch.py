@@ -73,37 +73,39 @@ class Launcher:
         self,
         flights: list[Flight],
         jobs: Iterable[Job],
-        call: Callable[[Any], Flight | None],
+        call: Callable[[Any], list[Flight]],
         argument: Any,
     ) -> None:
         self._concerned = list(jobs)
         try:
-            flight = call(argument)
+            made = call(argument)
         except Exception as error:
             self._scheduler.recover(self._concerned, error)
         else:
-            if flight is not None:
-                flights.append(flight)
+            flights += made
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def feed(self, job: Job) -> None:
-        """The job's last token is the one that its row is fed next."""
-        last = upload(job.tokens[-1:], torch.int64, self._runner.device)
+    def feed(self, job: Job) -> list[Flight]:
+        """The job's last token is the one that its row is fed next. Nothing comes back."""
+        last = self._upload(job.tokens[-1:])
         self._runner.tokens[job.row : job.row + 1] = last
+        return []
 
-    def _decode(self, jobs: Sequence[Job]) -> Flight:
+    def _decode(self, jobs: Sequence[Job]) -> list[Flight]:
         positions = [job.stored - 1 for job in jobs]
         logits = self._runner.decode([job.row for job in jobs], positions)
         flight = self._drawn(logits, jobs)
         if len(jobs) == 1:
             jobs[0].suspect = False  # it ran alone, and well
-        return flight
+        return [flight]
 
-    def _prefill(self, spans: Sequence[Span]) -> Flight:
+    def _prefill(self, spans: Sequence[Span]) -> list[Flight]:
         chunks = [Chunk(s.job.row, s.start, s.job.tokens[s.start : s.end]) for s in spans]
         logits = self._runner.prefill(chunks)
         kept = [(span, self._state_after(span)) for span in spans]
+        unsound = self._runner.nonfinite[self._upload([span.job.row for span in spans])]
+        flights = [Flight(Fetch(self._runner.device, unsound=unsound), kept=kept)]
         drawing, places = [], []
         for place, span in enumerate(spans):
             if span.last and not span.job.scoring:
@@ -111,17 +113,33 @@ class Launcher:
                 self._concerned += jobs
                 drawing += jobs
                 places += [place] * len(jobs)
-        rows = upload([span.job.row for span in spans], torch.int64, self._runner.device)
-        unsound = self._runner.nonfinite[rows]
-        if not drawing:
-            return Flight(Fetch(self._runner.device, unsound=unsound), kept=kept)
-        if places != list(range(len(spans))):
-            logits = logits[upload(places, torch.int64, self._runner.device)]
-        flight = self._drawn(logits, drawing, unsound=unsound)
-        flight.kept = kept
-        return flight
+        chosen = [
+            (place, span) for place, span in enumerate(spans) if span.last and span.job.single
+        ]
+        if chosen:
+            flights.append(self._choices(logits, chosen))
+        if drawing:
+            flights.append(self._drawn(logits[self._upload(places)], drawing))
+        return flights
 
-    def _score(self, parts: Sequence[Part]) -> Flight:
+    def _choices(self, logits: torch.Tensor, chosen: Sequence[tuple[int, Span]]) -> Flight:
+        """Log-probabilities of single tokens after a context, from the context's last logits."""
+        parts, places, tokens = [], [], []
+        for place, (job, epoch, *_) in chosen:
+            for number in job.unscored():
+                parts.append(Part(job, epoch, number, 0, 1, job.row, job.handle, False))
+                places.append(place)
+                tokens.append(job.continuation(number)[0])
+        at, wanted = self._upload(places), self._upload(tokens)
+        fetch = Fetch(
+            self._runner.device,
+            logprobs=logits.float().log_softmax(dim=-1)[at, wanted],
+            greedy=logits.argmax(dim=-1)[at] == wanted,
+            bad=self._runner.nonfinite[self._upload([part.row for part in parts])],
+        )
+        return Flight(fetch, parts=parts)
+
+    def _score(self, parts: Sequence[Part]) -> list[Flight]:
         chunks, targets = [], []
         for part in parts:
             fed, wanted = _continuation(part)
@@ -129,14 +147,14 @@ class Launcher:
             chunks.append(Chunk(part.row, start, fed))
             targets.append(wanted)
         scores = self._runner.score(chunks, targets)
-        rows = upload([part.row for part in parts], torch.int64, self._runner.device)
+        rows = self._upload([part.row for part in parts])
         fetch = Fetch(
             self._runner.device,
             logprobs=scores.logprobs,
             greedy=scores.greedy,
             bad=self._runner.nonfinite[rows],
         )
-        return Flight(fetch, parts=list(parts))
+        return [Flight(fetch, parts=list(parts))]
 
     # -- details --------------------------------------------------------------------------------
 
@@ -146,9 +164,12 @@ class Launcher:
         state: RowState = self._runner.save_row(span.job.row)
         return state
 
-    def _drawn(self, logits: torch.Tensor, jobs: Sequence[Job], **more: torch.Tensor) -> Flight:
+    def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
+        return upload(numbers, torch.int64, self._runner.device)
+
+    def _drawn(self, logits: torch.Tensor, jobs: Sequence[Job]) -> Flight:
         """Draw a token for each job, feed it to its row, and send it to the host."""
-        rows = upload([job.row for job in jobs], torch.int64, self._runner.device)
+        rows = self._upload([job.row for job in jobs])
         if all(job.greedy for job in jobs):
             drawn = Drawn(logits.argmax(dim=-1))
         else:
@@ -161,7 +182,6 @@ class Launcher:
             top_logprobs=drawn.top_logprobs,
             top_tokens=drawn.top_tokens,
             bad=self._runner.nonfinite[rows],
-            **more,
         )
         return Flight(fetch, drawn=[(job, job.epoch) for job in jobs])
 

@@ -201,6 +201,7 @@ class Job:
         epoch: counts restarts; what was launched before one is dropped.
         suspect: shared a call that raised, so it runs in calls of its own.
         followers: other samples of this prompt, forked when its prefill is done.
+        single: scores continuations of one token each, which its last logits answer.
         pending: continuations to launch; partial: what is known of those in pieces.
         ticket: its latest place in the queue.
         path: prefix nodes of its tokens; cuts: where its state will be kept.
@@ -228,6 +229,7 @@ class Job:
     epoch: int = 0
     suspect: bool = False
     followers: list[Job] = field(default_factory=list)
+    single: bool = False
     pending: list[int] = field(default_factory=list)
     partial: dict[int, list[tuple[float, bool]]] = field(default_factory=dict)
     ticket: int = 0
@@ -248,7 +250,12 @@ class Job:
     def prefix_tokens(self) -> int:
         """Tokens to store before the first draw or the first continuation."""
         # a continuation's call begins with the context's last token: its logits score the first
-        return len(self.tokens) - 1 if self.scoring else len(self.tokens)
+        return len(self.tokens) - 1 if self.scoring and not self.single else len(self.tokens)
+
+    @property
+    def forks(self) -> bool:
+        """Whether it needs another row for its continuations."""
+        return len(self.pending) > 1 and not self.single
 
     def continuation(self, number: int) -> tuple[int, ...]:
         """One of the continuations it scores."""

@@ -335,6 +335,8 @@ class Scheduler:
         if job.scoring:
             job.state = State.SCORE
             self.scoring[job] = None
+            if job.single:
+                job.pending.clear()  # its last logits answer them all
         else:
             job.state = State.DECODE
             self.decoding[job] = None
@@ -392,7 +394,7 @@ class Scheduler:
 
     def _row_for(self, job: Job) -> bool:
         """Scoring jobs fork into a row that nobody may take, if there are two at all."""
-        forks = len(job.pending) > 1 or any(len(other.pending) > 1 for other in self._contexts())
+        forks = job.forks or any(other.forks for other in self._contexts())
         return len(self._rows) > (1 if forks and self._limits.rows > 1 else 0)
 
     def _contexts(self) -> list[Job]:
@@ -467,7 +469,7 @@ class Scheduler:
         planned: list[list[Part]] = []
         for job in sorted(self.scoring, key=_rank):
             before = len(planned)
-            if job.state is State.SCORE and spent < budget:
+            if job.state is State.SCORE and job.pending and spent < budget:
                 self._guarded(job, self._plan_continuations, job, budget - spent, planned)
             spent += sum(pieces[-1].end for pieces in planned[before:])
         step.scores = self._score_calls(planned)

@@ -192,6 +192,7 @@ def test_scores_are_those_of_sdpa_whatever_is_shared(model: Any, engine: Engine)
     items = [
         (PROMPTS[3], [[4, 5], [6, 7, 8], [9]]),
         (PROMPTS[2], [[4], [5, 6]]),
+        (PROMPTS[0], [[4], [5], [6], [4]]),
         ([*PROMPTS[3], 50], [[3] * 40]),
         (PROMPTS[3], [[1, 2]]),
         (PROMPTS[4], []),

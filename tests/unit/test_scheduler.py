@@ -168,6 +168,15 @@ def test_a_context_is_computed_once_for_all_its_continuations() -> None:
     assert desk.runner.forked == 3, "the last one takes the context's own row"
 
 
+def test_choices_of_one_token_are_answered_by_the_context_itself() -> None:
+    desk = office({"state_bytes": 0}, rows=1)
+    desk.score([7] * 13, [[1], [3], [8], [9]])
+    desk.drain()
+    assert desk.met["scored"] == 4
+    assert desk.runner.computed == 13
+    assert desk.runner.forked == 0
+
+
 def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
     desk = office(pages=200, rows=8, chunk_tokens=64)
     beginning = list(range(24))
