@@ -180,7 +180,7 @@ def walk(office: Office, steps: int, seed: int) -> None:
     vocabulary = office.oracle.vocabulary
     stems = [_tokens(chance, 24, vocabulary - 1) for _ in range(2)]
     stems.append([stems[0][0] ^ 1, *stems[0][1:]])  # a twin but for one token
-    for _ in range(steps):
+    while office.engine._scheduler.counts.steps < steps:
         action = chance.random()
         if action < 0.10 and len(office.open) < 12:
             office.submit(_prompt(chance, stems, vocabulary), _params(chance, vocabulary))
