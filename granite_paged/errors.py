@@ -147,6 +147,65 @@ class NonFinite(GranitePagedError, ArithmeticError):
         )
 
 
+class RequestTooLarge(OutOfPages):
+    """A request that would not fit if it were alone."""
+
+
+class QueueFull(GranitePagedError):
+    """As many requests are waiting as the engine lets wait."""
+
+    def __init__(self, *, waiting: int, limit: int) -> None:
+        self.waiting = waiting
+        self.limit = limit
+        super().__init__(
+            f"queue full: {waiting} sequences wait, {limit} may; "
+            "step() the engine first, or raise its queue"
+        )
+
+
+class EngineClosed(GranitePagedError):
+    """The engine was closed: before the call, or while the request ran."""
+
+
+class RequestCancelled(GranitePagedError):
+    """The request was cancelled."""
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        super().__init__(f"request {request} was cancelled")
+
+
+class InvalidSampling(InvalidRequest):
+    """A sampling parameter that means nothing."""
+
+
+class CallbackFailed(GranitePagedError):
+    """What the caller gave to be told of new tokens raised; see `__cause__`."""
+
+    def __init__(self, request: int, cause: str) -> None:
+        self.request = request
+        super().__init__(f"the callback of request {request} raised {cause}: the request was ended")
+
+
+class StepFailed(GranitePagedError):
+    """A step of this request raised, and again when the request ran alone; see `__cause__`."""
+
+    def __init__(self, request: int, cause: str) -> None:
+        self.request = request
+        super().__init__(f"a step of request {request} raised {cause}: the request was ended")
+
+
+class NonFiniteRequest(GranitePagedError, ArithmeticError):
+    """The numbers of one request became NaN or infinite."""
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        super().__init__(
+            f"NaN or infinity in request {request}: it was ended, others go on; "
+            "check the weights and the dtype"
+        )
+
+
 class BrokenInvariant(GranitePagedError, AssertionError):
     """What `check_valid()` found: allocator, page tables and pools do not agree."""
 
