@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate`.
+"""The command line: `granite-paged verify | generate | eval | report`.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from granite_paged import __version__
 from granite_paged.errors import GranitePagedError, InvalidRequest, PromptError
+from granite_paged.evaluate import commands as evaluate_commands
 from granite_paged.options import (
     FAILED,
     INTERRUPTED,
@@ -231,3 +232,9 @@ def generate(
             **(sampling if temperature else {"do_sample": False}),
         )
     return OK
+
+
+# -- commands of their own files ----------------------------------------------------------------
+
+cli.add_command(evaluate_commands.evaluate)
+cli.add_command(evaluate_commands.report)

@@ -11,6 +11,8 @@ to follow their sequences when a batch is reordered, repeated or cut down.
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -27,6 +29,10 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         for states in (self.conv_states, self.recurrent_states):
             if states[_STATE] is not None:
                 states[_STATE] = states[_STATE].index_select(0, rows)
+
+    def take(self, saved: MambaRows) -> None:
+        """Become a copy of what another layer holds."""
+        self.__dict__.update(copy.deepcopy(saved.__dict__))
 
     def reset(self) -> None:
         """Forget every row, and how many there were."""

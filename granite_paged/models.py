@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from granite_paged.checkpoints import TINY_RECALL
@@ -112,8 +113,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder or on the hub. Raises CheckpointError."""
+    """The tokenizer in a folder, a `tokenizers` file, or on the hub. Raises CheckpointError."""
     try:
+        if Path(path).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None

@@ -1,0 +1,69 @@
+"""The ways to answer: `default`, `static`, `paged`; which scorer each of them is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from granite_paged.evaluate.scorer import Request, Scorer
+from granite_paged.evaluate.scorer_default import DefaultScorer
+from granite_paged.evaluate.scorer_engine import EngineScorer, has_engine
+from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.geometry import PagedConfig
+
+MODES = ("default", "static", "paged")
+
+ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
+_SPARE_SEQUENCES = 4  # prefixes that are kept while others run
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the requests of a run take at most: tokens of a sequence, and sequences of a request."""
+
+    longest: int
+    widest: int
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Needs:
+        """The most of each. At least one request."""
+        sizes = [
+            (
+                len(request.context) + max(map(len, request.continuations)),
+                len(request.continuations),
+            )
+            for request in requests
+        ]
+        return cls(max(longest for longest, _ in sizes), max(widest for _, widest in sizes))
+
+
+def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch: int = 1) -> Scorer:
+    """The scorer of a mode, for a model that is not patched.
+
+    Args:
+        mode: one of `MODES`; `paged` is the engine where this version has one.
+        model: the model.
+        config: of `paged`. Sizes that it leaves open follow from `needs`.
+        needs: what will be asked.
+        batch: rows a forward pass.
+    """
+    if mode == "default":
+        return DefaultScorer(model, batch)
+    if mode == "static":
+        from granite_paged.evaluate.scorer_static import StaticScorer  # noqa: PLC0415  # compiles
+
+        return StaticScorer(model, needs.longest)
+    if not has_engine():
+        return PagedScorer(model, config, batch)
+    rows = batch if batch == 1 else max(batch, ENGINE_ROWS)
+    return EngineScorer.for_model(model, engine_config(config, needs, batch), rows)
+
+
+def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:
+    """Pools of what the run needs instead of a part of the memory: peaks are to be compared."""
+    sequences = config.max_sequences or max(batch, 1) * needs.widest + _SPARE_SEQUENCES
+    pages = math.ceil(needs.longest / config.page_size) + 1
+    tokens = config.max_tokens or pages * config.page_size * (max(batch, 1) + _SPARE_SEQUENCES)
+    return replace(config, max_sequences=sequences, max_tokens=tokens)

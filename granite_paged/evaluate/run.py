@@ -1,0 +1,392 @@
+"""The evaluation: every question by every mode, in one run, side by side.
+
+A batch of questions goes to one mode, then to the next, so that clocks and temperature are the same
+for all. An answer is in the journal before the next batch begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from granite_paged.errors import NonFinite, OutOfPages, OutOfRows, PromptError
+from granite_paged.evaluate.journal import Journal, Record
+from granite_paged.evaluate.metrics import (
+    Agreement,
+    ModeMetrics,
+    agreement,
+    gap_error,
+    mode_metrics,
+)
+from granite_paged.evaluate.modes import Needs, make_scorer
+from granite_paged.evaluate.scorer import (
+    Answer,
+    Request,
+    Scorer,
+    chunked,
+    full_length,
+    is_finite,
+)
+from granite_paged.evaluate.scorer_default import DefaultScorer
+from granite_paged.evaluate.tasks import Question, Task
+from granite_paged.geometry import PagedConfig
+from granite_paged.models import LoadedModel
+from granite_paged.verify import versions
+
+MEASURED = 32  # questions on which SDPA's error is measured, beside those that differ
+
+Progress = Callable[[str, int], None]
+"""Told the task and how many more answers there are."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task: every mode's metrics, and every other mode against `default`."""
+
+    questions: int
+    fewshot: int
+    modes: dict[str, ModeMetrics]
+    agreement: dict[str, Agreement]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything `granite-paged eval` has to say."""
+
+    passed: bool
+    model: str
+    device: str
+    dtype: str
+    batch: int
+    page_size: int
+    seed: int
+    paged_by: str
+    tasks: dict[str, TaskResult]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types only."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+def evaluate(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    modes: Sequence[str],
+    *,
+    config: PagedConfig,
+    journal: Journal,
+    batch: int = 1,
+    seed: int = 0,
+    progress: Progress = lambda task, answers: None,
+) -> Evaluation:
+    """Answer what the journal has no answers to, then say what all answers amount to.
+
+    Args:
+        loaded: the model.
+        tasks: with their questions.
+        modes: some of `MODES`.
+        config: of the paged mode.
+        journal: answers so far; each new one is appended.
+        batch: rows a forward pass; 1 is how the original study ran.
+        seed: of the questions on which SDPA's error is measured.
+        progress: told about new answers.
+
+    Raises:
+        ResultsError: if answers cannot be written; those before are kept.
+        InvalidRequest: if a task has no answer at all.
+    """
+    bench = _Bench(loaded.model, modes, config, batch, tasks)
+    for task in tasks:
+        bench.answer(task, journal, progress)
+    paged_by = bench.paged_by
+    bench.close()
+    results = {task.name: _result(task, modes, journal, loaded.model, seed) for task in tasks}
+    return Evaluation(
+        passed=all(a.passed for result in results.values() for a in result.agreement.values()),
+        model=loaded.name,
+        device=device_name(loaded.model.device),
+        dtype=dtype_name(loaded.model.dtype),
+        batch=batch,
+        page_size=config.page_size,
+        seed=seed,
+        paged_by=paged_by,
+        tasks=results,
+        versions=versions(),
+    )
+
+
+def identity(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    modes: Sequence[str],
+    config: PagedConfig,
+    batch: int,
+) -> dict[str, Any]:
+    """What has to be the same for a run to go on from another's journal."""
+    return {
+        "model": loaded.name,
+        "device": device_name(loaded.model.device),
+        "dtype": dtype_name(loaded.model.dtype),
+        "modes": list(modes),
+        "batch size": batch,
+        "page size": config.page_size,
+        "questions": {task.name: _digest(task) for task in tasks},
+        "versions": versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+# -- answering ----------------------------------------------------------------------------------
+
+
+class _Bench:
+    """The scorers of a run, made when the first question needs them, and what they hold."""
+
+    def __init__(
+        self,
+        model: Any,
+        modes: Sequence[str],
+        config: PagedConfig,
+        batch: int,
+        tasks: Sequence[Task],
+    ) -> None:
+        self._model = model
+        self._modes = modes
+        self._config = config
+        self._batch = batch
+        self._needs = Needs.of(q.request for task in tasks for q in task.questions)
+        self._scorers: dict[str, Scorer] = {}
+        self._memory = _Memory(model.device)
+        self.paged_by = ""
+
+    def answer(self, task: Task, journal: Journal, progress: Progress) -> None:
+        """Every question of a task that the journal has no answer to."""
+        missing = [
+            question
+            for question in _ordered(task.questions, self._batch)
+            if any((mode, task.name, question.key) not in journal.records for mode in self._modes)
+        ]
+        done = len(self._modes) * (len(task.questions) - len(missing))
+        progress(task.name, done)
+        if not missing:
+            return
+        self._make_scorers()
+        self._warm_up(missing)
+        rows = max(scorer.batch for scorer in self._scorers.values())
+        for questions in chunked(missing, rows, request=lambda question: question.request):
+            for mode in self._modes:
+                wanted = [q for q in questions if (mode, task.name, q.key) not in journal.records]
+                journal.append(self._records(mode, task, wanted))
+                progress(task.name, len(questions))
+
+    def close(self) -> None:
+        """Free what the scorers hold."""
+        self._scorers.clear()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _make_scorers(self) -> None:
+        for mode in self._modes:
+            if mode not in self._scorers:
+                with self._memory.of(mode):
+                    self._scorers[mode] = make_scorer(
+                        mode, self._model, self._config, self._needs, self._batch
+                    )
+                    if mode == "paged":
+                        self.paged_by = type(self._scorers[mode]).__name__
+
+    def _warm_up(self, questions: Sequence[Question]) -> None:
+        """Compilers and allocators meet a short, a usual and the longest question, untimed."""
+        by_length = sorted(questions, key=lambda question: question.request.tokens)
+        sample = [by_length[i].request for i in (0, len(by_length) // 2, -1)]
+        for mode, scorer in self._scorers.items():
+            with self._memory.of(mode):
+                for request in sample:
+                    _answers(scorer, [request])
+                scorer.forget()
+
+    def _records(self, mode: str, task: Task, questions: Sequence[Question]) -> list[Record]:
+        requests = [question.request for question in questions]
+        if not requests:
+            return []
+        with self._memory.of(mode):
+            self._synchronize()
+            start = time.perf_counter()
+            answers = _answers(self._scorers[mode], requests)
+            self._synchronize()
+            seconds = (time.perf_counter() - start) / len(requests)
+        peak = self._memory.peak(mode)
+        return [
+            replace(_record(mode, task.name, question, answer), seconds=seconds, peak=peak)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    def _synchronize(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+
+class _Memory:
+    """Peaks of each mode, without what the other modes keep on the device meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[str, int] = {}
+        self._peak = 0
+
+    @contextlib.contextmanager
+    def of(self, mode: str) -> Iterator[None]:
+        """What is allocated inside belongs to this mode."""
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        grown = torch.cuda.memory_allocated(self._device) - before
+        self._kept[mode] = self._kept.get(mode, 0) + grown
+        self._peak = torch.cuda.max_memory_allocated(self._device)
+
+    def peak(self, mode: str) -> int:
+        """Bytes, inside the `of` that ended last."""
+        return self._peak - sum(kept for other, kept in self._kept.items() if other != mode)
+
+
+REFUSALS = (OutOfPages, OutOfRows, PromptError, NonFinite, torch.OutOfMemoryError)
+"""What a single question may meet while the others go on."""
+
+
+def _answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer | str]:
+    """One a request, or why there is none: what fails in company is tried alone."""
+    try:
+        return list(scorer.score(requests))
+    except REFUSALS as error:
+        scorer.forget()
+        if len(requests) == 1:
+            return [f"{requests[0].tokens} tokens: {str(error).splitlines()[0]}"]
+    return [answer for request in requests for answer in _answers(scorer, [request])]
+
+
+def _record(mode: str, task: str, question: Question, answer: Answer | str) -> Record:
+    request = question.request
+    if isinstance(answer, Answer) and not is_finite(answer):
+        answer = "a log-likelihood is not a finite number: check the weights and the dtype"
+    if isinstance(answer, str):
+        return Record(mode, task, question.key, refused=answer)
+    return Record(
+        mode,
+        task,
+        question.key,
+        logprobs=tuple(score.logprob for score in answer.scores),
+        greedy=tuple(score.greedy for score in answer.scores),
+        tokens=request.tokens,
+        full=full_length(request),
+        computed=answer.computed,
+        reused=answer.reused,
+    )
+
+
+def _ordered(questions: Iterable[Question], batch: int) -> list[Question]:
+    """Group by group; in batches, the longest first, so that rows beside each other are alike."""
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.group, []).append(question)
+    if batch > 1:
+        for group in groups.values():
+            group.sort(key=lambda question: -len(question.request.context))
+    return [question for group in groups.values() for question in group]
+
+
+def _digest(task: Task) -> str:
+    """Of every token that is asked about."""
+    asked = [[q.key, q.request.context, q.request.continuations, q.labels] for q in task.questions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+# -- judging ------------------------------------------------------------------------------------
+
+
+def _result(
+    task: Task, modes: Sequence[str], journal: Journal, model: Any, seed: int
+) -> TaskResult:
+    records = {
+        mode: {q.key: journal.records[mode, task.name, q.key] for q in task.questions}
+        for mode in modes
+    }
+    metrics = {mode: mode_metrics(task, records[mode]) for mode in modes}
+    against = {}
+    if "default" in modes:
+        default = records["default"]
+        for mode in modes:
+            if mode != "default":
+                found = agreement(task, default, records[mode])
+                against[mode] = judged(found, task, default, model, seed)
+    return TaskResult(len(task.questions), task.fewshot, metrics, against)
+
+
+def judged(
+    found: Agreement, task: Task, default: dict[str, Record], model: Any, seed: int
+) -> Agreement:
+    """With SDPA's own error measured where it is needed to tell near-ties from mistakes.
+
+    The differing questions and some others are scored by a copy of the model in higher precision;
+    the largest error that `default` makes in the gap between two choices is what a near-tie is
+    held against.
+    """
+    if not found.differing:
+        return found
+    keys = _sample(found, default, seed)
+    exact = _exact(model, [q for q in task.questions if q.key in keys])
+    errors = {key: gap_error(default[key].logprobs, exact[key]) for key in exact}
+    largest = max(errors.values())
+    differing = tuple(
+        replace(d, sdpa_error=errors[d.key], near_tie=abs(d.gap) <= largest)
+        for d in found.differing
+    )
+    return replace(
+        found,
+        differing=differing,
+        sdpa_error=largest,
+        reference=dtype_name(_reference_dtype(model)),
+        measured=len(errors),
+    )
+
+
+def _sample(found: Agreement, default: dict[str, Record], seed: int) -> set[str]:
+    answered = sorted(key for key, record in default.items() if not record.refused)
+    drawn = random.Random(seed).sample(answered, min(MEASURED, len(answered)))
+    return {*drawn, *(difference.key for difference in found.differing)}
+
+
+def _exact(model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
+    reference = copy.deepcopy(model).to(_reference_dtype(model))
+    answers = DefaultScorer(reference).score([question.request for question in questions])
+    return {
+        question.key: [score.logprob for score in answer.scores]
+        for question, answer in zip(questions, answers, strict=True)
+    }
+
+
+def _reference_dtype(model: Any) -> torch.dtype:
+    """float32 for halves; they differ from it in their fourth digit, it in its eighth."""
+    return torch.float32 if model.dtype.itemsize < 4 else torch.float64
