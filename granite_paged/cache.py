@@ -302,8 +302,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def resume(self, parked: Parked) -> None:
         """The rows become forks of what was parked; the ones there were are released."""
         self._check_parked(parked)
-        self.reset()
         self._check_rows(len(parked.sequences))
+        self.reset()
         self._rows = [self.allocator.fork(sequence) for sequence in parked.sequences]
         self.table.restore_rows(parked.table)
         self._columns = copy.copy(parked.columns)

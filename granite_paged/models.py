@@ -114,11 +114,18 @@ def resolve_device(name: str) -> torch.device:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer in a folder, a `tokenizers` file, or on the hub. Raises CheckpointError."""
+    if Path(path).is_file():
+        return _tokenizer_of_file(path)
     try:
-        if Path(path).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
+
+
+def _tokenizer_of_file(path: str) -> Any:
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=path)
+    except Exception as error:  # tokenizers raises nothing more particular
         raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
 

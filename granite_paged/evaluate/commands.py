@@ -310,7 +310,7 @@ def _tables(evaluation: dict[str, Any]) -> list[Any]:
     from granite_paged.evaluate.results import entries
 
     where = f"{evaluation['model']}, {evaluation['dtype']}, {evaluation['device']}"
-    metrics = Table(title=where, box=SIMPLE)
+    metrics = Table(title=where, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     metrics.add_column("task", no_wrap=True)
     metrics.add_column("mode", no_wrap=True)
     for column in ("accuracy", "mean ms", "p50", "p99", "question/s", "token/s", "GB", "hits"):

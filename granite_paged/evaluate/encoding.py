@@ -72,5 +72,10 @@ def shared_prefix(contexts: Sequence[Sequence[int]]) -> int:
     if len(contexts) < 2:
         return 0
     # of all sorted sequences, the first and the last differ soonest
-    ends = zip(min(map(tuple, contexts)), max(map(tuple, contexts)), strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
+    return common_tokens(min(map(tuple, contexts)), max(map(tuple, contexts)))
+
+
+def common_tokens(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two sequences have in common."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return sum(1 for _ in pairs)

@@ -15,6 +15,8 @@ from granite_paged.geometry import PagedConfig
 
 MODES = ("default", "static", "paged")
 
+ENGINE = "engine"
+
 ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
 _SPARE_SEQUENCES = 4  # prefixes that are kept while others run
 
@@ -55,10 +57,15 @@ def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch:
         from granite_paged.evaluate.scorer_static import StaticScorer  # noqa: PLC0415  # compiles
 
         return StaticScorer(model, needs.longest)
-    if not has_engine():
+    if paged_by() != ENGINE:
         return PagedScorer(model, config, batch)
     rows = batch if batch == 1 else max(batch, ENGINE_ROWS)
     return EngineScorer.for_model(model, engine_config(config, needs, batch), rows)
+
+
+def paged_by() -> str:
+    """What scores in the mode `paged` here."""
+    return ENGINE if has_engine() else "forked cache"
 
 
 def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:

@@ -27,7 +27,7 @@ from granite_paged.evaluate.metrics import (
     gap_error,
     mode_metrics,
 )
-from granite_paged.evaluate.modes import Needs, make_scorer
+from granite_paged.evaluate.modes import Needs, make_scorer, paged_by
 from granite_paged.evaluate.scorer import (
     Answer,
     Request,
@@ -109,7 +109,6 @@ def evaluate(
     bench = _Bench(loaded.model, modes, config, batch, tasks)
     for task in tasks:
         bench.answer(task, journal, progress)
-    paged_by = bench.paged_by
     bench.close()
     results = {task.name: _result(task, modes, journal, loaded.model, seed) for task in tasks}
     return Evaluation(
@@ -120,7 +119,7 @@ def evaluate(
         batch=batch,
         page_size=config.page_size,
         seed=seed,
-        paged_by=paged_by,
+        paged_by=paged_by(),
         tasks=results,
         versions=versions(),
     )
@@ -141,6 +140,7 @@ def identity(
         "modes": list(modes),
         "batch size": batch,
         "page size": config.page_size,
+        "paged by": paged_by(),
         "questions": {task.name: _digest(task) for task in tasks},
         "versions": versions(),
     }
@@ -177,7 +177,6 @@ class _Bench:
         self._needs = Needs.of(q.request for task in tasks for q in task.questions)
         self._scorers: dict[str, Scorer] = {}
         self._memory = _Memory(model.device)
-        self.paged_by = ""
 
     def answer(self, task: Task, journal: Journal, progress: Progress) -> None:
         """Every question of a task that the journal has no answer to."""
@@ -212,8 +211,6 @@ class _Bench:
                     self._scorers[mode] = make_scorer(
                         mode, self._model, self._config, self._needs, self._batch
                     )
-                    if mode == "paged":
-                        self.paged_by = type(self._scorers[mode]).__name__
 
     def _warm_up(self, questions: Sequence[Question]) -> None:
         """Compilers and allocators meet a short, a usual and the longest question, untimed."""

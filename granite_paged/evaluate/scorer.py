@@ -123,10 +123,10 @@ def distinct_rows(requests: Sequence[Request], skip: int = 0) -> list[Row]:
 def chunked(items: Sequence[T], rows: int, request: Callable[[T], Request]) -> list[list[T]]:
     """Neighbours that make at most `rows` distinct rows together; at least one a chunk."""
     parts: list[list[T]] = []
-    filled = rows
+    filled = 0
     for item in items:
         more = len(distinct_rows([request(item)]))
-        if filled + more > rows:
+        if not parts or filled + more > rows:
             parts.append([])
             filled = 0
         parts[-1].append(item)

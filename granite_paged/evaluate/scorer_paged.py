@@ -72,12 +72,11 @@ class PagedScorer:
         answers: list[Answer] = []
         for group in self._groups(requests):
             try:
-                answers += self._score_group(group)
-            except OutOfPages:
-                if not self._prefixes:
-                    raise
+                answers += self._score_group(group, together=self.batch > 1)
+            except OutOfPages:  # then with as little as it takes
                 self.forget()
-                answers += self._score_group(group)
+                for request in group:
+                    answers += self._score_group([request], together=False)
         return answers
 
     @torch.inference_mode()
@@ -98,10 +97,10 @@ class PagedScorer:
         tokens = aligned(min(request.shared, len(request.context) - 1), self._unit)
         return tuple(request.context[:tokens])
 
-    def _score_group(self, group: Sequence[Request]) -> list[Answer]:
+    def _score_group(self, group: Sequence[Request], *, together: bool) -> list[Answer]:
         prefix = self._prefix_of(group[0])
         reused = self._enter(prefix)
-        run = self._beside_each_other if self.batch > 1 else self._context_then_forks
+        run = self._beside_each_other if together else self._context_then_forks
         tally, computed = run(group, len(prefix))
         computed[0] += len(prefix) - reused
         found = [reused, *[len(prefix)] * (len(group) - 1)]
