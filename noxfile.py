@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import nox
 
@@ -71,6 +72,30 @@ def verify(session: nox.Session) -> None:
     """The main job, as a user runs it: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
     session.install(".")
     session.run("granite-paged", "verify", *session.posargs)
+
+
+@nox.session
+def eval_parity(session: nox.Session) -> None:
+    """All of MMLU and TruthfulQA against lm-eval's own scores; fails where the data is not there."""
+    data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
+    if not (data / "mmlu_test.jsonl").exists():
+        session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
+    session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb]")
+    extras = ("tests/integration/test_lm_eval.py", "tests/integration/test_report.py")
+    asked = {"GRANITE_PAGED_DATA": str(data), "GRANITE_PAGED_PARITY": "all"}
+    session.run("python", "-m", "pytest", "--durations=5", *extras, *session.posargs, env=asked)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """golden/figures and the tables of the README, from the results in golden/results."""
+    session.install(".[report]")
+    results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
+    if not results:
+        session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
+    session.run(
+        "granite-paged", "report", *results, "--to", "golden/figures", "--page", "README.md"
+    )
 
 
 @nox.session

@@ -41,7 +41,7 @@ def draw_all(folder: Path, entries: Sequence[Entry], bench: Sequence[BenchRow]) 
 def check_matplotlib() -> None:
     """Raises MissingExtra without it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("matplotlib", extra="eval")
+        raise MissingExtra("matplotlib", extra="report")
 
 
 def _pyplot() -> Any:
@@ -86,18 +86,22 @@ def _latency(pyplot: Any, entries: Sequence[Entry]) -> Figure:
         for mode, metrics in entry.modes.items():
             times = sorted(metrics["latency_ms"])
             below = [(i + 1) / len(times) for i in range(len(times))]
-            mean = f"{mode}, mean {_number(metrics['latency_mean_ms'])} ms"
-            axis.step(times, below, where="post", color=COLOURS.get(mode, _LAST), label=mean)
-        axis.set(title=entry.label, xscale="log", xlabel="ms a question", ylabel="part below")
-        axis.legend(loc="lower right", frameon=False)
+            axis.step(times, below, where="post", color=COLOURS.get(mode, _LAST), label=mode)
+        means = ", ".join(
+            f"{mode} {_number(metrics['latency_mean_ms'])}" for mode, metrics in entry.modes.items()
+        )
+        axis.set(xscale="log", xlabel="ms a question", ylabel="part below")
+        axis.set_title(f"{entry.label}\nmean ms: {means}", fontsize="medium")
+        _plain_numbers(axis.xaxis)
         axis.grid(alpha=0.3)
+    _legend_above(figure, axes.flat[: len(entries)])
     return figure
 
 
 def _throughput(pyplot: Any, entries: Sequence[Entry]) -> Figure:
     figure, axis = pyplot.subplots(figsize=(9, _height(entries)), layout="constrained")
     _bars(axis, entries, lambda metrics: metrics["questions_per_second"], number=True)
-    axis.set(xlabel="questions a second", xscale="log")
+    axis.set(xlabel="questions a second")
     return figure
 
 
@@ -153,6 +157,23 @@ def _bars(
     axis.set_ylim(len(entries) - 0.5, -1.0)  # room for the legend
 
 
+def _legend_above(figure: Figure, axes: Iterable[Any]) -> None:
+    """One for all axes."""
+    labelled: dict[str, Any] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        labelled.update(zip(labels, handles, strict=True))
+    figure.legend(labelled.values(), labelled, loc="outside upper center", ncols=3, frameon=False)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """10 and 200 on a logarithmic axis, not powers of ten."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -175,13 +196,17 @@ def _curves(pyplot: Any, axis: str, bench: Sequence[BenchRow]) -> Figure | None:
         low, high = ([q / r.batch for q, r in zip(qs, rows, strict=True)] for qs in _bands(rows))
         times.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
         memory.plot(x, [(r.peak_bytes or 0) / 1e9 for r in rows], **look)
-    for panel, name in ((times, "ms a query"), (memory, "peak GPU memory, GB")):
-        panel.set(xlabel=axis, ylabel=name, xscale="log", yscale="log")
+    times.set(ylabel="ms a query", yscale="log")
+    _plain_numbers(times.yaxis)
+    memory.set(ylabel="peak GPU memory, GB")
+    memory.set_ylim(bottom=0)
+    for panel in (times, memory):
+        panel.set(xlabel=axis, xscale="log")
         sizes = sorted({getattr(row, axis) for rows in lines.values() for row in rows})
         panel.set_xticks(sizes, [str(size) for size in sizes])
-        panel.minorticks_off()
+        panel.xaxis.minorticks_off()
         panel.grid(alpha=0.3)
-    times.legend(frameon=False, fontsize="small")
+    _legend_above(figure, [times])
     return figure
 
 
