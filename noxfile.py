@@ -76,7 +76,7 @@ def verify(session: nox.Session) -> None:
 
 @nox.session
 def eval_parity(session: nox.Session) -> None:
-    """All of MMLU and TruthfulQA against lm-eval's own scores; fails where the data is not there."""
+    """All of MMLU and TruthfulQA against lm-eval's own scores. Fails where there is no data."""
     data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
     if not (data / "mmlu_test.jsonl").exists():
         session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")

@@ -18,27 +18,19 @@ MODES = ("default", "static", "paged")
 ENGINE = "engine"
 
 ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
-_SPARE_SEQUENCES = 4  # prefixes that are kept while others run
+_SPARE_SEQUENCES = 3  # a shared prefix, its context, and a fork of that
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the requests of a run take at most: tokens of a sequence, and sequences of a request."""
+    """What the requests of a run take at most: tokens of one sequence."""
 
     longest: int
-    widest: int
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> Needs:
-        """The most of each. At least one request."""
-        sizes = [
-            (
-                len(request.context) + max(map(len, request.continuations)),
-                len(request.continuations),
-            )
-            for request in requests
-        ]
-        return cls(max(longest for longest, _ in sizes), max(widest for _, widest in sizes))
+        """The most of them. At least one request."""
+        return cls(max(len(r.context) + max(map(len, r.continuations)) for r in requests))
 
 
 def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch: int = 1) -> Scorer:
@@ -70,7 +62,7 @@ def paged_by() -> str:
 
 def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:
     """Pools of what the run needs instead of a part of the memory: peaks are to be compared."""
-    sequences = config.max_sequences or max(batch, 1) * needs.widest + _SPARE_SEQUENCES
+    sequences = config.max_sequences or batch + _SPARE_SEQUENCES
     pages = math.ceil(needs.longest / config.page_size) + 1
-    tokens = config.max_tokens or pages * config.page_size * (max(batch, 1) + _SPARE_SEQUENCES)
+    tokens = config.max_tokens or sequences * pages * config.page_size
     return replace(config, max_sequences=sequences, max_tokens=tokens)

@@ -200,6 +200,8 @@ class _Bench:
 
     def close(self) -> None:
         """Free what the scorers hold."""
+        for scorer in self._scorers.values():
+            scorer.forget()
         self._scorers.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -327,7 +327,5 @@ def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:
     assert credit(asked, logprobs, mass=False) == 0.0
 
 
-def test_needs_are_the_longest_and_the_widest_request() -> None:
-    asked = requests(5)
-    needs = Needs.of([*asked, Request([1] * 200, [[1, 2]])])
-    assert needs == Needs(longest=202, widest=4)
+def test_needs_are_those_of_the_longest_sequence() -> None:
+    assert Needs.of([*requests(5), Request([1] * 200, [[1], [1, 2]])]) == Needs(longest=202)

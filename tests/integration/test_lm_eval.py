@@ -264,6 +264,30 @@ def test_accuracy_is_lm_evals(theirs: dict[str, Any], loaded: LoadedModel, token
         assert results[name]["acc,none"] == pytest.approx(sum(right) / 12, abs=1e-4)
 
 
+def test_the_command_line_of_lm_eval_knows_the_model(
+    offline_hub: Path, theirs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -m granite_paged.evaluate.lm` runs it; `theirs` has read the data by then."""
+    from granite_paged.evaluate.lm import main  # noqa: PLC0415
+
+    monkeypatch.chdir(offline_hub)
+    options = {
+        "--model": "granite_paged",
+        "--model_args": "page_size=16",
+        "--device": "cpu",
+        "--tasks": "mmlu_anatomy",
+        "--limit": "2",
+        "--output_path": str(tmp_path),
+    }
+    words = [word for option in options.items() for word in option]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+    main()
+    (written,) = tmp_path.rglob("results_*.json")
+    result = json.loads(written.read_text())
+    assert result["config"]["model"] == "granite_paged"
+    assert result["n-samples"]["mmlu_anatomy"]["effective"] == 2
+
+
 # -- the model ----------------------------------------------------------------------------------
 
 

@@ -207,4 +207,4 @@ def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
     assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
     assert scorer.engine.config.max_tokens >= needs.longest
-    assert scorer.engine.config.max_sequences >= needs.widest
+    assert scorer.engine.config.max_sequences > 1
