@@ -210,13 +210,16 @@ def _curves(pyplot: Any, axis: str, bench: Sequence[BenchRow]) -> Figure | None:
     return figure
 
 
+_PREFILL = {"batch": "prefill", "context": "prefill"}  # cases named after what varies
+
+
 def curves(bench: Sequence[BenchRow], axis: str) -> dict[tuple[str, str], list[BenchRow]]:
     """(case with what is held fixed, mode) -> rows along `axis`; at least three points each."""
     other = {"batch": "context", "context": "batch"}[axis]
     found: dict[tuple[str, str], list[BenchRow]] = {}
     for row in bench:
-        kind = row.case.replace("-", " ").split()[0]
-        fixed = f"{kind}, {other} {getattr(row, other)}"
+        kind = _PREFILL.get(row.case, row.case)
+        fixed = f"{kind}, {other} {getattr(row, other)}, {row.where}"
         found.setdefault((fixed, row.mode), []).append(row)
     return {
         key: sorted(rows, key=lambda row: int(getattr(row, axis)))

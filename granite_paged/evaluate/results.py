@@ -51,7 +51,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One measurement of a benchmark; times in milliseconds of a whole batch."""
+    """One measurement of a benchmark, made on `where`; times in milliseconds of a whole batch."""
+
+    where: str
 
     case: str
     mode: str
@@ -95,12 +97,16 @@ def read_evaluation(path: str) -> Json:
 
 
 def read_bench(path: str) -> list[BenchRow]:
-    """A benchmark's file: an object with `rows`, or a list of rows. Raises DataError."""
-    content = _read(path)
-    rows = content.get("rows") if isinstance(content, dict) else content
-    if not isinstance(rows, list):
-        raise DataError(path, "no list of rows: not a result of granite-paged bench")
-    return [_bench_row(path, number, row) for number, row in enumerate(rows, start=1)]
+    """The timed rows of a benchmark's file; those without a time are passed over.
+
+    Raises DataError, naming file, row and field.
+    """
+    content = _read_object(path)
+    rows, device = content.get("rows"), content.get("device")
+    if not isinstance(rows, list) or not isinstance(device, str):
+        raise DataError(path, "no device and rows: not a result of granite-paged bench")
+    read = (_bench_row(path, device, number, row) for number, row in enumerate(rows, start=1))
+    return [row for row in read if row is not None]
 
 
 def original_study() -> Json:
@@ -108,17 +114,20 @@ def original_study() -> Json:
     return _read_object(str(_STUDY))
 
 
-def _bench_row(path: str, number: int, row: Any) -> BenchRow:
+def _bench_row(path: str, device: str, number: int, row: Any) -> BenchRow | None:
     try:
         times = row["latency_ms"]
+        if times is None:  # only memory was measured, or nothing could be
+            return None
         return BenchRow(
+            where=device,
             case=row["case"],
             mode=row["mode"],
             batch=int(row["batch"]),
             context=int(row["context"]),
             median_ms=float(times["median"]),
-            p10_ms=float(times["p10"]),
-            p90_ms=float(times["p90"]),
+            p10_ms=float(times.get("p10") or times["median"]),
+            p90_ms=float(times.get("p90") or times["median"]),
             peak_bytes=row.get("peak_bytes"),
         )
     except KeyError as error:

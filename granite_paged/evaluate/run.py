@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.errors import NonFinite, OutOfPages, OutOfRows, PromptError
+from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.metrics import (
     Agreement,
@@ -201,7 +201,7 @@ class _Bench:
     def close(self) -> None:
         """Free what the scorers hold."""
         for scorer in self._scorers.values():
-            scorer.forget()
+            scorer.close()
         self._scorers.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -271,15 +271,13 @@ class _Memory:
         return self._peak - sum(kept for other, kept in self._kept.items() if other != mode)
 
 
-REFUSALS = (OutOfPages, OutOfRows, PromptError, NonFinite, torch.OutOfMemoryError)
-"""What a single question may meet while the others go on."""
-
-
 def _answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer | str]:
     """One a request, or why there is none: what fails in company is tried alone."""
     try:
         return list(scorer.score(requests))
-    except REFUSALS as error:
+    except BrokenInvariant:
+        raise
+    except (GranitePagedError, torch.OutOfMemoryError) as error:
         scorer.forget()
         if len(requests) == 1:
             return [f"{requests[0].tokens} tokens: {str(error).splitlines()[0]}"]

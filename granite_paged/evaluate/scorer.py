@@ -74,6 +74,10 @@ class Scorer(Protocol):
         """Let go of everything kept from earlier requests."""
         ...
 
+    def close(self) -> None:
+        """Give memory back: this was the last request."""
+        ...
+
 
 class Wanted(NamedTuple):
     """The log-probability of `token` after position `at` of `row`, for continuation `slot`."""

@@ -48,6 +48,9 @@ class DefaultScorer:
     def forget(self) -> None:
         """Nothing is kept."""
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
     def _run(self, rows: Sequence[Row], tally: Tally) -> None:
         ids = padded([row.tokens for row in rows], self._model.device)
         first = min(row.first_read for row in rows)

@@ -17,7 +17,8 @@ class EngineScorer:
     """`Engine.score`, in the form of a `Scorer`.
 
     Args:
-        engine: a `granite_paged.Engine`.
+        engine: a `granite_paged.Engine`. Where its `stats()` count `tokens_hit`, so do answers: the
+            first of those asked together says what all of them reused.
         batch: requests to hand over at once.
     """
 
@@ -35,13 +36,33 @@ class EngineScorer:
     def score(self, requests: Sequence[Request]) -> list[Answer]:
         """See `Scorer`."""
         pairs = [(request.context, request.continuations) for request in requests]
-        return [
-            Answer([Score(float(s.logprob), bool(s.greedy)) for s in scores], None, None)
-            for scores in self.engine.score(pairs)
-        ]
+        before = self._tokens_hit()
+        found = self.engine.score(pairs, progress=False)
+        after = self._tokens_hit()
+        hit = None if before is None or after is None else after - before
+        reused = [hit, *[hit and 0] * (len(pairs) - 1)]
+        return list(map(_answer, requests, found, reused))
 
     def forget(self) -> None:
         """What the engine keeps is its own affair."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self.engine.close()
+
+    def _tokens_hit(self) -> int | None:
+        """Of prompts, so far, found instead of computed; None where it does not count them."""
+        count: int | None = getattr(self.engine.stats(), "tokens_hit", None)
+        return count
+
+
+def _answer(request: Request, scores: Sequence[Any], reused: int | None) -> Answer:
+    computed = None
+    if reused is not None:
+        forks = {tuple(tokens[:-1]) for tokens in request.continuations}
+        computed = len(request.context) + sum(map(len, forks)) - reused
+    read = [Score(float(score.logprob), bool(score.greedy)) for score in scores]
+    return Answer(read, computed, reused)
 
 
 def has_engine() -> bool:

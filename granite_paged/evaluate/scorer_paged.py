@@ -86,6 +86,10 @@ class PagedScorer:
         while self._prefixes:
             self.cache.discard(self._prefixes.pop().parked)
 
+    def close(self) -> None:
+        """As `forget`; pools go with the scorer."""
+        self.forget()
+
     # -- details --------------------------------------------------------------------------------
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:

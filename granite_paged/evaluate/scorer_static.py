@@ -41,6 +41,9 @@ class StaticScorer:
     def forget(self) -> None:
         """Nothing is kept from one request to the next."""
 
+    def close(self) -> None:
+        """Nothing is kept."""
+
     def _score_one(self, request: Request) -> Answer:
         tally = Tally([request])
         self._check_fits(request)

@@ -129,6 +129,7 @@ class _Contrary:
     def __init__(self, scorer: Any) -> None:
         self._scorer = scorer
         self.forget = scorer.forget
+        self.close = scorer.close
 
     def score(self, asked: Sequence[Request]) -> list[Answer]:
         return [

@@ -36,7 +36,7 @@ DIFFERENCE = {
 
 BENCH = [
     {
-        "case": f"prefill-{mode}-{context}",
+        "case": "context",
         "mode": mode,
         "batch": 1,
         "context": context,
@@ -63,7 +63,8 @@ def evaluation() -> dict[str, Any]:
 
 
 def bench_file(folder: Path, rows: Any) -> str:
-    (folder / "bench.json").write_text(json.dumps(rows))
+    content = {"device": "NVIDIA H200", "rows": rows}
+    (folder / "bench.json").write_text(json.dumps(content))
     return str(folder / "bench.json")
 
 
@@ -86,12 +87,14 @@ def test_the_tables_say_what_where_and_by_how_much(evaluation: dict[str, Any]) -
 def test_the_original_studys_tables_stand_beside_ours_with_their_gpu(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
-    rows = read_bench(bench_file(tmp_path, {"rows": BENCH}))
+    rows = read_bench(bench_file(tmp_path, BENCH))
     text = "\n".join(result_tables(entries([evaluation]), rows))
     assert "HPML Team 13, Columbia University" in text
     assert "| truthfulqa | paged | NVIDIA A100 80 GB, original study | 0.3333 | 1,305 |" in text
     assert "| by batch | mode | 1 | 2 | 4 | 8 | 16 | 32 |" in text
-    ours = next(line for line in text.splitlines() if "ours: prefill, batch 1 | paged" in line)
+    ours = next(
+        line for line in text.splitlines() if "ours: prefill, batch 1, NVIDIA H200 | paged" in line
+    )
     assert ours.count("ms,") == 3
     assert ours.count(" - |") == 3, "sizes that were not measured are left open"
 
@@ -128,19 +131,19 @@ def test_a_page_without_the_comments_is_refused(evaluation: dict[str, Any], tmp_
 
 def test_curves_need_three_points_and_keep_what_is_fixed() -> None:
     def row(batch: int, context: int) -> BenchRow:
-        return BenchRow("decode step", "paged", batch, context, 1.0, 1.0, 1.0, None)
+        return BenchRow("GPU", "decode", "paged", batch, context, 1.0, 1.0, 1.0, None)
 
     rows = [row(4, 512), row(1, 512), row(2, 512), row(1, 1024)]
     found = curves(rows, "batch")
-    assert list(found) == [("decode, context 512", "paged")]
-    assert [r.batch for r in found["decode, context 512", "paged"]] == [1, 2, 4]
+    assert list(found) == [("decode, context 512, GPU", "paged")]
+    assert [r.batch for r in found["decode, context 512, GPU", "paged"]] == [1, 2, 4]
     assert curves(rows, "context") == {}
 
 
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ({"cases": []}, "no list of rows"),
+        ({"cases": []}, "no device and rows"),
         ([{"case": "a"}], "row 1: field 'latency_ms' is missing"),
         ([{**BENCH[0], "batch": "many"}], "row 1: invalid literal"),
         ([BENCH[0], 3], "row 2: "),
@@ -149,6 +152,13 @@ def test_curves_need_three_points_and_keep_what_is_fixed() -> None:
 def test_a_bench_file_of_another_form_is_refused(rows: Any, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=reason):
         read_bench(bench_file(tmp_path, rows))
+
+
+def test_rows_without_a_time_are_passed_over_and_bare_medians_taken(tmp_path: Path) -> None:
+    failed = {**BENCH[0], "latency_ms": None, "error": "out of memory"}
+    bare = {**BENCH[1], "latency_ms": {"median": 7.0, "p10": None, "p90": None, "n": None}}
+    (row,) = read_bench(bench_file(tmp_path, [failed, bare]))
+    assert (row.p10_ms, row.median_ms, row.p90_ms) == (7.0, 7.0, 7.0)
 
 
 def test_a_result_file_of_another_form_is_refused(tmp_path: Path) -> None:

@@ -187,7 +187,14 @@ class EngineDouble:
         self.config = config
         self.asked: list[Any] = []
 
-    def score(self, pairs: list[Any]) -> list[list[Any]]:
+    def stats(self) -> Any:
+        return SimpleNamespace(tokens_hit=100 * len(self.asked))
+
+    def close(self) -> None:
+        pass
+
+    def score(self, pairs: list[Any], *, progress: bool | None = None) -> list[list[Any]]:
+        assert progress is False, "a bar of its own within ours"
         self.asked += pairs
         return [
             [SimpleNamespace(logprob=-float(len(tokens)), greedy=False) for tokens in continuations]
@@ -208,3 +215,11 @@ def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
     assert scorer.engine.config.max_tokens >= needs.longest
     assert scorer.engine.config.max_sequences > 1
+
+
+def test_what_an_engine_reused_is_counted_once() -> None:
+    scorer = EngineScorer(EngineDouble(None, SMALL_PAGES))
+    asked = [Request(list(range(150)), [[3], [4, 5]])] * 3
+    answers = scorer.score(asked)
+    assert [answer.reused for answer in answers] == [300, 0, 0]
+    assert [answer.computed for answer in answers] == [151 - 300, 151, 151]
