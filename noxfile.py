@@ -87,6 +87,13 @@ def eval_parity(session: nox.Session) -> None:
 
 
 @nox.session
+def notebook(session: nox.Session) -> None:
+    """The walk through `granite-paged profile`, cell by cell; a cell that raises fails it."""
+    session.install(".", "nbclient", "ipykernel")
+    session.run("jupyter", "execute", "granite_paged/bench/profile.ipynb", *session.posargs)
+
+
+@nox.session
 def report(session: nox.Session) -> None:
     """golden/figures and the tables of the README, from the results in golden/results."""
     session.install(".[report]")

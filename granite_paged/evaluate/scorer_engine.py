@@ -40,7 +40,8 @@ class EngineScorer:
         found = self.engine.score(pairs, progress=False)
         after = self._tokens_hit()
         hit = None if before is None or after is None else after - before
-        reused = [hit, *[hit and 0] * (len(pairs) - 1)]
+        others = None if hit is None else 0
+        reused = [hit, *[others] * (len(pairs) - 1)]
         return list(map(_answer, requests, found, reused))
 
     def forget(self) -> None:

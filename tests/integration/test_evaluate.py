@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from evaluation import (
     tiny_loaded,
     tiny_task,
 )
+from tiny import VOCABULARY
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, ResultsError
@@ -171,6 +173,26 @@ def test_a_gap_beyond_sdpas_own_error_is_a_mistake() -> None:
     assert difference.near_tie is False
     assert 0 < found.sdpa_error < 50.0  # type: ignore[operator]
     assert not found.passed
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_every_difference_in_bfloat16_is_a_near_tie(batch: int) -> None:
+    """Of forty choices a token long, whose best two are often the same number in bfloat16."""
+    loaded, draw = tiny_loaded("dense", initializer_range=0.144), random.Random(5)
+    loaded.model.to(torch.bfloat16)
+    many = [
+        Question(str(i), "all", r._replace(continuations=choices_of(40, draw)), (1,) + (0,) * 39)
+        for i, r in enumerate(requests(60))
+    ]
+    evaluation = tiny_evaluation(loaded, Task("tiny", tuple(many)), batch=batch)
+    found = evaluation.tasks["tiny"].agreement["paged"]
+    assert found.differing
+    assert evaluation.passed
+    assert all(d.sdpa_error is not None for d in found.differing)
+
+
+def choices_of(count: int, draw: random.Random) -> list[list[int]]:
+    return [[token] for token in draw.sample(range(3, VOCABULARY), count)]
 
 
 def test_the_error_of_a_gap_is_that_of_the_worst_pair() -> None:
