@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as eager_flex_attention
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    FlexKernelOptions,
+    flex_attention,
+)
 
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
@@ -60,7 +66,7 @@ def paged_attention(
         out = _fused(folded, keys, values, block_mask, scale)
     elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
-        out = _call_compiled(folded, keys, values, block_mask, scale)
+        out = _call_compiled(_fused, folded, keys, values, block_mask, scale)
     else:
         out = _eager(folded, keys, values, block_mask, scale)
     return _unfold(out, query.shape)
@@ -119,6 +125,94 @@ def _unfold(out: Tensor, shape: torch.Size) -> Tensor:
     return by_group.transpose(2, 3).reshape(batch, query_heads, tokens, head_dim)
 
 
+# -- decode -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How a decode step's attention is laid out on a GPU.
+
+    `splits`: parts a row's pages are shared out over; the rest are options of FlexAttention's
+    decode kernel: tokens a block, warps, stages of its pipeline.
+    """
+
+    splits: int
+    block: int
+    warps: int
+    stages: int
+
+    def options(self, *, beyond_32_bits: bool) -> FlexKernelOptions:
+        """For `flex_attention(kernel_options=...)`."""
+        options: dict[str, Any] = {
+            "BLOCK_M": SMALLEST_KERNEL_BLOCK,
+            "BLOCK_N": self.block,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+        if beyond_32_bits:
+            options["FORCE_USE_FLEX_ATTENTION"] = True
+        else:
+            options["SPLIT_KV"] = 1  # works, though torch's own list of options leaves it out
+        return cast("FlexKernelOptions", options)
+
+
+def decode_plan(
+    batch: int, kv_heads: int, pages: int, page_size: int, multiprocessors: int
+) -> DecodePlan:
+    """The layout for a batch of so many rows of at most `pages` pages each.
+
+    FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small part, so
+    rows are split before it: into as many parts as give every multiprocessor about two programs.
+    """
+    programs = max(1, batch * kv_heads)
+    splits = max(1, min(pages, 2 * multiprocessors // programs))
+    return DecodePlan(splits=splits, block=min(64, page_size), warps=4, stages=4)
+
+
+def split_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, *, scale: float, plan: DecodePlan
+) -> Tensor:
+    """One token a row over its own pages, in `plan.splits` parts that are then combined.
+
+    Args:
+        query: [B, Hq, D].
+        keys, values: [1, Hkv, slots, D], the pool.
+        mask: of `split_block_mask`, for B * splits rows.
+        scale: factor on the scores.
+        plan: of `decode_plan`.
+
+    Returns:
+        [B, Hq, D]; zeros for padding.
+    """
+    return _call_compiled(_split, query, keys, values, mask, scale, plan)
+
+
+def _split(
+    query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float, plan: DecodePlan
+) -> Tensor:
+    batch, query_heads, head_dim = query.shape
+    kv_heads, splits = keys.shape[1], plan.splits
+    by_group = query.view(batch, 1, kv_heads, -1, head_dim)  # [B, 1, Hkv, G, D]
+    parts = by_group.expand(-1, splits, -1, -1, -1).reshape(-1, *by_group.shape[2:])
+    out, aux = flex_attention(
+        parts,
+        keys,
+        values,
+        block_mask=mask,
+        scale=scale,
+        return_aux=AuxRequest(lse=True),
+        kernel_options=plan.options(beyond_32_bits=keys.numel() >= 2**31),
+    )
+    assert aux.lse is not None
+    by_part = out.view(batch, splits, *by_group.shape[2:]).float()
+    logsumexp = aux.lse.view(batch, splits, kv_heads, -1, 1)
+    highest = logsumexp.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weight = (logsumexp - highest).exp()  # a part without pages has -inf: 0
+    total = weight.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    combined = (by_part * weight).sum(dim=1) / total
+    return combined.to(query.dtype).view(batch, query_heads, head_dim)
+
+
 # -- compiled -----------------------------------------------------------------------------------
 
 
@@ -145,19 +239,19 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
     return options
 
 
-def _call_compiled(*args: Any) -> Tensor:
+def _call_compiled(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Compiled once for every shape, which callers keep to few (`bucket`).
 
     Never with dynamic shapes: once page or group sizes have varied in a process, dynamo makes them
     symbols too, and FlexAttention then fails, or answers wrongly (seen with torch 2.11).
     """
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _compiled()(*args)
+        return _compiled(function)(*args)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(_fused, fullgraph=True, dynamic=False)
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def _check_compilable(query: Tensor, mask: BlockMask) -> None:

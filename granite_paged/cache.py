@@ -56,14 +56,15 @@ class Step:
         columns: the new columns of the batch, padding included.
         slots: [B * S] int64, where each new token's K and V go.
         block_mask: for every attention layer.
-        mamba_mask: [B, S], or None where no column is padding.
+        since_start: [B, S] int64, columns since the row's first token, -1 before it: what Mamba
+            layers go by, as transformers lets a state decay over padding inside a sequence.
         finite: layer -> [] bool on the device, whether its K and V were.
     """
 
     columns: NewColumns
     slots: Tensor
     block_mask: BlockMask
-    mamba_mask: Tensor | None
+    since_start: Tensor
     finite: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -205,18 +206,23 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's share of the step. keys, values: [B, Hkv, S, D]. Returns the pool's."""
-        if self._step is None:
-            raise _not_patched()
         if self.config.check_finite:
-            self._step.finite[layer] = keys.isfinite().all() & values.isfinite().all()
+            self.step.finite[layer] = keys.isfinite().all() & values.isfinite().all()
         pool = self.pools[layer]
-        pool.write(self._step.slots, keys, values)
+        pool.write(self.step.slots, keys, values)
         return pool.keys, pool.values
 
     @property
     def in_step(self) -> bool:
         """Whether a step was begun and neither ended nor failed."""
         return self._step is not None
+
+    @property
+    def step(self) -> Step:
+        """The step that is open. Raises NotPatched where there is none."""
+        if self._step is None:
+            raise _not_patched()
+        return self._step
 
     def end_step(self) -> None:
         """Close a step whose forward pass returned.
@@ -436,7 +442,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 group=self.geometry.group,
                 visible=visible,
             ),
-            mamba_mask=new.mask,
+            since_start=new.since_start(len(self._rows), self.device),
         )
 
     def _named_pages(self) -> Tensor:
@@ -491,7 +497,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def _apply(self, plan: AppendPlan, positions: Tensor) -> Tensor:
         """Carry a plan out on the device. Returns the positions [B, S] int64 there."""
         row_of = {sequence: row for row, sequence in enumerate(self._rows)}
-        rows, logical, physical, sources, targets, scrub, flat = _to_device(
+        rows, logical, physical, sources, targets, scrub, flat = to_device(
             self.device,
             torch.tensor([row_of[write.sequence] for write in plan.writes]),
             torch.tensor([write.logical_page for write in plan.writes]),
@@ -555,7 +561,7 @@ def _positions(lengths: list[int], new: NewColumns) -> Tensor:
     return (start + new.tokens.cumsum(dim=1) - 1).where(new.tokens, PADDING)
 
 
-def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
+def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
     """Move 1-D integer tensors to the device in one copy."""
     packed = torch.cat([part.long() for part in parts])
     if device.type == "cuda":
@@ -565,7 +571,7 @@ def _to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
 
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
     """Most pages the pools may have, the null page included."""
-    memory = _memory(device)
+    memory = free_memory(device)
     if config.max_tokens is None:
         return max(2, int(config.memory_fraction * memory) // geometry.bytes_per_page)
     pages = 1 + geometry.pages_for(config.max_tokens)
@@ -577,7 +583,7 @@ def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.devi
     return pages
 
 
-def _memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that could be had: free ones of a GPU, all of the host's."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -26,6 +26,7 @@ class NewColumns:
 
     Attributes:
         count: how many (S).
+        before: how many there were before them.
         tokens: [B, S] bool on the host, which are tokens; None where all are.
         mask: [B, S] of the user's mask, for Mamba layers; None where all are tokens.
         stored: [B, columns so far + S] bool, the record once the step is done; None: all tokens.
@@ -33,10 +34,19 @@ class NewColumns:
     """
 
     count: int
+    before: int
     tokens: Tensor | None
     mask: Tensor | None
     stored: Tensor | None
     hidden_by: Tensor | None
+
+    def since_start(self, batch: int, device: torch.device) -> Tensor:
+        """[B, S] int64: columns since each row's first token; -1 before it."""
+        if self.stored is None:
+            past = torch.arange(self.count, device=device).expand(batch, -1)
+            return past + self.before
+        started = self.stored.cumsum(dim=1).bool().cumsum(dim=1) - 1
+        return started[:, -self.count :]
 
 
 class Columns:
@@ -63,7 +73,9 @@ class Columns:
         if batch < 1 or columns < 1:
             raise PromptError("empty prompt: give every row at least one token")
         if mask is None:
-            return NewColumns(columns, None, None, self._extended(None, batch, columns), None)
+            return NewColumns(
+                columns, self.count, None, None, self._extended(None, batch, columns), None
+            )
         if tuple(mask.shape) != (batch, self.count + columns):
             raise InvalidRequest(
                 f"attention_mask must be [{batch}, {self.count + columns}], past columns included; "
@@ -74,9 +86,13 @@ class Columns:
         _refuse_right_padding(tokens, torch.tensor(started))
         hidden_by = mask if self._hides(mask) else None
         if bool(tokens.all()):
-            return NewColumns(columns, None, None, self._extended(None, batch, columns), hidden_by)
+            return NewColumns(
+                columns, self.count, None, None, self._extended(None, batch, columns), hidden_by
+            )
         padded = mask[:, self.count :].contiguous()
-        return NewColumns(columns, tokens, padded, self._extended(new, batch, columns), hidden_by)
+        return NewColumns(
+            columns, self.count, tokens, padded, self._extended(new, batch, columns), hidden_by
+        )
 
     def extend(self, new: NewColumns) -> None:
         """Take the columns of a finished step into the record."""

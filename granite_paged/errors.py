@@ -43,6 +43,15 @@ class OutOfRows(GranitePagedError):
         )
 
 
+class OutOfMemory(GranitePagedError):
+    """The device has less memory than a step or a runner needs."""
+
+    def __init__(self, *, what: str, free: int, advice: str) -> None:
+        self.what = what
+        self.free = free
+        super().__init__(f"out of memory: {what}, {free / 1e9:.2f} GB free; {advice}")
+
+
 class UnknownSequence(GranitePagedError, KeyError):
     """A sequence id that this allocator never issued."""
 

@@ -33,7 +33,9 @@ class PagedConfig:
             when the cache was made. Pages are only taken as sequences need them.
         max_tokens: fixed size of the pools in tokens, made at once and never grown. None: pools
             follow what `generate()` asks for, up to `memory_fraction`.
-        max_sequences: most sequences at once. None: no bound but memory.
+        max_sequences: most sequences at once. None: no bound but memory under `generate()`, and
+            `DEFAULT_SEQUENCES` in a runner, which makes their rows at once.
+        chunk_tokens: most tokens of prompts a runner computes in one step, a power of two.
         backend: see `Backend`.
         check_finite: refuse NaN and infinity in K and V, by the layer's name. Costs one wait for
             the device a step.
@@ -46,6 +48,7 @@ class PagedConfig:
     memory_fraction: float = 0.5
     max_tokens: int | None = None
     max_sequences: int | None = None
+    chunk_tokens: int = 2048
     backend: Backend = "auto"
     check_finite: bool = True
 
@@ -60,6 +63,10 @@ class PagedConfig:
             )
         if self.max_sequences is not None and self.max_sequences < 1:
             raise GeometryError(f"max_sequences must be positive, {self.max_sequences} given")
+        if self.chunk_tokens < 16 or self.chunk_tokens & (self.chunk_tokens - 1):
+            raise GeometryError(
+                f"chunk_tokens must be a power of two of at least 16, {self.chunk_tokens} given"
+            )
         if self.backend not in ("auto", "eager", "compiled"):
             raise GeometryError(f"backend must be auto, eager or compiled, {self.backend!r} given")
 

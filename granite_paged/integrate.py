@@ -5,6 +5,7 @@ one model, and `unpatch` takes back:
 
 - its config object becomes a copy of its own, in which the attention implementation is ours;
 - a pre-hook and a hook on the decoder open and close a step of a `PagedCache`;
+- its Mamba layers run in inference form (`mamba.mix`) where that step is open;
 - its `generate()` makes a `PagedCache` where it would have made a `DynamicCache`.
 
 Weights, module classes and every other model stay as they are. transformers' two registries learn
@@ -41,6 +42,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
+from granite_paged.mamba import MambaRows, MambaSizes, mix
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -91,6 +93,8 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
     setattr(model.base_model, _PATCH, state)
     prepare = functools.partial(_prepare_cache, model, getattr(model, _PREPARE_CACHE), config)
     setattr(model, _PREPARE_CACHE, prepare)
+    for mixer in _mixers(model):
+        mixer.forward = functools.partial(_mix, mixer, mixer.forward)
 
 
 def unpatch(model: Any) -> None:
@@ -107,6 +111,8 @@ def unpatch(model: Any) -> None:
     _share_config(model, state.own_config, state.model_config)
     delattr(model, _PREPARE_CACHE)  # the instance's; the class's shows again
     delattr(model.base_model, _PATCH)
+    for mixer in _mixers(model):
+        del mixer.forward
 
 
 @contextlib.contextmanager
@@ -155,6 +161,24 @@ def paged_attention_forward(
         return out
     attended = paged_attention(query, key, value, attention_mask, scale=scaling, backend=backend)
     return attended.transpose(1, 2), None
+
+
+def _mix(
+    mixer: Any,
+    otherwise: Any,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """In place of a Mamba layer's `forward`: the inference form if the step is paged."""
+    if not isinstance(cache_params, PagedCache) or not cache_params.in_step:
+        out: Tensor = otherwise(hidden_states, cache_params, attention_mask, **kwargs)
+        return out
+    rows: MambaRows = cache_params.layers[mixer.layer_idx]
+    state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
+    step = cache_params.step
+    return mix(mixer, hidden_states, step.since_start, state, step.columns.mask)
 
 
 def _open_step(
@@ -225,6 +249,11 @@ def _register() -> None:
         )
         # for the steps that are not paged; an implementation without one loses its padding silently
         AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def _mixers(model: Any) -> list[Any]:
+    """The Mamba layers' own modules."""
+    return [layer.mamba for layer in model.base_model.layers if layer.mamba is not None]
 
 
 def _share_config(model: Any, old: Any, new: Any) -> None:
@@ -304,10 +333,10 @@ def _plain_mask(kwargs: dict[str, Any]) -> Tensor | None:
     raise InvalidRequest("paged attention takes a 2-D attention_mask of zeros and ones, or none")
 
 
-def _by_layer_kind(decoder: Any, step: Step) -> dict[str, BlockMask | Tensor | None]:
-    """The form in which the model takes ready-made masks."""
+def _by_layer_kind(decoder: Any, step: Step) -> dict[str, BlockMask | None]:
+    """The form in which the model takes ready-made masks; Mamba layers ask the cache."""
     return {
-        kind: step.block_mask if kind in ATTENTION_KINDS else step.mamba_mask
+        kind: step.block_mask if kind in ATTENTION_KINDS else None
         for kind in decoder.config.layers_block_type
     }
 

@@ -1,28 +1,114 @@
-"""Recurrent state of a Mamba-2 layer, one row a sequence.
+"""Mamba-2 in inference form: states in rows, updated in place, padding skipped exactly.
 
 ::
 
-    conv_states[0]       [rows, conv_dim, conv_width]          model dtype
-    recurrent_states[0]  [rows, heads, head_dim, state_size]   float32
+    conv      [rows, channels, width]              model dtype; slot `position % width` holds the
+                                                   input of that position: a ring
+    ssm       [rows, heads, head_dim, state_size]  float32
 
-A row's state is of fixed size however long its sequence is, so it needs no pages; what rows need is
-to follow their sequences when a batch is reordered, repeated or cut down.
+A row's state is of fixed size however long its sequence is, so it needs no pages. Every form takes
+`positions` [B, S], the place of each token in its sequence, -1 for padding: padding on either side
+leaves a row as it was (dt = 0, and the convolution looks past it), where transformers' own forms
+would decay its state over padding on the right.
+
+This file is the definition, in plain PyTorch, for any device and float dtype. `kernels/` holds the
+same in Triton for half precision on a GPU. Formulas: Dao and Gu 2024, "Transformers are SSMs",
+section 6 (chunk scan) and section 2.1 (recurrence).
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, pad, softplus
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    apply_mask_to_padding_states,
+)
 
 _STATE = 0  # Granite's Mamba layers keep one state; transformers' cache allows for several
 
 
+class MambaState(NamedTuple):
+    """Both states of one layer, and which of their rows the batch's are.
+
+    conv [rows, channels, width]; ssm [rows, heads, head_dim, state_size];
+    rows [B] int64, or None where the batch is the rows in order.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+    rows: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both states, all rows."""
+        return self.conv.nbytes + self.ssm.nbytes
+
+
+class MambaSizes(NamedTuple):
+    """What a layer's forms need to know of it."""
+
+    heads: int
+    head_dim: int
+    state_size: int
+    groups: int
+    conv_width: int
+    chunk_size: int
+    time_step_limit: tuple[float, float]
+
+    @classmethod
+    def of(cls, mixer: Any) -> MambaSizes:
+        """Read off a `GraniteMoeHybridMambaLayer`."""
+        return cls(
+            heads=mixer.num_heads,
+            head_dim=mixer.head_dim,
+            state_size=mixer.ssm_state_size,
+            groups=mixer.n_groups,
+            conv_width=mixer.conv_kernel_size,
+            chunk_size=mixer.chunk_size,
+            time_step_limit=tuple(mixer.time_step_limit),
+        )
+
+    @property
+    def inner(self) -> int:
+        """Channels of x, of the gate and of the output."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels that are convolved: x, B and C."""
+        return self.inner + 2 * self.groups * self.state_size
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Both states of one row."""
+        conv = self.channels * self.conv_width * dtype.itemsize
+        return conv + self.inner * self.state_size * torch.float32.itemsize
+
+    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device) -> MambaState:
+        """Zeros: what a sequence starts from."""
+        return MambaState(
+            torch.zeros(rows, self.channels, self.conv_width, dtype=dtype, device=device),
+            torch.zeros(rows, self.heads, self.head_dim, self.state_size, device=device),
+            None,
+        )
+
+
 class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is untyped here
-    """transformers' recurrent state, with rows that can be selected and dropped."""
+    """One layer's state in a transformers cache, with rows that can be selected and dropped."""
 
     is_compileable = False
+
+    def state(self, sizes: MambaSizes, batch: int, like: Tensor) -> MambaState:
+        """The state for a batch of so many rows, zeros at first. like: for dtype and device."""
+        if self.recurrent_states[_STATE] is None:
+            empty = sizes.empty_state(batch, like.dtype, like.device)
+            self.conv_states[_STATE], self.recurrent_states[_STATE] = empty.conv, empty.ssm
+            self.has_previous_state[_STATE] = True
+        return MambaState(self.conv_states[_STATE], self.recurrent_states[_STATE], None)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes a copy of what row `rows[i]` was. rows: [n] int64, repeats allowed."""
@@ -50,3 +136,232 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         """Bytes of both states."""
         states = (self.conv_states[_STATE], self.recurrent_states[_STATE])
         return sum(state.nbytes for state in states if state is not None)
+
+
+def mix(
+    mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState, mask: Tensor | None = None
+) -> Tensor:
+    """A Mamba layer's forward pass over new tokens; updates the state in place.
+
+    Args:
+        mixer: a `GraniteMoeHybridMambaLayer`, for its weights.
+        hidden: [B, S, hidden].
+        positions: [B, S], -1 for padding.
+        state: of this layer.
+        mask: [B, S], zero where a token with a position only lets the state decay, as padding
+            inside a sequence does in transformers. None where there is none.
+
+    Returns:
+        [B, S, hidden]; arbitrary finite values at padding.
+    """
+    sizes = MambaSizes.of(mixer)
+    hidden = apply_mask_to_padding_states(hidden, mask)
+    gate, convolved, dt = mixer.in_proj(hidden).split(
+        [sizes.inner, sizes.channels, sizes.heads], dim=-1
+    )
+    weight, bias = mixer.conv1d.weight[:, 0], mixer.conv1d.bias
+    convolved = mixer.act(causal_conv(convolved, positions, weight, bias, state))
+    convolved = apply_mask_to_padding_states(convolved, mask)
+    form = recurrent_step if hidden.shape[1] == 1 else chunk_scan
+    scanned = form(sizes, convolved, dt, mixer.A_log, mixer.D, mixer.dt_bias, positions, state)
+    mixed: Tensor = mixer.out_proj(mixer.norm(scanned, gate).to(hidden.dtype))
+    return mixed
+
+
+# -- convolution --------------------------------------------------------------------------------
+
+
+def causal_conv(
+    inputs: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, state: MambaState
+) -> Tensor:
+    """Depthwise causal convolution that goes on where the ring left off.
+
+    Args:
+        inputs: [B, S, channels], before the activation.
+        positions: [B, S], -1 for padding on either side.
+        weight: [channels, width], the last tap for the token itself.
+        bias: [channels] or None.
+        state: its ring is read and moved on.
+
+    Returns:
+        [B, S, channels], before the activation.
+    """
+    width = weight.shape[1]
+    extended, first_column = _with_history(inputs, positions, width, state)
+    convolved = conv1d(extended.mT, weight[:, None], bias, groups=inputs.shape[2]).mT
+    _store_last(extended, first_column, positions, width, state)
+    return convolved
+
+
+def _with_history(
+    inputs: Tensor, positions: Tensor, width: int, state: MambaState
+) -> tuple[Tensor, Tensor]:
+    """The inputs with the `width - 1` before each row's first token in front of it.
+
+    Returns [B, width - 1 + S, channels], and the column of each row's first token, [B].
+    """
+    token = positions >= 0
+    first_column = token.int().argmax(dim=1)
+    first = positions.gather(1, first_column[:, None])[:, 0].clamp(min=0)
+    extended = pad(inputs.where(token[..., None], 0), (0, 0, width - 1, 0))
+    back = torch.arange(1 - width, 0, device=inputs.device)  # of the tokens before the first
+    before = first[:, None] + back  # [B, width - 1]
+    ring = _of_batch(state.conv, state.rows).mT  # [B, width, channels]
+    history = ring.gather(1, _spread(before % width, ring)).where((before >= 0)[..., None], 0)
+    column = first_column[:, None] + (back + width - 1)
+    return extended.scatter(1, _spread(column, extended), history.to(inputs.dtype)), first_column
+
+
+def _store_last(
+    extended: Tensor, first_column: Tensor, positions: Tensor, width: int, state: MambaState
+) -> None:
+    """Put the last `width` inputs of each row into its ring; without a token it stays."""
+    tokens = (positions >= 0).sum(dim=1)
+    last_column = first_column + tokens - 1
+    position = positions.gather(1, last_column.clamp(min=0)[:, None])  # [B, 1]
+    age = torch.arange(width, device=extended.device)
+    column = (last_column[:, None] + width - 1 - age).clamp(min=0)
+    newest = extended.gather(1, _spread(column, extended))  # [B, width, channels]
+    ring = _of_batch(state.conv, state.rows).mT
+    slot = (position - age) % width
+    moved = ring.scatter(1, _spread(slot, ring), newest.to(ring.dtype))
+    _put(state.conv, state.rows, moved.where((tokens > 0)[:, None, None], ring).mT)
+
+
+# -- state space --------------------------------------------------------------------------------
+
+
+def recurrent_step(
+    sizes: MambaSizes,
+    convolved: Tensor,
+    dt: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    dt_bias: Tensor,
+    positions: Tensor,
+    state: MambaState,
+) -> Tensor:
+    """One token a row: state <- exp(dt A) state + (dt x) B, y = state C + D x.
+
+    As in transformers, `time_step_limit` bounds dt in the scan only, which there also takes a first
+    token that comes alone.
+
+    Args:
+        sizes: of the layer.
+        convolved: [B, 1, channels], activated.
+        dt: [B, 1, heads], before bias and softplus.
+        a_log, skip, dt_bias: [heads] each.
+        positions: [B, 1], -1 for padding.
+        state: its ssm is moved on.
+
+    Returns:
+        [B, 1, inner] float32.
+    """
+    x, b, c = _split(sizes, convolved.float())
+    step = softplus(dt.float() + dt_bias.float())[:, 0]  # [B, heads]
+    step = step.where(positions > 0, step.clamp(*sizes.time_step_limit))
+    step = step.where(positions >= 0, 0)[..., None]
+    decay = torch.exp(step * -a_log.float().exp()[:, None])[..., None]  # [B, heads, 1, 1]
+    b, c = (_per_head(sizes, part)[:, 0, :, None] for part in (b, c))  # [B, heads, 1, state_size]
+    x = x[:, 0]
+    moved = _of_batch(state.ssm, state.rows) * decay + (step * x)[..., None] * b
+    _put(state.ssm, state.rows, moved)
+    out = (moved * c).sum(dim=-1) + skip.float()[:, None] * x
+    return out.reshape(out.shape[0], 1, -1)
+
+
+def chunk_scan(
+    sizes: MambaSizes,
+    convolved: Tensor,
+    dt: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    dt_bias: Tensor,
+    positions: Tensor,
+    state: MambaState,
+) -> Tensor:
+    """Many tokens a row: attention-like inside a chunk, a recurrence from chunk to chunk.
+
+    Decays are differences of cumulative sums, taken in float64 as the sums grow with the chunk.
+    B and C stay shared by a group's heads. Args and result as in `recurrent_step`, S tokens each.
+    """
+    batch, tokens = positions.shape
+    size = min(sizes.chunk_size, tokens)
+    step = softplus(dt.float() + dt_bias.float()).clamp(*sizes.time_step_limit)
+    step = step.where((positions >= 0)[..., None], 0)
+    x, b, c = _split(sizes, convolved.float())
+    scaled = step[..., None] * x
+    scaled, b, c, step = (_chunks(part, size) for part in (scaled, b, c, step))
+    decay = (step.double() * -a_log.double().exp()).cumsum(dim=2)  # [B, chunks, size, heads]
+    whole = decay[:, :, -1]  # [B, chunks, heads]
+
+    later = decay[:, :, :, None] - decay[:, :, None]  # [B, chunks, to, from, heads]
+    causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()[..., None]
+    weights = later.where(causal, -torch.inf).exp().float()
+    similar = torch.einsum("zclgn,zcsgn->zclsg", c, b)
+    weights = weights * similar.repeat_interleave(sizes.heads // sizes.groups, dim=4)
+    out = torch.einsum("zclsh,zcshp->zclhp", weights, scaled)
+
+    to_end = (whole[:, :, None] - decay).exp().float()  # [B, chunks, size, heads]
+    per_head = (_per_head(sizes, b), _per_head(sizes, c))
+    added = torch.einsum("zclhn,zclhp->zchpn", per_head[0], scaled * to_end[..., None])
+    entering = _pass_on(added, whole.exp().float(), state)
+    carried = torch.einsum("zclhn,zchpn->zclhp", per_head[1], entering)
+    out = out + carried * decay.exp().float()[..., None]
+    out = out.reshape(batch, -1, sizes.heads, sizes.head_dim)[:, :tokens]
+    return (out + skip.float()[:, None] * x).reshape(batch, tokens, -1)
+
+
+def _pass_on(added: Tensor, decay: Tensor, state: MambaState) -> Tensor:
+    """The state that enters each chunk; the one that leaves the last is stored.
+
+    added [B, chunks, heads, head_dim, state_size]; decay [B, chunks, heads].
+    """
+    current = _of_batch(state.ssm, state.rows)
+    entering = []
+    for chunk in range(added.shape[1]):
+        entering.append(current)
+        current = current * decay[:, chunk, :, None, None] + added[:, chunk]
+    stacked = torch.stack(entering, dim=1)  # before the first of them is overwritten
+    _put(state.ssm, state.rows, current)
+    return stacked
+
+
+# -- shapes -------------------------------------------------------------------------------------
+
+
+def _split(sizes: MambaSizes, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, S, heads, head_dim], B and C [B, S, groups, state_size]."""
+    shared = sizes.groups * sizes.state_size
+    x, b, c = torch.split(convolved, [sizes.inner, shared, shared], dim=-1)
+    grouped = (*x.shape[:-1], sizes.groups, sizes.state_size)
+    x = x.reshape(*x.shape[:-1], sizes.heads, sizes.head_dim)
+    return x, b.reshape(grouped), c.reshape(grouped)
+
+
+def _per_head(sizes: MambaSizes, shared: Tensor) -> Tensor:
+    """[..., groups, state_size] -> [..., heads, state_size]"""
+    return shared.repeat_interleave(sizes.heads // sizes.groups, dim=-2)
+
+
+def _chunks(tensor: Tensor, size: int) -> Tensor:
+    """[B, S, ...] -> [B, chunks, size, ...], zeros at the end."""
+    missing = -tensor.shape[1] % size
+    padded = pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing))
+    return padded.view(len(tensor), -1, size, *tensor.shape[2:])
+
+
+def _spread(index: Tensor, over: Tensor) -> Tensor:
+    """[B, n] int -> [B, n, channels of `over`] int64."""
+    return index.long()[..., None].expand(-1, -1, over.shape[2])
+
+
+def _of_batch(states: Tensor, rows: Tensor | None) -> Tensor:
+    return states if rows is None else states.index_select(0, rows)
+
+
+def _put(states: Tensor, rows: Tensor | None, moved: Tensor) -> None:
+    if rows is None:
+        states.copy_(moved)
+    else:
+        states.index_copy_(0, rows, moved)

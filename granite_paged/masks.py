@@ -106,6 +106,75 @@ def paged_block_mask(
     )
 
 
+def split_mask_mod(
+    table: Tensor,
+    logical: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    *,
+    page_size: int,
+    splits: int,
+) -> MaskMod:
+    """One token a row, whose pages are shared out over `splits` parts that attend separately.
+
+    A part is a row of the attention: part `row * splits + i` sees the i-th run of the row's logical
+    pages, all runs equally long. Together they see what the row sees.
+
+    Args:
+        table: [rows of the table, width] int32, logical page -> physical page.
+        logical: [pages] int32, inverse map of the whole pool.
+        rows: [B] int, rows of the table.
+        positions: [B] int32, of the query tokens; `PADDING` attends to nothing.
+        page_size: tokens a page.
+        splits: parts a row.
+    """
+    last = table.shape[1] - 1
+
+    def mask_mod(part: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        row = part // splits
+        newest = positions[row]
+        each = ((newest // page_size + splits) // splits).clamp(min=1)  # pages a part
+        physical_page = slot // page_size
+        logical_page = logical[physical_page]
+        named = table[rows[row], logical_page.clamp(0, last)]
+        mine = (logical_page != NOBODY) & (named == physical_page)
+        position = logical_page * page_size + slot % page_size
+        return mine & (position <= newest) & (logical_page // each == part % splits)
+
+    return mask_mod
+
+
+def split_block_mask(
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    mask_mod: MaskMod,
+    *,
+    page_size: int,
+    group: int,
+    slots: int,
+) -> BlockMask:
+    """The BlockMask of split rows, over lists that a kernel fills anew at every step.
+
+    Args:
+        lists: int32: how many whole pages each part has [parts], which [parts, wide]; whether it
+            has the partly filled one [parts], which [parts, wide].
+        mask_mod: of `split_mask_mod`.
+        page_size: tokens a page.
+        group: query heads a KV head.
+        slots: of the pool.
+    """
+    whole_count, whole, partial_count, partial = lists
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks=partial_count[:, None, None],
+        kv_indices=partial[:, None, None],
+        full_kv_num_blocks=whole_count[:, None, None],
+        full_kv_indices=whole[:, None, None],
+        BLOCK_SIZE=(QUERY_BLOCK, page_size),
+        mask_mod=mask_mod,
+        seq_lengths=(group, slots),
+        compute_q_blocks=False,
+    )
+
+
 def _pages_seen(positions: Tensor, *, page_size: int, group: int) -> tuple[Tensor, Tensor]:
     """Logical pages that every row of a query block sees whole, and that any row sees at all.
 

@@ -68,9 +68,11 @@ class PageTable:
 
     def slots(self, positions: Tensor, page_size: int) -> Tensor:
         """[B, S] int64: the slot of each position; padding (-1) goes to the null page's first."""
-        at = positions.clamp(min=0)
-        page = self.physical[: len(positions)].long().gather(1, at // page_size)
-        return torch.where(positions >= 0, page * page_size + at % page_size, 0)
+        return _slots(self.physical[: len(positions)], positions, page_size)
+
+    def slots_of(self, rows: Tensor, positions: Tensor, page_size: int) -> Tensor:
+        """The same for the rows named, [B] int64."""
+        return _slots(self.physical.index_select(0, rows), positions, page_size)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was. rows: [n] int64, any length."""
@@ -103,3 +105,9 @@ class PageTable:
         for page, place in enumerate(logical):
             if place != held.get(page, NOBODY):
                 raise BrokenInvariant(f"page {page}: the inverse map says {place}")
+
+
+def _slots(table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    at = positions.clamp(min=0)
+    page = table.long().gather(1, at // page_size)
+    return torch.where(positions >= 0, page * page_size + at % page_size, 0)

@@ -26,6 +26,16 @@ class KVPool:
         self.values = self._zeros(pages, device)
 
     @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self._geometry.page_size
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head (G) of the layer."""
+        return self._geometry.group
+
+    @property
     def pages(self) -> int:
         """Pages in the pool, the null page included."""
         return self.keys.shape[2] // self._geometry.page_size
@@ -49,6 +59,18 @@ class KVPool:
         """Copy whole pages. sources, targets: [n] int64."""
         for pages in self._by_page():
             pages.index_copy_(1, targets, pages.index_select(1, sources))
+
+    def read_pages(self, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages [n] int64: [n, Hkv, page_size, D] each."""
+        keys, values = (
+            by_page.index_select(1, pages).transpose(0, 1) for by_page in self._by_page()
+        )
+        return keys.contiguous(), values.contiguous()
+
+    def write_pages(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
+        """The inverse of `read_pages`."""
+        for by_page, new in zip(self._by_page(), (keys, values), strict=True):
+            by_page.index_copy_(1, pages, new.transpose(0, 1))
 
     def scrub(self, pages: Tensor) -> None:
         """Zero whole pages. pages: [n] int64."""

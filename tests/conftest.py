@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU then
+
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "property", "golden", "integration", "gpu")
 

@@ -1,0 +1,252 @@
+"""A decoder layer's forward pass in half precision on a GPU: see `forms.py`.
+
+A decode step of few rows is a chain of kernels that each leave what the next one starts from: five
+a layer. Prompts, and batches of more rows, go through the library's matrix products with small
+kernels around them. Mamba is Triton either way. Importing this needs Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
+
+from granite_paged.attention import paged_attention, split_attention
+from granite_paged.engine.forms import PlainForms, Step, by_head
+from granite_paged.kernels import mamba, pages, pointwise
+from granite_paged.kernels.linear import MOST_ROWS, Normed, linear, prenorm
+from granite_paged.mamba import MambaSizes
+
+Rotary = tuple[Tensor, Tensor] | None
+
+
+class KernelForms(PlainForms):
+    """Half precision on a GPU. Hidden states are [B * S, hidden] inside.
+
+    What `forms.why_not` names runs as `PlainForms`.
+    """
+
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:
+        """See `PlainForms.forward`."""
+        hidden = self._embedded(tokens)
+        rotary = self._rotary(hidden, step.positions)
+        for index, layer in enumerate(self._decoder.layers):
+            normed = _normalised(hidden, layer.input_layernorm)
+            self._mix(index, layer, hidden, normed, step, rotary)
+            normed = _normalised(hidden, layer.post_attention_layernorm)
+            routed = self._routed(layer, normed, tokens.shape)
+            fed = pointwise.silu_mul(normed @ layer.shared_mlp.input_linear.weight.T)
+            _add(hidden, fed, layer.shared_mlp.output_linear.weight, layer.residual_multiplier)
+            if routed is not None:
+                hidden.add_(routed, alpha=layer.residual_multiplier)
+        return hidden.view(*tokens.shape, -1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `PlainForms.logits`."""
+        norm = self._decoder.norm
+        scale = 1 / self._config.logits_scaling
+        if len(hidden) > MOST_ROWS:
+            logits: Tensor = _normalised(hidden, norm) @ self._head.weight.T
+            return logits.mul_(scale)
+        normed = prenorm(hidden.contiguous(), norm.weight)
+        return linear(normed, self._head.weight, eps=norm.variance_epsilon, scale=scale)[0]
+
+    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+        """See `PlainForms.decode`."""
+        if len(tokens) > MOST_ROWS:
+            return super().decode(tokens, step)
+        layers, last = list(self._decoder.layers), self._decoder.norm
+        hidden = self._embedded(tokens)
+        rotary = self._rotary(hidden, step.positions)
+        normed = prenorm(hidden, layers[0].input_layernorm.weight)
+        norms = [*(layer.input_layernorm for layer in layers[1:]), last]
+        for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
+            normed = self._decode_mixer(index, layer, hidden, normed, step, rotary)
+            normed = self._decode_mlp(layer, hidden, normed, next_norm.weight)
+        scale = 1 / self._config.logits_scaling
+        return linear(normed, self._head.weight, eps=last.variance_epsilon, scale=scale)[0]
+
+    # -- few rows: each product leaves its result before the next norm ---------------------------
+
+    def _decode_mixer(
+        self,
+        index: int,
+        layer: Any,
+        hidden: Tensor,
+        normed: Normed,
+        step: Step,
+        rotary: Rotary,
+    ) -> Normed:
+        eps, out_eps = layer.input_layernorm.variance_epsilon, 0.0
+        if layer.mamba is not None:
+            mixer = layer.mamba
+            projected = linear(normed, mixer.in_proj.weight, eps=eps)[0]
+            mixed = self._scan(index, mixer, projected, step, norm=mixer.norm.weight)
+            weight, out_eps = mixer.out_proj.weight, mixer.norm.variance_epsilon
+        else:
+            attention = layer.self_attn
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            query, key, value = (linear(normed, part.weight, eps=eps)[0] for part in parts)
+            mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
+            weight = attention.o_proj.weight
+        return self._onto(hidden, mixed, weight, layer, out_eps, layer.post_attention_layernorm)
+
+    def _decode_mlp(self, layer: Any, hidden: Tensor, normed: Normed, next_norm: Tensor) -> Normed:
+        mlp, eps = layer.shared_mlp, layer.post_attention_layernorm.variance_epsilon
+        routed = None
+        if layer.has_experts:
+            whole = _normalised(hidden, layer.post_attention_layernorm)
+            routed = self._routed(layer, whole, (len(hidden), 1))
+        fed = linear(normed, mlp.input_linear.weight, eps=eps, gated=True)[0]
+        scale = layer.residual_multiplier
+        _, after = linear(
+            fed, mlp.output_linear.weight, residual=hidden, scale=scale, norm=next_norm, out=hidden
+        )
+        if routed is not None:
+            hidden.add_(routed, alpha=scale)
+            after = prenorm(hidden, next_norm)
+        assert after is not None
+        return after
+
+    def _onto(
+        self,
+        hidden: Tensor,
+        mixed: Tensor | Normed,
+        weight: Tensor,
+        layer: Any,
+        eps: float,
+        norm: Any,
+    ) -> Normed:
+        _, after = linear(
+            mixed,
+            weight,
+            eps=eps,
+            residual=hidden,
+            scale=layer.residual_multiplier,
+            norm=norm.weight,
+            out=hidden,
+        )
+        assert after is not None
+        return after
+
+    # -- many rows -------------------------------------------------------------------------------
+
+    def _mix(
+        self, index: int, layer: Any, hidden: Tensor, normed: Tensor, step: Step, rotary: Rotary
+    ) -> None:
+        if layer.mamba is not None:
+            mixer = layer.mamba
+            gated = self._scan(index, mixer, normed @ mixer.in_proj.weight.T, step)
+            mixed = _normalised(gated, mixer.norm, mixer.n_groups)
+            weight = mixer.out_proj.weight
+        else:
+            attention = layer.self_attn
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            query, key, value = (normed @ part.weight.T for part in parts)
+            mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
+            weight = attention.o_proj.weight
+        _add(hidden, mixed, weight, layer.residual_multiplier)
+
+    # -- both ------------------------------------------------------------------------------------
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """[B, S] -> [B * S, hidden]"""
+        hidden: Tensor = self._decoder.embed_tokens(tokens.flatten())
+        return hidden.mul(self._config.embedding_multiplier)
+
+    def _routed(self, layer: Any, normed: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """What the experts add, [B * S, hidden]; None where there are none."""
+        if not layer.has_experts:
+            return None
+        routed: Tensor = layer.block_sparse_moe(normed.view(*shape, -1)).view(normed.shape)
+        return routed
+
+    def _scan(
+        self, index: int, mixer: Any, projected: Tensor, step: Step, norm: Tensor | None = None
+    ) -> Any:
+        """[B * S, inner], gated; on its way through its norm if that is given."""
+        sizes = MambaSizes.of(mixer)
+        weights = (
+            mixer.conv1d.weight.view(sizes.channels, sizes.conv_width),
+            mixer.conv1d.bias,
+            mixer.dt_bias,
+            mixer.A_log,
+            mixer.D,
+        )
+        state = self._storage.states[index]._replace(rows=step.rows)
+        if step.positions.shape[1] > 1:
+            return mamba.scan(sizes, projected, step.positions, *weights, state)
+        fused = norm if sizes.groups == 1 else None
+        gated = mamba.step(sizes, projected, step.positions[:, 0], *weights, state, fused)
+        if norm is None or isinstance(gated, Normed):
+            return gated
+        return _normalised(gated, mixer.norm, sizes.groups)
+
+    def _attention_of(
+        self,
+        index: int,
+        attention: Any,
+        projected: tuple[Tensor, Tensor, Tensor],
+        step: Step,
+        rotary: Rotary,
+    ) -> Tensor:
+        """Query, key and value [B * S, heads * D] -> [B * S, Hq * D]"""
+        query, key, value = projected
+        if rotary is not None:
+            query, key = self._rotated(query, key, attention.head_dim, step, rotary)
+        self._write_pages(index, key, value, step)
+        return self._attend(index, attention, query, step)
+
+    def _rotated(
+        self,
+        query: Tensor,
+        key: Tensor,
+        head_dim: int,
+        step: Step,
+        rotary: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        shape = (*step.positions.shape, -1)
+        turned = apply_rotary_pos_emb(
+            by_head(query.view(shape), head_dim), by_head(key.view(shape), head_dim), *rotary
+        )
+        query, key = (part.transpose(1, 2).flatten(2).flatten(0, 1) for part in turned)
+        return query, key
+
+    def _write_pages(self, index: int, key: Tensor, value: Tensor, step: Step) -> None:
+        storage = self._storage
+        pool = storage.pools[index]
+        pages.write_pages(
+            key,
+            value,
+            (pool.keys, pool.values),
+            step.rows,
+            step.positions,
+            storage.table.physical,
+            storage.nonfinite,
+            pool.page_size,
+        )
+
+    def _attend(self, index: int, attention: Any, query: Tensor, step: Step) -> Tensor:
+        """[B * S, Hq * D] -> the same"""
+        pool, scale = self._storage.pools[index], attention.scaling
+        if step.plan is not None:
+            heads = query.view(len(query), -1, attention.head_dim)
+            out = split_attention(
+                heads, pool.keys, pool.values, step.block_mask, scale=scale, plan=step.plan
+            )
+            return out.view(query.shape)
+        heads = by_head(query.view(*step.positions.shape, -1), attention.head_dim)
+        out = paged_attention(
+            heads, pool.keys, pool.values, step.block_mask, scale=scale, backend=self._backend
+        )
+        return out.transpose(1, 2).reshape(query.shape)
+
+
+def _normalised(x: Tensor, norm: Any, groups: int = 1) -> Tensor:
+    return pointwise.rms_norm(x, norm.weight, norm.variance_epsilon, groups)
+
+
+def _add(hidden: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
+    """hidden += scale * x W^T, in one kernel of the library."""
+    hidden.addmm_(x, weight.T, alpha=scale)

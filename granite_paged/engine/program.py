@@ -1,0 +1,138 @@
+"""A step of one shape: inputs at fixed addresses, recorded once as a CUDA graph, replayed for ever.
+
+::
+
+    inputs    rows [B] | positions [B * S] | of a prefill also: tokens [B * S] | last [B]   int64
+    hidden    [B, S, hidden], of a prefill
+    logits    [B, vocabulary], of the last token of each row
+
+One copy takes the inputs over; nothing in the step depends on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from granite_paged.attention import DecodePlan
+from granite_paged.engine.forms import PlainForms, Step, Storage
+from granite_paged.engine.plan import memory_refused
+from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
+
+NULL_ROW = 0
+"""Takes padding. Never a sequence's."""
+
+
+class Program:
+    """One shape of step.
+
+    Args:
+        forms: the layers.
+        storage: what they read and write.
+        tokens: [rows] int64, what each row is fed by a decode step.
+        batch, length: rows, and tokens of each.
+        decodes: whether tokens come from `tokens` (length 1) and not from the host.
+        plan: how a decode step splits its rows, None where it does not.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+
+    def __init__(
+        self,
+        forms: PlainForms,
+        storage: Storage,
+        tokens: Tensor,
+        batch: int,
+        length: int,
+        decodes: bool,
+        plan: DecodePlan | None,
+    ) -> None:
+        self._forms, self._storage, self._tokens = forms, storage, tokens
+        self._batch, self._length, self._decodes = batch, length, decodes
+        self._device = tokens.device
+        self._parts = [batch, batch * length, *([] if decodes else [batch * length, batch])]
+        self._inputs = torch.zeros(sum(self._parts), dtype=torch.int64, device=self._device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._plan = plan if decodes else None
+        self._lists = self._make_lists(plan) if decodes and plan is not None else None
+
+    def run(self, *values: Sequence[int]) -> None:
+        """Take the inputs over, part by part, and compute."""
+        flat = torch.tensor([value for part in values for value in part])
+        if self._graph is not None:
+            self._inputs.copy_(flat.pin_memory(), non_blocking=True)
+            self._graph.replay()
+            return
+        self._inputs.copy_(flat)
+        with memory_refused(self._device, "a step"), torch.inference_mode():
+            self._compute()
+
+    def capture(self, pool: Any) -> None:
+        """Compute padding once, so that everything is compiled, then record.
+
+        Raises:
+            OutOfMemory: if the step does not fit beside what is there.
+        """
+        self._inputs[self._batch : self._batch + self._batch * self._length] = PADDING
+        what = f"a step of {self._batch} x {self._length} tokens"
+        with memory_refused(self._device, what), torch.inference_mode():
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                self._compute()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._compute()
+        self._graph = graph
+
+    def _compute(self) -> None:
+        rows, positions, *of_prefill = torch.split(self._inputs, self._parts)
+        positions = positions.view(self._batch, self._length).int()
+        step = Step(rows, positions, self._block_mask(rows, positions), self._plan)
+        if self._decodes:
+            tokens = self._tokens.index_select(0, rows)
+            self.logits = self._forms.decode(tokens[:, None], step)
+            return
+        tokens, last = of_prefill
+        self.hidden = self._forms.forward(tokens.view(self._batch, self._length), step)
+        self.logits = self._forms.logits(self.hidden.flatten(0, 1).index_select(0, last))
+
+    def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask:
+        table, pool = self._storage.table, next(iter(self._storage.pools.values()))
+        if self._plan is None:
+            return paged_block_mask(
+                table.physical.index_select(0, rows),
+                table.logical,
+                positions,
+                page_size=pool.page_size,
+                group=pool.group,
+            )
+        from granite_paged.kernels.pages import split_pages  # needs Triton
+
+        assert self._lists is not None
+        newest, splits = positions[:, 0], self._plan.splits
+        split_pages(rows, newest, table.physical, self._lists, splits, pool.page_size)
+        mask_mod = split_mask_mod(
+            table.physical, table.logical, rows, newest, page_size=pool.page_size, splits=splits
+        )
+        return split_block_mask(
+            self._lists,
+            mask_mod,
+            page_size=pool.page_size,
+            group=pool.group,
+            slots=pool.keys.shape[2],
+        )
+
+    def _make_lists(self, plan: DecodePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of pages, for `split_pages` to fill: whole ones and partly filled ones."""
+        parts = self._batch * plan.splits
+        wide = -(-self._storage.table.physical.shape[1] // plan.splits)
+        count = torch.zeros(parts, dtype=torch.int32, device=self._device)
+        pages = torch.zeros(parts, wide, dtype=torch.int32, device=self._device)
+        return count, pages, count.clone(), pages.clone()

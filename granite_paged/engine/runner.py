@@ -1,0 +1,478 @@
+"""Runs a model over pages and state rows, by fixed shapes.
+
+A runner owns device memory and no policy: who owns which page is its caller's `PageAllocator`,
+which row a sequence has is its caller's too. Pages, rows and tables are allocated when it is made.
+
+::
+
+    row 0, page 0     take padding; never anybody's
+    tokens[row]       what the row is fed by its next decode step: a sampler writes it there
+    nonfinite[row]    whether NaN or infinity was met since the row was cleared
+
+On a GPU every step is the replay of a CUDA graph (`program.py`): a decode step for each power of
+two of rows, a prefill for few shapes of chunks. No call waits for the device. On the CPU, and where
+the kernels cannot run, the same steps run as they are, in the shape they come in.
+
+Rows are named by every step, so running sequences need not be moved to be dense.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from granite_paged.allocator import AppendPlan
+from granite_paged.attention import DecodePlan, decode_plan
+from granite_paged.cache import free_memory, to_device
+from granite_paged.engine.forms import PlainForms, Storage, why_not
+from granite_paged.engine.plan import (
+    SCORED_AT_ONCE,
+    MemoryPlan,
+    choose_sizes,
+    make_plan,
+    memory_refused,
+    most_rows,
+)
+from granite_paged.engine.program import NULL_ROW, Program
+from granite_paged.errors import InvalidRequest, PromptError
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.mamba import MambaSizes, MambaState
+from granite_paged.masks import PADDING
+from granite_paged.page_table import PageTable
+from granite_paged.pool import KVPool
+
+SHORTEST_CHUNK = 128
+"""Least tokens a captured prefill computes for a chunk."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many of such things are done, and how many there are."""
+
+
+class Chunk(NamedTuple):
+    """New tokens of one row, beginning at position `start`."""
+
+    row: int
+    start: int
+    tokens: Sequence[int]
+
+
+class Scores(NamedTuple):
+    """logprobs [tokens of all chunks] float32; greedy [the same] bool: the target was likeliest."""
+
+    logprobs: Tensor
+    greedy: Tensor
+
+
+class RowState(NamedTuple):
+    """A row's Mamba states, layer by layer: a snapshot."""
+
+    conv: list[Tensor]
+    ssm: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(part.nbytes for part in (*self.conv, *self.ssm))
+
+
+class PageContents(NamedTuple):
+    """K and V of some pages, layer by layer, [pages, Hkv, page_size, D] each, on the host."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
+
+class Runner:
+    """One model on one device. Make it with `Runner.for_model`.
+
+    Attributes:
+        rows: usable rows, 1 to `rows`.
+        pages: of each pool, the null page included: a `PageAllocator`'s `pages`.
+        longest: most tokens a sequence may hold.
+        chunk_tokens: most tokens a prefill computes at once.
+        alignment: chunks that start at its multiples are computed as one long prompt is.
+        plan: of memory.
+        fallback: why steps run without kernels and graphs; empty where they do not.
+        tokens: [rows + 1] int64, on the device.
+        nonfinite: [rows + 1] uint8, on the device.
+    """
+
+    def __init__(
+        self, model: Any, config: PagedConfig, geometry: CacheGeometry, fallback: str
+    ) -> None:
+        self.config, self.geometry = config, geometry
+        self.device, self.dtype = model.device, model.dtype
+        self.vocabulary = int(model.config.vocab_size)
+        self.fallback = fallback
+        self.chunk_tokens = config.chunk_tokens
+        sizes = choose_sizes(model, config, geometry, free_memory(self.device))
+        self.plan: MemoryPlan = make_plan(model, config, geometry, sizes)
+        self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
+        mixers = _mixers(model)
+        self.alignment = max((mixer.chunk_size for mixer in mixers.values()), default=1)
+        with memory_refused(self.device, "the pools and rows"):
+            self._storage = self._make_storage(mixers)
+        self.tokens = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.device)
+        self._forms = _forms(model, self._storage, fallback, config)
+        self._programs: dict[tuple[int, int, bool], Program] = {}
+        self._graphs = torch.cuda.graph_pool_handle() if self._captures else None
+
+    @classmethod
+    def for_model(cls, model: Any, config: PagedConfig | None = None) -> Runner:
+        """A runner for a live, unpatched `GraniteMoeHybridForCausalLM` in eval mode.
+
+        Raises:
+            OutOfMemory: with what was asked for and there.
+            UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
+        """
+        config = config or PagedConfig()
+        geometry = CacheGeometry.from_config(
+            model.config, page_size=config.page_size, dtype=model.dtype
+        )
+        fallback = why_not(model, config.backend)
+        half = model.dtype in (torch.bfloat16, torch.float16)
+        if fallback and half and model.device.type == "cuda":
+            warnings.warn(f"granite_paged runs without its kernels: {fallback}", stacklevel=2)
+        return cls(model, config, geometry, fallback)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """[rows + 1] uint8: whether NaN or infinity was met since the row was cleared."""
+        return self._storage.nonfinite
+
+    @property
+    def storage(self) -> Storage:
+        """Page tables, pools and states, for tests and profilers."""
+        return self._storage
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Compute new tokens of some rows, whose pages were written before.
+
+        Returns:
+            [chunks, vocabulary], logits of each chunk's last token; overwritten by the next step.
+
+        Raises:
+            InvalidRequest: for a chunk that is too long, or a row or position that is not there.
+            PromptError: for an empty chunk.
+        """
+        parts = self._arranged(chunks)
+        if len(parts) == 1:
+            return self._run_chunks(chunks, *parts[0]).logits[: len(chunks)]
+        logits = torch.empty(len(chunks), self.vocabulary, dtype=self.dtype, device=self.device)
+        for members, batch, length in parts:
+            done = self._run_chunks(chunks, members, batch, length)
+            logits[members] = done.logits[: len(members)]
+        return logits
+
+    def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> Scores:
+        """Compute new tokens as `prefill` does, and the log-probability of what follows each.
+
+        Args:
+            chunks: as for `prefill`.
+            targets: for each token of each chunk, the token whose log-probability is wanted.
+
+        Raises:
+            InvalidRequest: also where a chunk and its targets differ in length.
+        """
+        if [len(chunk.tokens) for chunk in chunks] != [len(each) for each in targets]:
+            raise InvalidRequest("score needs one target for each token of each chunk")
+        found: dict[int, Scores] = {}
+        for members, batch, length in self._arranged(chunks):
+            hidden = self._run_chunks(chunks, members, batch, length).hidden
+            for place, member in enumerate(members):
+                wanted = torch.tensor(targets[member], device=self.device)
+                found[member] = self._scored(hidden[place, : len(wanted)], wanted)
+        in_order = [found[i] for i in range(len(chunks))]
+        return Scores(*(torch.cat(parts) for parts in zip(*in_order, strict=True)))
+
+    def decode(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Feed each row its token of `tokens`, at a position whose page was written before.
+
+        Returns:
+            [rows, vocabulary] logits; overwritten by the next step.
+
+        Raises:
+            InvalidRequest: for a row that is not there, or a position beyond `longest`.
+        """
+        if not rows or len(rows) != len(positions):
+            raise InvalidRequest(f"{len(rows)} rows and {len(positions)} positions to decode")
+        self._check_rows(rows)
+        if max(positions) >= self.longest or min(positions) < 0:
+            raise InvalidRequest(
+                f"positions are 0 to {self.longest - 1}, {min(positions)} to {max(positions)} given"
+            )
+        batch = most_rows(len(rows)) if self._captures else len(rows)
+        missing = batch - len(rows)
+        program = self._program(batch, 1, decodes=True)
+        program.run([*rows, *[NULL_ROW] * missing], [*positions, *[PADDING] * missing])
+        return program.logits[: len(rows)]
+
+    def fits(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether one call, of one graph, takes them."""
+        longest = max((len(chunk.tokens) for chunk in chunks), default=0)
+        return len(chunks) * self._length(longest) <= self.chunk_tokens
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile and capture every shape now; otherwise each waits for its first use."""
+        shapes = list(self._all_shapes())
+        for done, (batch, length) in enumerate(shapes):
+            if progress is not None:
+                what = "decode" if length == 1 else "prefill"
+                progress(f"{what} {batch} x {length}", done, len(shapes))
+            self._program(batch, length, decodes=length == 1)
+        if progress is not None:
+            progress("ready", len(shapes), len(shapes))
+
+    def close(self) -> None:
+        """Give the memory back; the runner is of no use afterwards."""
+        self._programs.clear()
+        self._storage.pools.clear()
+        self._storage.states.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- rows and pages -------------------------------------------------------------------------
+
+    def write_pages(self, plan: AppendPlan, row_of: Mapping[int, int]) -> None:
+        """Carry out what `PageAllocator.append` planned. row_of: sequence -> row.
+
+        Nothing is scrubbed: a pool holds finite numbers only, and what a mask leaves out weighs 0.
+        """
+        rows, logical, physical, sources, targets = to_device(
+            self.device,
+            torch.tensor([row_of[write.sequence] for write in plan.writes]),
+            torch.tensor([write.logical_page for write in plan.writes]),
+            torch.tensor([write.physical_page for write in plan.writes]),
+            torch.tensor([copy.source for copy in plan.copies]),
+            torch.tensor([copy.target for copy in plan.copies]),
+        )
+        if plan.writes:
+            self._storage.table.write(rows, logical, physical)
+        if plan.copies:
+            for pool in self._storage.pools.values():
+                pool.copy_pages(sources, targets)
+
+    def forget_pages(self, pages: Sequence[int]) -> None:
+        """Pages that nobody holds any more: what `PageAllocator.release` returned."""
+        if pages:
+            (freed,) = to_device(self.device, torch.tensor(pages))
+            self._storage.table.forget(freed)
+
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        """The row's first logical pages become these."""
+        self._check_rows([row])
+        (physical,) = to_device(self.device, torch.tensor(pages, dtype=torch.int64))
+        logical = torch.arange(len(pages), device=self.device)
+        self._storage.table.write(torch.full_like(logical, row), logical, physical)
+
+    def fork_row(self, source: int, target: int) -> None:
+        """The target becomes a copy of the source: its pages' names, its states, its token."""
+        self._check_rows([source, target])
+        for tensor in self._by_row():
+            tensor[target] = tensor[source]
+
+    def clear_rows(self, rows: Sequence[int]) -> None:
+        """Make rows as new, before they are given to other sequences."""
+        if rows:
+            self._check_rows(rows)
+            (index,) = to_device(self.device, torch.tensor(rows))
+            for tensor in self._by_row():
+                tensor.index_fill_(0, index, 0)
+
+    def save_row(self, row: int, *, to_host: bool = False) -> RowState:
+        """A snapshot of the row's Mamba states, on the device or in host memory."""
+        self._check_rows([row])
+        states = self._storage.states.values()
+        save = _to_host if to_host else torch.clone
+        return RowState([save(s.conv[row]) for s in states], [save(s.ssm[row]) for s in states])
+
+    def load_row(self, row: int, state: RowState) -> None:
+        """Put a snapshot into a row."""
+        self._check_rows([row])
+        for own, conv, ssm in zip(self._storage.states.values(), *state, strict=True):
+            own.conv[row].copy_(conv, non_blocking=True)
+            own.ssm[row].copy_(ssm, non_blocking=True)
+
+    def save_pages(self, pages: Sequence[int]) -> PageContents:
+        """K and V of these pages, in host memory."""
+        (index,) = to_device(self.device, torch.tensor(pages, dtype=torch.int64))
+        saved = [pool.read_pages(index) for pool in self._storage.pools.values()]
+        return PageContents([_to_host(k) for k, _ in saved], [_to_host(v) for _, v in saved])
+
+    def load_pages(self, pages: Sequence[int], contents: PageContents) -> None:
+        """Put saved K and V into these pages."""
+        (index,) = to_device(self.device, torch.tensor(pages, dtype=torch.int64))
+        for pool, keys, values in zip(self._storage.pools.values(), *contents, strict=True):
+            pool.write_pages(
+                index,
+                keys.to(self.device, non_blocking=True),
+                values.to(self.device, non_blocking=True),
+            )
+
+    # -- details --------------------------------------------------------------------------------
+
+    @property
+    def _captures(self) -> bool:
+        return not self.fallback
+
+    def _make_storage(self, mixers: Mapping[int, Any]) -> Storage:
+        rows, device = self.rows + 1, self.device
+        return Storage(
+            table=PageTable(rows, self.geometry.pages_for(self.longest), self.pages, device),
+            pools={
+                layer: KVPool(self.geometry, self.pages, device)
+                for layer in self.geometry.attention_layers
+            },
+            states={
+                layer: MambaSizes.of(mixer).empty_state(rows, self.dtype, device)
+                for layer, mixer in mixers.items()
+            },
+            nonfinite=torch.zeros(rows, dtype=torch.uint8, device=device),
+        )
+
+    def _by_row(self) -> list[Tensor]:
+        """Everything whose first dimension is the row."""
+        states: list[MambaState] = list(self._storage.states.values())
+        own = [self._storage.table.physical, self._storage.nonfinite, self.tokens]
+        return [*own, *(s.conv for s in states), *(s.ssm for s in states)]
+
+    def _check_rows(self, rows: Sequence[int]) -> None:
+        if min(rows) <= NULL_ROW or max(rows) > self.rows:
+            raise InvalidRequest(f"rows are 1 to {self.rows}, {min(rows)} to {max(rows)} given")
+
+    def _check_chunk(self, chunk: Chunk) -> None:
+        if not chunk.tokens:
+            raise PromptError("empty chunk: give every row at least one token")
+        if len(chunk.tokens) > self.chunk_tokens or chunk.start < 0:
+            raise InvalidRequest(
+                f"a chunk of {len(chunk.tokens)} tokens from {chunk.start} on: a runner takes "
+                f"{self.chunk_tokens} at once (PagedConfig.chunk_tokens)"
+            )
+        if chunk.start + len(chunk.tokens) > self.longest:
+            raise InvalidRequest(
+                f"{chunk.start + len(chunk.tokens)} tokens in row {chunk.row}: a sequence holds "
+                f"{self.longest} at most"
+            )
+
+    def _length(self, tokens: int) -> int:
+        """The length that chunks of so many tokens are computed at."""
+        if not self._captures:
+            return tokens
+        return max(min(SHORTEST_CHUNK, self.chunk_tokens), most_rows(tokens))
+
+    def _arranged(self, chunks: Sequence[Chunk]) -> list[tuple[list[int], int, int]]:
+        """Shares chunks out over graphs: (which chunks, batch, length) of each.
+
+        Chunks of one length share a graph; a few of them go one by one where that computes less.
+        """
+        self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
+        by_length: dict[int, list[int]] = {}
+        for place, chunk in enumerate(chunks):
+            self._check_chunk(chunk)
+            by_length.setdefault(self._length(len(chunk.tokens)), []).append(place)
+        if not self._captures:
+            longest = max(by_length)
+            return [(list(range(len(chunks))), len(chunks), longest)]
+        arranged = []
+        for length, places in by_length.items():
+            most = max(1, self.chunk_tokens // length)
+            while most > 1 and len(places) > most // 2:
+                arranged.append((places[:most], most, length))
+                del places[:most]
+            arranged += [([place], 1, length) for place in places]
+        return arranged
+
+    def _all_shapes(self) -> Iterator[tuple[int, int]]:
+        """Those whose first token is soonest first."""
+        if not self._captures:
+            return
+        lengths = [self._length(1)]
+        while lengths[-1] < self.chunk_tokens:
+            lengths.append(2 * lengths[-1])
+        yield from ((1, length) for length in lengths)
+        yield from ((1 << i, 1) for i in range(most_rows(self.rows).bit_length()))
+        for length in lengths[:-1]:
+            yield self.chunk_tokens // length, length
+
+    def _run_chunks(
+        self, chunks: Sequence[Chunk], members: list[int], batch: int, length: int
+    ) -> Program:
+        program = self._program(batch, length)
+        rows, positions, tokens, last = [], [], [], []
+        for place in range(batch):
+            chunk = chunks[members[place]] if place < len(members) else Chunk(NULL_ROW, 0, ())
+            count = len(chunk.tokens)
+            missing = length - count
+            rows.append(chunk.row)
+            positions += [*range(chunk.start, chunk.start + count), *[PADDING] * missing]
+            tokens += [*chunk.tokens, *[0] * missing]
+            last.append(place * length + max(count - 1, 0))
+        program.run(rows, positions, tokens, last)
+        return program
+
+    def _program(self, batch: int, length: int, *, decodes: bool = False) -> Program:
+        shape = (batch, length, decodes)
+        program = self._programs.get(shape)
+        if program is None:
+            program = Program(self._forms, self._storage, self.tokens, *shape, self._layout(batch))
+            if self._captures:
+                program.capture(self._graphs)
+                self._programs[shape] = program
+        return program
+
+    def _layout(self, batch: int) -> DecodePlan | None:
+        """How a decode step of so many rows splits them; None where it does not."""
+        if not self._captures:
+            return None
+        return decode_plan(
+            batch,
+            self.geometry.kv_heads,
+            self._storage.table.physical.shape[1],
+            self.config.page_size,
+            torch.cuda.get_device_properties(self.device).multi_processor_count,
+        )
+
+    @torch.inference_mode()
+    def _scored(self, hidden: Tensor, targets: Tensor) -> Scores:
+        """hidden [n, hidden], targets [n]"""
+        logprobs, greedy = [], []
+        for part, wanted in zip(
+            torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True
+        ):
+            logits = self._forms.logits(part).float()
+            chosen = logits.gather(1, wanted[:, None])[:, 0]
+            logprobs.append(chosen - logits.logsumexp(dim=1))
+            greedy.append(logits.argmax(dim=1) == wanted)
+        return Scores(torch.cat(logprobs), torch.cat(greedy))
+
+
+def _forms(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> PlainForms:
+    if fallback:
+        return PlainForms(model, storage, config.backend)
+    from granite_paged.engine.kernel_forms import KernelForms  # needs Triton
+
+    return KernelForms(model, storage, config.backend)
+
+
+def _mixers(model: Any) -> dict[int, Any]:
+    """Layer -> its Mamba module."""
+    layers = enumerate(model.base_model.layers)
+    return {index: layer.mamba for index, layer in layers if layer.mamba is not None}
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

@@ -1,0 +1,332 @@
+"""y = x W^T for few rows, with what stands around it in a decoder layer fused in.
+
+A decode step reads every weight once and computes little with it, so its floor is the weights'
+bytes. Around each product stand a normalisation, a gate and a residual sum of a few rows, which as
+kernels of their own cost more than their work. Here they ride along::
+
+    gated      the weight holds two halves: y = silu(x W1^T) * (x W2^T)
+    residual   y <- residual + scale * y, in float32, rounded once
+    norm       a product that comes before an RMS norm also leaves y * norm_weight, and the sums of
+               squares of its parts of each row (`Normed`). The next product multiplies by the row's
+               1 / rms, which commutes with it
+
+Where there are fewer blocks of columns than multiprocessors, the depth is split; the last program
+of a tile to arrive adds the parts up in their order, so results repeat to the bit.
+
+On compute capability 9.0 and later a kernel starts while the one before it ends (programmatic
+dependent launch), and fetches its weights meanwhile: they depend on nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 64
+"""Beyond, a library's matrix product is faster than reading x once for every block of columns."""
+
+
+class Normed(NamedTuple):
+    """Rows on their way through an RMS norm, but for the factor 1 / rms of each.
+
+    values [rows, depth]: x * norm_weight.
+    squares [parts, rows] float32: sums of squares of x; a row's are to be added up.
+    """
+
+    values: Tensor
+    squares: Tensor
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Wait for the kernel before this one; from here on the next one may start."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _prefetch(pointers, EARLY: tl.constexpr):
+    """Ask for 128 bytes at each pointer to come to the L2 cache."""
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _inverse_rms(squares_ptr, row, row_there, rows, depth, eps, parts, PARTS: tl.constexpr):
+    """1 / rms of a block of rows."""
+    part = tl.arange(0, PARTS)
+    there = (part < parts)[:, None] & row_there[None, :]
+    squares = tl.load(squares_ptr + part[:, None] * rows + row[None, :], mask=there, other=0.0)
+    return tl.rsqrt(tl.sum(squares, axis=0) / depth + eps)
+
+
+@triton.jit
+def _few_rows(
+    x_ptr, weight_ptr, squares_ptr, residual_ptr, norm_ptr, out_ptr, normed_ptr, out_squares_ptr,
+    partial_ptr, arrived_ptr, rows, columns, depth, eps, scale, parts,
+    PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    EVEN: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    block, row_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    column_there, row_there = column < columns, row < rows
+    weight_row = weight_ptr + tl.where(column_there, column, 0)[:, None] * depth
+    second_half = columns * depth
+    each = tl.cdiv(tl.cdiv(depth, DEPTH), SPLITS) * DEPTH
+    first, end = split * each, tl.minimum(split * each + each, depth)
+    for start in range(first, end, DEPTH):
+        line = tl.minimum(start + tl.arange(0, DEPTH // 64) * 64, depth - 1)
+        _prefetch(weight_row + line[None, :], EARLY)
+        if GATED:
+            _prefetch(weight_row + second_half + line[None, :], EARLY)
+    wait(EARLY)
+    inverse = tl.full([ROWS], 1.0, tl.float32)
+    if PARTS > 0:
+        inverse = _inverse_rms(squares_ptr, row, row_there, rows, depth, eps, parts, PARTS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    gate_by = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first, end, DEPTH):
+        at = start + tl.arange(0, DEPTH)
+        x_mask, w_mask = row_there[:, None], column_there[:, None]
+        if not EVEN:
+            x_mask &= (at < depth)[None, :]
+            w_mask &= (at < depth)[None, :]
+        x = tl.load(x_ptr + row[:, None] * depth + at[None, :], mask=x_mask, other=0.0)
+        w = tl.load(weight_row + at[None, :], mask=w_mask, other=0.0)
+        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+        if GATED:
+            w = tl.load(weight_row + second_half + at[None, :], mask=w_mask, other=0.0)
+            gate_by = tl.dot(x, tl.trans(w), gate_by, input_precision="ieee")
+    if SPLITS > 1:
+        tile = block * tl.num_programs(1) + row_block
+        size: tl.constexpr = 2 * ROWS * COLUMNS
+        first_part = partial_ptr + tile.to(tl.int64) * SPLITS * size
+        cell = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        tl.store(first_part + split * size + cell, total)
+        if GATED:
+            tl.store(first_part + split * size + ROWS * COLUMNS + cell, gate_by)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(arrived_ptr + tile, 0)
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        gate_by = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for part in tl.static_range(SPLITS):
+            theirs = first_part + part * size + cell
+            total += tl.load(theirs, cache_modifier=".cg")
+            if GATED:
+                gate_by += tl.load(theirs + ROWS * COLUMNS, cache_modifier=".cg")
+    total *= inverse[:, None]
+    if GATED:
+        total = total * tl.sigmoid(total) * (gate_by * inverse[:, None])
+    total *= scale
+    place = row[:, None] * columns + column[None, :]
+    there = row_there[:, None] & column_there[None, :]
+    if RESIDUAL:
+        total += tl.load(residual_ptr + place, mask=there, other=0.0).to(tl.float32)
+    rounded = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, rounded, mask=there)
+    if NORM:
+        exact = tl.where(there, rounded.to(tl.float32), 0.0)
+        weight = tl.load(norm_ptr + column, mask=column_there, other=0.0).to(tl.float32)
+        normed = exact * weight[None, :]
+        tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=there)
+        sums = tl.sum(exact * exact, axis=1)
+        tl.store(out_squares_ptr + block * rows + row, sums, mask=row_there)
+
+
+@triton.jit
+def _one_row(
+    x_ptr, weight_ptr, squares_ptr, residual_ptr, norm_ptr, out_ptr, normed_ptr, out_squares_ptr,
+    columns, depth, eps, scale, parts,
+    PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    column_there = column < columns
+    at = tl.arange(0, DEPTH)
+    at_there = at < depth
+    w_mask = column_there[:, None] & at_there[None, :]
+    weight = weight_ptr + column[:, None] * depth + at[None, :]
+    w = tl.load(weight, mask=w_mask, other=0.0)
+    if GATED:
+        v = tl.load(weight + columns * depth, mask=w_mask, other=0.0)
+    wait(EARLY)
+    x = tl.load(x_ptr + at, mask=at_there, other=0.0).to(tl.float32)
+    y = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+    inverse = 1.0
+    if PARTS > 0:
+        part = tl.arange(0, PARTS)
+        squares = tl.load(squares_ptr + part, mask=part < parts, other=0.0)
+        inverse = tl.rsqrt(tl.sum(squares, axis=0) / depth + eps)
+    y *= inverse
+    if GATED:
+        y = y * tl.sigmoid(y) * (tl.sum(v.to(tl.float32) * x[None, :], axis=1) * inverse)
+    y *= scale
+    if RESIDUAL:
+        y += tl.load(residual_ptr + column, mask=column_there, other=0.0).to(tl.float32)
+    rounded = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + column, rounded, mask=column_there)
+    if NORM:
+        exact = tl.where(column_there, rounded.to(tl.float32), 0.0)
+        factor = tl.load(norm_ptr + column, mask=column_there, other=0.0).to(tl.float32)
+        normed = (exact * factor).to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + column, normed, mask=column_there)
+        tl.store(out_squares_ptr + block, tl.sum(exact * exact, axis=0))
+
+
+@triton.jit
+def _prenorm(
+    x_ptr, norm_ptr, out_ptr, squares_ptr, depth, EARLY: tl.constexpr, DEPTH: tl.constexpr
+):
+    row = tl.program_id(0)
+    at = tl.arange(0, DEPTH)
+    there = at < depth
+    weight = tl.load(norm_ptr + at, mask=there, other=0.0).to(tl.float32)
+    wait(EARLY)
+    x = tl.load(x_ptr + row * depth + at, mask=there, other=0.0).to(tl.float32)
+    out = (x * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * depth + at, out, mask=there)
+    tl.store(squares_ptr + row, tl.sum(x * x, axis=0))
+
+
+def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int) -> dict[str, int]:
+    """Block sizes, splits, stages and warps for one product.
+
+    The weights stream past once, so what counts is bytes in flight. One row: a program takes whole
+    columns in one load. More: blocks of columns, their depth split until about two programs a
+    multiprocessor run.
+    """
+    if rows == 1:
+        whole = int(triton.next_power_of_2(depth))
+        together = max(1, 16384 // whole // (2 if gated else 1))
+        return {"COLUMNS": together, "DEPTH": whole, "num_warps": 8 if whole > 2048 else 4}
+    wide = 32 if gated else 64
+    blocks = -(-columns // wide)
+    steps = -(-depth // 128)
+    splits = max(1, min(4, 2 * multiprocessors // blocks, steps // 4))
+    return {
+        "ROWS": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "COLUMNS": wide,
+        "DEPTH": 128,
+        "SPLITS": splits,
+        "num_warps": 4,
+        "num_stages": 4,
+    }
+
+
+def linear(
+    x: Tensor | Normed,
+    weight: Tensor,
+    *,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    gated: bool = False,
+    norm: Tensor | None = None,
+    out: Tensor | None = None,
+    **options: int,
+) -> tuple[Tensor, Normed | None]:
+    """scale * f(x W^T) + residual, for at most `MOST_ROWS` rows or so.
+
+    Args:
+        x: [rows, depth] contiguous, or such rows on their way through a norm.
+        weight: [columns, depth], or [2 * columns, depth] if gated.
+        eps: of the norm that x comes through.
+        residual: [rows, columns] or None. May be `out`.
+        scale: factor on the product, before the residual.
+        gated: y = silu(first half) * second half.
+        norm: [columns], weight of the norm that the result goes through next, or None.
+        out: [rows, columns], where to write.
+        options: block sizes in place of those of `tiles`.
+
+    Returns:
+        [rows, columns] in x's dtype, or `out`; and the same before its norm, if asked for.
+    """
+    values, squares = x if isinstance(x, Normed) else (x, None)
+    rows, depth = values.shape
+    columns = weight.shape[0] // (2 if gated else 1)
+    out = values.new_empty(rows, columns) if out is None else out
+    chosen: dict[str, Any] = {
+        **tiles(rows, columns, depth, gated, multiprocessors(values.device)),
+        **options,
+    }
+    blocks = int(triton.cdiv(columns, chosen["COLUMNS"]))
+    after = None
+    if norm is not None:
+        after = Normed(torch.empty_like(out), _floats(out, blocks, rows))
+    parts = 0 if squares is None else len(squares)
+    flags = {
+        "PARTS": int(triton.next_power_of_2(parts)) if parts else 0,
+        "GATED": gated,
+        "RESIDUAL": residual is not None,
+        "NORM": norm is not None,
+        **early(values.device),
+    }
+    pointers = (values, weight, squares, residual, norm, out, *(after or (None, None)))
+    if rows == 1:
+        _one_row[(blocks,)](*pointers, columns, depth, eps, scale, parts, **flags, **chosen)
+        return out, after
+    row_blocks, splits = int(triton.cdiv(rows, chosen["ROWS"])), chosen["SPLITS"]
+    tile = 2 * chosen["ROWS"] * chosen["COLUMNS"]
+    scratch = _scratch(values.device, blocks * row_blocks, splits * tile)
+    even = depth % chosen["DEPTH"] == 0
+    sizes = (rows, columns, depth, eps, scale, parts)
+    grid = (blocks, row_blocks, splits)
+    _few_rows[grid](*pointers, *scratch, *sizes, EVEN=even, **flags, **chosen)
+    return out, after
+
+
+def prenorm(x: Tensor, norm: Tensor) -> Normed:
+    """The start of an RMS norm of x [rows, depth]: what a product leaves if told of the norm."""
+    rows, depth = x.shape
+    after = Normed(torch.empty_like(x), _floats(x, 1, rows))
+    block = int(triton.next_power_of_2(depth))
+    _prenorm[(rows,)](x, norm, *after, depth, DEPTH=block, num_warps=4, **early(x.device))
+    return after
+
+
+@functools.cache
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel that may start before the last one has ended."""
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": can, "launch_pdl": True} if can else {"EARLY": False}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 under the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device=like.device)
+
+
+_SCRATCH: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+
+
+def _scratch(device: torch.device, tiles: int, numbers: int) -> tuple[Tensor, Tensor]:
+    """Parts of split products, and how many of a tile's have arrived: 0 between kernels.
+
+    Kernels of one stream share it. It is kept for good, since recorded graphs go on using it.
+    """
+    known = _SCRATCH.setdefault(device, [])
+    if not known or len(known[-1][1]) < tiles or len(known[-1][0]) < tiles * numbers:
+        parts = torch.empty(max(tiles * numbers, 2**22), device=device)
+        arrived = torch.zeros(max(tiles, 2**12), dtype=torch.int32, device=device)
+        known.append((parts, arrived))
+    return known[-1]

@@ -1,0 +1,486 @@
+"""Mamba-2 in Triton: one token a row, or many by chunks. `granite_paged.mamba` is the definition.
+
+::
+
+    projected   [B * S, inner + channels + heads]    gate | x, B, C | dt, as `in_proj` leaves it
+    gated       [B * S, inner]                       y * silu(gate), for norm and `out_proj`
+    conv ring   [rows, channels, width]              slot `position % width`
+    ssm         [rows, heads, head_dim, state_size]  float32
+
+One token: a program owns a block of one head's state, reads and writes it once. It convolves the
+channels that it needs itself; the ring lets it do so while others move theirs on, since the slot
+that takes the new input is the one nobody reads.
+
+Many tokens: convolution; a state for each chunk; the recurrence over chunks; the output. Decays are
+float32, matrix products take operands of the model's dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granite_paged.kernels.linear import Normed, early, wait
+from granite_paged.mamba import MambaSizes, MambaState
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def _silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _convolve_one(
+    input_ptr, ring_ptr, weight_ptr, bias_ptr, channel, position, there,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """silu of the convolution at one position, for a block of channels, in float32."""
+    slot = tl.arange(0, TAPS)
+    age = (position - slot + WIDTH) % WIDTH
+    place = channel[:, None] * WIDTH + slot[None, :]
+    ours = there[:, None] & (slot < WIDTH)[None, :]
+    past = tl.load(
+        ring_ptr + place, mask=ours & ((age > 0) & (age <= position))[None, :], other=0.0
+    )
+    new = tl.load(input_ptr + channel, mask=there, other=0.0)
+    taken = tl.where((age == 0)[None, :], new[:, None], past).to(tl.float32)
+    tap = channel[:, None] * WIDTH + (WIDTH - 1 - age)[None, :]
+    weight = tl.load(weight_ptr + tap, mask=ours, other=0.0).to(tl.float32)
+    total = tl.sum(taken * weight, axis=1)
+    if BIAS:
+        total += tl.load(bias_ptr + channel, mask=there, other=0.0).to(tl.float32)
+    return _silu(total), new
+
+
+@triton.jit
+def _step(
+    projected_ptr, ring_ptr, ssm_ptr, rows_ptr, positions_ptr,
+    weight_ptr, bias_ptr, dt_bias_ptr, a_log_ptr, skip_ptr, norm_ptr, gated_ptr, squares_ptr,
+    heads, head_dim, state_size, groups, low, high,
+    WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    EARLY: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    batch, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    squares_at = (head * tl.num_programs(2) + part) * tl.num_programs(0) + batch
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    position = tl.load(positions_ptr + batch).to(tl.int32)
+    p = part * P + tl.arange(0, P)
+    n = tl.arange(0, N)
+    p_there, n_there = p < head_dim, n < state_size
+    out = gated_ptr + batch.to(tl.int64) * inner + head * head_dim + p
+    if position < 0:
+        wait(EARLY)
+        tl.store(out, tl.zeros([P], tl.float32).to(gated_ptr.dtype.element_ty), mask=p_there)
+        if NORM:
+            tl.store(squares_ptr + squares_at, 0.0)
+        return
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    # whoever wrote states and weights has long ended: only `projected` is the last kernel's
+    place = (row * heads + head) * head_dim * state_size + p[:, None] * state_size + n[None, :]
+    there = p_there[:, None] & n_there[None, :]
+    state = tl.load(ssm_ptr + place, mask=there, other=0.0)
+    dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    skip = tl.load(skip_ptr + head).to(tl.float32)
+    wait(EARLY)
+    projected = projected_ptr + batch.to(tl.int64) * (inner + channels + heads)
+    ring = ring_ptr + row * channels * WIDTH
+    group = head // (heads // groups)
+    x_channel = head * head_dim + p
+    b_channel = inner + group * state_size + n
+    c_channel = b_channel + groups * state_size
+    x, x_new = _convolve_one(
+        projected + inner, ring, weight_ptr, bias_ptr, x_channel, position, p_there,
+        WIDTH, TAPS, BIAS,
+    )  # fmt: skip
+    b, b_new = _convolve_one(
+        projected + inner, ring, weight_ptr, bias_ptr, b_channel, position, n_there,
+        WIDTH, TAPS, BIAS,
+    )  # fmt: skip
+    c, c_new = _convolve_one(
+        projected + inner, ring, weight_ptr, bias_ptr, c_channel, position, n_there,
+        WIDTH, TAPS, BIAS,
+    )  # fmt: skip
+    newest = position % WIDTH
+    tl.store(ring + x_channel * WIDTH + newest, x_new, mask=p_there)
+    if (part == 0) & (head % (heads // groups) == 0):
+        tl.store(ring + b_channel * WIDTH + newest, b_new, mask=n_there)
+        tl.store(ring + c_channel * WIDTH + newest, c_new, mask=n_there)
+
+    raw = tl.load(projected + inner + channels + head).to(tl.float32)
+    dt = _softplus(raw + dt_bias)
+    if position == 0:
+        dt = tl.minimum(tl.maximum(dt, low), high)
+    state = state * tl.exp(dt * rate) + (dt * x)[:, None] * b[None, :]
+    tl.store(ssm_ptr + place, state, mask=there)
+    y = tl.sum(state * c[None, :], axis=1) + skip * x
+    gate = tl.load(projected + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
+    y = tl.where(p_there, y * _silu(gate), 0.0)
+    if NORM:
+        tl.store(squares_ptr + squares_at, tl.sum(y * y, axis=0))
+        y *= tl.load(norm_ptr + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
+    tl.store(out, y.to(gated_ptr.dtype.element_ty), mask=p_there)
+
+
+def step(
+    sizes: MambaSizes,
+    projected: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    state: MambaState,
+    norm: Tensor | None = None,
+) -> Tensor | Normed:
+    """One token for each of B rows: convolution, recurrence and gate in one kernel.
+
+    Args:
+        sizes: of the layer.
+        projected: [B, inner + channels + heads], what `in_proj` gave.
+        positions: [B] int, -1 for padding, which reads and writes no state.
+        weight, bias: of the convolution, [channels, width] and [channels] or None.
+        dt_bias, a_log, skip: [heads].
+        state: of the layer, all rows; `state.rows` [B] int names the batch's.
+        norm: [inner], weight of the norm that the result goes through next, or None.
+
+    Returns:
+        [B, inner] in projected's dtype, gated, before its norm if there is one; zeros at padding.
+    """
+    batch = positions.shape[0]
+    gated = projected.new_empty(batch, sizes.inner)
+    block = _state_block(sizes, batch)
+    grid = (batch, sizes.heads, triton.cdiv(sizes.head_dim, block))
+    squares = None if norm is None else state.ssm.new_empty(grid[1] * grid[2], batch)
+    _step[grid](
+        projected, state.conv, state.ssm, state.rows, positions,
+        weight, bias, dt_bias, a_log, skip, norm, gated, squares,
+        sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *_limits(sizes),
+        WIDTH=sizes.conv_width, TAPS=triton.next_power_of_2(sizes.conv_width),
+        BIAS=bias is not None, NORM=norm is not None, P=block,
+        N=triton.next_power_of_2(sizes.state_size), num_warps=_step_warps(block),
+        **early(projected.device),
+    )  # fmt: skip
+    return gated if squares is None else Normed(gated, squares)
+
+
+def _state_block(sizes: MambaSizes, batch: int) -> int:
+    """Elements of a head a program takes: few where there are few rows to fill the GPU with."""
+    whole = int(triton.next_power_of_2(sizes.head_dim))
+    return min(whole, 8 if batch <= 2 else 16 if batch <= 4 else 64)
+
+
+def _step_warps(block: int) -> int:
+    return 1 if block <= 8 else 2 if block <= 16 else 4
+
+
+def _limits(sizes: MambaSizes) -> tuple[float, float]:
+    low, high = sizes.time_step_limit
+    return float(low), float(high)
+
+
+# -- many tokens --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _convolve(
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, out_ptr,
+    tokens, inner, channels, stride,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0)
+    s = tl.program_id(1) * S + tl.arange(0, S)
+    c = tl.program_id(2) * C + tl.arange(0, C)
+    s_there, c_there = s < tokens, c < channels
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    positions = positions_ptr + batch * tokens
+    position = tl.load(positions + s, mask=s_there, other=-1)
+    first = batch.to(tl.int64) * tokens
+    token = (first + s) * stride
+    inputs = projected_ptr + inner + c[None, :]
+    total = tl.zeros([S, C], tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + c, mask=c_there, other=0.0).to(tl.float32)[None, :]
+    for age in tl.static_range(WIDTH):
+        before = s - age
+        is_here = (before >= 0) & s_there
+        if age > 0:
+            is_here &= tl.load(positions + before, mask=is_here, other=-1) >= 0
+        wanted = position - age
+        here = tl.load(
+            inputs + (token - age * stride)[:, None],
+            mask=is_here[:, None] & c_there[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if age > 0:
+            stored = (wanted >= 0) & s_there & (is_here == 0)
+            ring = ring_ptr + row * channels * WIDTH + c[None, :] * WIDTH
+            here += tl.load(
+                ring + (wanted % WIDTH)[:, None],
+                mask=stored[:, None] & c_there[None, :],
+                other=0.0,
+            ).to(tl.float32)
+        tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
+        total += here * tap.to(tl.float32)[None, :]
+    place = (first + s)[:, None] * channels + c[None, :]
+    total = _silu(total)
+    tl.store(
+        out_ptr + place,
+        total.to(out_ptr.dtype.element_ty),
+        mask=s_there[:, None] & c_there[None, :],
+    )
+
+
+@triton.jit
+def _store_ring(
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr,
+    tokens, inner, channels, stride, WIDTH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The inputs of the last `WIDTH` columns go to the slots of their positions."""
+    batch = tl.program_id(0)
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    there = c < channels
+    positions = positions_ptr + batch * tokens
+    last = tl.full([], -1, tl.int32)
+    column = tl.full([], 0, tl.int32)
+    for start in range(0, tokens, 1024):
+        s = start + tl.arange(0, 1024)
+        position = tl.load(positions + s, mask=s < tokens, other=-1).to(tl.int32)
+        highest = tl.max(position, axis=0)
+        if highest > last:
+            column = tl.max(tl.where(position == highest, s, -1), axis=0)
+            last = highest
+    for age in tl.static_range(WIDTH):
+        at = column - age + tl.zeros([C], tl.int32)  # the same for every channel
+        known = there & (at >= 0)
+        position = tl.load(positions + at, mask=known, other=-1)
+        token = (batch.to(tl.int64) * tokens + at) * stride
+        new = tl.load(projected_ptr + token + inner + c, mask=known, other=0.0)
+        slot = ring_ptr + row * channels * WIDTH + c * WIDTH + position % WIDTH
+        tl.store(slot, new, mask=known & (position >= 0))
+
+
+@triton.jit
+def _chunk_states(
+    convolved_ptr, projected_ptr, positions_ptr, dt_bias_ptr, a_log_ptr,
+    dt_ptr, decay_ptr, states_ptr,
+    tokens, chunks, heads, head_dim, state_size, groups, low, high, stride,
+    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dt and the running sum of dt * A of a chunk; what the chunk adds to the state."""
+    batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    first = batch.to(tl.int64) * tokens
+    s = chunk * SIZE + tl.arange(0, SIZE)
+    is_token = tl.load(positions_ptr + first + s, mask=s < tokens, other=-1) >= 0
+    raw = tl.load(
+        projected_ptr + (first + s) * stride + inner + channels + head, mask=s < tokens, other=0.0
+    ).to(tl.float32)
+    dt = _softplus(raw + tl.load(dt_bias_ptr + head).to(tl.float32))
+    dt = tl.where(is_token, tl.minimum(tl.maximum(dt, low), high), 0.0)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    decay = tl.cumsum(dt * rate, axis=0)
+    whole = tl.sum(dt * rate, axis=0)
+    by_head = (batch * heads + head).to(tl.int64) * chunks * SIZE + chunk * SIZE
+    tl.store(dt_ptr + by_head + tl.arange(0, SIZE), dt)
+    tl.store(decay_ptr + by_head + tl.arange(0, SIZE), decay)
+    tl.debug_barrier()
+
+    p, n, group = tl.arange(0, P), tl.arange(0, N), head // (heads // groups)
+    p_there, n_there = p < head_dim, n < state_size
+    added = tl.zeros([P, N], tl.float32)
+    for start in range(0, SIZE, L):
+        at = start + tl.arange(0, L)
+        here = chunk * SIZE + at < tokens
+        token = (first + chunk * SIZE + at) * channels
+        x = tl.load(
+            convolved_ptr + token[None, :] + (head * head_dim + p)[:, None],
+            mask=p_there[:, None] & here[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            convolved_ptr + token[:, None] + (inner + group * state_size + n)[None, :],
+            mask=here[:, None] & n_there[None, :],
+            other=0.0,
+        )
+        to_end = tl.exp(whole - tl.load(decay_ptr + by_head + at)) * tl.load(dt_ptr + by_head + at)
+        scaled = (x.to(tl.float32) * to_end[None, :]).to(b.dtype)
+        added = tl.dot(scaled, b, added, input_precision="ieee")
+    place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
+    there = p_there[:, None] & n_there[None, :]
+    tl.store(states_ptr + place + p[:, None] * state_size + n[None, :], added, mask=there)
+
+
+@triton.jit
+def _pass_on(
+    states_ptr, ssm_ptr, rows_ptr, decay_ptr, chunks, heads, elements, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """In place of what each chunk adds: the state that enters it. The last goes to the row."""
+    batch, head = tl.program_id(0), tl.program_id(1)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    there = at < elements
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    held = ssm_ptr + (row * heads + head) * elements + at
+    state = tl.load(held, mask=there, other=0.0)
+    ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
+    for chunk in range(chunks):
+        place = states_ptr + ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
+        added = tl.load(place, mask=there, other=0.0)
+        tl.store(place, state, mask=there)
+        state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
+    tl.store(held, state, mask=there)
+
+
+@triton.jit
+def _chunk_outputs(
+    convolved_ptr, projected_ptr, dt_ptr, decay_ptr, states_ptr, skip_ptr, gated_ptr,
+    tokens, chunks, heads, head_dim, state_size, groups, stride,
+    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """(decayed C . state) + (masked, decayed C B^T) (dt x) + D x, times silu(gate)."""
+    batch, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = SIZE // L
+    chunk, part = part // parts, part % parts
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    first = batch.to(tl.int64) * tokens + chunk * SIZE
+    left = tokens - chunk * SIZE  # tokens from this chunk's first on
+    p, n, group = tl.arange(0, P), tl.arange(0, N), head // (heads // groups)
+    p_there, n_there = p < head_dim, n < state_size
+    to = part * L + tl.arange(0, L)
+    to_there = to < left
+    by_head = (batch * heads + head).to(tl.int64) * chunks * SIZE + chunk * SIZE
+    decay = tl.load(decay_ptr + by_head + to)
+    b_at = inner + group * state_size + n
+    c = tl.load(
+        convolved_ptr + (first + to)[:, None] * channels + (b_at + groups * state_size)[None, :],
+        mask=to_there[:, None] & n_there[None, :],
+        other=0.0,
+    )
+    place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
+    entering = tl.load(
+        states_ptr + place + p[None, :] * state_size + n[:, None],
+        mask=p_there[None, :] & n_there[:, None],
+        other=0.0,
+    ).to(c.dtype)
+    out = tl.dot(c, entering, input_precision="ieee") * tl.exp(decay)[:, None]
+    for start in range(0, (part + 1) * L, L):
+        at = start + tl.arange(0, L)
+        here = at < left
+        b = tl.load(
+            convolved_ptr + (first + at)[None, :] * channels + b_at[:, None],
+            mask=here[None, :] & n_there[:, None],
+            other=0.0,
+        )
+        x = tl.load(
+            convolved_ptr + (first + at)[:, None] * channels + (head * head_dim + p)[None, :],
+            mask=here[:, None] & p_there[None, :],
+            other=0.0,
+        )
+        later = decay[:, None] - tl.load(decay_ptr + by_head + at)[None, :]
+        causal = to[:, None] >= at[None, :]
+        weight = tl.exp(tl.where(causal, later, -float("inf")))
+        weight *= tl.load(dt_ptr + by_head + at)[None, :]
+        weight *= tl.dot(c, b, input_precision="ieee")
+        out = tl.dot(weight.to(x.dtype), x, out, input_precision="ieee")
+    token_there = to_there[:, None] & p_there[None, :]
+    column = (head * head_dim + p)[None, :]
+    x = tl.load(
+        convolved_ptr + (first + to)[:, None] * channels + column, mask=token_there, other=0.0
+    )
+    out += tl.load(skip_ptr + head).to(tl.float32) * x.to(tl.float32)
+    gate = tl.load(
+        projected_ptr + (first + to)[:, None] * stride + column, mask=token_there, other=0.0
+    )
+    out *= _silu(gate.to(tl.float32))
+    place = (first + to)[:, None] * inner + column
+    tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=token_there)
+
+
+def scan(
+    sizes: MambaSizes,
+    projected: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    state: MambaState,
+) -> Tensor:
+    """Many tokens for each of B rows. Args as in `step`, with projected [B * S, ...] and positions
+    [B, S]; returns [B * S, inner], gated, arbitrary finite values at padding.
+    """
+    batch, tokens = positions.shape
+    stride = projected.shape[1]
+    convolved = projected.new_empty(batch * tokens, sizes.channels)
+    width, has_bias = sizes.conv_width, bias is not None
+    block = 64
+    grid = (batch, triton.cdiv(tokens, 16), triton.cdiv(sizes.channels, block))
+    _convolve[grid](
+        projected, state.conv, state.rows, positions, weight, bias, convolved,
+        tokens, sizes.inner, sizes.channels, stride,
+        WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2,
+    )  # fmt: skip
+    _store_ring[(batch, triton.cdiv(sizes.channels, 256))](
+        projected, state.conv, state.rows, positions,
+        tokens, sizes.inner, sizes.channels, stride, WIDTH=width, C=256,
+    )  # fmt: skip
+    return _scan(sizes, projected, convolved, positions, dt_bias, a_log, skip, state)
+
+
+def _scan(
+    sizes: MambaSizes,
+    projected: Tensor,
+    convolved: Tensor,
+    positions: Tensor,
+    dt_bias: Tensor,
+    a_log: Tensor,
+    skip: Tensor,
+    state: MambaState,
+) -> Tensor:
+    batch, tokens = positions.shape
+    size = chunk_of(sizes, tokens)
+    block = min(64, size)
+    chunks = int(triton.cdiv(tokens, size))
+    dt = state.ssm.new_empty(2, batch, sizes.heads, chunks * size)
+    states = state.ssm.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
+    shape = (tokens, chunks, sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups)
+    stride = projected.shape[1]
+    blocks = {
+        "SIZE": size,
+        "L": block,
+        "P": max(16, triton.next_power_of_2(sizes.head_dim)),
+        "N": max(16, triton.next_power_of_2(sizes.state_size)),
+    }
+    _chunk_states[(batch, chunks, sizes.heads)](
+        convolved, projected, positions, dt_bias, a_log, dt[0], dt[1], states,
+        *shape, *_limits(sizes), stride, **blocks, num_warps=4,
+    )  # fmt: skip
+    elements = sizes.head_dim * sizes.state_size
+    _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
+        states, state.ssm, state.rows, dt[1], chunks, sizes.heads, elements, SIZE=size, BLOCK=1024,
+    )  # fmt: skip
+    gated = projected.new_empty(batch * tokens, sizes.inner)
+    _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
+        convolved, projected, dt[0], dt[1], states, skip, gated,
+        *shape, stride, **blocks, num_warps=4,
+    )  # fmt: skip
+    return gated
+
+
+def chunk_of(sizes: MambaSizes, tokens: int) -> int:
+    """Tokens a chunk: the model's own size where kernels can have it, no more than there are."""
+    size = 1 << (sizes.chunk_size.bit_length() - 1)
+    return int(max(16, min(size, 256, triton.next_power_of_2(tokens))))

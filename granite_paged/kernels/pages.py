@@ -1,0 +1,124 @@
+"""New K and V into pages, and which pages each part of a decode step's attention reads."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _write_pages(
+    keys_ptr, values_ptr, key_pool_ptr, value_pool_ptr, rows_ptr, positions_ptr, table_ptr,
+    nonfinite_ptr, tokens, kv_heads, head_dim, page_size, width, slots, stride,
+    D: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions_ptr + token)
+    if position < 0:
+        return
+    row = tl.load(rows_ptr + token // tokens).to(tl.int64)
+    page = tl.load(table_ptr + row * width + position // page_size).to(tl.int64)
+    slot = page * page_size + position % page_size
+    d = tl.arange(0, D)
+    there = d < head_dim
+    source = token.to(tl.int64) * stride + head * head_dim + d
+    target = (head.to(tl.int64) * slots + slot) * head_dim + d
+    key = tl.load(keys_ptr + source, mask=there, other=0.0)
+    value = tl.load(values_ptr + source, mask=there, other=0.0)
+    # x - x is 0 for every finite x, and NaN for infinities and NaN
+    bad_key, bad_value = (key - key) != 0, (value - value) != 0
+    tl.store(key_pool_ptr + target, tl.where(bad_key, 0.0, key), mask=there)
+    tl.store(value_pool_ptr + target, tl.where(bad_value, 0.0, value), mask=there)
+    if tl.max((bad_key | bad_value).to(tl.int32), axis=0) > 0:
+        tl.store(nonfinite_ptr + row, 1)
+
+
+def write_pages(
+    keys: Tensor,
+    values: Tensor,
+    pools: tuple[Tensor, Tensor],
+    rows: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    nonfinite: Tensor,
+    page_size: int,
+) -> None:
+    """Put new tokens where the page table says. Padding is written nowhere.
+
+    NaN and infinity are stored as 0 and reported, so that a pool holds finite numbers only: a
+    masked weight of 0 times a NaN would be a NaN.
+
+    Args:
+        keys, values: [B * S, Hkv * D] each, contiguous.
+        pools: keys and values, [1, Hkv, slots, D] each.
+        rows: [B] int, of the page table.
+        positions: [B, S] int, -1 for padding.
+        table: [rows, width] int32, logical page -> physical page.
+        nonfinite: [rows] uint8, set to 1 where NaN or infinity was met.
+        page_size: tokens a page.
+    """
+    _, kv_heads, slots, head_dim = pools[0].shape
+    tokens = positions.shape[1]
+    _write_pages[(positions.numel(), kv_heads)](
+        keys, values, *pools, rows, positions, table, nonfinite,
+        tokens, kv_heads, head_dim, page_size, table.shape[1], slots, keys.stride(0),
+        D=triton.next_power_of_2(head_dim), num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _split_pages(
+    rows_ptr, positions_ptr, table_ptr, whole_count_ptr, whole_ptr, partial_count_ptr, partial_ptr,
+    splits, page_size, width, wide, W: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    batch, split = part // splits, part % splits
+    tokens = tl.load(positions_ptr + batch) + 1
+    pages = (tokens + page_size - 1) // page_size
+    whole = tokens // page_size
+    each = (pages + splits - 1) // splits
+    first = split * each
+    end = tl.minimum(first + each, pages)
+    count = tl.maximum(tl.minimum(end, whole) - first, 0)
+    has_partial = (pages > whole) & (first <= whole) & (whole < end)
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    table = table_ptr + row * width
+    tl.store(whole_count_ptr + part, count)
+    tl.store(partial_count_ptr + part, has_partial.to(tl.int32))
+    tl.store(
+        partial_ptr + part.to(tl.int64) * wide, tl.load(table + whole, mask=has_partial, other=0)
+    )
+    for start in range(0, wide, W):
+        at = start + tl.arange(0, W)
+        page = tl.load(table + first + at, mask=at < count, other=0)
+        tl.store(whole_ptr + part.to(tl.int64) * wide + at, page, mask=at < wide)
+
+
+def split_pages(
+    rows: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    splits: int,
+    page_size: int,
+) -> None:
+    """Share each row's pages out over `splits` parts, evenly, in order.
+
+    Args:
+        rows: [B] int, of the page table.
+        positions: [B] int, of the newest token; -1 for padding, which has no pages.
+        table: [rows, width] int32.
+        lists: written here, int32 each: how many whole pages a part has [B * splits], which
+            [B * splits, wide]; whether it has the partly filled one [B * splits], which
+            [B * splits, wide], of which only the first column is written.
+        splits: parts a row.
+        page_size: tokens a page.
+    """
+    whole_count, whole, partial_count, partial = lists
+    wide = whole.shape[-1]
+    _split_pages[(len(rows) * splits,)](
+        rows, positions, table, whole_count, whole, partial_count, partial,
+        splits, page_size, table.shape[1], wide, W=min(256, triton.next_power_of_2(wide)),
+        num_warps=1,
+    )  # fmt: skip

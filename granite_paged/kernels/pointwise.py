@@ -1,0 +1,52 @@
+"""What stands between matrix products of many rows: normalisation and gate."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _rms_norm(x_ptr, weight_ptr, out_ptr, depth, eps, groups, DEPTH: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, DEPTH)
+    there = at < depth
+    start = row.to(tl.int64) * depth
+    x = tl.load(x_ptr + start + at, mask=there, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / depth + eps)
+    weight = tl.load(weight_ptr + (row % groups) * depth + at, mask=there, other=0.0)
+    out = x * inverse * weight.to(tl.float32)
+    tl.store(out_ptr + start + at, out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """RMS normalisation of each of `groups` equal parts of a row. x [rows, depth] contiguous."""
+    rows, depth = x.shape
+    depth //= groups
+    out = x.new_empty(x.shape)
+    block = triton.next_power_of_2(depth)
+    warps = 4 if block <= 2048 else 8
+    _rms_norm[(rows * groups,)](x, weight, out, depth, eps, groups, DEPTH=block, num_warps=warps)
+    return out
+
+
+@triton.jit
+def _silu_mul(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < columns
+    at = x_ptr + row * 2 * columns + column
+    gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    by = tl.load(at + columns, mask=there, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * by
+    tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(first half) * second half of each row. x [rows, 2 * columns] contiguous."""
+    rows, columns = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(rows, columns)
+    block = min(1024, triton.next_power_of_2(columns))
+    _silu_mul[(rows, triton.cdiv(columns, block))](x, out, columns, BLOCK=block)
+    return out

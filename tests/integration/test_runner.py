@@ -1,0 +1,226 @@
+"""A runner against transformers: the same tokens and logits, in whatever rows and chunks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from driver import Driver
+from tiny import FLAVOURS, VOCABULARY, tiny_model
+from tolerance import LOGITS_FLOAT32
+from torch import Tensor
+
+from granite_paged import PagedConfig
+from granite_paged.engine.plan import weights_bytes
+from granite_paged.engine.runner import Chunk, Runner
+from granite_paged.errors import InvalidRequest, OutOfMemory, PromptError
+
+CONFIG = PagedConfig(page_size=16, max_tokens=512, max_sequences=4, chunk_tokens=32)
+
+
+@pytest.fixture(scope="module", params=list(FLAVOURS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def driver(model: Any) -> Driver:
+    return Driver(model, CONFIG)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count,), generator=draw).tolist()
+
+
+@torch.inference_mode()
+def sdpa(model: Any, ids: list[int]) -> Tensor:
+    """Logits of every token, [tokens, vocabulary]."""
+    return model(torch.tensor([ids])).logits[0]
+
+
+def sdpa_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(sdpa(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    difference = float((actual - expected).abs().max() / expected.abs().max())
+    assert difference <= LOGITS_FLOAT32
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 32])
+def test_greedy_tokens_are_those_of_generate(model: Any, driver: Driver, chunk: int) -> None:
+    prompt = tokens(45)
+    expected = sdpa_greedy(model, prompt, 20)
+    driver.open(3)
+    assert driver.greedy(3, prompt, 20, chunk) == expected
+    driver.check_valid()
+
+
+def test_chunks_of_different_lengths_share_a_call_and_leave_no_trace_in_each_other(
+    model: Any, driver: Driver
+) -> None:
+    prompts = {1: tokens(32, 1), 2: tokens(5, 2), 4: tokens(1, 3)}
+    for row in prompts:
+        driver.open(row)
+    logits = driver.prefill(prompts)
+    for place, prompt in enumerate(prompts.values()):
+        assert_same(logits[place], sdpa(model, prompt)[-1])
+    fed = {4: 7, 1: 9, 2: 11}  # in another order than their rows
+    logits = driver.decode(fed)
+    for place, (row, token) in enumerate(fed.items()):
+        assert_same(logits[place], sdpa(model, [*prompts[row], token])[-1])
+
+
+def test_a_fork_continues_by_itself(model: Any, driver: Driver) -> None:
+    prompt = tokens(21)
+    driver.open(1)
+    driver.prefill({1: prompt})
+    driver.fork(1, 2)
+    for one, other in ((5, 6), (7, 8)):
+        logits = driver.decode({1: one, 2: other})
+    assert_same(logits[0], sdpa(model, [*prompt, 5, 7])[-1])
+    assert_same(logits[1], sdpa(model, [*prompt, 6, 8])[-1])
+    driver.check_valid()
+
+
+def test_a_row_given_to_the_next_sequence_holds_nothing_of_the_last(
+    model: Any, driver: Driver
+) -> None:
+    driver.open(1)
+    driver.prefill({1: tokens(30, 5)})
+    driver.close(1)
+    driver.open(1)
+    prompt = tokens(9, 6)
+    assert_same(driver.prefill({1: prompt})[0], sdpa(model, prompt)[-1])
+
+
+def test_a_row_that_is_not_cleared_is_seen(driver: Driver) -> None:
+    if not driver.runner.storage.states:
+        pytest.skip("a model without Mamba layers keeps nothing in its rows")
+    driver.open(1)
+    clean = driver.prefill({1: tokens(9, 6)}).clone()
+    driver.close(1)
+    driver.sequences[1] = driver.allocator.open()  # `open` without `clear_rows`
+    assert not torch.allclose(driver.prefill({1: tokens(9, 6)}), clean)
+
+
+def test_scores_are_log_probabilities_of_the_targets(model: Any, driver: Driver) -> None:
+    texts = {1: tokens(20, 1), 2: tokens(31, 2)}
+    for row in texts:
+        driver.open(row)
+    chunks = driver.chunks({row: text[:-1] for row, text in texts.items()})
+    scores = driver.runner.score(chunks, [text[1:] for text in texts.values()])
+    expected = [sdpa(model, text)[:-1].log_softmax(-1) for text in texts.values()]
+    wanted = [torch.tensor(text[1:]) for text in texts.values()]
+    chosen = torch.cat(
+        [e.gather(1, w[:, None])[:, 0] for e, w in zip(expected, wanted, strict=True)]
+    )
+    assert_same(scores.logprobs, chosen)
+    likeliest = torch.cat([e.argmax(1) == w for e, w in zip(expected, wanted, strict=True)])
+    assert torch.equal(scores.greedy, likeliest)
+
+
+@pytest.mark.parametrize("to_host", [False, True])
+def test_a_row_saved_and_loaded_elsewhere_goes_on_as_it_was(
+    model: Any, driver: Driver, to_host: bool
+) -> None:
+    prompt = tokens(32)
+    driver.open(1)
+    driver.prefill({1: prompt})
+    held = driver.allocator.pages_of(driver.sequences[1])
+    state, contents = driver.runner.save_row(1, to_host=to_host), driver.runner.save_pages(held)
+    driver.close(1)
+    driver.open(2)
+    driver.prefill({2: tokens(32, 9)})  # takes the pages over
+    driver.open(3)
+    plan = driver.allocator.append({driver.sequences[3]: len(prompt)})
+    driver.runner.write_pages(plan, {driver.sequences[3]: 3})
+    driver.runner.load_row(3, state)
+    driver.runner.load_pages(driver.allocator.pages_of(driver.sequences[3]), contents)
+    assert_same(driver.decode({3: 8})[0], sdpa(model, [*prompt, 8])[-1])
+
+
+def test_another_rows_nan_changes_nothing_and_is_told_of(model: Any, driver: Driver) -> None:
+    for row in (1, 2):
+        driver.open(row)
+    healthy, sick = tokens(20, 1), tokens(20, 2)
+    clean = driver.prefill({1: healthy}).clone()
+    driver.close(1)
+    driver.open(1)
+    embedding = model.get_input_embeddings().weight
+    token = next(t for t in range(3, VOCABULARY) if t not in healthy)
+    before = embedding[token].clone()
+    with torch.no_grad():
+        embedding[token] = torch.nan
+    driver.prefill({2: [token, *sick[1:]]})
+    with torch.no_grad():
+        embedding[token] = before
+    assert driver.runner.nonfinite.tolist() == [0, 0, 1, 0, 0]
+    driver.close(2)  # its pages go to the next
+    assert_same(driver.prefill({1: healthy}), clean)
+    assert all(pool.keys.isfinite().all() for pool in driver.runner.storage.pools.values())
+
+
+def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
+    prompt = tokens(21)
+    driver.open(1)
+    clean = driver.prefill({1: prompt}).clone()
+    driver.close(1)
+    for pool in driver.runner.storage.pools.values():
+        pool.keys.fill_(1e30)
+        pool.values.fill_(-1e30)
+    driver.open(1)
+    assert_same(driver.prefill({1: prompt}), clean)  # other pages, so another order of sums
+
+
+@pytest.mark.parametrize(
+    ("chunk", "error"),
+    [
+        (Chunk(1, 0, []), PromptError),
+        (Chunk(0, 0, [5]), InvalidRequest),
+        (Chunk(5, 0, [5]), InvalidRequest),
+        (Chunk(1, 0, [5] * 33), InvalidRequest),
+        (Chunk(1, 490, [5] * 30), InvalidRequest),
+        (Chunk(1, -1, [5]), InvalidRequest),
+    ],
+)
+def test_a_chunk_that_cannot_be_run_is_refused(
+    driver: Driver, chunk: Chunk, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        driver.runner.prefill([chunk])
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions"), [([], []), ([0], [0]), ([5], [0]), ([1], [512]), ([1], [-1]), ([1], [])]
+)
+def test_a_decode_step_that_cannot_be_run_is_refused(
+    driver: Driver, rows: list[int], positions: list[int]
+) -> None:
+    with pytest.raises(InvalidRequest):
+        driver.runner.decode(rows, positions)
+
+
+def test_targets_that_do_not_match_are_refused(driver: Driver) -> None:
+    with pytest.raises(InvalidRequest, match="one target"):
+        driver.runner.score([Chunk(1, 0, [5, 6])], [[7]])
+
+
+def test_a_runner_that_does_not_fit_is_refused_with_what_is_needed(model: Any) -> None:
+    with pytest.raises(OutOfMemory, match="lower PagedConfig"):
+        Runner.for_model(model, PagedConfig(max_tokens=2**40))
+
+
+def test_the_plan_is_what_is_allocated(driver: Driver, model: Any) -> None:
+    runner = driver.runner
+    storage = runner.storage
+    assert runner.plan.weights == weights_bytes(model)
+    assert runner.plan.rows == sum(state.nbytes for state in storage.states.values())
+    pools = sum(pool.nbytes for pool in storage.pools.values())
+    assert runner.plan.pages == pools + storage.table.nbytes
+    assert str(round(runner.plan.total / 1e9, 2)) in runner.plan.describe()

@@ -1,0 +1,284 @@
+"""Triton kernels against the plain PyTorch that defines them, interpreted or on a GPU.
+
+The interpreter computes bfloat16 products wrongly, so the CPU runs float32 and float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_mamba import error, layer
+from torch import Tensor
+from torch.nn.functional import silu
+
+from granite_paged.mamba import MambaSizes, MambaState, mix
+
+pytest.importorskip("triton")
+
+from granite_paged.kernels import linear as few_rows
+from granite_paged.kernels import mamba, pages, pointwise
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOAT32 = 2e-6
+HALF = 2e-3
+"""float16 operands, float32 sums: a few roundings of 2**-11 of the largest term."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+# -- products of few rows -----------------------------------------------------------------------
+
+
+def product_case(
+    rows: int, columns: int, depth: int, gated: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, residual, norm weights before and after."""
+    torch.manual_seed(rows)
+    shapes = ((rows, depth), (columns * (2 if gated else 1), depth), (rows, columns))
+    x, weight, residual = (torch.randn(*shape, device=DEVICE) for shape in shapes)
+    before, after = torch.randn(depth, device=DEVICE), torch.randn(columns, device=DEVICE)
+    return x, weight, residual, before, after
+
+
+def formula(x: Tensor, weight: Tensor, before: Tensor | None, gated: bool) -> Tensor:
+    product = (x.double() if before is None else rms_norm(x, before)) @ weight.double().T
+    if not gated:
+        return product
+    half = product.shape[1] // 2
+    return silu(product[:, :half]) * product[:, half:]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 40])
+@pytest.mark.parametrize("columns", [16, 75])
+@pytest.mark.parametrize("depth", [128, 200])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_product_of_few_rows_is_the_formula(
+    rows: int, columns: int, depth: int, normed: bool, gated: bool, residual: bool
+) -> None:
+    x, weight, held, before, _ = product_case(rows, columns, depth, gated)
+    expected = 0.22 * formula(x, weight, before if normed else None, gated)
+    expected = expected + held if residual else expected
+    given = few_rows.prenorm(x, before) if normed else x
+    actual, nothing = few_rows.linear(
+        given,
+        weight,
+        eps=1e-5,
+        residual=held if residual else None,
+        scale=0.22,
+        gated=gated,
+    )
+    assert nothing is None
+    assert error(actual.double(), expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_in_a_row_pass_their_norm_on(
+    rows: int, splits: int, normed: bool, gated: bool
+) -> None:
+    x, weight, held, before, after = product_case(rows, 40, 300, gated)
+    given = few_rows.prenorm(x, before) if normed else x
+    options = {} if rows == 1 else {"DEPTH": 64, "COLUMNS": 16, "SPLITS": splits}
+    expected = formula(x, weight, before if normed else None, gated) + held
+    for _ in range(2):  # the second time shows that nothing was left behind
+        actual, passed = few_rows.linear(
+            given, weight, eps=1e-5, residual=held, gated=gated, norm=after, **options
+        )
+        assert error(actual.double(), expected) <= FLOAT32
+        assert passed is not None
+        inverse = torch.rsqrt(passed.squares.sum(0) / 40 + 1e-5)[:, None]
+        assert error(passed.values * inverse, rms_norm(actual, after)) <= FLOAT32
+
+
+def test_a_product_adds_to_its_residual_in_place() -> None:
+    x, weight = torch.randn(3, 64, device=DEVICE), torch.randn(32, 64, device=DEVICE)
+    hidden = torch.randn(3, 32, device=DEVICE)
+    expected = hidden + 0.5 * x @ weight.T
+    assert few_rows.linear(x, weight, residual=hidden, scale=0.5, out=hidden)[0] is hidden
+    assert error(hidden, expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rms_norm_is_the_formula(groups: int) -> None:
+    x, weight = torch.randn(5, 96, device=DEVICE), torch.randn(96, device=DEVICE)
+    parts = rms_norm(x.view(5, groups, -1), weight.view(groups, -1)).view(5, 96)
+    assert error(pointwise.rms_norm(x, weight, 1e-5, groups).double(), parts) <= FLOAT32
+
+
+def test_the_gate_is_the_formula() -> None:
+    x = torch.randn(4, 2 * 75, device=DEVICE)
+    expected = silu(x[:, :75]) * x[:, 75:]
+    assert error(pointwise.silu_mul(x), expected) <= FLOAT32
+
+
+# -- Mamba --------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one group": {},
+    "two groups": {"mamba_n_groups": 2},
+    "wide": {"mamba_n_heads": 2, "mamba_d_head": 24, "mamba_d_state": 16, "mamba_chunk_size": 64},
+    "odd": {"mamba_n_heads": 3, "mamba_d_head": 16, "mamba_d_state": 5, "mamba_d_conv": 3},
+    "bounded": {"time_step_limit": (0.2, 0.6)},
+}
+
+
+def kernels_mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+    """`mamba.mix`, with the kernels in the middle."""
+    sizes = MambaSizes.of(mixer)
+    projected = mixer.in_proj(hidden).flatten(0, 1).contiguous()
+    one = hidden.shape[1] == 1
+    gated = (mamba.step if one else mamba.scan)(
+        sizes,
+        projected,
+        positions[:, 0].contiguous() if one else positions.contiguous(),
+        mixer.conv1d.weight[:, 0].contiguous(),
+        mixer.conv1d.bias,
+        mixer.dt_bias,
+        mixer.A_log,
+        mixer.D,
+        state,
+    )
+    normed = pointwise.rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, sizes.groups)
+    return mixer.out_proj(normed).view(hidden.shape)
+
+
+def states(sizes: MambaSizes, dtype: torch.dtype = torch.float32) -> tuple[MambaState, MambaState]:
+    """The same state of five rows, of which a batch of two takes 3 and 1, twice."""
+    torch.manual_seed(1)
+    rows = torch.tensor([3, 1], device=DEVICE)
+    empty = sizes.empty_state(5, dtype, DEVICE)
+    conv, ssm = empty.conv.normal_(), empty.ssm.normal_()
+    return MambaState(conv.clone(), ssm.clone(), rows), MambaState(conv, ssm, rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [[0], [7]],
+        [[5], [-1]],
+        [list(range(40)), list(range(64, 104))],
+        [list(range(3, 24)) + [-1] * 19, [-1] * 40],
+        [[-1] * 31 + list(range(9)), [5, 6] + [-1] * 38],
+    ],
+    ids=["step", "step, padding", "scan", "right padding", "left padding"],
+)
+def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]]) -> None:
+    mixer, _ = layer(**SHAPES[shape])
+    mixer = mixer.to(DEVICE)
+    at = torch.tensor(positions, device=DEVICE)
+    hidden = torch.randn(*at.shape, 24, device=DEVICE)
+    mine, defined = states(MambaSizes.of(mixer))
+    for row, first in zip(mine.rows, positions, strict=True):
+        if first[0] < mixer.conv_kernel_size:  # a ring holds nothing before position 0
+            mine.conv[row], defined.conv[row] = 0, 0
+    with torch.inference_mode():
+        actual = kernels_mix(mixer, hidden, at, mine)
+        expected = mix(mixer, hidden, at, defined)
+    token = at >= 0
+    assert error(actual[token], expected[token]) <= 10 * FLOAT32  # decays by float32 differences
+    assert error(mine.ssm, defined.ssm) <= 10 * FLOAT32
+    assert error(mine.conv, defined.conv) <= FLOAT32
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
+    mixer, _ = layer()
+    mixer = mixer.to(DEVICE)
+    at = torch.arange(tokens, device=DEVICE).expand(2, -1)
+    hidden = torch.randn(2, tokens, 24, device=DEVICE).half()
+    mine, defined = states(MambaSizes.of(mixer), torch.float16)[0], states(MambaSizes.of(mixer))[1]
+    defined.conv.copy_(mine.conv)
+    with torch.inference_mode():
+        expected = mix(mixer, hidden.float(), at, defined)
+        actual = kernels_mix(mixer.half(), hidden, at, mine)
+    assert error(actual.float(), expected) <= HALF
+    assert error(mine.ssm, defined.ssm) <= HALF
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_a_step_passes_its_norm_on(batch: int) -> None:
+    mixer, _ = layer(mamba_n_heads=3, mamba_d_head=16)
+    mixer = mixer.to(DEVICE)
+    sizes = MambaSizes.of(mixer)
+    held = sizes.empty_state(batch + 1, torch.float32, DEVICE)
+    at = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+    projected = torch.randn(batch, sizes.inner + sizes.channels + sizes.heads, device=DEVICE)
+    weights = (mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D)
+
+    def stepped(norm: Tensor | None) -> Any:
+        rows = torch.arange(1, batch + 1, device=DEVICE)
+        state = MambaState(held.conv.clone(), held.ssm.clone(), rows)
+        with torch.inference_mode():
+            return mamba.step(sizes, projected, at, *weights, state, norm)
+
+    plain, passed = stepped(None), stepped(mixer.norm.weight)
+    inverse = torch.rsqrt(passed.squares.sum(0) / sizes.inner + 1e-5)[:, None]
+    assert error(passed.values * inverse, rms_norm(plain, mixer.norm.weight)) <= FLOAT32
+
+
+# -- pages --------------------------------------------------------------------------------------
+
+
+def test_new_tokens_go_where_the_page_table_says_and_padding_nowhere() -> None:
+    pool = [torch.zeros(1, 2, 6 * 4, 8, device=DEVICE) for _ in "kv"]
+    table = torch.tensor([[0, 0, 0], [3, 1, 0], [5, 2, 4]], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([2, 1], device=DEVICE)
+    positions = torch.tensor([[6, 7, 8], [0, 1, -1]], dtype=torch.int32, device=DEVICE)
+    keys, values = (torch.randn(6, 2 * 8, device=DEVICE) for _ in "kv")
+    bad = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
+    pages.write_pages(keys, values, (pool[0], pool[1]), rows, positions, table, bad, 4)
+    slots = [2 * 4 + 2, 2 * 4 + 3, 4 * 4 + 0, 3 * 4 + 0, 3 * 4 + 1]
+    for stored, new in zip(pool, (keys, values), strict=True):
+        assert torch.equal(stored[0][:, slots], new.view(6, 2, 8)[:5].transpose(0, 1))
+        stored[0][:, slots] = 0
+        assert not stored.any()
+    assert bad.tolist() == [0, 0, 0]
+
+
+def test_what_is_not_finite_is_stored_as_zero_and_reported_for_its_row() -> None:
+    pool = [torch.zeros(1, 1, 4 * 4, 16, device=DEVICE) for _ in "kv"]
+    table = torch.tensor([[0], [2], [3]], dtype=torch.int32, device=DEVICE)
+    rows, positions = torch.tensor([2, 1], device=DEVICE), torch.zeros(2, 1, dtype=torch.int32)
+    keys, values = (torch.randn(2, 16, device=DEVICE) for _ in "kv")
+    keys[0, 3], values[0, 5] = torch.nan, -torch.inf
+    bad = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
+    pages.write_pages(keys, values, (pool[0], pool[1]), rows, positions.to(DEVICE), table, bad, 4)
+    assert bad.tolist() == [0, 0, 1]
+    assert all(stored.isfinite().all() for stored in pool)
+    assert torch.equal(pool[0][0, 0, 8], keys[1])
+    assert pool[0][0, 0, 12, 4] == keys[0, 4]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+def test_every_page_of_a_row_is_read_by_exactly_one_part(splits: int) -> None:
+    page_size, width = 4, 9
+    lengths = [0, 1, 4, 5, 16, 23, 36]
+    table = torch.arange(1, 1 + len(lengths) * width, dtype=torch.int32, device=DEVICE)
+    table = table.view(len(lengths), width)
+    rows = torch.arange(len(lengths), device=DEVICE)
+    positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE) - 1
+    parts, wide = len(lengths) * splits, -(-width // splits)
+    counts = [torch.full((parts,), 99, dtype=torch.int32, device=DEVICE) for _ in "wp"]
+    lists = [torch.zeros(parts, wide, dtype=torch.int32, device=DEVICE) for _ in "wp"]
+    pages.split_pages(
+        rows, positions, table, (counts[0], lists[0], counts[1], lists[1]), splits, page_size
+    )
+    for row, length in enumerate(lengths):
+        whole: list[int] = []
+        partial: list[int] = []
+        for part in range(row * splits, (row + 1) * splits):
+            whole += lists[0][part][: counts[0][part]].tolist()
+            partial += lists[1][part][: counts[1][part]].tolist()
+        named = table[row].tolist()
+        assert whole == named[: length // page_size], (row, length)
+        assert partial == named[length // page_size : -(-length // page_size)], (row, length)

@@ -1,0 +1,172 @@
+"""The inference forms of Mamba-2 against transformers' own, and padding that leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, GraniteMoeHybridConfig
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    GraniteMoeHybridMambaLayer,
+)
+
+from granite_paged.mamba import MambaSizes, MambaState, mix
+
+FLOAT32 = 2e-6
+"""Largest error as a part of the largest value: about 17 roundings of 2**-23."""
+
+
+def layer(seed: int = 0, **sizes: Any) -> tuple[GraniteMoeHybridMambaLayer, GraniteMoeHybridConfig]:
+    config = GraniteMoeHybridConfig(
+        **{
+            "hidden_size": 24,
+            "num_hidden_layers": 1,
+            "layer_types": ["mamba"],
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 12,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+            "mamba_d_conv": 4,
+            "mamba_chunk_size": 8,
+            "mamba_expand": 2,
+            "initializer_range": 0.2,
+            **sizes,
+        }
+    )
+    torch.manual_seed(seed)
+    mixer = GraniteMoeHybridMambaLayer(config, 0).eval()
+    with torch.no_grad():
+        for weight in (mixer.in_proj.weight, mixer.out_proj.weight):
+            weight.normal_(std=0.2)
+        mixer.dt_bias.normal_()
+        mixer.A_log.normal_()
+        mixer.D.normal_()
+        mixer.norm.weight.normal_()
+    return mixer, config
+
+
+class Ours:
+    """The forms under test, with a state that goes on from call to call."""
+
+    def __init__(self, mixer: Any, batch: int) -> None:
+        self.mixer = mixer
+        sizes = MambaSizes.of(mixer)
+        self.state = sizes.empty_state(batch, torch.float32, torch.device("cpu"))
+        self.lengths = torch.zeros(batch, dtype=torch.int64)
+
+    def __call__(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        tokens = torch.ones(hidden.shape[:2], dtype=torch.bool) if tokens is None else tokens
+        at = self.lengths[:, None] + tokens.cumsum(1) - 1
+        self.lengths = self.lengths + tokens.sum(1)
+        with torch.inference_mode():
+            return mix(self.mixer, hidden, at.where(tokens, -1), self.state)
+
+
+class Theirs:
+    """transformers' own."""
+
+    def __init__(self, mixer: Any, config: Any) -> None:
+        self.mixer, self.cache = mixer, DynamicCache(config=config)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.mixer(hidden, cache_params=self.cache)
+
+    @property
+    def ssm(self) -> Tensor:
+        return self.cache.layers[0].recurrent_states[0]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@given(
+    batch=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)]),
+    head_dim=st.sampled_from([1, 4, 12]),
+    state_size=st.sampled_from([1, 5, 16]),
+    conv_width=st.integers(2, 5),
+    chunk_size=st.sampled_from([1, 3, 8, 16]),
+    limit=st.sampled_from([(0.0, float("inf")), (0.1, 0.7)]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_every_form_agrees_with_transformers_from_any_state(
+    batch: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    state_size: int,
+    conv_width: int,
+    chunk_size: int,
+    limit: tuple[float, float],
+    lengths: list[int],
+    seed: int,
+) -> None:
+    mixer, config = layer(
+        seed,
+        hidden_size=heads[0] * head_dim,
+        mamba_expand=1,
+        num_attention_heads=1,
+        mamba_n_heads=heads[0],
+        mamba_n_groups=heads[1],
+        mamba_d_head=head_dim,
+        mamba_d_state=state_size,
+        mamba_d_conv=conv_width,
+        mamba_chunk_size=chunk_size,
+        time_step_limit=limit,
+    )
+    ours, theirs = Ours(mixer, batch), Theirs(mixer, config)
+    draw = torch.Generator().manual_seed(seed)
+    for tokens in lengths:
+        hidden = torch.randn(batch, tokens, heads[0] * head_dim, generator=draw)
+        assert error(ours(hidden), theirs(hidden)) <= FLOAT32
+        assert error(ours.state.ssm, theirs.ssm) <= FLOAT32
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tokens", [(5, 1, 0), (23, 9, 3)])
+def test_padding_leaves_states_and_outputs_as_if_it_were_not_there(
+    side: str, tokens: tuple[int, ...]
+) -> None:
+    mixer, _ = layer()
+    width = max(tokens) + 2
+    batch = Ours(mixer, len(tokens))
+    alone = [Ours(mixer, 1) for _ in tokens]
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(3):  # the second and third go on from the first
+        columns = torch.arange(width)[None]
+        counts = torch.tensor(tokens)[:, None]
+        is_token = columns >= width - counts if side == "left" else columns < counts
+        hidden = torch.randn(len(tokens), width, 24, generator=draw)
+        out = batch(hidden, is_token)
+        for row, one in enumerate(alone):
+            if tokens[row]:
+                expected = one(hidden[row][is_token[row]][None])
+                assert error(out[row][is_token[row]][None], expected) <= FLOAT32
+            torch.testing.assert_close(batch.state.ssm[row], one.state.ssm[0])
+            torch.testing.assert_close(batch.state.conv[row], one.state.conv[0])
+
+
+def test_a_batch_updates_the_rows_it_names_and_no_other() -> None:
+    mixer, _ = layer()
+    whole = MambaSizes.of(mixer).empty_state(5, torch.float32, torch.device("cpu"))
+    before = MambaState(whole.conv.normal_().clone(), whole.ssm.normal_().clone(), None)
+    rows = torch.tensor([3, 1])
+    hidden = torch.randn(2, 7, 24)
+    positions = torch.arange(4, 11).expand(2, -1)
+    named = MambaState(before.conv[rows].clone(), before.ssm[rows].clone(), None)
+    with torch.inference_mode():
+        expected = mix(mixer, hidden, positions, named)
+        actual = mix(mixer, hidden, positions, MambaState(whole.conv, whole.ssm, rows))
+    assert torch.equal(actual, expected)
+    assert torch.equal(whole.ssm[rows], named.ssm)
+    assert torch.equal(whole.conv[rows], named.conv)
+    assert torch.equal(whole.ssm[[0, 2, 4]], before.ssm[[0, 2, 4]])
+    assert torch.equal(whole.conv[[0, 2, 4]], before.conv[[0, 2, 4]])
