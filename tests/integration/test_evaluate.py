@@ -24,7 +24,7 @@ from tiny import VOCABULARY
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, ResultsError
-from granite_paged.evaluate import run
+from granite_paged.evaluate import modes, run
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.metrics import (
     Agreement,
@@ -38,6 +38,7 @@ from granite_paged.evaluate.modes import Needs
 from granite_paged.evaluate.scorer import Answer, Request, Score, choice
 from granite_paged.evaluate.tasks import Options, Question, Task, make_task
 from granite_paged.models import LoadedModel, load, load_tokenizer
+from granite_paged.page_table import NOBODY, PageTable
 
 LONGEST_RECALL = 128  # tokens: attention on the CPU is dense
 
@@ -54,6 +55,15 @@ def recall(embedded: LoadedModel) -> Task:
     return dataclasses.replace(task, questions=tuple(short))
 
 
+@pytest.fixture(params=["forked cache", "engine"])
+def scored_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the paged mode scores by."""
+    engine = request.param == "engine"
+    if engine and not modes.has_engine():
+        pytest.skip("this version of the package has no engine")
+    monkeypatch.setattr(modes, "has_engine", lambda: engine)
+
+
 def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement]:
     """The paged mode's metrics, and its agreement with default."""
     config = PagedConfig(page_size=16)
@@ -64,6 +74,7 @@ def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement
 # -- the same answers ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("scored_by")
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("flavour", ["hybrid", "dense"])
 def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch: int) -> None:
@@ -75,6 +86,7 @@ def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch:
     assert evaluation.passed
 
 
+@pytest.mark.usefixtures("scored_by")
 def test_recall_is_answered_right_by_both(embedded: LoadedModel, recall: Task) -> None:
     paged, found = evaluate_recall(embedded, recall)
     assert paged.accuracy == 1.0
@@ -96,15 +108,34 @@ def test_a_slice_of_mmlu_and_truthfulqa_agrees_on_every_choice(embedded: LoadedM
 # -- teeth --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["dropped_page", "duplicated_page", "crossed_values"])
+def dropped_pages(table: PageTable) -> None:
+    """Nobody owns any row's second page any more."""
+    second = table.physical[:, 1].long()
+    table.logical[second[second > 0]] = NOBODY
+
+
+def duplicated_pages(table: PageTable) -> None:
+    """Every row's first page stands in the place of its second, too."""
+    table.physical[:, 1] = table.physical[:, 0]
+
+
+@pytest.mark.usefixtures("scored_by")
+@pytest.mark.parametrize("spoil", [dropped_pages, duplicated_pages])
 def test_a_wrong_page_table_lowers_recall_and_agreement(
-    fault: str, embedded: LoadedModel, recall: Task
+    spoil: Any, embedded: LoadedModel, recall: Task
 ) -> None:
-    with getattr(faults, fault)():
+    with faults._after_table_write(spoil):
         paged, found = evaluate_recall(embedded, recall)
     assert paged.accuracy < 0.95
     assert len(found.differing) > 0.05 * found.questions
     assert not found.passed, "differences were taken for near-ties"
+
+
+def test_values_in_a_wrong_page_lower_recall(embedded: LoadedModel, recall: Task) -> None:
+    with faults.crossed_values():
+        paged, found = evaluate_recall(embedded, recall)
+    assert paged.accuracy < 0.8  # a context of one page has no other to cross with
+    assert not found.passed
 
 
 def test_a_wrong_answer_is_no_near_tie_and_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +207,11 @@ def test_a_gap_beyond_sdpas_own_error_is_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_every_difference_in_bfloat16_is_a_near_tie(batch: int) -> None:
+def test_every_difference_in_bfloat16_is_a_near_tie(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of forty choices a token long, whose best two are often the same number in bfloat16."""
+    monkeypatch.setattr(modes, "has_engine", lambda: False)  # it takes ten times as long here
     loaded, draw = tiny_loaded("dense", initializer_range=0.144), random.Random(5)
     loaded.model.to(torch.bfloat16)
     many = [
@@ -280,9 +314,48 @@ def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
         Journal(path, run.identity(loaded, [tiny_task(5)], ("default",), SMALL_PAGES, 1))
 
 
+@pytest.mark.parametrize("finished", [0, 5])
+def test_progress_counts_every_answer_once_finished_ones_too(finished: int) -> None:
+    journal, seen = Journal(None, {}), []
+    if finished:
+        with pytest.raises(Killed):
+            tiny_evaluation(journal=journal, progress=stop_after(finished))
+    tiny_evaluation(journal=journal, progress=lambda task, more: seen.append(more))
+    assert sum(seen) == 2 * 6
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"now": 1000, "peak": 0}  # weights
+
+    def use(kept: int, passing: int) -> None:
+        held["now"] += kept
+        held["peak"] = max(held["peak"], held["now"] + passing)
+
+    for name, value in {
+        "reset_peak_memory_stats": lambda device: held.update(peak=held["now"]),
+        "memory_allocated": lambda device: held["now"],
+        "max_memory_allocated": lambda device: held["peak"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    memory = run._Memory(torch.device("cuda"))
+    with memory.of("paged"):
+        use(kept=300, passing=20)
+    assert memory.peak("paged") == 1320
+    with memory.of("default"):
+        use(kept=0, passing=50)
+    assert memory.peak("default") == 1050
+    with memory.of("paged"):
+        use(kept=7, passing=0)
+    assert memory.peak("paged") == 1307
+
+
 # -- what cannot be answered --------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("scored_by")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_contexts_longer_than_the_pool_are_counted_and_the_others_answered(batch: int) -> None:
     long = Request(list(range(3, 93)), [[5], [6], [7], [8]])

@@ -12,7 +12,7 @@ from evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
 
 from granite_paged import PagedConfig, is_patched
 from granite_paged.errors import OutOfPages, PromptError
-from granite_paged.evaluate import modes, scorer_engine
+from granite_paged.evaluate import batch_size, modes, scorer_engine
 from granite_paged.evaluate.modes import Needs, make_scorer
 from granite_paged.evaluate.scorer import (
     Request,
@@ -27,6 +27,7 @@ from granite_paged.evaluate.scorer import (
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.scorer_engine import EngineScorer
 from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.evaluate.scorer_static import StaticScorer
 
 CLOSE = 1e-4  # of a log-likelihood, what the issue's parity allows; a few dozen roundings of it
 FLAVOURS = ["hybrid", "rotary", "experts", "dense"]
@@ -167,6 +168,50 @@ def test_the_tally_reads_each_token_at_the_position_before_it() -> None:
 
 def test_the_first_of_equals_is_chosen_as_in_lm_eval() -> None:
     assert choice([-3.0, -1.0, -1.0, -2.0]) == 1
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_static_scores_as_default(flavour: str) -> None:
+    """Its step is not compiled here, which takes long and changes nothing but time."""
+    model = tiny_loaded(flavour).model
+    model.get_compiled_call = lambda config: model.__call__
+    scorer = make_scorer("static", model, SMALL_PAGES, Needs.of(requests()))
+    assert isinstance(scorer, StaticScorer)
+    expected = DefaultScorer(model).score(requests())
+    for _ in range(2):  # nothing is left from the first time
+        assert largest_difference(scorer.score(requests()), expected) < CLOSE
+    with pytest.raises(OutOfPages, match="make a longer StaticCache"):
+        scorer.score([Request([5] * 99, [[6]])])
+
+
+# -- batch size ---------------------------------------------------------------------------------
+
+
+def fastest(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> int:
+    """The batch size found when passes take so long; sizes without a time do not fit."""
+
+    def seconds(model: Any, asked: Any, batch: int) -> float:
+        if batch not in times:
+            raise torch.OutOfMemoryError
+        return times[batch]
+
+    monkeypatch.setattr(batch_size, "_seconds", seconds)
+    return batch_size.best_batch(None, requests())
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        ({1: 8.0, 2: 5.0, 4: 4.0, 8: 4.5, 16: 9.0, 32: 1.0}, 4),  # 16 ends the search
+        ({1: 8.0, 2: 5.0}, 2),  # 4 does not fit
+        ({2**i: 1 / 2**i for i in range(20)}, batch_size.LARGEST),
+        ({}, 1),
+    ],
+)
+def test_the_fastest_batch_that_fits_is_found(
+    times: dict[int, float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fastest(monkeypatch, times) == best
 
 
 # -- modes --------------------------------------------------------------------------------------
