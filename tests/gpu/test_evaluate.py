@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from evaluation import tiny_evaluation, tiny_loaded, tiny_task
@@ -14,6 +16,7 @@ CONFIG = PagedConfig(page_size=16, max_tokens=8192)
 
 
 def evaluated(dtype: torch.dtype, modes: tuple[str, ...], batch: int = 1) -> Evaluation:
+    gc.collect()  # a patched model is a cycle, and holds its weights until then
     loaded = tiny_loaded(initializer_range=0.1, **SIZES)
     loaded.model.to("cuda", dtype)
     return tiny_evaluation(loaded, tiny_task(8), modes, config=CONFIG, batch=batch)
