@@ -5,6 +5,7 @@ Runs where lm-eval is installed: `nox -s eval_parity` installs it and asks every
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -85,6 +86,12 @@ def lm_eval_scores(hflm: Any, task: Task) -> list[list[float]]:
     return [[next(found)[0] for _ in q.labels] for q in task.questions]
 
 
+def shortest_first(task: Task) -> Task:
+    """Attention on the CPU is dense over the pool, which grows with the longest context so far."""
+    questions = sorted(task.questions, key=lambda question: question.request.tokens)
+    return dataclasses.replace(task, questions=tuple(questions))
+
+
 def choices(scores: Sequence[Sequence[float]]) -> list[int]:
     return [choice(logprobs) for logprobs in scores]
 
@@ -96,7 +103,7 @@ def choices(scores: Sequence[Sequence[float]]) -> list[int]:
 def test_log_likelihoods_are_hflms_and_choices_the_same(
     name: str, tasks: dict[str, Task], loaded: LoadedModel, hflm: Any
 ) -> None:
-    task = tasks[name]
+    task = shortest_first(tasks[name])
     expected = lm_eval_scores(hflm, task)
     answers: list[Answer] = []
     scorer = PagedScorer(loaded.model, PAGES)
