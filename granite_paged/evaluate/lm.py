@@ -93,6 +93,7 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
             raise InvalidRequest("the model has no tokenizer: pass tokenizer=ID_OR_PATH")
         self._device = self.model.device
         self._scorer: Scorer | None = None
+        self._needs = Needs(longest=0)
 
     # -- what lm-eval asks ----------------------------------------------------------------------
 
@@ -172,9 +173,13 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
                     bar.update(1)
 
     def _scorer_for(self, requests: Sequence[Request]) -> Scorer:
-        """One for all calls, where sizes do not depend on what is asked."""
+        """One for all calls, until something longer is asked."""
         needs = Needs.of(requests)
-        if self._scorer is None or self._mode == "static":
+        if self._scorer is not None and needs.longest > self._needs.longest:
+            self._scorer.close()
+            self._scorer = None
+        if self._scorer is None:
+            self._needs = needs
             self._scorer = make_scorer(self._mode, self.model, self._config, needs, self._batch)
         return self._scorer
 

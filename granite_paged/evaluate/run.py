@@ -6,13 +6,10 @@ for all. An answer is in the journal before the next batch begins.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import hashlib
 import json
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,14 +17,10 @@ import torch
 
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
-from granite_paged.evaluate.metrics import (
-    Agreement,
-    ModeMetrics,
-    agreement,
-    gap_error,
-    mode_metrics,
-)
+from granite_paged.evaluate.judge import judged
+from granite_paged.evaluate.metrics import Agreement, ModeMetrics, agreement, mode_metrics
 from granite_paged.evaluate.modes import Needs, make_scorer, paged_by
+from granite_paged.evaluate.peaks import Peaks
 from granite_paged.evaluate.scorer import (
     Answer,
     Request,
@@ -36,13 +29,10 @@ from granite_paged.evaluate.scorer import (
     full_length,
     is_finite,
 )
-from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
 from granite_paged.verify import versions
-
-MEASURED = 32  # questions on which SDPA's error is measured, beside those that differ
 
 Progress = Callable[[str, int], None]
 """Told the task and how many more answers there are."""
@@ -176,7 +166,7 @@ class _Bench:
         self._batch = batch
         self._needs = Needs.of(q.request for task in tasks for q in task.questions)
         self._scorers: dict[str, Scorer] = {}
-        self._memory = _Memory(model.device)
+        self._peaks = Peaks(model.device)
 
     def answer(self, task: Task, journal: Journal, progress: Progress) -> None:
         """Every question of a task that the journal has no answer to."""
@@ -209,7 +199,7 @@ class _Bench:
     def _make_scorers(self) -> None:
         for mode in self._modes:
             if mode not in self._scorers:
-                with self._memory.of(mode):
+                with self._peaks.of(mode):
                     self._scorers[mode] = make_scorer(
                         mode, self._model, self._config, self._needs, self._batch
                     )
@@ -219,7 +209,7 @@ class _Bench:
         by_length = sorted(questions, key=lambda question: question.request.tokens)
         sample = [by_length[i].request for i in (0, len(by_length) // 2, -1)]
         for mode, scorer in self._scorers.items():
-            with self._memory.of(mode):
+            with self._peaks.of(mode):
                 for request in sample:
                     _answers(scorer, [request])
                 scorer.forget()
@@ -228,13 +218,13 @@ class _Bench:
         requests = [question.request for question in questions]
         if not requests:
             return []
-        with self._memory.of(mode):
+        with self._peaks.of(mode):
             self._synchronize()
             start = time.perf_counter()
             answers = _answers(self._scorers[mode], requests)
             self._synchronize()
             seconds = (time.perf_counter() - start) / len(requests)
-        peak = self._memory.peak(mode)
+        peak = self._peaks.peak(mode)
         return [
             replace(_record(mode, task.name, question, answer), seconds=seconds, peak=peak)
             for question, answer in zip(questions, answers, strict=True)
@@ -243,32 +233,6 @@ class _Bench:
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
-
-
-class _Memory:
-    """Peaks of each mode, without what the other modes keep on the device meanwhile."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._kept: dict[str, int] = {}
-        self._peak = 0
-
-    @contextlib.contextmanager
-    def of(self, mode: str) -> Iterator[None]:
-        """What is allocated inside belongs to this mode."""
-        if self._device.type != "cuda":
-            yield
-            return
-        torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device)
-        yield
-        grown = torch.cuda.memory_allocated(self._device) - before
-        self._kept[mode] = self._kept.get(mode, 0) + grown
-        self._peak = torch.cuda.max_memory_allocated(self._device)
-
-    def peak(self, mode: str) -> int:
-        """Bytes, inside the `of` that ended last."""
-        return self._peak - sum(kept for other, kept in self._kept.items() if other != mode)
 
 
 def _answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer | str]:
@@ -339,51 +303,3 @@ def _result(
                 found = agreement(task, default, records[mode])
                 against[mode] = judged(found, task, default, model, seed)
     return TaskResult(len(task.questions), task.fewshot, metrics, against)
-
-
-def judged(
-    found: Agreement, task: Task, default: dict[str, Record], model: Any, seed: int
-) -> Agreement:
-    """With SDPA's own error measured where it is needed to tell near-ties from mistakes.
-
-    The differing questions and some others are scored by a copy of the model in higher precision;
-    the largest error that `default` makes in the gap between two choices is what a near-tie is
-    held against.
-    """
-    if not found.differing:
-        return found
-    keys = _sample(found, default, seed)
-    exact = _exact(model, [q for q in task.questions if q.key in keys])
-    errors = {key: gap_error(default[key].logprobs, exact[key]) for key in exact}
-    largest = max(errors.values())
-    differing = tuple(
-        replace(d, sdpa_error=errors[d.key], near_tie=abs(d.gap) <= largest)
-        for d in found.differing
-    )
-    return replace(
-        found,
-        differing=differing,
-        sdpa_error=largest,
-        reference=dtype_name(_reference_dtype(model)),
-        measured=len(errors),
-    )
-
-
-def _sample(found: Agreement, default: dict[str, Record], seed: int) -> set[str]:
-    answered = sorted(key for key, record in default.items() if not record.refused)
-    drawn = random.Random(seed).sample(answered, min(MEASURED, len(answered)))
-    return {*drawn, *(difference.key for difference in found.differing)}
-
-
-def _exact(model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
-    reference = copy.deepcopy(model).to(_reference_dtype(model))
-    answers = DefaultScorer(reference).score([question.request for question in questions])
-    return {
-        question.key: [score.logprob for score in answer.scores]
-        for question, answer in zip(questions, answers, strict=True)
-    }
-
-
-def _reference_dtype(model: Any) -> torch.dtype:
-    """float32 for halves; they differ from it in their fourth digit, it in its eighth."""
-    return torch.float32 if model.dtype.itemsize < 4 else torch.float64

@@ -26,6 +26,7 @@ from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, ResultsError
 from granite_paged.evaluate import modes, run
 from granite_paged.evaluate.journal import Journal, Record
+from granite_paged.evaluate.judge import judged as judged_differences
 from granite_paged.evaluate.metrics import (
     Agreement,
     agreement,
@@ -35,6 +36,7 @@ from granite_paged.evaluate.metrics import (
     quantile,
 )
 from granite_paged.evaluate.modes import Needs
+from granite_paged.evaluate.peaks import Peaks
 from granite_paged.evaluate.scorer import Answer, Request, Score, choice
 from granite_paged.evaluate.tasks import Options, Question, Task, make_task
 from granite_paged.models import LoadedModel, load, load_tokenizer
@@ -186,7 +188,7 @@ def judged(gap: float) -> Agreement:
     flipped = dataclasses.replace(default["0"], logprobs=(low, high, -9.0, -9.0))
     found = agreement(task, {**default, "0": tie}, {**default, "0": flipped})
     with torch.inference_mode():
-        return run.judged(found, task, default, loaded.model, seed=0)
+        return judged_differences(found, task, default, loaded.model, seed=0)
 
 
 def test_a_gap_within_sdpas_own_error_is_a_near_tie() -> None:
@@ -340,7 +342,7 @@ def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.Monkey
         "max_memory_allocated": lambda device: held["peak"],
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    memory = run._Memory(torch.device("cuda"))
+    memory = Peaks(torch.device("cuda"))
     with memory.of("paged"):
         use(kept=300, passing=20)
     assert memory.peak("paged") == 1320
