@@ -130,6 +130,8 @@ def identity(
         "modes": list(modes),
         "batch size": batch,
         "page size": config.page_size,
+        "max tokens": config.max_tokens,
+        "backend": config.backend,
         "paged by": paged_by(),
         "questions": {task.name: _digest(task) for task in tasks},
         "versions": versions(),
@@ -180,9 +182,10 @@ class _Bench:
         if not missing:
             return
         self._make_scorers()
-        self._warm_up(missing)
         rows = max(scorer.batch for scorer in self._scorers.values())
-        for questions in chunked(missing, rows, request=lambda question: question.request):
+        parts = chunked(missing, rows, request=lambda question: question.request)
+        self._warm_up(parts)
+        for questions in parts:
             for mode in self._modes:
                 wanted = [q for q in questions if (mode, task.name, q.key) not in journal.records]
                 journal.append(self._records(mode, task, wanted))
@@ -204,14 +207,16 @@ class _Bench:
                         mode, self._model, self._config, self._needs, self._batch
                     )
 
-    def _warm_up(self, questions: Sequence[Question]) -> None:
-        """Compilers and allocators meet a short, a usual and the longest question, untimed."""
-        by_length = sorted(questions, key=lambda question: question.request.tokens)
-        sample = [by_length[i].request for i in (0, len(by_length) // 2, -1)]
+    def _warm_up(self, parts: Sequence[Sequence[Question]]) -> None:
+        """Compilers and allocators meet some of what comes, and the longest of it, untimed."""
+        sample = [parts[0]]
+        if self._model.device.type == "cuda":
+            longest = max(parts, key=lambda part: max(q.request.tokens for q in part))
+            sample += [longest, parts[len(parts) // 2], parts[-1]]
         for mode, scorer in self._scorers.items():
             with self._peaks.of(mode):
-                for request in sample:
-                    _answers(scorer, [request])
+                for part in sample:
+                    _answers(scorer, [question.request for question in part])
                 scorer.forget()
 
     def _records(self, mode: str, task: Task, questions: Sequence[Question]) -> list[Record]:
