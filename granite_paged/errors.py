@@ -222,6 +222,30 @@ class DeviceError(GranitePagedError):
     """A device that is unknown or not there."""
 
 
+class DataError(GranitePagedError, ValueError):
+    """Evaluation data that is missing or of another format. Names file, line and field."""
+
+    def __init__(self, file: str, problem: str, *, line: int | None = None) -> None:
+        self.file = file
+        self.line = line
+        place = file if line is None else f"{file}, line {line}"
+        super().__init__(f"{place}: {problem}")
+
+
+class MissingExtra(GranitePagedError, ImportError):
+    """A package that only an extra brings is not installed."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
+        )
+
+
+class ResultsError(GranitePagedError):
+    """Results that cannot be written, or that another run left behind."""
+
+
 def require(holds: bool, invariant: str) -> None:
     """Raise BrokenInvariant unless it holds; unlike `assert`, under `python -O` as well."""
     if not holds:
