@@ -125,16 +125,6 @@ class Unsupported(GranitePagedError):
     """A mode cannot run this case or shape."""
 
 
-class MissingExtra(GranitePagedError, ImportError):
-    """A command needs packages of an optional extra."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        self.extra = extra
-        super().__init__(
-            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
-        )
-
-
 class NonFinite(GranitePagedError, ArithmeticError):
     """NaN or infinity was about to enter the cache. Names the layers."""
 
