@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import nox
 
@@ -83,6 +84,37 @@ def verify(session: nox.Session) -> None:
     """The main job, as a user runs it: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
     session.install(".")
     session.run("granite-paged", "verify", *session.posargs)
+
+
+@nox.session
+def eval_parity(session: nox.Session) -> None:
+    """All of MMLU and TruthfulQA against lm-eval's own scores. Fails where there is no data."""
+    data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
+    if not (data / "mmlu_test.jsonl").exists():
+        session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
+    session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb]")
+    extras = ("tests/integration/test_lm_eval.py", "tests/integration/test_report.py")
+    asked = {"GRANITE_PAGED_DATA": str(data), "GRANITE_PAGED_PARITY": "all"}
+    session.run("python", "-m", "pytest", "--durations=5", *extras, *session.posargs, env=asked)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """The walk through `granite-paged profile`, cell by cell; a cell that raises fails it."""
+    session.install(".", "nbclient", "ipykernel")
+    session.run("jupyter", "execute", "granite_paged/bench/profile.ipynb", *session.posargs)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """golden/figures and the tables of the README, from the results in golden/results."""
+    session.install(".[plot]")
+    results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
+    if not results:
+        session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
+    session.run(
+        "granite-paged", "report", *results, "--to", "golden/figures", "--page", "README.md"
+    )
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate | bench | bench-serve | gate` and more.
+"""The command line: `granite-paged verify | generate | bench | eval` and more.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -18,6 +18,7 @@ from granite_paged import __version__
 from granite_paged.bench import commands as bench_commands
 from granite_paged.engine import commands as engine_commands
 from granite_paged.errors import GranitePagedError
+from granite_paged.evaluate import commands as evaluate_commands
 from granite_paged.options import (
     FAILED,
     INTERRUPTED,
@@ -182,3 +183,5 @@ cli.add_command(bench_commands.coldstart)
 cli.add_command(bench_commands.gate)
 cli.add_command(bench_commands.plot)
 cli.add_command(bench_commands.profile)
+cli.add_command(evaluate_commands.evaluate)
+cli.add_command(evaluate_commands.report)

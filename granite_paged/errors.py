@@ -125,16 +125,6 @@ class Unsupported(GranitePagedError):
     """A mode cannot run this case or shape."""
 
 
-class MissingExtra(GranitePagedError, ImportError):
-    """A command needs packages of an optional extra."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        self.extra = extra
-        super().__init__(
-            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
-        )
-
-
 class NonFinite(GranitePagedError, ArithmeticError):
     """NaN or infinity was about to enter the cache. Names the layers."""
 
@@ -220,6 +210,30 @@ class CheckpointError(GranitePagedError):
 
 class DeviceError(GranitePagedError):
     """A device that is unknown or not there."""
+
+
+class DataError(GranitePagedError, ValueError):
+    """Evaluation data that is missing or of another format. Names file, line and field."""
+
+    def __init__(self, file: str, problem: str, *, line: int | None = None) -> None:
+        self.file = file
+        self.line = line
+        place = file if line is None else f"{file}, line {line}"
+        super().__init__(f"{place}: {problem}")
+
+
+class MissingExtra(GranitePagedError, ImportError):
+    """A package that only an extra brings is not installed."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
+        )
+
+
+class ResultsError(GranitePagedError):
+    """Results that cannot be written, or that another run left behind."""
 
 
 def require(holds: bool, invariant: str) -> None:
