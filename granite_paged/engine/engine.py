@@ -416,6 +416,7 @@ class Engine:
                 state_bytes=self._prefix.state_bytes,
                 prefix_hits=prefix.hits,
                 prefix_misses=prefix.misses,
+                tokens_hit=prefix.tokens_hit,
                 prefix_hit_rate=prefix.hit_rate,
                 preempted=counts.preempted,
                 swapped=counts.swapped,

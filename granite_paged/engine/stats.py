@@ -15,7 +15,7 @@ class EngineStats:
         rows, rows_held, pages, pages_held: there, and taken by jobs or the prefix cache.
         pages_cached, state_bytes: of those, what the prefix cache keeps.
         prefix_hits, prefix_misses: prompts that could start from something kept, and not.
-        prefix_hit_rate: share of prompt tokens that were not computed again.
+        tokens_hit, prefix_hit_rate: prompt tokens that were not computed again, and their share.
         preempted, swapped: jobs that lost their pages, and those of them copied to the host.
         restarted: jobs that shared a call that raised.
         tokens, tokens_per_second: sampled, and per second spent in steps.
@@ -34,6 +34,7 @@ class EngineStats:
     state_bytes: int
     prefix_hits: int
     prefix_misses: int
+    tokens_hit: int
     prefix_hit_rate: float
     preempted: int
     swapped: int
