@@ -18,6 +18,17 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 WORKERS = os.environ.get("PYTEST_WORKERS", "auto")
 ALLOCATOR_STEPS = "1000000"
 
+MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
+REQUIRE_GPU = """
+import sys, torch
+torch.cuda.is_available() or sys.exit("no CUDA device here, so nothing was tested or recorded")
+"""
+PRINT_SLUG = """
+import torch
+from granite_paged.bench.results import slug
+print(slug(torch.cuda.get_device_name()))
+"""
+
 
 def install(session: nox.Session, *groups: str, package: bool = True) -> None:
     """Dependency groups of pyproject.toml, and the package itself as a user would have it."""
@@ -95,23 +106,35 @@ def notebook(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """golden/figures and the tables of the README, from the results in golden/results."""
-    session.install(".[report]")
+    """Figures and the tables of the README, from the results in golden/results."""
+    session.install(".[plot]")
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
-    session.run(
-        "granite-paged", "report", *results, "--to", "golden/figures", "--page", "README.md"
-    )
+    pages = ("--to", "golden/figures/evaluation", "--page", "README.md")
+    session.run("granite-paged", "report", *results, *pages)
 
 
 @nox.session
 def gpu_tests(session: nox.Session) -> None:
-    """The suite on a CUDA device. Fails where there is none, as a gate that ran nothing must."""
+    """Correctness, then the gate, on a CUDA device. Fails where there is none: nothing ran."""
     install(session, "tests")
-    refusal = "sys.exit('gpu_tests: no CUDA device here, so nothing was tested')"
-    session.run("python", "-c", f"import sys, torch; torch.cuda.is_available() or {refusal}")
+    session.run("python", "-c", REQUIRE_GPU)
     session.run("python", "-m", "pytest", "tests/gpu", "--durations=10", *session.posargs)
+    session.run("granite-paged", "gate", *MEASURED_MODEL)
+
+
+@nox.session
+def perf_record(session: nox.Session) -> None:
+    """Write golden/perf/<gpu>.json and the figures. Arguments go to bench. Fails without a GPU."""
+    install(session, "tests")
+    session.run("python", "-c", REQUIRE_GPU)
+    name = session.run("python", "-c", PRINT_SLUG, silent=True).strip()
+    record, tables = f"golden/perf/{name}.json", f"golden/perf/{name}.md"
+    session.run("granite-paged", "bench", *MEASURED_MODEL, "--json", record, *session.posargs)
+    figures = ("--out", "golden/figures", "--markdown", tables)
+    session.run("granite-paged", "plot", record, *figures)
+    session.run("git", "status", "--short", "--", "golden", external=True)
 
 
 @nox.session

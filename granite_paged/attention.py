@@ -162,11 +162,12 @@ def decode_plan(
     """The layout for a batch of so many rows of at most `pages` pages each.
 
     FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small part, so
-    rows are split before it: into as many parts as give every multiprocessor about two programs.
+    rows are split before it: into as many parts as give every multiprocessor one program. More
+    parts cost more to combine than they gain, where a context is short.
     """
     programs = max(1, batch * kv_heads)
-    splits = max(1, min(pages, 2 * multiprocessors // programs))
-    return DecodePlan(splits=splits, block=min(64, page_size), warps=4, stages=4)
+    splits = max(1, min(pages, multiprocessors // programs))
+    return DecodePlan(splits=splits, block=min(128, page_size), warps=4, stages=3)
 
 
 def split_attention(

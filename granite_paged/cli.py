@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate | eval | report`.
+"""The command line: `granite-paged verify | generate | bench | eval` and others.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from granite_paged import __version__
+from granite_paged.bench import commands as bench_commands
 from granite_paged.errors import GranitePagedError, InvalidRequest, PromptError
 from granite_paged.evaluate import commands as evaluate_commands
 from granite_paged.options import (
@@ -234,7 +235,12 @@ def generate(
     return OK
 
 
-# -- commands of their own files ----------------------------------------------------------------
+# -- in modules of their own --------------------------------------------------------------------
 
+cli.add_command(bench_commands.bench)
+cli.add_command(bench_commands.coldstart)
+cli.add_command(bench_commands.gate)
+cli.add_command(bench_commands.plot)
+cli.add_command(bench_commands.profile)
 cli.add_command(evaluate_commands.evaluate)
 cli.add_command(evaluate_commands.report)

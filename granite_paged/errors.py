@@ -107,6 +107,34 @@ class PromptError(GranitePagedError, ValueError):
     """A prompt that cannot be run: empty, or with tokens outside the vocabulary."""
 
 
+class ResultFileError(GranitePagedError, ValueError):
+    """A file of benchmark results that cannot be read. Names the file and the field."""
+
+    def __init__(self, path: str, field: str, problem: str) -> None:
+        self.path = path
+        self.field = field
+        where = f"{path}: {field}" if field else path
+        super().__init__(f"{where} {problem}; write such files with `granite-paged bench --json`")
+
+
+class CannotJudge(GranitePagedError):
+    """A gate that would say nothing about the fast path here: no GPU, or a fallback."""
+
+
+class Unsupported(GranitePagedError):
+    """A mode cannot run this case or shape."""
+
+
+class MissingExtra(GranitePagedError, ImportError):
+    """A command needs packages of an optional extra."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
+        )
+
+
 class NonFinite(GranitePagedError, ArithmeticError):
     """NaN or infinity was about to enter the cache. Names the layers."""
 
@@ -143,16 +171,6 @@ class DataError(GranitePagedError, ValueError):
         self.line = line
         place = file if line is None else f"{file}, line {line}"
         super().__init__(f"{place}: {problem}")
-
-
-class MissingExtra(GranitePagedError, ImportError):
-    """A package that only an extra brings is not installed."""
-
-    def __init__(self, package: str, *, extra: str) -> None:
-        self.extra = extra
-        super().__init__(
-            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
-        )
 
 
 class ResultsError(GranitePagedError):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
 
 from granite_paged.attention import paged_attention, split_attention
 from granite_paged.engine.forms import PlainForms, Step, by_head
 from granite_paged.kernels import mamba, pages, pointwise
-from granite_paged.kernels.linear import MOST_ROWS, Normed, linear, prenorm
+from granite_paged.kernels.linear import MOST_ROWS, Convolution, Normed, linear, prenorm
 from granite_paged.mamba import MambaSizes
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -44,13 +45,14 @@ class KernelForms(PlainForms):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `PlainForms.logits`."""
-        norm = self._decoder.norm
+        norm, weight = self._decoder.norm, self._head.weight
         scale = 1 / self._config.logits_scaling
-        if len(hidden) > MOST_ROWS:
-            logits: Tensor = _normalised(hidden, norm) @ self._head.weight.T
-            return logits.mul_(scale)
-        normed = prenorm(hidden.contiguous(), norm.weight)
-        return linear(normed, self._head.weight, eps=norm.variance_epsilon, scale=scale)[0]
+        if len(hidden) == 1:
+            before = prenorm(hidden.contiguous(), norm.weight)
+            return linear(before, weight, eps=norm.variance_epsilon, scale=scale)[0]
+        rows = _normalised(hidden.contiguous(), norm)
+        unused = rows.new_empty(1, 1)  # beta 0: only alpha is wanted, in the product's own kernel
+        return torch.addmm(unused, rows, weight.T, beta=0, alpha=scale)
 
     def decode(self, tokens: Tensor, step: Step) -> Tensor:
         """See `PlainForms.decode`."""
@@ -64,8 +66,7 @@ class KernelForms(PlainForms):
         for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
             normed = self._decode_mixer(index, layer, hidden, normed, step, rotary)
             normed = self._decode_mlp(layer, hidden, normed, next_norm.weight)
-        scale = 1 / self._config.logits_scaling
-        return linear(normed, self._head.weight, eps=last.variance_epsilon, scale=scale)[0]
+        return self.logits(hidden)
 
     # -- few rows: each product leaves its result before the next norm ---------------------------
 
@@ -81,8 +82,11 @@ class KernelForms(PlainForms):
         eps, out_eps = layer.input_layernorm.variance_epsilon, 0.0
         if layer.mamba is not None:
             mixer = layer.mamba
-            projected = linear(normed, mixer.in_proj.weight, eps=eps)[0]
-            mixed = self._scan(index, mixer, projected, step, norm=mixer.norm.weight)
+            conv = self._convolution(index, mixer, step)
+            projected = linear(normed, mixer.in_proj.weight, eps=eps, conv=conv)[0]
+            mixed = self._recur(index, mixer, projected, step, mixer.norm.weight)
+            if not isinstance(mixed, Normed):
+                mixed = _normalised(mixed, mixer.norm, mixer.n_groups)
             weight, out_eps = mixer.out_proj.weight, mixer.norm.variance_epsilon
         else:
             attention = layer.self_attn
@@ -162,26 +166,36 @@ class KernelForms(PlainForms):
         routed: Tensor = layer.block_sparse_moe(normed.view(*shape, -1)).view(normed.shape)
         return routed
 
-    def _scan(
-        self, index: int, mixer: Any, projected: Tensor, step: Step, norm: Tensor | None = None
-    ) -> Any:
-        """[B * S, inner], gated; on its way through its norm if that is given."""
+    def _convolution(self, index: int, mixer: Any, step: Step) -> Convolution:
+        """Of a decode step."""
         sizes = MambaSizes.of(mixer)
-        weights = (
-            mixer.conv1d.weight.view(sizes.channels, sizes.conv_width),
-            mixer.conv1d.bias,
-            mixer.dt_bias,
-            mixer.A_log,
-            mixer.D,
-        )
+        weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
+        ring = self._storage.states[index].conv
+        positions = step.positions[:, 0]
+        return Convolution(sizes.inner, ring, step.rows, positions, weight, mixer.conv1d.bias)
+
+    def _recur(
+        self, index: int, mixer: Any, projected: Tensor, step: Step, norm: Tensor | None
+    ) -> Tensor | Normed:
+        """[B, inner], gated; on its way through its norm if that is given and has one group."""
+        sizes = MambaSizes.of(mixer)
+        weights = (mixer.dt_bias, mixer.A_log, mixer.D)
         state = self._storage.states[index]._replace(rows=step.rows)
-        if step.positions.shape[1] > 1:
-            return mamba.scan(sizes, projected, step.positions, *weights, state)
-        fused = norm if sizes.groups == 1 else None
-        gated = mamba.step(sizes, projected, step.positions[:, 0], *weights, state, fused)
-        if norm is None or isinstance(gated, Normed):
+        norm = norm if sizes.groups == 1 else None
+        return mamba.step(sizes, projected, step.positions[:, 0], *weights, state, norm)
+
+    def _scan(self, index: int, mixer: Any, projected: Tensor, step: Step) -> Tensor:
+        """[B * S, inner], gated."""
+        if step.positions.shape[1] == 1:
+            mamba.convolve_step(projected, self._convolution(index, mixer, step))
+            gated = self._recur(index, mixer, projected, step, None)
+            assert isinstance(gated, Tensor)
             return gated
-        return _normalised(gated, mixer.norm, sizes.groups)
+        sizes = MambaSizes.of(mixer)
+        weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
+        weights = (weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D)
+        state = self._storage.states[index]._replace(rows=step.rows)
+        return mamba.scan(sizes, projected, step.positions, *weights, state)
 
     def _attention_of(
         self,

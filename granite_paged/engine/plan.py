@@ -184,6 +184,7 @@ def _workspace(model: Any, geometry: CacheGeometry, tokens: int) -> int:
 def _scan_bytes(sizes: MambaSizes, hidden: int, item: int) -> int:
     """Bytes a token that a Mamba layer holds: projected, convolved, gated, decays, chunk states."""
     projected = sizes.inner + sizes.channels + sizes.heads
-    states = torch.float32.itemsize * sizes.inner * sizes.state_size // min(sizes.chunk_size, 256)
+    per_state = torch.float32.itemsize + item  # what a chunk adds, and what enters it
+    states = per_state * sizes.inner * sizes.state_size // min(sizes.chunk_size, 256)
     decays = 2 * torch.float32.itemsize * sizes.heads
     return item * (projected + sizes.channels + 2 * sizes.inner + hidden) + decays + states

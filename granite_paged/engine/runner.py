@@ -172,7 +172,8 @@ class Runner:
         logits = torch.empty(len(chunks), self.vocabulary, dtype=self.dtype, device=self.device)
         for members, batch, length in parts:
             done = self._run_chunks(chunks, members, batch, length)
-            logits[members] = done.logits[: len(members)]
+            (place,) = to_device(self.device, torch.tensor(members))
+            logits.index_copy_(0, place, done.logits[: len(members)])
         return logits
 
     def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> Scores:

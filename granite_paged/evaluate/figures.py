@@ -41,7 +41,7 @@ def draw_all(folder: Path, entries: Sequence[Entry], bench: Sequence[BenchRow]) 
 def check_matplotlib() -> None:
     """Raises MissingExtra without it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("matplotlib", extra="report")
+        raise MissingExtra("matplotlib", extra="plot")
 
 
 def _pyplot() -> Any:

@@ -6,6 +6,8 @@ kernels of their own cost more than their work. Here they ride along::
 
     gated      the weight holds two halves: y = silu(x W1^T) * (x W2^T)
     residual   y <- residual + scale * y, in float32, rounded once
+    conv       some columns are a Mamba layer's channels: y <- silu(causal convolution), with the
+               channel's past from its ring, which takes y in
     norm       a product that comes before an RMS norm also leaves y * norm_weight, and the sums of
                squares of its parts of each row (`Normed`). The next product multiplies by the row's
                1 / rms, which commutes with it
@@ -42,6 +44,21 @@ class Normed(NamedTuple):
     squares: Tensor
 
 
+class Convolution(NamedTuple):
+    """Which columns of a product are convolved, and with what.
+
+    first: the first of them. ring [rows of all states, channels, width]; rows, positions [rows of
+    the product] int, -1 for padding; weight [channels, width]; bias [channels] or None.
+    """
+
+    first: int
+    ring: Tensor
+    rows: Tensor
+    positions: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
 @triton.jit
 def wait(EARLY: tl.constexpr):
     """Wait for the kernel before this one; from here on the next one may start."""
@@ -70,11 +87,38 @@ def _inverse_rms(squares_ptr, row, row_there, rows, depth, eps, parts, PARTS: tl
 
 
 @triton.jit
+def convolve(
+    y, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, row, row_there, column,
+    first, channels, WIDTH: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """y [rows, columns] in the model's dtype: in its convolved columns, silu of the convolution."""
+    channel = column - first
+    is_channel = (channel >= 0) & (channel < channels)
+    position = tl.load(positions_ptr + row, mask=row_there, other=-1).to(tl.int32)
+    state = tl.load(rows_ptr + row, mask=row_there, other=0).to(tl.int64)
+    there = (row_there & (position >= 0))[:, None] & is_channel[None, :]
+    ring = ring_ptr + (state[:, None] * channels + channel[None, :]) * WIDTH
+    last = tl.load(weight_ptr + channel * WIDTH + WIDTH - 1, mask=is_channel, other=0.0)
+    total = y.to(tl.float32) * last.to(tl.float32)[None, :]
+    for age in tl.static_range(1, WIDTH):
+        slot = ((position - age + WIDTH) % WIDTH)[:, None]
+        known = there & (position >= age)[:, None]
+        past = tl.load(ring + slot, mask=known, other=0.0).to(tl.float32)
+        tap = tl.load(weight_ptr + channel * WIDTH + WIDTH - 1 - age, mask=is_channel, other=0.0)
+        total += past * tap.to(tl.float32)[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    tl.store(ring + (position % WIDTH)[:, None], y, mask=there)
+    return tl.where(is_channel[None, :], total * tl.sigmoid(total), y.to(tl.float32))
+
+
+@triton.jit
 def _few_rows(
     x_ptr, weight_ptr, squares_ptr, residual_ptr, norm_ptr, out_ptr, normed_ptr, out_squares_ptr,
-    partial_ptr, arrived_ptr, rows, columns, depth, eps, scale, parts,
+    ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
+    partial_ptr, arrived_ptr, rows, columns, depth, eps, scale, parts, conv_first, channels,
     PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    EVEN: tl.constexpr, EARLY: tl.constexpr,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     block, row_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -136,6 +180,12 @@ def _few_rows(
     if RESIDUAL:
         total += tl.load(residual_ptr + place, mask=there, other=0.0).to(tl.float32)
     rounded = total.to(out_ptr.dtype.element_ty)
+    if WIDTH > 0:
+        total = convolve(
+            rounded, ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
+            row, row_there, column, conv_first, channels, WIDTH, BIAS,
+        )  # fmt: skip
+        rounded = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, rounded, mask=there)
     if NORM:
         exact = tl.where(there, rounded.to(tl.float32), 0.0)
@@ -149,9 +199,11 @@ def _few_rows(
 @triton.jit
 def _one_row(
     x_ptr, weight_ptr, squares_ptr, residual_ptr, norm_ptr, out_ptr, normed_ptr, out_squares_ptr,
-    columns, depth, eps, scale, parts,
+    ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
+    columns, depth, eps, scale, parts, conv_first, channels,
     PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-    EARLY: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -178,6 +230,13 @@ def _one_row(
     if RESIDUAL:
         y += tl.load(residual_ptr + column, mask=column_there, other=0.0).to(tl.float32)
     rounded = y.to(out_ptr.dtype.element_ty)
+    if WIDTH > 0:
+        row = tl.arange(0, 1)
+        convolved = convolve(
+            rounded[None, :], ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
+            row, row == 0, column, conv_first, channels, WIDTH, BIAS,
+        )  # fmt: skip
+        rounded = tl.sum(convolved, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + column, rounded, mask=column_there)
     if NORM:
         exact = tl.where(column_there, rounded.to(tl.float32), 0.0)
@@ -211,19 +270,20 @@ def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int
     """
     if rows == 1:
         whole = int(triton.next_power_of_2(depth))
-        together = max(1, 16384 // whole // (2 if gated else 1))
-        return {"COLUMNS": together, "DEPTH": whole, "num_warps": 8 if whole > 2048 else 4}
-    wide = 32 if gated else 64
-    blocks = -(-columns // wide)
-    steps = -(-depth // 128)
-    splits = max(1, min(4, 2 * multiprocessors // blocks, steps // 4))
+        together = max(1, min(4, 16384 // whole))
+        return {"COLUMNS": together, "DEPTH": whole, "num_warps": 8 if gated else 4}
+    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    few_columns = columns < 32 * multiprocessors
+    wide = 64 if (tall == 32 if gated else tall != 32 and not few_columns) else 32
+    deep = 128 if (tall == 64 and not few_columns) or (gated and tall > 16) else 256
+    splits = 4 if few_columns and not gated else 2 if gated and tall == 32 else 1
     return {
-        "ROWS": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+        "ROWS": tall,
         "COLUMNS": wide,
-        "DEPTH": 128,
-        "SPLITS": splits,
+        "DEPTH": deep,
+        "SPLITS": min(splits, -(-depth // deep)),
         "num_warps": 4,
-        "num_stages": 4,
+        "num_stages": 3 if few_columns and tall > 16 and not gated else 4,
     }
 
 
@@ -236,6 +296,7 @@ def linear(
     scale: float = 1.0,
     gated: bool = False,
     norm: Tensor | None = None,
+    conv: Convolution | None = None,
     out: Tensor | None = None,
     **options: int,
 ) -> tuple[Tensor, Normed | None]:
@@ -249,6 +310,7 @@ def linear(
         scale: factor on the product, before the residual.
         gated: y = silu(first half) * second half.
         norm: [columns], weight of the norm that the result goes through next, or None.
+        conv: a convolution of some of the result's columns, or None.
         out: [rows, columns], where to write.
         options: block sizes in place of those of `tiles`.
 
@@ -273,19 +335,24 @@ def linear(
         "GATED": gated,
         "RESIDUAL": residual is not None,
         "NORM": norm is not None,
+        "WIDTH": 0 if conv is None else conv.weight.shape[1],
+        "BIAS": conv is not None and conv.bias is not None,
         **early(values.device),
     }
-    pointers = (values, weight, squares, residual, norm, out, *(after or (None, None)))
+    first, channels = (0, 0) if conv is None else (conv.first, len(conv.weight))
+    convolution = conv[1:] if conv is not None else (None,) * 5
+    before = (values, weight, squares, residual, norm)
+    pointers = (*before, out, *(after or (None, None)), *convolution)
+    numbers = (columns, depth, eps, scale, parts, first, channels)
     if rows == 1:
-        _one_row[(blocks,)](*pointers, columns, depth, eps, scale, parts, **flags, **chosen)
+        _one_row[(blocks,)](*pointers, *numbers, **flags, **chosen)
         return out, after
     row_blocks, splits = int(triton.cdiv(rows, chosen["ROWS"])), chosen["SPLITS"]
     tile = 2 * chosen["ROWS"] * chosen["COLUMNS"]
     scratch = _scratch(values.device, blocks * row_blocks, splits * tile)
     even = depth % chosen["DEPTH"] == 0
-    sizes = (rows, columns, depth, eps, scale, parts)
     grid = (blocks, row_blocks, splits)
-    _few_rows[grid](*pointers, *scratch, *sizes, EVEN=even, **flags, **chosen)
+    _few_rows[grid](*pointers, *scratch, rows, *numbers, EVEN=even, **flags, **chosen)
     return out, after
 
 

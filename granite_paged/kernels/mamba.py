@@ -7,9 +7,8 @@
     conv ring   [rows, channels, width]              slot `position % width`
     ssm         [rows, heads, head_dim, state_size]  float32
 
-One token: a program owns a block of one head's state, reads and writes it once. It convolves the
-channels that it needs itself; the ring lets it do so while others move theirs on, since the slot
-that takes the new input is the one nobody reads.
+One token: the convolution rides along with `in_proj`; then a program owns a block of one head's
+state, and reads and writes it once.
 
 Many tokens: convolution; a state for each chunk; the recurrence over chunks; the output. Decays are
 float32, matrix products take operands of the model's dtype.
@@ -17,12 +16,17 @@ float32, matrix products take operands of the model's dtype.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from granite_paged.kernels.linear import Normed, early, wait
+from granite_paged.kernels.linear import Convolution, Normed, convolve, early, wait
 from granite_paged.mamba import MambaSizes, MambaState
+
+STATE_BLOCK = 32
+"""Elements of a head whose states one program of a decode step holds: the fastest at every batch
+from 1 to 128 on an H200 (`nox -s tune`)."""
 
 
 @triton.jit
@@ -37,37 +41,41 @@ def _silu(x):
 
 @triton.jit
 def _convolve_one(
-    input_ptr, ring_ptr, weight_ptr, bias_ptr, channel, position, there,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr,
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr,
+    first, channels, stride, WIDTH: tl.constexpr, BIAS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """silu of the convolution at one position, for a block of channels, in float32."""
-    slot = tl.arange(0, TAPS)
-    age = (position - slot + WIDTH) % WIDTH
-    place = channel[:, None] * WIDTH + slot[None, :]
-    ours = there[:, None] & (slot < WIDTH)[None, :]
-    past = tl.load(
-        ring_ptr + place, mask=ours & ((age > 0) & (age <= position))[None, :], other=0.0
-    )
-    new = tl.load(input_ptr + channel, mask=there, other=0.0)
-    taken = tl.where((age == 0)[None, :], new[:, None], past).to(tl.float32)
-    tap = channel[:, None] * WIDTH + (WIDTH - 1 - age)[None, :]
-    weight = tl.load(weight_ptr + tap, mask=ours, other=0.0).to(tl.float32)
-    total = tl.sum(taken * weight, axis=1)
-    if BIAS:
-        total += tl.load(bias_ptr + channel, mask=there, other=0.0).to(tl.float32)
-    return _silu(total), new
+    """One row's channels, in place. What a product of few rows does itself."""
+    batch = tl.program_id(0) + tl.arange(0, 1)
+    column = first + tl.program_id(1) * C + tl.arange(0, C)
+    place = projected_ptr + batch.to(tl.int64)[:, None] * stride + column[None, :]
+    there = (column < first + channels)[None, :]
+    new = tl.load(place, mask=there, other=0.0)
+    out = convolve(
+        new, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr,
+        batch, batch >= 0, column, first, channels, WIDTH, BIAS,
+    )  # fmt: skip
+    tl.store(place, out.to(projected_ptr.dtype.element_ty), mask=there)
+
+
+def convolve_step(projected: Tensor, conv: Convolution) -> None:
+    """silu of the convolution in place of the columns that `conv` names, one token a row."""
+    channels, width = conv.weight.shape
+    _convolve_one[(len(projected), triton.cdiv(channels, 512))](
+        projected, *conv[1:], conv.first, channels, projected.stride(0),
+        WIDTH=width, BIAS=conv.bias is not None, C=512,
+    )  # fmt: skip
 
 
 @triton.jit
 def _step(
-    projected_ptr, ring_ptr, ssm_ptr, rows_ptr, positions_ptr,
-    weight_ptr, bias_ptr, dt_bias_ptr, a_log_ptr, skip_ptr, norm_ptr, gated_ptr, squares_ptr,
-    heads, head_dim, state_size, groups, low, high,
-    WIDTH: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
-    EARLY: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    projected_ptr, ssm_ptr, rows_ptr, positions_ptr,
+    dt_bias_ptr, a_log_ptr, skip_ptr, norm_ptr, gated_ptr, squares_ptr,
+    heads, head_dim, state_size, groups, low, high, NORM: tl.constexpr, EXACT: tl.constexpr,
+    EARLY: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    batch, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    squares_at = (head * tl.num_programs(2) + part) * tl.num_programs(0) + batch
+    # neighbours in the grid are neighbours in memory
+    head, part, batch = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1)
+    squares_at = tl.program_id(0) * tl.num_programs(1) + batch
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
     position = tl.load(positions_ptr + batch).to(tl.int32)
@@ -85,41 +93,28 @@ def _step(
     # whoever wrote states and weights has long ended: only `projected` is the last kernel's
     place = (row * heads + head) * head_dim * state_size + p[:, None] * state_size + n[None, :]
     there = p_there[:, None] & n_there[None, :]
-    state = tl.load(ssm_ptr + place, mask=there, other=0.0)
+    if EXACT:
+        state = tl.load(ssm_ptr + place, eviction_policy="evict_first")
+    else:
+        state = tl.load(ssm_ptr + place, mask=there, other=0.0, eviction_policy="evict_first")
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     skip = tl.load(skip_ptr + head).to(tl.float32)
     wait(EARLY)
     projected = projected_ptr + batch.to(tl.int64) * (inner + channels + heads)
-    ring = ring_ptr + row * channels * WIDTH
-    group = head // (heads // groups)
-    x_channel = head * head_dim + p
-    b_channel = inner + group * state_size + n
-    c_channel = b_channel + groups * state_size
-    x, x_new = _convolve_one(
-        projected + inner, ring, weight_ptr, bias_ptr, x_channel, position, p_there,
-        WIDTH, TAPS, BIAS,
-    )  # fmt: skip
-    b, b_new = _convolve_one(
-        projected + inner, ring, weight_ptr, bias_ptr, b_channel, position, n_there,
-        WIDTH, TAPS, BIAS,
-    )  # fmt: skip
-    c, c_new = _convolve_one(
-        projected + inner, ring, weight_ptr, bias_ptr, c_channel, position, n_there,
-        WIDTH, TAPS, BIAS,
-    )  # fmt: skip
-    newest = position % WIDTH
-    tl.store(ring + x_channel * WIDTH + newest, x_new, mask=p_there)
-    if (part == 0) & (head % (heads // groups) == 0):
-        tl.store(ring + b_channel * WIDTH + newest, b_new, mask=n_there)
-        tl.store(ring + c_channel * WIDTH + newest, c_new, mask=n_there)
-
+    b_at = inner + inner + head // (heads // groups) * state_size + n
+    x = tl.load(projected + inner + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
+    b = tl.load(projected + b_at, mask=n_there, other=0.0).to(tl.float32)
+    c = tl.load(projected + b_at + groups * state_size, mask=n_there, other=0.0).to(tl.float32)
     raw = tl.load(projected + inner + channels + head).to(tl.float32)
     dt = _softplus(raw + dt_bias)
     if position == 0:
         dt = tl.minimum(tl.maximum(dt, low), high)
     state = state * tl.exp(dt * rate) + (dt * x)[:, None] * b[None, :]
-    tl.store(ssm_ptr + place, state, mask=there)
+    if EXACT:
+        tl.store(ssm_ptr + place, state, eviction_policy="evict_first")
+    else:
+        tl.store(ssm_ptr + place, state, mask=there, eviction_policy="evict_first")
     y = tl.sum(state * c[None, :], axis=1) + skip * x
     gate = tl.load(projected + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
     y = tl.where(p_there, y * _silu(gate), 0.0)
@@ -133,21 +128,18 @@ def step(
     sizes: MambaSizes,
     projected: Tensor,
     positions: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     dt_bias: Tensor,
     a_log: Tensor,
     skip: Tensor,
     state: MambaState,
     norm: Tensor | None = None,
 ) -> Tensor | Normed:
-    """One token for each of B rows: convolution, recurrence and gate in one kernel.
+    """One token for each of B rows: recurrence and gate in one kernel.
 
     Args:
         sizes: of the layer.
-        projected: [B, inner + channels + heads], what `in_proj` gave.
+        projected: [B, inner + channels + heads], what `in_proj` gave, its channels convolved.
         positions: [B] int, -1 for padding, which reads and writes no state.
-        weight, bias: of the convolution, [channels, width] and [channels] or None.
         dt_bias, a_log, skip: [heads].
         state: of the layer, all rows; `state.rows` [B] int names the batch's.
         norm: [inner], weight of the norm that the result goes through next, or None.
@@ -157,29 +149,18 @@ def step(
     """
     batch = positions.shape[0]
     gated = projected.new_empty(batch, sizes.inner)
-    block = _state_block(sizes, batch)
-    grid = (batch, sizes.heads, triton.cdiv(sizes.head_dim, block))
-    squares = None if norm is None else state.ssm.new_empty(grid[1] * grid[2], batch)
-    _step[grid](
-        projected, state.conv, state.ssm, state.rows, positions,
-        weight, bias, dt_bias, a_log, skip, norm, gated, squares,
+    wide = int(triton.next_power_of_2(sizes.state_size))
+    block = min(STATE_BLOCK, int(triton.next_power_of_2(sizes.head_dim)))
+    parts = int(triton.cdiv(sizes.head_dim, block))
+    squares = None if norm is None else state.ssm.new_empty(sizes.heads * parts, batch)
+    _step[(sizes.heads * parts, batch)](
+        projected, state.ssm, state.rows, positions,
+        dt_bias, a_log, skip, norm, gated, squares,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *_limits(sizes),
-        WIDTH=sizes.conv_width, TAPS=triton.next_power_of_2(sizes.conv_width),
-        BIAS=bias is not None, NORM=norm is not None, P=block,
-        N=triton.next_power_of_2(sizes.state_size), num_warps=_step_warps(block),
-        **early(projected.device),
+        NORM=norm is not None, EXACT=parts * block == sizes.head_dim and wide == sizes.state_size,
+        PARTS=parts, P=block, N=wide, num_warps=8, **early(projected.device),
     )  # fmt: skip
     return gated if squares is None else Normed(gated, squares)
-
-
-def _state_block(sizes: MambaSizes, batch: int) -> int:
-    """Elements of a head a program takes: few where there are few rows to fill the GPU with."""
-    whole = int(triton.next_power_of_2(sizes.head_dim))
-    return min(whole, 8 if batch <= 2 else 16 if batch <= 4 else 64)
-
-
-def _step_warps(block: int) -> int:
-    return 1 if block <= 8 else 2 if block <= 16 else 4
 
 
 def _limits(sizes: MambaSizes) -> tuple[float, float]:
@@ -209,6 +190,19 @@ def _convolve(
     total = tl.zeros([S, C], tl.float32)
     if BIAS:
         total += tl.load(bias_ptr + c, mask=c_there, other=0.0).to(tl.float32)[None, :]
+    place = (first + s)[:, None] * channels + c[None, :]
+    start = tl.program_id(1) * S
+    inside = (start >= WIDTH - 1) & (start + S <= tokens)
+    if inside:  # padding is on either side: tokens at both ends are tokens between
+        oldest = tl.load(positions + start - (WIDTH - 1))
+        inside = (oldest >= 0) & (tl.load(positions + start + S - 1) >= 0)
+    if inside:
+        for age in tl.static_range(WIDTH):
+            tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
+            x = tl.load(inputs + (token - age * stride)[:, None], mask=c_there[None, :], other=0.0)
+            total += x.to(tl.float32) * tap.to(tl.float32)[None, :]
+        tl.store(out_ptr + place, _silu(total).to(out_ptr.dtype.element_ty), mask=c_there[None, :])
+        return
     for age in tl.static_range(WIDTH):
         before = s - age
         is_here = (before >= 0) & s_there
@@ -230,7 +224,6 @@ def _convolve(
             ).to(tl.float32)
         tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
         total += here * tap.to(tl.float32)[None, :]
-    place = (first + s)[:, None] * channels + c[None, :]
     total = _silu(total)
     tl.store(
         out_ptr + place,
@@ -323,10 +316,10 @@ def _chunk_states(
 
 @triton.jit
 def _pass_on(
-    states_ptr, ssm_ptr, rows_ptr, decay_ptr, chunks, heads, elements, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    states_ptr, entering_ptr, ssm_ptr, rows_ptr, decay_ptr, chunks, heads, elements,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place of what each chunk adds: the state that enters it. The last goes to the row."""
+    """From what each chunk adds: the state that enters it. The last goes to the row."""
     batch, head = tl.program_id(0), tl.program_id(1)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     there = at < elements
@@ -335,16 +328,16 @@ def _pass_on(
     state = tl.load(held, mask=there, other=0.0)
     ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
     for chunk in range(chunks):
-        place = states_ptr + ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
-        added = tl.load(place, mask=there, other=0.0)
-        tl.store(place, state, mask=there)
+        place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
+        added = tl.load(states_ptr + place, mask=there, other=0.0)
+        tl.store(entering_ptr + place, state.to(entering_ptr.dtype.element_ty), mask=there)
         state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
     tl.store(held, state, mask=there)
 
 
 @triton.jit
 def _chunk_outputs(
-    convolved_ptr, projected_ptr, dt_ptr, decay_ptr, states_ptr, skip_ptr, gated_ptr,
+    convolved_ptr, projected_ptr, dt_ptr, decay_ptr, entering_ptr, skip_ptr, gated_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, stride,
     SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -370,10 +363,10 @@ def _chunk_outputs(
     )
     place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
     entering = tl.load(
-        states_ptr + place + p[None, :] * state_size + n[:, None],
+        entering_ptr + place + p[None, :] * state_size + n[:, None],
         mask=p_there[None, :] & n_there[:, None],
         other=0.0,
-    ).to(c.dtype)
+    )
     out = tl.dot(c, entering, input_precision="ieee") * tl.exp(decay)[:, None]
     for start in range(0, (part + 1) * L, L):
         at = start + tl.arange(0, L)
@@ -466,16 +459,18 @@ def _scan(
     }
     _chunk_states[(batch, chunks, sizes.heads)](
         convolved, projected, positions, dt_bias, a_log, dt[0], dt[1], states,
-        *shape, *_limits(sizes), stride, **blocks, num_warps=4,
+        *shape, *_limits(sizes), stride, **blocks, num_warps=4, num_stages=1,
     )  # fmt: skip
     elements = sizes.head_dim * sizes.state_size
+    entering = torch.empty_like(states, dtype=convolved.dtype)
     _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
-        states, state.ssm, state.rows, dt[1], chunks, sizes.heads, elements, SIZE=size, BLOCK=1024,
+        states, entering, state.ssm, state.rows, dt[1], chunks, sizes.heads, elements,
+        SIZE=size, BLOCK=1024,
     )  # fmt: skip
     gated = projected.new_empty(batch * tokens, sizes.inner)
     _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
-        convolved, projected, dt[0], dt[1], states, skip, gated,
-        *shape, stride, **blocks, num_warps=4,
+        convolved, projected, dt[0], dt[1], entering, skip, gated,
+        *shape, stride, **blocks, num_warps=4, num_stages=1,
     )  # fmt: skip
     return gated
 

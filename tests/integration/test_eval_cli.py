@@ -181,7 +181,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, capsys: Capture)
 
 
 @pytest.mark.usefixtures("unanswered")
-@pytest.mark.parametrize(("option", "extra"), [("--report", "report"), ("--wandb", "wandb")])
+@pytest.mark.parametrize(("option", "extra"), [("--report", "plot"), ("--wandb", "wandb")])
 def test_a_missing_extra_is_named_before_the_work(
     option: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -178,7 +178,7 @@ def test_a_result_file_of_another_form_is_refused(tmp_path: Path) -> None:
 def test_a_report_is_a_page_its_results_and_figures(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
-    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[report]")
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     rows = read_bench(bench_file(tmp_path, BENCH))
     folder = tmp_path / "out" / "deeper"
     figures = write_report(str(folder), [evaluation], rows, ["granite-paged eval --seed 3"])
@@ -193,7 +193,7 @@ def test_a_report_is_a_page_its_results_and_figures(
 
 
 def test_the_same_results_make_the_same_bytes(evaluation: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[report]")
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     for name in ("one", "two"):
         write_report(str(tmp_path / name), [evaluation])
     for path in (tmp_path / "one").iterdir():
@@ -203,7 +203,7 @@ def test_the_same_results_make_the_same_bytes(evaluation: dict[str, Any], tmp_pa
 def test_a_folder_that_cannot_be_written_is_refused(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
-    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[report]")
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     (tmp_path / "file").touch()
     with pytest.raises(ResultsError, match="cannot write the report to"):
         write_report(str(tmp_path / "file"), [evaluation])
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 def test_report_puts_several_results_on_one_page(
     evaluation: dict[str, Any], tmp_path: Path, capsys: Capture
 ) -> None:
-    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[report]")
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     files = []
     for batch in (1, 32):
         path = tmp_path / f"{batch}.json"
@@ -237,7 +237,7 @@ def test_wandb_offline_keeps_metrics_tables_and_figures(
     evaluation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="needs the extra granite-paged[wandb]")
-    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[report]")
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     from granite_paged.evaluate.wandb_run import log_to_wandb  # noqa: PLC0415
 
     monkeypatch.setenv("WANDB_MODE", "offline")

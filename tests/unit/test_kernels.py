@@ -131,22 +131,26 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def convolution(mixer: Any, positions: Tensor, state: MambaState) -> few_rows.Convolution:
+    weight = mixer.conv1d.weight[:, 0].contiguous()
+    at = positions[:, 0].contiguous()
+    inner = MambaSizes.of(mixer).inner
+    return few_rows.Convolution(inner, state.conv, state.rows, at, weight, mixer.conv1d.bias)
+
+
 def kernels_mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
     """`mamba.mix`, with the kernels in the middle."""
     sizes = MambaSizes.of(mixer)
-    projected = mixer.in_proj(hidden).flatten(0, 1).contiguous()
-    one = hidden.shape[1] == 1
-    gated = (mamba.step if one else mamba.scan)(
-        sizes,
-        projected,
-        positions[:, 0].contiguous() if one else positions.contiguous(),
-        mixer.conv1d.weight[:, 0].contiguous(),
-        mixer.conv1d.bias,
-        mixer.dt_bias,
-        mixer.A_log,
-        mixer.D,
-        state,
-    )
+    weights = (mixer.dt_bias, mixer.A_log, mixer.D)
+    if hidden.shape[1] == 1:
+        conv = convolution(mixer, positions, state)
+        projected, _ = few_rows.linear(hidden[:, 0].contiguous(), mixer.in_proj.weight, conv=conv)
+        gated = mamba.step(sizes, projected, conv.positions, *weights, state)
+    else:
+        projected = mixer.in_proj(hidden).flatten(0, 1).contiguous()
+        conv_weights = (mixer.conv1d.weight[:, 0].contiguous(), mixer.conv1d.bias)
+        at = positions.contiguous()
+        gated = mamba.scan(sizes, projected, at, *conv_weights, *weights, state)
     normed = pointwise.rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, sizes.groups)
     return mixer.out_proj(normed).view(hidden.shape)
 
@@ -213,7 +217,7 @@ def test_a_step_passes_its_norm_on(batch: int) -> None:
     held = sizes.empty_state(batch + 1, torch.float32, DEVICE)
     at = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
     projected = torch.randn(batch, sizes.inner + sizes.channels + sizes.heads, device=DEVICE)
-    weights = (mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D)
+    weights = (mixer.dt_bias, mixer.A_log, mixer.D)
 
     def stepped(norm: Tensor | None) -> Any:
         rows = torch.arange(1, batch + 1, device=DEVICE)
@@ -224,6 +228,22 @@ def test_a_step_passes_its_norm_on(batch: int) -> None:
     plain, passed = stepped(None), stepped(mixer.norm.weight)
     inverse = torch.rsqrt(passed.squares.sum(0) / sizes.inner + 1e-5)[:, None]
     assert error(passed.values * inverse, rms_norm(plain, mixer.norm.weight)) <= FLOAT32
+
+
+def test_a_convolution_by_itself_is_the_one_that_rides_along() -> None:
+    mixer, _ = layer()
+    mixer = mixer.to(DEVICE)
+    mine, other = states(MambaSizes.of(mixer))
+    hidden = torch.randn(2, 24, device=DEVICE)
+    at = torch.tensor([[7], [-1]], device=DEVICE)
+    with torch.inference_mode():
+        expected, _ = few_rows.linear(
+            hidden, mixer.in_proj.weight, conv=convolution(mixer, at, mine)
+        )
+        projected, _ = few_rows.linear(hidden, mixer.in_proj.weight)
+        mamba.convolve_step(projected, convolution(mixer, at, other))
+    assert error(projected, expected) <= FLOAT32
+    assert torch.equal(mine.conv, other.conv)
 
 
 # -- pages --------------------------------------------------------------------------------------

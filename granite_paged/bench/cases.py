@@ -1,0 +1,162 @@
+"""The cases: what is run, in which shapes, by which modes, and how much work it is at least.
+
+::
+
+    batch      prefill, batch after batch of prompts of one length
+    context    prefill of one prompt, longer and longer
+    decode     one more token for every sequence of a batch
+    kernel     paged FlexAttention alone, beside contiguous SDPA and the byte floor
+    memory     how many ragged sequences fit a budget, in pages and padded
+    coldstart  from a loaded model to its first token, and to every shape compiled
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from granite_paged.bench.floor import ModelSizes, Work
+from granite_paged.errors import InvalidRequest
+
+Kind = Literal["prefill", "decode", "kernel", "memory", "coldstart"]
+
+MODES = ("default", "static", "paged")
+"""transformers' SDPA and DynamicCache, eager; StaticCache and torch.compile; ours."""
+
+
+class Shape(NamedTuple):
+    """Sequences, and tokens of each; of a ragged batch, lengths are spread from `shortest` on."""
+
+    batch: int
+    context: int
+    shortest: int | None = None
+
+    @property
+    def variant(self) -> str:
+        """What a row says about the lengths."""
+        return "" if self.shortest is None else f"ragged {self.shortest}-{self.context}"
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence: evenly spread, longest last."""
+        if self.shortest is None or self.batch == 1:
+            return [self.context] * self.batch
+        span = self.context - self.shortest
+        return [self.shortest + span * row // (self.batch - 1) for row in range(self.batch)]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case.
+
+    Attributes:
+        name: as `--case` has it.
+        kind: what a step does.
+        modes: that can run it.
+        shapes: on a GPU. `quick` are fewer of them; `small` are for the CPU.
+    """
+
+    name: str
+    kind: Kind
+    modes: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    quick: tuple[Shape, ...]
+    small: tuple[Shape, ...]
+
+    def work(self, sizes: ModelSizes, shape: Shape) -> Work | None:
+        """Least work of one step; None where a step is not of a model."""
+        if self.kind == "prefill":
+            return sizes.prefill(shape.batch, shape.context)
+        if self.kind == "decode":
+            return sizes.decode(shape.batch, shape.context)
+        return None
+
+    def step_tokens(self, shape: Shape) -> int:
+        """Tokens that one step takes in."""
+        return shape.batch * shape.context if self.kind == "prefill" else shape.batch
+
+    def choose(
+        self, *, gpu: bool, quick: bool, batches: Sequence[int] = (), contexts: Sequence[int] = ()
+    ) -> list[Shape]:
+        """Shapes to run. Batches or contexts that are given replace the case's own."""
+        usual = self.small if not gpu else self.quick if quick else self.shapes
+        if not batches and not contexts:
+            return list(usual)
+        plain = [shape for shape in usual if shape.shortest is None]
+        batches = batches or sorted({shape.batch for shape in plain})
+        contexts = contexts or sorted({shape.context for shape in plain})
+        return [Shape(batch, context) for batch in batches for context in contexts]
+
+
+def _shapes(batches: Sequence[int], contexts: Sequence[int]) -> tuple[Shape, ...]:
+    return tuple(Shape(batch, context) for batch in batches for context in contexts)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "batch",
+            "prefill",
+            ("default", "paged"),
+            _shapes((1, 2, 4, 8, 16, 32), (512,)),
+            quick=_shapes((1, 8, 32), (512,)),
+            small=_shapes((1, 2, 4), (64,)),
+        ),
+        Case(
+            "context",
+            "prefill",
+            ("default", "paged"),
+            _shapes((1,), (128, 256, 512, 1024, 2048, 4096, 16384, 32768, 131072)),
+            quick=_shapes((1,), (128, 1024, 4096)),
+            small=_shapes((1,), (32, 128, 256)),
+        ),
+        Case(
+            "decode",
+            "decode",
+            MODES,
+            _shapes((1, 8, 32, 128), (512, 1024, 4096, 32768)),
+            quick=_shapes((1, 32), (512, 4096)),
+            small=_shapes((1, 4), (64, 128)),
+        ),
+        Case(
+            "kernel",
+            "kernel",
+            ("paged",),
+            (
+                *(Shape(1, 4096), Shape(8, 4096), Shape(32, 4096), Shape(32, 4096, shortest=64)),
+                *(Shape(8, 32768), Shape(1, 131072)),
+            ),
+            quick=_shapes((1, 32), (4096,)),
+            small=(Shape(1, 128), Shape(4, 128), Shape(4, 128, shortest=16)),
+        ),
+        Case(
+            "memory",
+            "memory",
+            ("default", "paged"),
+            (Shape(1, 4096, shortest=1),),
+            quick=(Shape(1, 4096, shortest=1),),
+            small=(Shape(1, 4096, shortest=1),),
+        ),
+        Case(
+            "coldstart",
+            "coldstart",
+            ("paged",),
+            _shapes((1,), (512,)),
+            quick=_shapes((1,), (512,)),
+            small=_shapes((1,), (64,)),
+        ),
+    )
+}
+
+
+def chosen_cases(names: Sequence[str]) -> list[Case]:
+    """Cases by name, in that order and once each; all of them for none.
+
+    Raises:
+        InvalidRequest: for an unknown name.
+    """
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise InvalidRequest(f"unknown case {unknown[0]!r}: use one of {', '.join(CASES)}")
+    return [CASES[name] for name in dict.fromkeys(names or CASES)]

@@ -1,0 +1,178 @@
+"""Decode attention alone: pages through FlexAttention, beside SDPA over contiguous K and V.
+
+Both are given the same lengths; ragged batches are padded for SDPA, which then needs a mask. The
+floor is the bytes of K and V that belong to tokens, at the rate of a large copy. Before each call
+the device's cache is overwritten, and the host's part is hidden (`Clock.kernel_seconds`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import scaled_dot_product_attention
+
+from granite_paged.allocator import PageAllocator
+from granite_paged.attention import DecodePlan, decode_plan, paged_attention, split_attention
+from granite_paged.bench.cases import Shape
+from granite_paged.bench.measure import Clock, Repeats, Samples
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.kernels import unavailable
+from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
+from granite_paged.page_table import PageTable
+
+_FLUSH_BYTES = 2**28  # several times any GPU's cache
+_WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTimes:
+    """Seconds of each repeat, and the bytes of K and V that a call has to read."""
+
+    paged: Samples
+    sdpa: Samples
+    kv_bytes: int
+
+
+class KernelCase:
+    """Tensors of one shape for both kernels.
+
+    ::
+
+        query         [B, Hq, 1, D]
+        keys, values  [1, Hkv, pages * page_size, D]   pages; drawn at random
+        padded        [B, Hkv, longest, D]             the same tokens for SDPA
+    """
+
+    def __init__(
+        self, model: Any, config: PagedConfig, shape: Shape, seed: int, device: torch.device
+    ) -> None:
+        self._geometry = CacheGeometry.from_config(
+            model.config, page_size=config.page_size, dtype=model.dtype
+        )
+        self._backend = config.backend
+        self._scale = float(model.config.attention_multiplier)
+        self._lengths = shape.lengths()
+        self._draw = torch.Generator(device).manual_seed(seed)
+        self._device = device
+        self._make_pool()
+        self._make_padded(ragged=shape.shortest is not None)
+        g = self._geometry
+        self._query = self._random(len(self._lengths), g.query_heads, 1, g.head_dim)
+
+    @property
+    def kv_bytes(self) -> int:
+        """K and V of all tokens, of one layer."""
+        g = self._geometry
+        return sum(self._lengths) * g.bytes_per_token // len(g.attention_layers)
+
+    def paged(self) -> Tensor:
+        """[B, Hq, 1, D] through the pages, as a runner's decode step goes."""
+        if self._plan is not None:
+            out = split_attention(
+                self._query[:, :, 0],
+                self._keys,
+                self._values,
+                self._block_mask,
+                scale=self._scale,
+                plan=self._plan,
+            )
+            return out[:, :, None]
+        return paged_attention(
+            self._query,
+            self._keys,
+            self._values,
+            self._block_mask,
+            scale=self._scale,
+            backend=self._backend,
+        )
+
+    def sdpa(self) -> Tensor:
+        """[B, Hq, 1, D] over padded K and V; the group folded, as masks rule out `enable_gqa`."""
+        keys, values = self._padded
+        folded = self._query.view(len(keys), keys.shape[1], -1, keys.shape[3])  # [B, Hkv, G, D]
+        out = scaled_dot_product_attention(folded, keys, values, self._mask, scale=self._scale)
+        return out.reshape(self._query.shape)
+
+    def _make_pool(self) -> None:
+        g, lengths = self._geometry, torch.tensor(self._lengths)
+        table = self._page_table()
+        slots = len(table.logical) * g.page_size
+        self._keys, self._values = (self._random(1, g.kv_heads, slots, g.head_dim) for _ in "kv")
+        last = (lengths[:, None] - 1).int().to(self._device)
+        self._plan = self._split_plan(table)
+        if self._plan is None:
+            self._block_mask = paged_block_mask(
+                table.physical, table.logical, last, page_size=g.page_size, group=g.group
+            )
+        else:
+            self._block_mask = self._split_mask(table, last[:, 0], self._plan.splits)
+        tokens = torch.arange(int(lengths.max()), device=self._device).expand(len(lengths), -1)
+        self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
+
+    def _split_plan(self, table: PageTable) -> DecodePlan | None:
+        """How a runner would split the rows; None where it would not."""
+        g, (rows, width) = self._geometry, table.physical.shape
+        if self._backend == "eager" or unavailable(self._device, g.dtype):
+            return None
+        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return decode_plan(rows, g.kv_heads, width, g.page_size, processors)
+
+    def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
+        from granite_paged.kernels.pages import split_pages
+
+        g, (count, width) = self._geometry, table.physical.shape
+        rows = torch.arange(count, device=self._device)
+        sizes = torch.zeros(count * splits, dtype=torch.int32, device=self._device)
+        pages = sizes[:, None].repeat(1, -(-width // splits))
+        lists = (sizes, pages, sizes.clone(), pages.clone())
+        split_pages(rows, newest, table.physical, lists, splits, g.page_size)
+        mask_mod = split_mask_mod(
+            table.physical, table.logical, rows, newest, page_size=g.page_size, splits=splits
+        )
+        slots = self._keys.shape[2]
+        return split_block_mask(lists, mask_mod, page_size=g.page_size, group=g.group, slots=slots)
+
+    def _page_table(self) -> PageTable:
+        g, lengths = self._geometry, self._lengths
+        allocator = PageAllocator(1 + sum(map(g.pages_for, lengths)), g.page_size)
+        row_of = {allocator.open(): row for row in range(len(lengths))}
+        plan = allocator.append(dict(zip(row_of, lengths, strict=True)))
+        width = g.pages_for(max(lengths))
+        table = PageTable(len(lengths), width, allocator.pages, self._device)
+        entries = [(row_of[w.sequence], w.logical_page, w.physical_page) for w in plan.writes]
+        table.write(*torch.tensor(entries, device=self._device).unbind(1))
+        return table
+
+    def _make_padded(self, *, ragged: bool) -> None:
+        g = self._geometry
+        shape = (g.kv_heads, *self._slots.shape, g.head_dim)
+        self._padded = tuple(
+            pool[0][:, self._slots.flatten()].view(shape).transpose(0, 1).contiguous()
+            for pool in (self._keys, self._values)
+        )
+        real = self._slots > 0  # slot 0 is the null page's
+        self._mask = real[:, None, None] if ragged else None
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(
+            shape, generator=self._draw, device=self._device, dtype=self._geometry.dtype
+        )
+
+
+@torch.inference_mode()
+def time_kernels(case: KernelCase, clock: Clock, repeats: Repeats) -> KernelTimes:
+    """Both kernels in turn."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=clock.device) if clock.gpu else None
+    times = KernelTimes(Samples(), Samples(), case.kv_bytes)
+    calls = ((case.paged, times.paged), (case.sdpa, times.sdpa))
+    for call, _ in calls:
+        for _ in range(_WARM_UP):
+            call()
+    for _ in range(max(repeats.least, repeats.most // 4)):
+        for call, samples in calls:
+            samples.seconds.append(clock.kernel_seconds(call, flush))
+    return times

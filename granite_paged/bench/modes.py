@@ -1,0 +1,308 @@
+"""The three ways of running a model that are compared: `default`, `static` and `paged`.
+
+Each prepares a step of one shape: a prefill, or one more token for every sequence of a batch. All
+start from the same random token ids. A cache for decode is not filled by running its whole context:
+a stretch is run and its K, V and Mamba states are repeated, which costs a step the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+from transformers import DynamicCache, StaticCache
+
+from granite_paged.allocator import PageAllocator
+from granite_paged.bench.cases import Kind, Shape
+from granite_paged.bench.measure import Prepared
+from granite_paged.engine.runner import Chunk, Runner
+from granite_paged.errors import Unsupported
+from granite_paged.geometry import PagedConfig
+
+STRETCH = 64
+"""Tokens that are really run to fill a cache of transformers; the rest repeats them."""
+
+_SPARE = 16  # slots of a StaticCache beyond the context: a user's would have some as well
+
+
+class Mode(Protocol):
+    """One way of running a model."""
+
+    def prepare(self, kind: Kind, shape: Shape) -> Prepared:
+        """A step of that shape.
+
+        Raises:
+            Unsupported: if this mode has no such step.
+            torch.OutOfMemoryError: if it does not fit.
+        """
+
+
+def make_mode(name: str, model: Any, config: PagedConfig, seed: int) -> Mode:
+    """The mode of that name in `MODES`."""
+    if name == "default":
+        return Default(model, seed)
+    return Static(model, seed) if name == "static" else Paged(model, config, seed)
+
+
+def token_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
+    """[batch, tokens] random token ids on the model's device."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=draw)
+    return ids.to(model.device)
+
+
+# -- transformers -------------------------------------------------------------------------------
+
+
+class Default:
+    """What transformers does unasked: SDPA, a DynamicCache, no compilation."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+
+    def prepare(self, kind: Kind, shape: Shape) -> Prepared:
+        """See `Mode.prepare`."""
+        ids = token_ids(self._model, shape.batch, shape.context, self._seed)
+        return self._prefill(ids) if kind == "prefill" else self._decode(ids)
+
+    def _prefill(self, ids: Tensor) -> Prepared:
+        model = self._model
+
+        @torch.no_grad()
+        def step() -> Any:
+            cache = DynamicCache(config=model.config)
+            return model(ids, past_key_values=cache, logits_to_keep=1).logits
+
+        return Prepared(step)
+
+    def _decode(self, ids: Tensor) -> Prepared:
+        model, cache, token = self._model, DynamicCache(config=self._model.config), ids[:, :1]
+        note = _fill(model, cache, ids)
+        context = ids.shape[1]
+
+        @torch.no_grad()
+        def step() -> Any:
+            return _next_token(model, token, cache)
+
+        def reset() -> None:
+            for layer in _attention_layers(cache):  # the step made longer copies
+                layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
+
+        return Prepared(step, reset, note=note)
+
+
+class Static:
+    """What transformers offers for speed: a StaticCache and torch.compile of the decode step."""
+
+    def __init__(self, model: Any, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+
+    def prepare(self, kind: Kind, shape: Shape) -> Prepared:
+        """See `Mode.prepare`."""
+        if kind != "decode":
+            raise Unsupported(f"static compiles decode steps only, not {kind}")
+        model, context = self._model, shape.context
+        ids = token_ids(model, shape.batch, context, self._seed)
+        cache, token = StaticCache(config=model.config, max_cache_len=context + _SPARE), ids[:, :1]
+        note = _fill(model, cache, ids)
+        compiled = torch.compile(_next_token, mode="reduce-overhead", dynamic=False)
+
+        @torch.no_grad()
+        def step() -> Any:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return compiled(model, token, cache)
+
+        def reset() -> None:
+            for layer in _attention_layers(cache):
+                layer.cumulative_length.fill_(context)
+
+        return Prepared(step, reset, _forget_compiled_step, note)
+
+
+def _next_token(model: Any, token: Tensor, cache: Any) -> Tensor:
+    """[B, 1] -> [B]: feed one token a row, take the likeliest next."""
+    logits: Tensor = model(token, past_key_values=cache, logits_to_keep=1).logits
+    return logits[:, -1].argmax(dim=-1)
+
+
+def _forget_compiled_step() -> None:
+    """Drop the graphs of `static`, and nobody else's: they hold on to its cache."""
+    reset_code(_next_token.__code__)
+    reset_cudagraph_trees()
+
+
+@torch.no_grad()
+def _fill(model: Any, cache: Any, ids: Tensor) -> str:
+    """Have the cache hold ids.shape[1] tokens. Returns what is to be said about it."""
+    context = ids.shape[1]
+    stretch = min(context, STRETCH)
+    model(ids[:, :stretch], past_key_values=cache, logits_to_keep=1)
+    for layer in _attention_layers(cache):
+        if layer.is_compileable:  # static: room for all is there already
+            for states in (layer.keys, layer.values):
+                states[:, :, :context] = _repeat_to(states[:, :, :stretch], context)
+            layer.cumulative_length.fill_(context)
+        else:
+            layer.keys = _repeat_to(layer.keys, context)
+            layer.values = _repeat_to(layer.values, context)
+    return _note(context, stretch)
+
+
+def _attention_layers(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+def _repeat_to(states: Tensor, tokens: int) -> Tensor:
+    """[B, Hkv, S, D] -> [B, Hkv, tokens, D], over and over."""
+    places = torch.arange(tokens, device=states.device) % states.shape[2]
+    return states.index_select(2, places)
+
+
+def _note(context: int, stretch: int) -> str:
+    return f"cache: {stretch} tokens, repeated" if stretch < context else ""
+
+
+# -- paged --------------------------------------------------------------------------------------
+
+
+class Paged:
+    """Ours: a `Runner` with pools and rows made for the shape at hand, and no larger."""
+
+    def __init__(self, model: Any, config: PagedConfig, seed: int) -> None:
+        self._model = model
+        self._config = config
+        self._seed = seed
+
+    def prepare(self, kind: Kind, shape: Shape) -> Prepared:
+        """See `Mode.prepare`."""
+        runner = make_runner(self._model, config_for(self._config, shape))
+        try:
+            return self._prepared(runner, kind, shape)
+        except BaseException:
+            runner.close()
+            raise
+
+    def _prepared(self, runner: Runner, kind: Kind, shape: Shape) -> Prepared:
+        tokens = shape.context + (kind == "decode")
+        if tokens > runner.longest:
+            raise Unsupported(f"a sequence of {tokens} tokens: {runner.longest} are the most")
+        ids = token_ids(self._model, shape.batch, shape.context, self._seed)
+        sequences = Sequences(runner, shape.batch)
+        if kind == "prefill":
+            return _paged_prefill(runner, sequences, ids)
+        return _paged_decode(runner, sequences, ids)
+
+
+def make_runner(model: Any, config: PagedConfig) -> Runner:
+    """A `Runner` over the model's weights."""
+    return Runner.for_model(model, config)
+
+
+def config_for(config: PagedConfig, shape: Shape) -> PagedConfig:
+    """Rows for the batch; pages for its contexts and one more token each."""
+    pages = shape.batch * -(-(shape.context + 1) // config.page_size)
+    return replace(config, max_sequences=shape.batch, max_tokens=pages * config.page_size)
+
+
+class Sequences:
+    """A batch of sequences in rows 1 .. batch of a runner, and their pages."""
+
+    def __init__(self, runner: Runner, batch: int) -> None:
+        self._runner = runner
+        self._allocator = PageAllocator(runner.pages, runner.config.page_size)
+        self.rows = list(range(1, batch + 1))
+        self._row_of: dict[int, int] = {}
+
+    def open(self, tokens: int) -> None:
+        """Take pages for so many tokens of every row."""
+        self._row_of = {self._allocator.open(): row for row in self.rows}
+        plan = self._allocator.append(dict.fromkeys(self._row_of, tokens))
+        self._runner.write_pages(plan, self._row_of)
+
+    def close(self) -> None:
+        """Give all pages and states back."""
+        freed = self._allocator.release(*self._row_of)
+        self._runner.forget_pages(freed)
+        self._runner.clear_rows(self.rows)
+        self._row_of = {}
+
+    def pages(self) -> list[int]:
+        """Physical pages of all rows, row by row, in logical order."""
+        return [page for sequence in self._row_of for page in self._allocator.pages_of(sequence)]
+
+
+def _paged_prefill(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared:
+    calls, context = prefill_calls(runner, ids.tolist()), ids.shape[1]
+
+    def step() -> None:
+        sequences.open(context)
+        for chunks in calls:
+            runner.prefill(chunks)
+
+    return Prepared(step, sequences.close, runner.close)
+
+
+def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared:
+    batch, context = ids.shape
+    sequences.open(context + 1)
+    stretch = _fill_pages(runner, sequences, ids)
+    rows, positions = sequences.rows, [context] * batch
+    tokens = runner.tokens[1 : batch + 1]
+    tokens.copy_(ids[:, 0])
+
+    def step() -> None:
+        tokens.copy_(runner.decode(rows, positions).argmax(dim=-1))
+
+    return Prepared(step, close=runner.close, note=_note(context, stretch))
+
+
+def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:
+    """Run a stretch of row 1, copy its pages and state to all others. Returns its tokens."""
+    stretch = min(ids.shape[1], _piece(runner))
+    runner.prefill([Chunk(1, 0, ids[0, :stretch].tolist())])
+    pages, filled = sequences.pages(), runner.geometry.pages_for(stretch)
+    source, contents = pages[:filled], runner.save_pages(pages[:filled])
+    for targets in _groups(pages[filled:], filled):
+        if len(targets) < filled:
+            contents = runner.save_pages(source[: len(targets)])
+        runner.load_pages(targets, contents)
+    state = runner.save_row(1)
+    for row in sequences.rows[1:]:
+        runner.load_row(row, state)
+    return stretch
+
+
+def _groups(pages: Sequence[int], size: int) -> Iterator[list[int]]:
+    rest = iter(pages)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def prefill_calls(runner: Runner, prompts: Sequence[Sequence[int]]) -> list[list[Chunk]]:
+    """Chunks of each call: every prompt's first piece, then every second, as many as fit a call."""
+    piece, calls = _piece(runner), [[]]  # type: int, list[list[Chunk]]
+    for start in range(0, max(map(len, prompts)), piece):
+        for row, prompt in enumerate(prompts, start=1):
+            if start >= len(prompt):
+                continue
+            chunk = Chunk(row, start, prompt[start : start + piece])
+            if not runner.fits([chunk]):
+                raise Unsupported(f"a chunk of {len(chunk.tokens)} tokens")
+            if not runner.fits([*calls[-1], chunk]):
+                calls.append([])
+            calls[-1].append(chunk)
+        calls.append([])  # a sequence's next piece needs the one before
+    return [chunks for chunks in calls if chunks]
+
+
+def _piece(runner: Runner) -> int:
+    """Tokens of one sequence that one call takes: a multiple of the alignment."""
+    return int(runner.chunk_tokens // runner.alignment * runner.alignment or runner.chunk_tokens)

@@ -1,0 +1,245 @@
+"""Results of a benchmark as one JSON object, written and read back.
+
+::
+
+    {"device", "model", "dtype", "versions", "seed", "rates", "rows": [
+        {"case", "mode", "batch", "context",
+         "latency_ms": {"median", "p10", "p90", "n"} | null,
+         "tokens_per_second" | null, "peak_bytes" | null,
+         "variant"?, "floor_ms"?, "floor_us"?, "sdpa_us"?, "paged_us"?, "note"?, "error"?}]}
+
+A row that could not be measured is there all the same, with its `error`. What is read is checked
+field by field, so that whoever uses a `Result` need not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from granite_paged.errors import InvalidRequest, ResultFileError
+
+Key = tuple[str, str, int, int, str]
+"""Case, mode, batch, context and variant: what tells one row from another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds of one step over `n` repeats: median, and the tenth and ninetieth percentile.
+
+    Published figures give the median alone.
+    """
+
+    median: float
+    p10: float | None = None
+    p90: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case in one mode.
+
+    Attributes:
+        case, mode, batch, context: what ran; context in tokens a sequence.
+        latency_ms: of one step; None where only memory was measured, or nothing.
+        tokens_per_second: all tokens of the batch that one step takes in.
+        peak_bytes: most device memory at once, the weights included, as `Clock.peak` counts it;
+            None on the CPU.
+        variant: what tells rows of one shape apart ("ragged 64-4096", "first token, empty cache").
+        floor_ms: least time the device could take for the step; see `floor.py`.
+        floor_us, sdpa_us, paged_us: of the `kernel` case.
+        note: how the number came about, where that is not the usual way.
+        error: why there is no number.
+    """
+
+    case: str
+    mode: str
+    batch: int
+    context: int
+    latency_ms: Latency | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    variant: str = ""
+    floor_ms: float | None = None
+    floor_us: float | None = None
+    sdpa_us: float | None = None
+    paged_us: float | None = None
+    note: str = ""
+    error: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What tells this row from the others of its result."""
+        return (self.case, self.mode, self.batch, self.context, self.variant)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the device was measured to do: bytes copied and operations multiplied a second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything one run of the benchmark measured."""
+
+    device: str
+    versions: dict[str, str]
+    seed: int
+    rows: list[Row]
+    model: str = ""
+    dtype: str = ""
+    rates: Rates | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types only; the fields of the format are always there, the optional ones if set."""
+        return typing.cast("dict[str, Any]", _plain(self))
+
+    def find(self, case: str, mode: str, batch: int, context: int, variant: str = "") -> Row | None:
+        """The row with that key, if it was measured."""
+        wanted = (case, mode, batch, context, variant)
+        return next((row for row in self.rows if row.key == wanted and not row.error), None)
+
+    def measured(self, case: str, mode: str | None = None) -> list[Row]:
+        """Rows of a case, and of a mode, that have no error, by batch and context."""
+        rows = [row for row in self.rows if row.case == case and mode in (None, row.mode)]
+        return sorted((r for r in rows if not r.error), key=lambda row: (row.batch, row.context))
+
+
+def updated(old: Result, new: Result) -> Result:
+    """`new`, and the rows of `old` that it did not measure again.
+
+    Raises:
+        InvalidRequest: if they are not of one device, model, dtype, seed and set of versions.
+    """
+    for name in ("device", "model", "dtype", "versions", "seed"):
+        if getattr(old, name) != getattr(new, name):
+            raise InvalidRequest(
+                f"results of different {name} make no one record: "
+                f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
+            )
+    again = {(row.case, row.mode, row.batch, row.context) for row in new.rows}
+    kept = [row for row in old.rows if (row.case, row.mode, row.batch, row.context) not in again]
+    return replace(new, rows=[*kept, *new.rows])
+
+
+def slug(device: str) -> str:
+    """A device's name as the name of a file: `NVIDIA H200` is `nvidia-h200`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def read_result(path: str | Path) -> Result:
+    """Read and check one file. Raises ResultFileError, which names the file and the field."""
+    result: Result = read_as(Result, path)
+    _check_unique(result.rows, str(path))
+    return result
+
+
+def writable_folder(folder: Path) -> Path:
+    """The folder, made if it was missing. Raises InvalidRequest."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"cannot write into {folder}: {error.strerror}") from None
+    return folder
+
+
+def read_as(kind: Any, path: str | Path) -> Any:
+    """A JSON file as a dataclass, every field checked. Raises ResultFileError."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultFileError(str(path), "", f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ResultFileError(str(path), "", f"is not JSON: {error}") from None
+    return _checked(kind, data, str(path), "")
+
+
+def _check_unique(rows: Sequence[Row], path: str) -> None:
+    seen: dict[Key, int] = {}
+    for place, row in enumerate(rows):
+        first = seen.setdefault(row.key, place)
+        if first != place:
+            raise ResultFileError(path, f"rows[{place}]", f"repeats rows[{first}]")
+
+
+# -- to plain types -----------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if _kept(f, value)}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+_ALWAYS = ("latency_ms", "tokens_per_second", "peak_bytes", "model", "dtype")
+
+
+def _kept(place: Any, value: Any) -> bool:
+    """Optional fields that say nothing stay out of the file."""
+    return place.name in _ALWAYS or getattr(value, place.name) not in (None, "")
+
+
+# -- from plain types ---------------------------------------------------------------------------
+
+
+def _checked(kind: Any, data: Any, path: str, place: str) -> Any:
+    """`data` as a value of `kind`: a dataclass, list, dict, optional or plain type."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if data is None else _checked(inner[0], data, path, place)
+    if is_dataclass(kind):
+        return _dataclass(kind, _typed(dict, data, path, place), path, place)
+    if origin is list:
+        items = enumerate(_typed(list, data, path, place))
+        return [_checked(inner[0], item, path, f"{place}[{i}]") for i, item in items]
+    if origin is dict:
+        pairs = _typed(dict, data, path, place).items()
+        return {name: _checked(inner[1], value, path, f"{place}.{name}") for name, value in pairs}
+    return _typed(kind, data, path, place)
+
+
+def _dataclass(kind: Any, data: dict[str, Any], path: str, place: str) -> Any:
+    hints, values = typing.get_type_hints(kind), {}
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ResultFileError(path, _at(place, unknown[0]), "is no field of the format")
+    for f in fields(kind):
+        if f.name in data:
+            values[f.name] = _checked(hints[f.name], data[f.name], path, _at(place, f.name))
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ResultFileError(path, _at(place, f.name), "is missing")
+    return kind(**values)
+
+
+_NAMES = {
+    str: "text",
+    int: "a whole number of at least 0",
+    float: "a finite number of at least 0",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _typed(kind: type, data: Any, path: str, place: str) -> Any:
+    if kind is float and type(data) is int:
+        data = float(data)
+    number_of_use = kind not in (int, float) or (type(data) is kind and 0 <= data < float("inf"))
+    if type(data) is not kind or not number_of_use:
+        raise ResultFileError(path, place, f"must be {_NAMES[kind]}, {data!r:.40} given")
+    return data
+
+
+def _at(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name

@@ -1,0 +1,340 @@
+"""One run of the benchmark on one model: case by case, shape by shape, mode beside mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from granite_paged.bench.capacity import padded_capacity, paged_capacity
+from granite_paged.bench.cases import MODES, Case, Kind, Shape, chosen_cases
+from granite_paged.bench.coldstart import in_fresh_processes
+from granite_paged.bench.floor import ModelSizes, measure_rates
+from granite_paged.bench.kernel import KernelCase, time_kernels
+from granite_paged.bench.measure import (
+    FAILURES,
+    Clock,
+    Prepared,
+    Repeats,
+    Samples,
+    free_memory,
+    interleaved,
+    level_workspaces,
+    reason,
+    released,
+)
+from granite_paged.bench.modes import make_mode
+from granite_paged.bench.profile import Profile, profile_step
+from granite_paged.bench.results import Latency, Result, Row
+from granite_paged.errors import InvalidRequest
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.models import LoadedModel
+from granite_paged.verify import versions
+
+_WARM_UP = 3  # CUDA graphs of torch.compile are recorded at the second call, replayed at the third
+_CPU_BUDGET = 2**30  # bytes that the memory case shares out where there is no GPU
+_BUDGET_FRACTION = 0.5  # of a GPU's memory
+
+_ALONE = "timed alone: it did not fit beside the other modes"
+
+
+@dataclass(slots=True)
+class Measured:
+    """One mode's part of a shape."""
+
+    samples: Samples = field(default_factory=Samples)
+    peak_bytes: int | None = None
+    note: str = ""
+
+
+class Session:
+    """A model on its device, and how to measure it.
+
+    Args:
+        loaded: the model; not patched.
+        config: of the paged mode; rows and pages follow each shape.
+        seed: of prompts and lengths.
+        repeats: how often each step is timed.
+        fresh_arguments: command line options that load the same model in another process.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: PagedConfig,
+        *,
+        seed: int = 0,
+        repeats: Repeats | None = None,
+        fresh_arguments: Sequence[str] = (),
+    ) -> None:
+        self.model = loaded.model
+        self.name = loaded.name
+        self.config = config
+        self.seed = seed
+        self.repeats = repeats or Repeats()
+        self.clock = Clock(torch.device(self.model.device))
+        self.rates = measure_rates(self.clock.device, self.model.dtype)
+        self.sizes = ModelSizes.of(self.model)
+        self._fresh_arguments = tuple(fresh_arguments)
+        level_workspaces(self.clock.device)
+        self._weights = self.clock.allocated()
+
+    @property
+    def device_name(self) -> str:
+        """As the driver calls it."""
+        device = self.clock.device
+        return torch.cuda.get_device_name(device) if self.clock.gpu else str(device)
+
+    def result(self, rows: list[Row]) -> Result:
+        """These rows with everything needed to read them."""
+        return Result(
+            device=self.device_name,
+            model=self.name,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            versions=versions(),
+            seed=self.seed,
+            rates=self.rates,
+            rows=rows,
+        )
+
+    # -- rows -----------------------------------------------------------------------------------
+
+    def rows(self, case: Case, shape: Shape, modes: Sequence[str]) -> list[Row]:
+        """Measure one shape of a case in those of `modes` that can run it."""
+        chosen = [mode for mode in case.modes if mode in modes]
+        if case.kind == "kernel":
+            return [self._kernel_row(case, shape) for _ in chosen]
+        if case.kind == "memory":
+            return [self._capacity_row(case, shape, mode) for mode in chosen]
+        if case.kind == "coldstart":
+            return self._coldstart_rows(case, shape) if chosen else []
+        measured = self.measure(case, shape, chosen)
+        return [self._row(case, shape, mode, part) for mode, part in measured.items()]
+
+    def _row(self, case: Case, shape: Shape, mode: str, part: Measured) -> Row:
+        base = Row(case.name, mode, shape.batch, shape.context, error=part.samples.error)
+        work = case.work(self.sizes, shape)
+        floor_ms = 1e3 * work.seconds(self.rates) if work else None
+        if base.error:
+            return replace(base, floor_ms=floor_ms)
+        latency = part.samples.latency()
+        return replace(
+            base,
+            latency_ms=latency,
+            tokens_per_second=1e3 * case.step_tokens(shape) / latency.median,
+            peak_bytes=part.peak_bytes,
+            floor_ms=floor_ms,
+            note=part.note,
+        )
+
+    def _kernel_row(self, case: Case, shape: Shape) -> Row:
+        base = Row(case.name, "paged", shape.batch, shape.context, variant=shape.variant)
+        before = self.clock.allocated()
+        try:
+            kernels = KernelCase(self.model, self.config, shape, self.seed, self.clock.device)
+            times = time_kernels(kernels, self.clock, self.repeats)
+            peak = self.clock.peak(kernels.paged)
+        except FAILURES as error:
+            return replace(base, error=reason(error))
+        latency = times.paged.latency()
+        return replace(
+            base,
+            latency_ms=latency,
+            tokens_per_second=1e3 * case.step_tokens(shape) / latency.median,
+            peak_bytes=None if peak is None else peak - before,
+            floor_us=1e6 * times.kv_bytes / self.rates.bytes_per_second,
+            sdpa_us=1e3 * times.sdpa.latency().median,
+            paged_us=1e3 * latency.median,
+            note="one layer; peak without weights",
+        )
+
+    def _capacity_row(self, case: Case, shape: Shape, mode: str) -> Row:
+        budget = self._capacity_budget()
+        longest = shape.context
+        if mode == "paged":
+            geometry = CacheGeometry.from_config(
+                self.model.config, page_size=self.config.page_size, dtype=self.model.dtype
+            )
+            fits = paged_capacity(geometry, self.sizes, budget, longest=longest, seed=self.seed)
+        else:
+            fits = padded_capacity(self.sizes, budget, longest=longest)
+        return Row(
+            case.name,
+            mode,
+            fits.sequences,
+            longest,
+            peak_bytes=fits.bytes,
+            variant=shape.variant,
+            note=f"sequences that fit {budget / 1e9:.1f} GB, Mamba states included; counted",
+        )
+
+    def _capacity_budget(self) -> int:
+        if not self.clock.gpu:
+            return _CPU_BUDGET
+        total = torch.cuda.get_device_properties(self.clock.device).total_memory
+        return int(_BUDGET_FRACTION * total)
+
+    def _coldstart_rows(self, case: Case, shape: Shape) -> list[Row]:
+        base = Row(case.name, "paged", shape.batch, shape.context)
+        context = ("--context", str(shape.context))
+        try:
+            stages = list(in_fresh_processes((*self._fresh_arguments, *context)))
+        except FAILURES as error:
+            return [replace(base, error=reason(error))]
+        return [
+            replace(base, variant=stage, latency_ms=Latency(1e3 * seconds, n=1))
+            for stage, seconds in stages
+        ]
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def measure(
+        self, case: Case, shape: Shape, modes: Sequence[str], repeats: Repeats | None = None
+    ) -> dict[str, Measured]:
+        """Time the modes side by side; those that do not fit beside the others, alone."""
+        repeats = repeats or self.repeats
+        together = self._side_by_side(case, shape, modes, repeats)
+        out_of_memory = [m for m in modes if "OutOfMemory" in together[m].samples.error]
+        if len(modes) > 1:
+            for mode in out_of_memory:
+                alone = self._side_by_side(case, shape, [mode], repeats)[mode]
+                alone.note = f"{_ALONE}; {alone.note}" if alone.note else _ALONE
+                together[mode] = alone
+        return together
+
+    def _side_by_side(
+        self, case: Case, shape: Shape, modes: Sequence[str], repeats: Repeats
+    ) -> dict[str, Measured]:
+        measured = {mode: Measured() for mode in modes}
+        steps: dict[str, Prepared] = {}
+        level_workspaces(self.clock.device)
+        with released(steps, self.clock.device):
+            for mode in modes:
+                try:
+                    steps[mode] = self._ready(case, shape, mode, measured[mode])
+                except FAILURES as error:
+                    measured[mode].samples.error = reason(error)
+                free_memory(self.clock.device)
+            for mode, samples in interleaved(steps, self.clock, repeats).items():
+                measured[mode].samples = samples
+        return measured
+
+    def _ready(self, case: Case, shape: Shape, mode: str, measured: Measured) -> Prepared:
+        """Prepare, warm up, and take the peak: what others hold meanwhile is not counted."""
+        others = self.clock.allocated() - self._weights
+        prepared = make_mode(mode, self.model, self.config, self.seed).prepare(case.kind, shape)
+        try:
+            for _ in range(_WARM_UP):
+                prepared.step()
+                self.clock.wait()
+                prepared.reset()
+            peak = self.clock.peak(prepared.step)
+        except BaseException:
+            prepared.release()
+            raise
+        measured.peak_bytes = None if peak is None else peak - others
+        measured.note = prepared.note
+        return prepared
+
+    def profile(
+        self,
+        kind: Kind,
+        shape: Shape,
+        mode: str,
+        folder: Path,
+        *,
+        name: str = "",
+        memory: bool = False,
+    ) -> Profile:
+        """Profile a step of one shape and mode; see `profile_step`."""
+        name = name or f"{kind}-{mode}-{shape.batch}x{shape.context}"
+        prepared = make_mode(mode, self.model, self.config, self.seed).prepare(kind, shape)
+        with released({mode: prepared}, self.clock.device):
+            return profile_step(prepared, self.model, self.clock, folder, name, memory=memory)
+
+
+# -- a whole run --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Shapes to run, in order, and the seconds that they may take together."""
+
+    shapes: list[tuple[Case, Shape]]
+    modes: tuple[str, ...]
+    budget: float | None = None
+
+
+def plan_of(
+    session: Session,
+    cases: Sequence[str],
+    modes: Sequence[str],
+    *,
+    quick: bool = False,
+    batches: Sequence[int] = (),
+    contexts: Sequence[int] = (),
+    budget: float | None = None,
+) -> Plan:
+    """Shapes of those cases on the session's device; all cases and modes where none are named.
+
+    Raises:
+        InvalidRequest: for an unknown case, or one that none of the named modes can run.
+    """
+    chosen = tuple(modes or MODES)
+    for case in chosen_cases(cases) if cases else ():
+        if not set(case.modes) & set(chosen):
+            raise InvalidRequest(f"case {case.name} runs in mode {', '.join(case.modes)} only")
+    shapes = [
+        (case, shape)
+        for case in chosen_cases(cases)
+        for shape in case.choose(
+            gpu=session.clock.gpu, quick=quick, batches=batches, contexts=contexts
+        )
+    ]
+    return Plan(shapes, chosen, budget)
+
+
+def run(
+    session: Session, plan: Plan, progress: Callable[[str], None] = lambda what: None
+) -> Iterator[Row]:
+    """Yield row after row, so that an interrupted run keeps what it has.
+
+    What the budget has no time for gets a row that says so.
+    """
+    begin = time.perf_counter()
+    for case, shape in plan.shapes:
+        progress(describe(case, shape))
+        spent = time.perf_counter() - begin
+        if plan.budget is not None and spent > plan.budget:
+            yield from _unmeasured(case, shape, plan)
+        else:
+            yield from session.rows(case, shape, plan.modes)
+
+
+def first_steps(plan: Plan) -> Iterator[tuple[Case, Shape, str]]:
+    """The first shape of each case that has steps of a model, with each mode that can run it."""
+    seen: set[str] = set()
+    for case, shape in plan.shapes:
+        if case.kind in ("prefill", "decode") and case.name not in seen:
+            seen.add(case.name)
+            yield from ((case, shape, mode) for mode in case.modes if mode in plan.modes)
+
+
+def _unmeasured(case: Case, shape: Shape, plan: Plan) -> Iterator[Row]:
+    for mode in (mode for mode in case.modes if mode in plan.modes):
+        yield Row(
+            case.name,
+            mode,
+            shape.batch,
+            shape.context,
+            variant=shape.variant,
+            error=f"not measured: the budget of {plan.budget:g} s was spent",
+        )
+
+
+def describe(case: Case, shape: Shape) -> str:
+    """A shape in a few words."""
+    return f"{case.name} {shape.batch} x {shape.context} {shape.variant}".strip()

@@ -1,0 +1,420 @@
+"""`bench`, `gate`, `plot` and `profile` as a user types them, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_runner
+import pytest
+import torch
+
+from granite_paged import models
+from granite_paged.bench import coldstart, gate, session
+from granite_paged.bench.cases import Shape
+from granite_paged.bench.measure import Samples
+from granite_paged.bench.results import Result, Row, read_result
+from granite_paged.bench.session import Measured, Session
+from granite_paged.cli import FAILED, INTERRUPTED, OK, USAGE, run
+from granite_paged.geometry import PagedConfig
+
+ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def runner() -> Iterator[Any]:
+    with fake_runner.installed() as fake:
+        yield fake
+
+
+def bench(*options: str) -> int:
+    return run(["bench", "--device", "cpu", "--quick", *options])
+
+
+ONE_SHAPE = ("--case", "batch", "--batch", "2", "--context", "16")
+
+
+def one_line(capsys: Capture, reason: str) -> None:
+    shown = capsys.readouterr()
+    assert shown.err.startswith("granite-paged: error: ")
+    assert reason in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+# -- bench --------------------------------------------------------------------------------------
+
+
+def test_bench_writes_rows_of_both_modes_and_shows_them(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "result.json"
+    assert bench(*ONE_SHAPE, "--json", str(file)) == OK
+    result = read_result(file)
+    assert [row.mode for row in result.rows] == ["default", "paged"]
+    assert all(row.latency_ms and row.latency_ms.n for row in result.rows)
+    assert (result.device, result.model, result.dtype) == ("cpu", "tiny-recall", "float32")
+    assert {"torch", "transformers", "granite_paged"} <= set(result.versions)
+    shown = capsys.readouterr()
+    assert "tiny-recall, cpu" in shown.out
+    assert shown.out.count("batch ") >= 2
+    assert shown.err == ""
+
+
+def test_json_on_standard_output_is_all_there_is(capsys: Capture) -> None:
+    assert bench("--case", "memory", "--json", "-") == OK
+    shown = capsys.readouterr()
+    assert [row["mode"] for row in json.loads(shown.out)["rows"]] == ["default", "paged"]
+    assert "memory" in shown.err
+
+
+def test_bench_writes_markdown(tmp_path: Path) -> None:
+    file = tmp_path / "tables.md"
+    assert bench(*ONE_SHAPE, "--markdown", str(file)) == OK
+    assert "| 2 | 16 |" in file.read_text()
+
+
+def test_modes_can_be_chosen(tmp_path: Path, runner: Any) -> None:
+    file = tmp_path / "result.json"
+    assert bench(*ONE_SHAPE, "--mode", "default", "--json", str(file)) == OK
+    assert [row.mode for row in read_result(file).rows] == ["default"]
+    assert runner.made == []
+
+
+def test_what_a_mode_cannot_do_is_listed_with_its_reason(
+    runner: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(self: Any, chunks: Any) -> Any:
+        raise torch.OutOfMemoryError("3 GB asked for")
+
+    monkeypatch.setattr(runner, "prefill", full)
+    assert bench(*ONE_SHAPE) == OK
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    assert "batch, paged, 2 x 16: OutOfMemoryError: 3 GB asked for" in shown
+
+
+def test_an_interrupt_keeps_the_rows_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def rows(self: Any, case: Any, shape: Any, modes: Any) -> list[Row]:
+        if shape.batch == 2:
+            raise KeyboardInterrupt
+        return [Row(case.name, "paged", *shape[:2], error="none taken")]
+
+    monkeypatch.setattr(session.Session, "rows", rows)
+    file, page = tmp_path / "result.json", tmp_path / "page.md"
+    files = ("--json", str(file), "--markdown", str(page))
+    assert bench("--case", "batch", *files) == INTERRUPTED
+    assert [(row.batch, row.error) for row in read_result(file).rows] == [(1, "none taken")]
+    assert "none taken" in page.read_text()
+    assert capsys.readouterr().err.strip() == "granite-paged: interrupted"
+
+
+def test_an_update_replaces_what_is_measured_again_and_keeps_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    update = ("--json", str(file), "--update")
+    assert bench("--case", "memory", *update) == OK
+    assert bench(*ONE_SHAPE, *update) == OK
+    before = read_result(file).rows
+    assert bench(*ONE_SHAPE, "--mode", "default", *update) == OK
+    after = {row.key: row for row in read_result(file).rows}
+    assert set(after) == {row.key for row in before}
+    changed = [row.mode for row in before if after[row.key] != row]
+    assert changed == ["default"]
+
+
+def test_an_update_of_another_models_result_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(Result("cpu", {}, 0, [], model="another").to_json()))
+    monkeypatch.setattr(Session, "rows", lambda *args: pytest.fail("a row was measured"))
+    assert bench(*ONE_SHAPE, "--json", str(file), "--update") == USAGE
+    one_line(capsys, "results of different model make no one record: another and tiny-recall")
+
+
+def test_a_spent_budget_leaves_rows_that_say_so(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    assert bench("--case", "batch", "--budget", "0", "--json", str(file)) == OK
+    errors = {row.error for row in read_result(file).rows}
+    assert errors == {"not measured: the budget of 0 s was spent"}
+
+
+def test_bench_profiles_the_first_shape_of_each_case(tmp_path: Path) -> None:
+    folder = tmp_path / "profiles"
+    assert bench("--case", "batch", "--profile", str(folder)) == OK
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"batch-default.trace.json", "batch-paged.trace.json", "kernels.md"}
+    assert "| batch, default | mamba |" in (folder / "kernels.md").read_text()
+
+
+# -- cold start ---------------------------------------------------------------------------------
+
+
+def test_a_cold_start_is_timed_from_the_model_to_the_first_token_and_every_bucket(
+    runner: Any,
+) -> None:
+    model = models.load(device="cpu").model
+    found = coldstart.in_this_process(model, PagedConfig(page_size=16), Shape(1, 100), seed=0)
+    assert 0 < found["first_token"] < found["every_bucket"]
+    (made,) = runner.made
+    assert [name for name, _ in made.calls] == ["prefill", "prefill", "warm_up"]
+
+
+def test_a_cold_start_has_fresh_caches_then_warm_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str], dict[str, str], bool]] = []
+
+    def started(command: list[str], env: dict[str, str], **options: Any) -> Any:
+        caches = {name: env[name] for name in coldstart.CACHES}
+        seen.append((command, caches, any(Path(path).exists() for path in caches.values())))
+        for path in caches.values():
+            Path(path).mkdir(exist_ok=True)
+        return subprocess.CompletedProcess(command, 0, '{"first_token": 2, "every_bucket": 3}', "")
+
+    monkeypatch.setattr(subprocess, "run", started)
+    file = tmp_path / "result.json"
+    options = ["--random-weights", "granite-4.0-h-350m", "--seed", "3"]
+    monkeypatch.setattr(models, "load", lambda *args, **given: REAL_LOAD(device="cpu"))
+    assert bench("--case", "coldstart", *options, "--json", str(file)) == OK
+    (first, caches, warm), (second, same_caches, warm_now) = seen
+    assert (warm, warm_now) == (False, True)
+    assert caches == same_caches
+    assert set(caches.values()).isdisjoint(os.environ.values())
+    assert first == second
+    assert " ".join(options) in " ".join(first).replace("--device cpu --dtype auto ", "")
+    rows = [(r.variant, r.latency_ms.median) for r in read_result(file).rows if r.latency_ms]
+    assert rows == [
+        ("first token, empty cache", 2000.0),
+        ("every bucket, empty cache", 3000.0),
+        ("first token, warm cache", 2000.0),
+        ("every bucket, warm cache", 3000.0),
+    ]
+
+
+REAL_LOAD = models.load
+
+
+def test_a_cold_start_that_fails_is_a_row_with_the_last_words_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failed(command: list[str], **options: Any) -> Any:
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: no compiler\n")
+
+    monkeypatch.setattr(subprocess, "run", failed)
+    file = tmp_path / "result.json"
+    assert bench("--case", "coldstart", "--json", str(file)) == OK
+    (row,) = read_result(file).rows
+    assert "the fresh process failed: RuntimeError: no compiler" in row.error
+
+
+def test_the_process_of_a_cold_start_prints_its_times(capsys: Capture) -> None:
+    assert run(["coldstart", "--device", "cpu", "--context", "32"]) == OK
+    assert set(json.loads(capsys.readouterr().out)) == set(coldstart.STAGES)
+
+
+# -- gate ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to judge")
+def test_the_gate_refuses_where_there_is_no_gpu_before_it_loads_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    assert run(["gate", "--random-weights", "granite-4.0-h-1b"]) == USAGE
+    one_line(capsys, "a CUDA device, and none is used here")
+
+
+def test_the_gate_refuses_a_cpu_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run(["gate", "--device", "cpu", "--records", str(ROOT / "golden" / "perf")]) == USAGE
+    one_line(capsys, "a CUDA device, and none is used here")
+
+
+def judged(
+    monkeypatch: pytest.MonkeyPatch, records: Path, *options: str, ratio: float = 0.5
+) -> int:
+    """The gate with a GPU made up, on which paged takes `ratio` times what default takes."""
+
+    def measure(self: Any, case: Any, shape: Any, modes: Any, repeats: Any) -> Any:
+        times = [1 + 0.001 * (i % 7) for i in range(repeats.least)]
+        return {
+            "default": Measured(Samples(times), 10**9),
+            "paged": Measured(Samples([ratio * t for t in times]), 9 * 10**8),
+        }
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(gate, "refuse_where_blind", lambda session: None)
+    monkeypatch.setattr(Session, "measure", measure)
+    return run(["gate", "--device", "cpu", "--records", str(records), *options])
+
+
+def test_the_gate_on_an_unrecorded_gpu_applies_the_laws_and_says_how_to_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    assert judged(monkeypatch, tmp_path) == OK
+    shown = capsys.readouterr().out
+    assert "nox -s perf_record" in shown
+    assert str(tmp_path / "cpu.json") in shown
+    assert "not slower than default" in shown
+    assert "as recorded" not in shown
+
+
+def test_the_gate_exits_1_where_paged_is_slower_than_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    report = tmp_path / "gate.json"
+    assert judged(monkeypatch, tmp_path, "--json", str(report), ratio=1.2) == FAILED
+    data = json.loads(report.read_text())
+    assert data["passed"] is False
+    assert {c["verdict"] for c in data["checks"] if c["law"] == "not slower than default"} == {
+        "failed"
+    }
+
+
+def recorded(folder: Path, model: str, ratio: float) -> None:
+    rows = [
+        {
+            "case": case,
+            "mode": mode,
+            "batch": batch,
+            "context": context,
+            "latency_ms": {"median": ms},
+            "peak_bytes": 9 * 10**8,
+        }
+        for case, batch, context in (("decode", 1, 512), ("context", 1, 512))
+        for mode, ms in (("default", 100.0), ("paged", 100.0 * ratio))
+    ]
+    head = {"device": "cpu", "model": model, "dtype": "float32", "versions": {}, "seed": 0}
+    (folder / "cpu.json").write_text(json.dumps({**head, "rows": rows}))
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(0.5, OK), (0.45, FAILED)])
+def test_the_gate_holds_the_ratio_against_the_record(
+    ratio: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    recorded(tmp_path, "tiny-recall", ratio)
+    assert judged(monkeypatch, tmp_path) == status
+    shown = capsys.readouterr().out
+    assert shown.count("ratio as recorded") == 2
+    assert "perf_record" not in shown
+
+
+def test_a_record_of_another_model_is_not_held_against(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    recorded(tmp_path, "granite-4.0-h-1b", 0.1)
+    assert judged(monkeypatch, tmp_path) == OK
+    assert "is of another model or dtype" in " ".join(capsys.readouterr().out.split())
+
+
+# -- plot ---------------------------------------------------------------------------------------
+
+
+def test_plot_draws_what_bench_wrote(tmp_path: Path, capsys: Capture) -> None:
+    file, page, folder = tmp_path / "result.json", tmp_path / "page.md", tmp_path / "new" / "out"
+    bench(*ONE_SHAPE, "--json", str(file))
+    capsys.readouterr()
+    options = ["--out", str(folder), "--markdown", str(page), "--format", "svg"]
+    assert run(["plot", str(file), *options]) == OK
+    assert capsys.readouterr().out.split() == [str(page), str(folder / "latency-batch.svg")]
+    assert (folder / "latency-batch.svg").read_text().startswith("<?xml")
+    assert "| 2 | 16 |" in page.read_text()
+
+
+# -- profile ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_profile_writes_a_trace_and_lists_kernels_by_kind(
+    kind: str, tmp_path: Path, capsys: Capture
+) -> None:
+    report = tmp_path / "profile.json"
+    options = ["--device", "cpu", "--mode", "default", "--context", "24"]
+    files = ["--out", str(tmp_path), "--json", str(report)]
+    assert run(["profile", kind, *options, *files]) == OK
+    trace = tmp_path / f"{kind}-default-1x24.trace.json"
+    assert json.loads(trace.read_text())["traceEvents"]
+    shown = capsys.readouterr().out
+    assert str(trace) in shown.replace("\n", "")
+    data = json.loads(report.read_text())
+    assert {"mamba", "attention", "mlp", "norm", "head"} <= set(data["kinds"])
+    assert all(kind in shown for kind in data["kinds"])
+
+
+# -- usage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["bench", "gate", "plot", "profile"])
+def test_help_teaches_with_examples(command: str, capsys: Capture) -> None:
+    assert run([command, "--help"]) == OK
+    shown = capsys.readouterr().out
+    examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
+    assert len(examples) >= 2, shown
+    assert all(line.startswith(f"  granite-paged {command} ") for line in examples)
+    assert "\\b" not in shown
+
+
+def test_the_command_that_only_bench_calls_is_not_advertised(capsys: Capture) -> None:
+    assert run(["--help"]) == OK
+    shown = capsys.readouterr().out
+    assert "bench" in shown
+    assert "coldstart" not in shown
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "unknown case": (["bench", "--case", "speed"], "'--case'"),
+    "unknown mode": (["bench", "--mode", "fast"], "'--mode'"),
+    "batch of none": (["bench", "--batch", "0"], "'--batch'"),
+    "negative budget": (["bench", "--budget", "-1"], "'--budget'"),
+    "case without its mode": (
+        ["bench", "--device", "cpu", "--case", "kernel", "--mode", "static"],
+        "case kernel runs in mode paged only",
+    ),
+    "markdown without folder": (["bench", "--markdown", "no/such/page.md"], "cannot write"),
+    "update of nothing": (["bench", "--device", "cpu", "--update"], "pass --json FILE"),
+    "profile of nothing": (["profile"], "Missing argument"),
+    "profile of training": (["profile", "training"], "'training'"),
+    "snapshot of a CPU": (
+        ["profile", "decode", "--device", "cpu", "--mode", "default", "--memory"],
+        "leave --memory out",
+    ),
+    "static prefill": (
+        ["profile", "prefill", "--device", "cpu", "--mode", "static"],
+        "static compiles decode steps only",
+    ),
+    "plot of nothing": (["plot"], "Missing argument"),
+    "plot to nowhere": (["plot", "README.md"], "pass --out DIR, --markdown FILE or both"),
+    "plot of a missing file": (["plot", "nowhere.json", "--out", "x"], "does not exist"),
+    "plot of a page": (["plot", "README.md", "--out", "x"], "README.md is not JSON"),
+    "format": (["plot", "README.md", "--out", "x", "--format", "gif"], "'--format'"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_usage_is_said_in_one_line(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    (tmp_path / "README.md").write_text("# no result\n")
+    monkeypatch.chdir(tmp_path)
+    arguments, reason = WRONG[wrong]
+    assert run(arguments) == USAGE
+    one_line(capsys, reason)
+
+
+def test_a_result_with_a_wrong_field_is_named_by_file_and_field(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(Result("cpu", {}, 0, []).to_json() | {"seed": "zero"}))
+    assert run(["plot", str(file), "--out", str(tmp_path)]) == USAGE
+    one_line(capsys, f"{file}: seed must be a whole number")

@@ -1,0 +1,86 @@
+"""The cases have the shapes that were promised."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granite_paged.bench import commands
+from granite_paged.bench.cases import CASES, MODES, Shape, chosen_cases
+from granite_paged.bench.gate import GATED
+from granite_paged.bench.plot import FORMATS
+from granite_paged.errors import InvalidRequest
+
+
+def shapes(case: str) -> set[tuple[int, int]]:
+    return {shape[:2] for shape in CASES[case].choose(gpu=True, quick=False)}
+
+
+def test_batch_is_one_to_32_prompts_of_512_tokens() -> None:
+    assert shapes("batch") == {(batch, 512) for batch in (1, 2, 4, 8, 16, 32)}
+
+
+def test_context_is_one_prompt_of_128_to_131072_tokens() -> None:
+    contexts = {128, 256, 512, 1024, 2048, 4096, 16384, 32768, 131072}
+    assert shapes("context") == {(1, context) for context in contexts}
+
+
+def test_decode_is_every_batch_with_every_context() -> None:
+    expected = {(b, c) for b in (1, 8, 32, 128) for c in (512, 1024, 4096, 32768)}
+    assert shapes("decode") == expected
+
+
+def test_kernel_has_a_ragged_batch() -> None:
+    assert Shape(32, 4096, 64) in CASES["kernel"].shapes
+    assert {(1, 4096), (8, 32768), (1, 131072)} <= shapes("kernel")
+
+
+@given(st.integers(1, 50), st.integers(1, 500), st.integers(0, 500))
+def test_ragged_lengths_reach_from_the_shortest_to_the_context(
+    batch: int, shortest: int, more: int
+) -> None:
+    lengths = Shape(batch, shortest + more, shortest).lengths()
+    assert len(lengths) == batch
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == shortest + more
+    assert batch == 1 or lengths[0] == shortest
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quick_shapes_are_some_of_all_and_small_ones_are_small(case: str) -> None:
+    assert set(CASES[case].quick) <= set(CASES[case].shapes)
+    if case != "memory":  # counted, not run
+        assert all(batch * context <= 1024 for batch, context, _ in CASES[case].small)
+
+
+def test_what_is_given_replaces_a_cases_own_batches_or_contexts() -> None:
+    decode = CASES["decode"]
+    chosen = decode.choose(gpu=True, quick=False, contexts=[100])
+    assert chosen == [Shape(batch, 100) for batch in (1, 8, 32, 128)]
+    chosen = decode.choose(gpu=False, quick=True, batches=[3], contexts=[5, 7])
+    assert chosen == [Shape(3, 5), Shape(3, 7)]
+
+
+def test_no_names_mean_all_cases_and_names_keep_their_order() -> None:
+    assert [case.name for case in chosen_cases([])] == list(CASES)
+    assert [case.name for case in chosen_cases(["kernel", "batch", "kernel"])] == [
+        "kernel",
+        "batch",
+    ]
+
+
+def test_an_unknown_case_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidRequest, match="unknown case 'speed': use one of batch, context"):
+        chosen_cases(["speed"])
+
+
+def test_the_command_line_knows_every_case_mode_and_format() -> None:
+    assert tuple(CASES) == commands.CASE_NAMES
+    assert commands.MODE_NAMES == MODES
+    assert commands.FORMATS == FORMATS
+
+
+def test_what_is_gated_is_recorded_by_the_benchmark() -> None:
+    missing = [(case, shape) for case, shape in GATED if shape not in CASES[case].shapes]
+    assert missing == []

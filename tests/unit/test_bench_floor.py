@@ -1,0 +1,130 @@
+"""The floor counts what a step cannot avoid: held against sizes worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FLAVOURS, tiny_model
+from transformers import GraniteMoeHybridForCausalLM
+
+from granite_paged.bench.capacity import padded_capacity, paged_capacity
+from granite_paged.bench.floor import ModelSizes, Work, measure_rates
+from granite_paged.bench.results import Rates
+from granite_paged.geometry import CacheGeometry
+from granite_paged.models import geometry_config
+
+
+def sizes_of(name: str) -> ModelSizes:
+    with torch.device("meta"):
+        return ModelSizes.of(
+            GraniteMoeHybridForCausalLM._from_config(geometry_config(name), dtype=torch.bfloat16)
+        )
+
+
+@pytest.fixture(scope="module")
+def one_b() -> ModelSizes:
+    return sizes_of("granite-4.0-h-1b")
+
+
+def test_the_1b_model_has_its_published_sizes(one_b: ModelSizes) -> None:
+    assert one_b.shared + one_b.head == 1_461_538_368
+    assert one_b.experts == 0
+    assert one_b.kv_bytes == 4 * 2 * 4 * 128 * 2
+    assert one_b.state_size == 36 * 48 * 64 * 128
+    conv = (2 * 1536 + 2 * 128) * 4
+    assert one_b.state_bytes == 4 * one_b.state_size + 36 * conv * 2
+
+
+def test_a_decode_step_reads_weights_and_context_and_moves_states_twice(
+    one_b: ModelSizes,
+) -> None:
+    weights = 2 * 1_461_538_368
+    for batch, context in ((1, 512), (32, 4096)):
+        cache = batch * (8192 * context + 2 * one_b.state_bytes)
+        assert one_b.decode(batch, context).bytes == weights + cache
+
+
+def test_a_prefill_of_2048_tokens_is_about_five_and_a_half_teraflop(one_b: ModelSizes) -> None:
+    work = one_b.prefill(1, 2048)
+    assert 5.2e12 < work.flops < 5.7e12
+    assert work.seconds(Rates(4.3e12, 780e12)) == work.flops / 780e12
+
+
+def test_a_small_decode_step_is_bound_by_memory(one_b: ModelSizes) -> None:
+    work = one_b.decode(1, 512)
+    assert work.seconds(Rates(4.3e12, 780e12)) == work.bytes / 4.3e12
+
+
+def test_attention_grows_with_the_square_of_the_context(one_b: ModelSizes) -> None:
+    def beyond_twice_the_work(context: int) -> float:
+        return one_b.prefill(1, 2 * context).flops - 2 * one_b.prefill(1, context).flops
+
+    assert beyond_twice_the_work(8192) / beyond_twice_the_work(4096) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_parameters_are_counted_once(flavour: str) -> None:
+    model = tiny_model(flavour)
+    sizes = ModelSizes.of(model)
+    assert sizes.shared + sizes.experts + sizes.head == sum(p.numel() for p in model.parameters())
+
+
+def test_an_embedding_of_its_own_is_looked_up_and_not_read() -> None:
+    tied, apart = (ModelSizes.of(tiny_model(tie_word_embeddings=tie)) for tie in (True, False))
+    assert (tied.shared, tied.head) == (apart.shared, apart.head)
+
+
+def test_experts_that_no_token_chooses_are_not_read() -> None:
+    sizes = ModelSizes.of(tiny_model("experts"))
+    whole = sizes.itemsize * (sizes.shared + sizes.head + sizes.experts)
+    half = whole - sizes.itemsize * sizes.experts / 2
+    cache = sizes.decode(1, 0).bytes - half
+    assert cache == 2 * sizes.state_bytes
+    assert sizes.decode(9, 0).bytes == whole + 9 * cache
+
+
+def test_a_dense_model_has_no_states() -> None:
+    sizes = ModelSizes.of(tiny_model("dense"))
+    assert (sizes.state_bytes, sizes.state_size) == (0, 0)
+
+
+def test_the_floor_is_the_slower_of_moving_and_multiplying() -> None:
+    assert Work(bytes=10, flops=1).seconds(Rates(2, 2)) == 5
+    assert Work(bytes=1, flops=10).seconds(Rates(2, 2)) == 5
+
+
+def test_rates_are_measured_on_the_device_at_hand() -> None:
+    rates = measure_rates(torch.device("cpu"), torch.float32)
+    assert 1e8 < rates.bytes_per_second < 1e13
+    assert 1e8 < rates.flops_per_second < 1e14
+
+
+# -- capacity -----------------------------------------------------------------------------------
+
+
+def capacity(sizes: ModelSizes, budget: int, **how: Any) -> Any:
+    config = geometry_config("granite-4.0-h-1b")
+    geometry = CacheGeometry.from_config(config, page_size=128, dtype=torch.bfloat16)
+    return paged_capacity(geometry, sizes, budget, longest=4096, seed=0, **how)
+
+
+def test_pages_hold_more_ragged_sequences_than_padding(one_b: ModelSizes) -> None:
+    budget = 70 * 10**9
+    paged, padded = capacity(one_b, budget), padded_capacity(one_b, budget, longest=4096)
+    # of 56.6 MB of states and 33.6 MB of K and V a sequence, paging halves the latter
+    assert 1.15 < paged.sequences / padded.sequences < 1.3
+    assert max(paged.bytes, padded.bytes) <= budget
+
+
+def test_a_budget_is_used_up_to_one_more_sequence(one_b: ModelSizes) -> None:
+    budget = 10**10
+    longest = 4096 * one_b.kv_bytes + one_b.state_bytes
+    assert budget - longest < capacity(one_b, budget).bytes <= budget
+    assert budget - longest < padded_capacity(one_b, budget, longest=4096).bytes <= budget
+
+
+def test_a_budget_below_one_sequence_holds_none(one_b: ModelSizes) -> None:
+    assert capacity(one_b, 10**6).sequences == 0
+    assert padded_capacity(one_b, 10**6, longest=4096).sequences == 0

@@ -1,0 +1,372 @@
+"""The gate's judgement, on samples made for it: what must go red does, and noise does not."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granite_paged.bench import gate
+from granite_paged.bench.cases import CASES, Shape
+from granite_paged.bench.gate import (
+    MEMORY,
+    PAIRS,
+    SEEN,
+    TRIES,
+    Against,
+    Check,
+    Interval,
+    checks_of,
+    judge_bytes,
+    judge_ratio,
+    judged,
+    limit_of,
+    paired_ratio,
+)
+from granite_paged.bench.measure import Samples
+from granite_paged.bench.published import Published, PublishedRow
+from granite_paged.bench.results import Latency, Result, Row
+from granite_paged.bench.session import Measured
+from granite_paged.errors import CannotJudge
+
+CASE, SHAPE = CASES["decode"], Shape(1, 512)
+DEFAULT, RATIO = 0.075, 0.03  # seconds of a step of default; what paged takes of it
+GIGABYTE = 10**9
+
+
+def pairs(
+    draw: random.Random, *, factor: float = 1.0, noise: float = 0.02, count: int = PAIRS
+) -> tuple[list[float], list[float]]:
+    """Times of paged and default, each off by its own noise, and now and then by a stall."""
+
+    def time(mean: float) -> float:
+        stall = 3.0 if draw.random() < 0.03 else 1.0
+        return mean * math.exp(draw.gauss(0, noise)) * stall
+
+    return (
+        [time(factor * RATIO * DEFAULT) for _ in range(count)],
+        [time(DEFAULT) for _ in range(count)],
+    )
+
+
+def against_record(draw: random.Random, **how: Any) -> str:
+    ratio = paired_ratio(*pairs(draw, **how))
+    return judge_ratio(ratio, base=RATIO, seen=SEEN)
+
+
+# -- teeth --------------------------------------------------------------------------------------
+
+
+def test_ten_per_cent_slower_goes_red_in_every_one_of_100_runs() -> None:
+    draw = random.Random(0)
+    verdicts = {against_record(draw, factor=1.10) for _ in range(100)}
+    assert verdicts == {"failed"}
+
+
+def test_noise_alone_stays_green_in_every_one_of_100_runs() -> None:
+    draw = random.Random(1)
+    verdicts = {against_record(draw) for _ in range(100)}
+    assert verdicts == {"passed"}
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+def test_ten_per_cent_slower_is_green_under_no_noise_however_wide(noise: float) -> None:
+    draw = random.Random(2)
+    green = sum(against_record(draw, factor=1.10, noise=noise) == "passed" for _ in range(100))
+    assert green <= 1, f"{green} of 100"
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+def test_noise_alone_is_red_however_wide_in_one_of_100_runs_at_most(noise: float) -> None:
+    draw = random.Random(3)
+    red = sum(against_record(draw, noise=noise) == "failed" for _ in range(100))
+    assert red <= 1, f"{red} of 100"
+
+
+def test_wide_noise_is_unmeasurable_not_green() -> None:
+    draw = random.Random(4)
+    verdicts = [against_record(draw, noise=0.5) for _ in range(50)]
+    assert verdicts.count("unmeasurable") >= 48, verdicts
+
+
+def test_a_machine_three_per_cent_off_its_recorded_day_turns_no_verdict() -> None:
+    draw = random.Random(5)
+    for drift in (0.97, 1.03):
+        same = [against_record(draw, factor=drift) for _ in range(50)]
+        slower = [against_record(draw, factor=1.10 * drift) for _ in range(50)]
+        assert "failed" not in same, drift
+        assert "passed" not in slower, drift
+        assert min(same.count("passed"), slower.count("failed")) >= 35, (same, slower)
+
+
+def test_three_per_cent_more_memory_goes_red_and_half_a_per_cent_does_not() -> None:
+    assert judge_bytes(int(1.03 * GIGABYTE), GIGABYTE) == "failed"
+    assert judge_bytes(int(1.005 * GIGABYTE), GIGABYTE) == "passed"
+
+
+# -- properties ---------------------------------------------------------------------------------
+
+seconds = st.floats(1e-6, 1e2)
+samples = st.lists(st.tuples(seconds, seconds), min_size=8, max_size=30).map(
+    lambda both: tuple(map(list, zip(*both, strict=True)))
+)
+
+
+@given(samples)
+def test_the_estimate_lies_in_its_interval(times: tuple[list[float], list[float]]) -> None:
+    found = paired_ratio(*times)
+    assert found.low <= found.estimate * (1 + 1e-9)
+    assert found.estimate <= found.high * (1 + 1e-9)
+
+
+@given(samples, st.floats(0.01, 100))
+def test_a_factor_on_ours_is_a_factor_on_the_interval(
+    times: tuple[list[float], list[float]], factor: float
+) -> None:
+    ours, theirs = times
+    found, scaled = paired_ratio(ours, theirs), paired_ratio([factor * t for t in ours], theirs)
+    assert scaled.low == pytest.approx(factor * found.low)
+    assert scaled.high == pytest.approx(factor * found.high)
+
+
+@given(samples)
+def test_exchanging_the_two_inverts_the_estimate(times: tuple[list[float], list[float]]) -> None:
+    ours, theirs = times
+    there, back = paired_ratio(ours, theirs), paired_ratio(theirs, ours)
+    assert there.estimate * back.estimate == pytest.approx(1)
+
+
+@given(samples, st.floats(1.01, 10), st.floats(0.1, 10))
+def test_slower_never_turns_a_verdict_from_red_to_green(
+    times: tuple[list[float], list[float]], factor: float, limit: float
+) -> None:
+    ours, theirs = times
+    worst = {"passed": 0, "unmeasurable": 1, "failed": 2}
+    before, after = (
+        worst[judge_ratio(paired_ratio(o, theirs), base=limit, seen=SEEN)]
+        for o in (ours, [factor * t for t in ours])
+    )
+    assert after >= before
+
+
+@given(st.integers(1, 2**40), st.integers(1, 2**40), st.integers(0, 2**40))
+def test_more_memory_never_turns_red_to_green(bound: int, ours: int, more: int) -> None:
+    if judge_bytes(ours, bound) == "failed":
+        assert judge_bytes(ours + more, bound) == "failed"
+
+
+@given(st.floats(0.5, 2), st.floats(1, 1.5), st.floats(0, 1))
+def test_a_green_interval_rules_out_what_must_be_seen_and_a_red_one_no_change(
+    low: float, width: float, place: float
+) -> None:
+    interval = Interval(low * width**place, low, low * width)
+    verdict = judge_ratio(interval, base=1, seen=SEEN)
+    assert verdict != "passed" or interval.high < SEEN
+    assert verdict != "failed" or interval.low > 1
+
+
+def test_few_pairs_are_no_evidence() -> None:
+    found = paired_ratio([1.0] * 7, [2.0] * 7)
+    assert (found.estimate, found.low, found.high) == (0.5, 0.0, math.inf)
+    assert judge_ratio(found, base=0.5, seen=SEEN) == "unmeasurable"
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    draw = random.Random(6)
+    inside = 0
+    for _ in range(300):
+        found = paired_ratio(*pairs(draw, noise=0.05))
+        inside += found.low <= RATIO <= found.high
+    assert inside >= 0.99 * 300, inside
+
+
+def test_a_stall_moves_the_answer_no_further_than_its_neighbours() -> None:
+    ours, theirs = [1.0] * 20, [1.0] * 20
+    ours[7] = 50.0
+    assert paired_ratio(ours, theirs) == Interval(1.0, 1.0, 1.0)
+
+
+# -- checks of a shape --------------------------------------------------------------------------
+
+
+def measured(
+    *,
+    factor: float = 1.0,
+    memory: float = 1.0,
+    noise: float = 0.01,
+    seed: int = 0,
+    pair_count: int = PAIRS,
+) -> dict[str, Measured]:
+    ours, theirs = pairs(random.Random(seed), factor=factor, noise=noise, count=pair_count)
+    return {
+        "paged": Measured(Samples(ours), int(memory * 3 * GIGABYTE)),
+        "default": Measured(Samples(theirs), 4 * GIGABYTE),
+    }
+
+
+def record(**changes: Any) -> Result:
+    def row(mode: str, ms: float, peak: int) -> Row:
+        return Row(CASE.name, mode, *SHAPE[:2], latency_ms=Latency(ms), peak_bytes=peak)
+
+    rows = [
+        row("default", 1e3 * DEFAULT, 4 * GIGABYTE),
+        row("paged", 1e3 * RATIO * DEFAULT, 3 * GIGABYTE),
+    ]
+    return Result(device="NVIDIA H200", versions={}, seed=0, rows=rows, **changes)
+
+
+def verdicts(checks: list[Check]) -> dict[str, str]:
+    return {check.law: check.verdict for check in checks}
+
+
+SLOWER = "not slower than default"
+LARGER = "not more memory than default"
+TIME_RECORD = "ratio as recorded"
+MEMORY_RECORD = "memory as recorded"
+
+
+def test_a_run_like_the_record_passes_every_check() -> None:
+    found = verdicts(checks_of(CASE, SHAPE, measured(), Against(record())))
+    assert found == dict.fromkeys((SLOWER, LARGER, TIME_RECORD, MEMORY_RECORD), "passed")
+
+
+def test_ten_per_cent_slower_breaks_the_record_alone() -> None:
+    found = verdicts(checks_of(CASE, SHAPE, measured(factor=1.10), Against(record())))
+    assert [law for law, verdict in found.items() if verdict != "passed"] == [TIME_RECORD]
+
+
+def test_three_per_cent_more_memory_breaks_the_record_alone() -> None:
+    found = verdicts(checks_of(CASE, SHAPE, measured(memory=1.03), Against(record())))
+    assert [law for law, verdict in found.items() if verdict != "passed"] == [MEMORY_RECORD]
+
+
+def test_without_a_record_only_the_laws_are_applied() -> None:
+    found = verdicts(checks_of(CASE, SHAPE, measured(factor=5, memory=1.2), Against()))
+    assert found == {SLOWER: "passed", LARGER: "passed"}
+
+
+def test_slower_and_larger_than_default_breaks_the_laws_anywhere() -> None:
+    found = verdicts(checks_of(CASE, SHAPE, measured(factor=40, memory=1.5), Against()))
+    assert found == {SLOWER: "failed", LARGER: "failed"}
+
+
+def test_a_shape_that_was_not_recorded_is_held_against_the_laws_only() -> None:
+    found = verdicts(checks_of(CASE, Shape(2, 512), measured(), Against(record())))
+    assert set(found) == {SLOWER, LARGER}
+
+
+def test_paged_that_does_not_run_fails() -> None:
+    broken = {**measured(), "paged": Measured(Samples(error="RuntimeError: no kernel"))}
+    (check,) = checks_of(CASE, SHAPE, broken, Against(record()))
+    assert (check.verdict, check.found) == ("failed", "RuntimeError: no kernel")
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [("OutOfMemoryError: 3 GB", "passed"), ("RuntimeError: no kernel", "unmeasurable")],
+)
+def test_running_where_default_has_no_memory_is_no_loss_but_another_failure_leaves_it_open(
+    error: str, verdict: str
+) -> None:
+    alone = {**measured(), "default": Measured(Samples(error=error))}
+    (check,) = checks_of(CASE, SHAPE, alone, Against(record()))
+    assert check.verdict == verdict
+    assert error in check.found
+
+
+def published(ms: float, gigabytes: float) -> Published:
+    row = PublishedRow(CASE.name, "paged", *SHAPE[:2], ms_per_query=ms, peak_gb=gigabytes)
+    return Published("a study", "NVIDIA A100 80GB", ["granite-4.0-h-1b"], [row], [])
+
+
+@pytest.mark.parametrize(
+    ("ms", "gigabytes", "expected"),
+    [(3, 3.1, ["passed", "passed"]), (2, 3.1, ["failed", "passed"]), (3, 2, ["passed", "failed"])],
+)
+def test_a_published_figure_is_an_absolute_ceiling(
+    ms: float, gigabytes: float, expected: list[str]
+) -> None:
+    checks = checks_of(CASE, SHAPE, measured(), Against(None, (published(ms, gigabytes),)))
+    assert [c.verdict for c in checks if c.law == "below the published figure"] == expected
+
+
+# -- repeating ----------------------------------------------------------------------------------
+
+
+class FakeSession:
+    """Measures what it is told to, noise by noise."""
+
+    def __init__(self, *noises: float) -> None:
+        self.noises = list(noises)
+        self.pairs: list[int] = []
+
+    def measure(self, case: Any, shape: Any, modes: Any, repeats: Any) -> dict[str, Measured]:
+        self.pairs.append(repeats.least)
+        assert repeats.least == repeats.most
+        return measured(noise=self.noises.pop(0), seed=7, pair_count=repeats.least)
+
+
+def test_noise_is_measured_again_with_twice_the_pairs_until_it_is_narrow() -> None:
+    session: Any = FakeSession(0.8, 0.8, 0.01)
+    checks = judged(session, CASE, SHAPE, Against(record()))
+    assert session.pairs == [PAIRS, 2 * PAIRS, 4 * PAIRS]
+    assert {check.verdict for check in checks} == {"passed"}
+
+
+def test_noise_that_stays_wide_is_given_up_after_three_tries_and_never_green() -> None:
+    session: Any = FakeSession(*[1.5] * 9)
+    checks = judged(session, CASE, SHAPE, Against(record()))
+    assert len(session.pairs) == TRIES == 3
+    assert verdicts(checks)[TIME_RECORD] == "unmeasurable"
+
+
+def test_a_clear_verdict_is_not_measured_again() -> None:
+    session: Any = FakeSession(0.01)
+    judged(session, CASE, SHAPE, Against(record()))
+    assert session.pairs == [PAIRS]
+
+
+def test_the_bounds_are_what_their_derivation_says() -> None:
+    astride = SEEN / limit_of(SEEN)  # the widest interval that the estimate may decide
+    assert limit_of(SEEN) / astride > 1
+    assert limit_of(SEEN) * astride <= SEEN * (1 + 1e-12)
+    assert 1.0 < MEMORY < 1.03
+
+
+# -- refusing -----------------------------------------------------------------------------------
+
+
+class Blind:
+    """What `refuse_where_blind` looks at."""
+
+    class clock:  # noqa: N801
+        gpu = True
+
+    model, config = None, None
+
+
+def test_a_runner_that_fell_back_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow:
+        fallback = "no Triton: plain PyTorch"
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    runner, session = Slow(), Blind()
+    monkeypatch.setattr(gate, "make_runner", lambda model, config: runner)
+    monkeypatch.setattr(gate, "config_for", lambda config, shape: config)
+    with pytest.raises(CannotJudge, match="no Triton"):
+        gate.refuse_where_blind(session)  # type: ignore[arg-type]
+    assert runner.closed
+
+
+def test_a_cpu_is_not_judged() -> None:
+    session: Any = Blind()
+    session.clock = type("clock", (), {"gpu": False})
+    with pytest.raises(CannotJudge, match="CUDA device"):
+        gate.gate(session, Against())

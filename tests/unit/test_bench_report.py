@@ -1,0 +1,192 @@
+"""Tables and figures show what the results say, and nothing that they do not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from granite_paged.bench import plot, report
+from granite_paged.bench.plot import draw_all
+from granite_paged.bench.published import read_published
+from granite_paged.bench.report import markdown, table
+from granite_paged.bench.results import Latency, Result, Row
+from granite_paged.errors import InvalidRequest, MissingExtra
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = read_published(ROOT / "golden" / "perf")
+
+
+def row(case: str, mode: str, batch: int, context: int, ms: float, **more: Any) -> Row:
+    latency = Latency(ms, ms, ms, 10)
+    fields = {"peak_bytes": 3 * 10**9, "floor_ms": 1.0, "tokens_per_second": 5e4, **more}
+    return Row(case, mode, batch, context, latency, **fields)
+
+
+ROWS = [
+    row("batch", "default", 1, 512, 78.0),
+    row("batch", "paged", 1, 512, 6.0, peak_bytes=2 * 10**9),
+    row("batch", "default", 8, 512, 170.0),
+    row("batch", "paged", 8, 512, 30.0),
+    row("context", "paged", 1, 4096, 30.0),
+    Row("context", "default", 1, 4096, error="OutOfMemoryError: 3 GB asked for"),
+    row("decode", "default", 1, 512, 75.0),
+    row("decode", "static", 1, 512, 3.4),
+    row("decode", "paged", 1, 512, 1.7),
+    row("decode", "paged", 1, 4096, 1.8),
+    row("kernel", "paged", 32, 4096, 0.08, floor_us=62.0, sdpa_us=75.0, paged_us=80.0),
+    row(
+        "kernel",
+        "paged",
+        32,
+        4096,
+        0.07,
+        variant="ragged 64-4096",
+        floor_us=32.0,
+        sdpa_us=85.0,
+        paged_us=70.0,
+    ),
+    Row("memory", "default", 300, 4096, peak_bytes=10**9, variant="ragged 1-4096", note="1 GB"),
+    Row("memory", "paged", 500, 4096, peak_bytes=10**9, variant="ragged 1-4096", note="1 GB"),
+    Row("coldstart", "paged", 1, 512, Latency(11e3, n=1), variant="first token, empty cache"),
+]
+
+
+def result(*rows: Row, device: str = "NVIDIA H200") -> Result:
+    versions = {"torch": "2.11"}
+    return Result(device, versions, 0, list(rows or ROWS), model="granite-4.0-h-1b", dtype="bf16")
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_batch_table_has_modes_side_by_side_with_the_speed_up() -> None:
+    header, _, first, second = cells(table(result(), "batch"))
+    assert header[2:6] == ["default, ms", "paged, ms", "default / paged", "floor, ms"]
+    assert first == ["1", "512", "78", "6", "13.00", "1", "3.00", "2.00", "50,000"]
+    assert second[:5] == ["8", "512", "170", "30", "5.67"]
+
+
+def test_a_failure_is_named_in_its_cell_and_below() -> None:
+    text = table(result(), "context")
+    assert "| out of memory | 30 | - |" in text
+    assert "- default, 1 x 4096: OutOfMemoryError: 3 GB asked for" in text
+
+
+def test_a_mode_that_did_not_run_a_shape_leaves_a_dash() -> None:
+    lines = cells(table(result(), "decode"))
+    assert lines[3][:6] == ["1", "4,096", "-", "-", "1.8", "-"]
+
+
+def test_the_kernel_table_has_the_ratio_to_sdpa() -> None:
+    lines = cells(table(result(), "kernel"))
+    assert [line[1] for line in lines[2:]] == ["4,096", "ragged 64-4096"]
+    assert [line[-1] for line in lines[2:]] == ["1.07", "0.82"]
+
+
+def test_memory_and_cold_start_have_their_tables() -> None:
+    assert cells(table(result(), "memory"))[3][:4] == ["in pages", "1-4096", "500", "1.00"]
+    assert cells(table(result(), "coldstart"))[2] == ["first token, empty cache", "11"]
+
+
+def test_the_page_names_device_model_and_versions_and_every_case() -> None:
+    text = markdown([result(), result(device="cpu")])
+    assert "**NVIDIA H200** · granite-4.0-h-1b, bf16 · torch 2.11" in text
+    assert "**cpu**" in text
+    assert [title for title in report._TITLES.values() if text.count(title) != 2] == []
+
+
+def test_every_table_is_rectangular() -> None:
+    for case in report._TITLES:
+        lines = cells(table(result(), case))
+        assert len({len(line) for line in lines}) == 1, case
+
+
+def test_no_rows_make_no_table() -> None:
+    assert table(result(ROWS[0]), "kernel") == ""
+
+
+def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="cannot write"):
+        report.write_text(tmp_path, "x")
+
+
+# -- figures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", plot.FORMATS)
+def test_every_figure_with_rows_is_written(form: str, tmp_path: Path) -> None:
+    files = draw_all([result()], PUBLISHED, tmp_path, form)
+    assert {file.stem for file in files} == set(plot._FIGURES)
+    assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_only_figures_with_rows_are_written(tmp_path: Path) -> None:
+    files = draw_all([result(*ROWS[:4])], PUBLISHED, tmp_path)
+    assert [file.name for file in files] == ["latency-batch.png", "memory-batch.png"]
+
+
+def test_the_same_results_make_the_same_file(tmp_path: Path) -> None:
+    first, second = (
+        draw_all([result(*ROWS[:4])], PUBLISHED, folder)[0].read_bytes()
+        for folder in (tmp_path, tmp_path)
+    )
+    assert first == second
+
+
+def lines_of(name: str, *results: Result, published: Any = PUBLISHED) -> dict[str, Any]:
+    plot._matplotlib()
+    figure = plot._FIGURES[name](list(results), published)
+    return {line.get_label(): line for line in figure.axes[0].get_lines()}
+
+
+def test_lines_show_the_medians_a_prompt_the_floor_and_the_published_figures() -> None:
+    lines = lines_of("latency-batch", result())
+    assert list(lines["paged, NVIDIA H200"].get_ydata()) == [6.0, 30 / 8]
+    assert list(lines["floor, NVIDIA H200"].get_ydata()) == [1.0, 1 / 8]
+    study = lines["original study: paged, NVIDIA A100 80GB"]
+    assert list(study.get_xdata()) == [1, 2, 4, 8, 16, 32]
+    assert study.get_ydata()[0] == 289.84
+
+
+def test_each_length_of_prompt_is_a_line_of_its_own() -> None:
+    rows = [row("batch", "paged", b, c, 1.0 * b * c) for b in (1, 2) for c in (16, 64)]
+    lines = lines_of("latency-batch", result(*rows), published=[])
+    assert list(lines["paged 64 tokens, NVIDIA H200"].get_ydata()) == [64.0, 64.0]
+    assert list(lines["paged 16 tokens, NVIDIA H200"].get_ydata()) == [16.0, 16.0]
+
+
+def test_memory_is_drawn_in_gigabytes() -> None:
+    assert list(lines_of("memory-batch", result())["paged, NVIDIA H200"].get_ydata()) == [2.0, 3.0]
+
+
+def test_two_results_are_told_apart_by_device_and_style() -> None:
+    lines = lines_of("latency-batch", result(), result(device="NVIDIA L4"), published=[])
+    one, other = lines["paged, NVIDIA H200"], lines["paged, NVIDIA L4"]
+    assert one.get_linestyle() != other.get_linestyle()
+
+
+def test_decode_has_a_panel_for_each_context() -> None:
+    plot._matplotlib()
+    figure = plot._FIGURES["decode"]([result()], [])
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["512 tokens of context", "4k tokens of context"]
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"static, NVIDIA H200", "floor, NVIDIA H200"} <= labels
+
+
+def test_results_without_a_row_are_not_drawn(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="nothing to draw"):
+        draw_all([result(ROWS[5])], PUBLISHED, tmp_path)
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtra, match=r"granite-paged\[plot\]"):
+        draw_all([result()], PUBLISHED, tmp_path)

@@ -1,0 +1,231 @@
+"""Results as files: what is written is read back, what is wrong is named by file and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granite_paged.bench.published import Published, read_published
+from granite_paged.bench.results import (
+    Latency,
+    Rates,
+    Result,
+    Row,
+    read_as,
+    read_result,
+    slug,
+    writable_folder,
+)
+from granite_paged.errors import InvalidRequest, ResultFileError
+
+ROOT = Path(__file__).parents[2]
+
+positive = st.floats(0, 1e9, allow_nan=False)
+latencies = st.builds(Latency, positive, positive, positive, st.integers(0, 1000))
+maybe = st.one_of(st.none(), positive)
+rows = st.builds(
+    Row,
+    case=st.sampled_from(["batch", "context", "decode", "kernel"]),
+    mode=st.sampled_from(["default", "static", "paged"]),
+    batch=st.integers(0, 200),
+    context=st.integers(1, 2**17),
+    latency_ms=st.one_of(st.none(), latencies),
+    tokens_per_second=maybe,
+    peak_bytes=st.one_of(st.none(), st.integers(0, 2**40)),
+    variant=st.sampled_from(["", "ragged 64-4096"]),
+    floor_ms=maybe,
+    paged_us=maybe,
+    note=st.text(max_size=5),
+    error=st.text(max_size=5),
+)
+results = st.builds(
+    Result,
+    device=st.text(min_size=1, max_size=20),
+    versions=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+    seed=st.integers(0, 9),
+    rows=st.lists(rows, max_size=5, unique_by=lambda row: row.key),
+    model=st.text(max_size=5),
+    rates=st.one_of(st.none(), st.builds(Rates, positive, positive)),
+)
+
+
+def written(folder: Path, data: Any) -> Path:
+    path = folder / "result.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+@given(results)
+def test_what_is_written_is_read_back(tmp_path_factory: Any, result: Result) -> None:
+    path = written(tmp_path_factory.mktemp("results"), result.to_json())
+    assert read_result(path) == result
+
+
+def example() -> dict[str, Any]:
+    row = {
+        "case": "kernel",
+        "mode": "paged",
+        "batch": 32,
+        "context": 4096,
+        "latency_ms": {"median": 0.08, "p10": 0.079, "p90": 0.082, "n": 50},
+        "tokens_per_second": 4e5,
+        "peak_bytes": 10**9,
+        "floor_us": 62.0,
+        "sdpa_us": 75,
+        "paged_us": 80.0,
+    }
+    return {"device": "NVIDIA H200", "versions": {"torch": "2.11"}, "seed": 0, "rows": [row]}
+
+
+def test_the_format_of_the_issue_is_read(tmp_path: Path) -> None:
+    (row,) = read_result(written(tmp_path, example())).rows
+    assert (row.latency_ms, row.sdpa_us) == (Latency(0.08, 0.079, 0.082, 50), 75.0)
+
+
+def test_the_fields_of_the_format_are_written_even_when_empty() -> None:
+    row = Row("batch", "paged", 1, 512, error="OutOfMemoryError: 3 GB")
+    data = Result(device="cpu", versions={}, seed=0, rows=[row]).to_json()
+    assert data["rows"] == [
+        {
+            "case": "batch",
+            "mode": "paged",
+            "batch": 1,
+            "context": 512,
+            "latency_ms": None,
+            "tokens_per_second": None,
+            "peak_bytes": None,
+            "error": "OutOfMemoryError: 3 GB",
+        }
+    ]
+
+
+def broken(place: str, value: Any) -> dict[str, Any]:
+    """The example with one field changed; `...` takes it out."""
+    whole: Any = example()
+    holder = whole
+    *path, last = place.replace("[0]", ".0").split(".")
+    for name in path:
+        holder = holder[int(name) if name.isdigit() else name]
+    if value is ...:
+        del holder[last]
+    else:
+        holder[last] = value
+    return dict(whole)
+
+
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "no device": ("device", ..., "is missing"),
+    "device a number": ("device", 7, "must be text, 7 given"),
+    "rows an object": ("rows", {}, "must be a list"),
+    "version a number": ("versions.torch", 2.11, "must be text"),
+    "no mode": ("rows[0].mode", ..., "is missing"),
+    "batch a float": ("rows[0].batch", 1.5, "must be a whole number"),
+    "batch true": ("rows[0].batch", True, "must be a whole number"),
+    "context negative": ("rows[0].context", -1, "at least 0"),
+    "median text": ("rows[0].latency_ms.median", "fast", "must be a finite number"),
+    "median infinite": ("rows[0].latency_ms.median", float("inf"), "must be a finite number"),
+    "median NaN": ("rows[0].latency_ms.median", float("nan"), "must be a finite number"),
+    "no median": ("rows[0].latency_ms.median", ..., "is missing"),
+    "peak a float": ("rows[0].peak_bytes", 1e9, "must be a whole number"),
+    "unknown field": ("rows[0].latency", 3, "is no field of the format"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_field_is_named_with_its_file(wrong: str, tmp_path: Path) -> None:
+    place, value, problem = WRONG[wrong]
+    path = written(tmp_path, broken(place, value))
+    with pytest.raises(ResultFileError) as caught:
+        read_result(path)
+    assert str(caught.value).startswith(f"{path}: {place} ")
+    assert problem in str(caught.value)
+    assert (caught.value.path, caught.value.field) == (str(path), place)
+
+
+def test_a_row_that_repeats_another_is_named(tmp_path: Path) -> None:
+    data = example()
+    data["rows"] *= 2
+    with pytest.raises(ResultFileError, match=r"rows\[1\] repeats rows\[0\]"):
+        read_result(written(tmp_path, data))
+
+
+@pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("[]", "must be an object")])
+def test_a_file_of_something_else_is_named(text: str, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text(text)
+    with pytest.raises(ResultFileError, match=problem):
+        read_result(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResultFileError, match=r"nowhere\.json cannot be read: No such file"):
+        read_result(tmp_path / "nowhere.json")
+
+
+def test_find_answers_with_the_row_that_was_measured() -> None:
+    good, bad = Row("batch", "paged", 1, 512), Row("batch", "paged", 2, 512, error="no memory")
+    result = Result(device="cpu", versions={}, seed=0, rows=[bad, good])
+    assert result.find("batch", "paged", 1, 512) is good
+    assert result.find("batch", "paged", 2, 512) is None
+    assert result.measured("batch") == [good]
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("NVIDIA H200", "nvidia-h200"), ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb")],
+)
+def test_a_gpus_slug_is_its_name_in_small_letters(device: str, name: str) -> None:
+    assert slug(device) == name
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidRequest, match="cannot write into"):
+        writable_folder(tmp_path / "file" / "folder")
+
+
+# -- what the original study published ----------------------------------------------------------
+
+
+def study() -> Published:
+    (only,) = read_published(ROOT / "golden" / "perf")
+    return only
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "applies"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "granite-4.0-h-1b (random weights, seed 0)", True),
+        ("NVIDIA A100 80GB PCIe", "study-24l (random weights, seed 0)", True),
+        ("NVIDIA A100-SXM4-40GB", "granite-4.0-h-1b", False),
+        ("NVIDIA H200", "granite-4.0-h-1b", False),
+        ("NVIDIA A100-SXM4-80GB", "granite-4.0-h-small", False),
+    ],
+)
+def test_published_figures_are_ceilings_of_their_gpu_and_model(
+    device: str, model: str, applies: bool
+) -> None:
+    assert study().applies_to(device, model) is applies
+
+
+def test_every_published_point_has_both_modes() -> None:
+    points = {mode: set() for mode in ("default", "paged")}  # type: dict[str, set[Any]]
+    for row in study().rows:
+        points[row.mode].add((row.case, row.batch, row.context))
+    assert points["default"] == points["paged"]
+    assert len(points["paged"]) == 12
+
+
+def test_the_study_is_cited() -> None:
+    assert "HPML Team 13, Columbia University" in study().source
+
+
+def test_a_published_file_is_checked_as_well(tmp_path: Path) -> None:
+    (tmp_path / "x.published.json").write_text('{"source": "x", "device": 3}')
+    with pytest.raises(ResultFileError, match=r"x\.published\.json: device must be text"):
+        read_as(Published, tmp_path / "x.published.json")
