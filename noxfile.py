@@ -112,9 +112,8 @@ def report(session: nox.Session) -> None:
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
-    session.run(
-        "granite-paged", "report", *results, "--to", "golden/figures", "--page", "README.md"
-    )
+    pages = ("--to", "golden/figures/evaluation", "--page", "README.md")
+    session.run("granite-paged", "report", *results, *pages)
 
 
 @nox.session

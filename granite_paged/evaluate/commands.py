@@ -200,7 +200,7 @@ def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: 
 
     \b
     granite-paged report mmlu.json truthfulqa.json --to report
-    granite-paged report golden/results/*.json --to golden/figures --page README.md
+    granite-paged report golden/results/*.json --to out --page README.md
     """  # noqa: D301
     from granite_paged.evaluate.report import update_page, write_report
     from granite_paged.evaluate.results import read_bench, read_evaluation
