@@ -222,6 +222,16 @@ class DataError(GranitePagedError, ValueError):
         super().__init__(f"{place}: {problem}")
 
 
+class MissingExtra(GranitePagedError, ImportError):
+    """A package that only an extra brings is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
+        )
+
+
 class ResultsError(GranitePagedError):
     """Results that cannot be written, or that another run left behind."""
 
