@@ -16,7 +16,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 WORKERS = os.environ.get("PYTEST_WORKERS", "auto")
-ALLOCATOR_STEPS = "1000000"
+DEEP_STEPS = "1000000"
 
 MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
 REQUIRE_GPU = """
@@ -60,11 +60,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="property")
 def property_(session: nox.Session) -> None:
-    """The allocator for a million steps, and generated cases many times deeper."""
+    """Allocator and engine for a million steps each, and generated cases many times deeper."""
     install(session, "tests")
     pytest = ("python", "-m", "pytest", "-n", WORKERS, *session.posargs)
-    steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": ALLOCATOR_STEPS}
-    session.run(*pytest, "tests/property/test_allocator_machine.py", env=steps)
+    steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": DEEP_STEPS}
+    machines = ("test_allocator_machine.py", "test_engine_machine.py")
+    session.run(*pytest, *(f"tests/property/{machine}" for machine in machines), env=steps)
     session.run(*pytest, "tests/property", env={"HYPOTHESIS_PROFILE": "wide"})
 
 

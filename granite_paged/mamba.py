@@ -36,7 +36,7 @@ class MambaState(NamedTuple):
     """Both states of one layer, and which of their rows the batch's are.
 
     conv [rows, channels, width]; ssm [rows, heads, head_dim, state_size];
-    rows [B] int64, or None where the batch is the rows in order.
+    rows [B] int64; None where the batch is the rows in order.
     """
 
     conv: Tensor
