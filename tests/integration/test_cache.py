@@ -329,7 +329,7 @@ def test_a_pool_never_grows_past_its_fraction_of_memory(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = 20 * fresh(model).geometry.bytes_per_page
-    monkeypatch.setattr(cache, "_memory", lambda device: memory)
+    monkeypatch.setattr(cache, "free_memory", lambda device: memory)
     own = fresh(model, memory_fraction=0.5)
     own.reserve([10_000])
     assert own.pool_bytes == memory / 2

@@ -186,7 +186,7 @@ def test_past_the_recompile_limit_a_compiled_step_raises_instead_of_falling_back
 
 def test_the_compiled_call_allows_no_graph_break_and_no_symbolic_shape() -> None:
     with mock.patch.object(torch, "compile") as compile_:
-        attention._compiled.__wrapped__()
+        attention._compiled.__wrapped__(attention._fused)
     assert compile_.call_args.kwargs == {"fullgraph": True, "dynamic": False}
 
 

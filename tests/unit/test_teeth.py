@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pytest
@@ -134,11 +134,11 @@ class IgnoresForeignSequences(PageAllocator):
 
 
 class ReusesIds(PageAllocator):
-    def open(self) -> int:
+    def open(self, pages: Iterable[int] = ()) -> int:
         self._next_sequence = 0
         while self._next_sequence in self._sequences:
             self._next_sequence += 1
-        return super().open()
+        return super().open(pages)
 
 
 class ForgetsCopiesWhenCounting(PageAllocator):
@@ -168,7 +168,7 @@ BROKEN_ALLOCATORS = [
 ]
 
 HUNT = settings(
-    max_examples=300,
+    max_examples=1000,
     stateful_step_count=40,
     derandomize=True,
     database=None,
