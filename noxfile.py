@@ -107,7 +107,7 @@ def notebook(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """golden/figures and the tables of the README, from the results in golden/results."""
+    """Figures and the tables of the README, from the results in golden/results."""
     session.install(".[plot]")
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:

@@ -225,7 +225,7 @@ class DataError(GranitePagedError, ValueError):
 class MissingExtra(GranitePagedError, ImportError):
     """A package that only an extra brings is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
+    def __init__(self, package: str, *, extra: str) -> None:
         self.extra = extra
         super().__init__(
             f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
