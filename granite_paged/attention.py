@@ -49,6 +49,7 @@ def paged_attention(
     *,
     scale: float,
     backend: Backend = "auto",
+    options: FlexKernelOptions | None = None,
 ) -> Tensor:
     """Causal attention of each row over its own pages.
 
@@ -58,6 +59,7 @@ def paged_attention(
         block_mask: from `paged_block_mask`, for at least B rows and S query tokens.
         scale: factor on the scores (a model's `attention_multiplier`).
         backend: see `Backend`. Inside a traced region the call is always compiled.
+        options: of FlexAttention's kernel, in place of those of `kernel_options`.
 
     Returns:
         [B, Hq, S, D]; zeros for padding queries.
@@ -70,10 +72,10 @@ def paged_attention(
         _check_mask(query, keys, block_mask)
     folded = _fold(query, keys.shape[1], block_mask.shape)
     if torch.compiler.is_compiling():
-        out = _fused(folded, keys, values, block_mask, scale)
+        out = _fused(folded, keys, values, block_mask, scale, options)
     elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
-        out = _call_compiled(_fused, folded, keys, values, block_mask, scale)
+        out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
     else:
         out = _eager(folded, keys, values, block_mask, scale)
     return _unfold(out, query.shape)
@@ -236,8 +238,16 @@ def _split(
 # -- compiled -----------------------------------------------------------------------------------
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    options = kernel_options(mask, keys) if query.is_cuda else None
+def _fused(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: BlockMask,
+    scale: float,
+    options: FlexKernelOptions | None,
+) -> Tensor:
+    if options is None and query.is_cuda:
+        options = kernel_options(mask, keys)
     out = flex_attention(query, keys, values, block_mask=mask, scale=scale, kernel_options=options)
     assert isinstance(out, Tensor)
     return out

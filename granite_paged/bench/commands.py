@@ -306,7 +306,7 @@ def _needs_gpu(command: Callable[..., Any]) -> Callable[..., Any]:
         from granite_paged.bench.gate import no_gpu
 
         if not torch.cuda.is_available():
-            raise no_gpu()
+            raise no_gpu(command.__name__)
         return command(**options)
 
     return with_gpu
