@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate | bench | gate | plot | profile`.
+"""The command line: `granite-paged verify | generate | bench | gate | tune | plot | profile`.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -241,3 +241,4 @@ cli.add_command(bench_commands.coldstart)
 cli.add_command(bench_commands.gate)
 cli.add_command(bench_commands.plot)
 cli.add_command(bench_commands.profile)
+cli.add_command(bench_commands.tune)

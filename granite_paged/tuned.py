@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,13 @@ class Tuned:
     one_row: list[OneRowConstants]
     few_rows: list[FewRowsConstants]
     microseconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file has it; without times where there are none."""
+        data = asdict(self)
+        if not self.microseconds:
+            del data["microseconds"]
+        return data
 
     def for_batch(self, batch: int) -> DecodeConstants:
         """Those of the nearest measured batch at or below."""

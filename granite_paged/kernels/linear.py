@@ -276,11 +276,16 @@ def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int
     columns in one load. More: blocks of columns, and where there are few of them, their depth is
     split. How large and how many is measured (`tuned.py`).
     """
-    few_columns = columns < FEW_COLUMNS * multiprocessors
+    few_columns = has_few_columns(columns, multiprocessors)
     if rows == 1:
         return one_row_tiles(TUNED.for_one_row(gated=gated, few_columns=few_columns), depth)
     constants = TUNED.for_few_rows(rows, gated=gated, few_columns=few_columns)
     return few_rows_tiles(constants, depth)
+
+
+def has_few_columns(columns: int, multiprocessors: int) -> bool:
+    """Whether a product has too few blocks of columns to fill the device."""
+    return columns < FEW_COLUMNS * multiprocessors
 
 
 def one_row_tiles(constants: OneRowConstants, depth: int) -> dict[str, int]:
