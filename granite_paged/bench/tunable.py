@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
-from granite_paged.attention import DecodePlan, paged_attention, planned, prefill_options
+from granite_paged.attention import (
+    WIDEST_TUNED_HEAD,
+    DecodePlan,
+    paged_attention,
+    planned,
+    prefill_options,
+)
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.gate import no_gpu
 from granite_paged.bench.kernel import KernelCase
@@ -178,7 +184,9 @@ def _decode_shape(bench: Bench, shape: Shape) -> TunedShape:
 
 
 def prefill_groups(bench: Bench, quick: bool) -> Iterator[Group]:
-    """Chunks of one prompt."""
+    """Chunks of one prompt; none where `kernel_options` leaves heads so wide to FlexAttention."""
+    if bench.geometry.head_dim > WIDEST_TUNED_HEAD:
+        return
     pasts = PREFILL_PASTS[-1:] if quick else PREFILL_PASTS
     shapes = tuple(_prefill_shape(bench, PREFILL_TOKENS, past) for past in pasts)
     yield Group(candidates(TUNED.prefill, PREFILL_CHOICES, quick), shapes)
