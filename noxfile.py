@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import nox
 
@@ -15,7 +16,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 WORKERS = os.environ.get("PYTEST_WORKERS", "auto")
-ALLOCATOR_STEPS = "1000000"
+DEEP_STEPS = "1000000"
 
 MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
 REQUIRE_GPU = """
@@ -59,11 +60,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="property")
 def property_(session: nox.Session) -> None:
-    """The allocator for a million steps, and generated cases many times deeper."""
+    """Allocator and engine for a million steps each, and generated cases many times deeper."""
     install(session, "tests")
     pytest = ("python", "-m", "pytest", "-n", WORKERS, *session.posargs)
-    steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": ALLOCATOR_STEPS}
-    session.run(*pytest, "tests/property/test_allocator_machine.py", env=steps)
+    steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": DEEP_STEPS}
+    machines = ("test_allocator_machine.py", "test_engine_machine.py")
+    session.run(*pytest, *(f"tests/property/{machine}" for machine in machines), env=steps)
     session.run(*pytest, "tests/property", env={"HYPOTHESIS_PROFILE": "wide"})
 
 
@@ -82,6 +84,37 @@ def verify(session: nox.Session) -> None:
     """The main job, as a user runs it: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
     session.install(".")
     session.run("granite-paged", "verify", *session.posargs)
+
+
+@nox.session
+def eval_parity(session: nox.Session) -> None:
+    """All of MMLU and TruthfulQA against lm-eval's own scores. Fails where there is no data."""
+    data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
+    if not (data / "mmlu_test.jsonl").exists():
+        session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
+    session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb]")
+    extras = ("tests/integration/test_lm_eval.py", "tests/integration/test_report.py")
+    asked = {"GRANITE_PAGED_DATA": str(data), "GRANITE_PAGED_PARITY": "all"}
+    session.run("python", "-m", "pytest", "--durations=5", *extras, *session.posargs, env=asked)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """The walk through `granite-paged profile`, cell by cell; a cell that raises fails it."""
+    session.install(".", "nbclient", "ipykernel")
+    session.run("jupyter", "execute", "granite_paged/bench/profile.ipynb", *session.posargs)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """golden/figures and the tables of the README, from the results in golden/results."""
+    session.install(".[plot]")
+    results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
+    if not results:
+        session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
+    session.run(
+        "granite-paged", "report", *results, "--to", "golden/figures", "--page", "README.md"
+    )
 
 
 @nox.session

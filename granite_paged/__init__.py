@@ -10,16 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from granite_paged.cache import PagedCache
+    from granite_paged.engine.engine import Engine
+    from granite_paged.engine.request import SamplingParams
     from granite_paged.geometry import PagedConfig
     from granite_paged.integrate import is_patched, paged, patch, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["PagedCache", "PagedConfig", "__version__", "is_patched", "paged", "patch", "unpatch"]
+__all__ = [
+    "Engine",
+    "PagedCache",
+    "PagedConfig",
+    "SamplingParams",
+    "__version__",
+    "is_patched",
+    "paged",
+    "patch",
+    "unpatch",
+]
 
 _HOME = {
+    "Engine": "engine.engine",
     "PagedCache": "cache",
     "PagedConfig": "geometry",
+    "SamplingParams": "engine.request",
     "is_patched": "integrate",
     "paged": "integrate",
     "patch": "integrate",

@@ -17,7 +17,7 @@ counter, recycled ones a stack, and only held pages have an entry. Refused reque
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -154,11 +154,24 @@ class PageAllocator:
 
     # -- changing -------------------------------------------------------------------------------
 
-    def open(self) -> int:
-        """Start an empty sequence, without pages yet. Returns its id; ids are never reused."""
+    def open(self, pages: Iterable[int] = ()) -> int:
+        """Start a sequence. Returns its id; ids are never reused.
+
+        Args:
+            pages: whole pages of tokens that others hold and this sequence begins with. None: it
+                starts empty.
+
+        Raises:
+            InvalidRequest: for a page that nobody holds, or one named twice.
+        """
+        shared = list(pages)
+        if len(set(shared)) < len(shared) or not self._references.keys() >= set(shared):
+            raise InvalidRequest(f"pages {shared} cannot be shared: each must be held, and once")
         sequence = self._next_sequence
         self._next_sequence += 1
-        self._sequences[sequence] = _Sequence()
+        self._sequences[sequence] = _Sequence(len(shared) * self.page_size, shared)
+        for page in shared:
+            self._references[page] += 1
         return sequence
 
     def append(self, growth: Mapping[int, int]) -> AppendPlan:
@@ -181,10 +194,8 @@ class PageAllocator:
     def fork(self, parent: int) -> int:
         """Open a sequence with the parent's tokens, sharing every page of it."""
         source = self._get(parent)
-        child = self.open()
-        self._sequences[child] = _Sequence(source.length, list(source.pages))
-        for page in source.pages:
-            self._references[page] += 1
+        child = self.open(source.pages)
+        self._sequences[child].length = source.length
         return child
 
     def release(self, *sequences: int) -> list[int]:

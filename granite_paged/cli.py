@@ -1,4 +1,4 @@
-"""The command line: `granite-paged verify | generate | bench | gate | tune | plot | profile`.
+"""The command line: `granite-paged verify | generate | bench | eval` and more.
 
 Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
 130 interrupted.
@@ -16,7 +16,9 @@ from rich.table import Table
 
 from granite_paged import __version__
 from granite_paged.bench import commands as bench_commands
-from granite_paged.errors import GranitePagedError, InvalidRequest, PromptError
+from granite_paged.engine import commands as engine_commands
+from granite_paged.errors import GranitePagedError
+from granite_paged.evaluate import commands as evaluate_commands
 from granite_paged.options import (
     FAILED,
     INTERRUPTED,
@@ -172,73 +174,15 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-# -- generate -----------------------------------------------------------------------------------
+# -- commands that have a module of their own ---------------------------------------------------
 
-
-@cli.command(context_settings=SETTINGS)
-@click.argument("text")
-@model_options
-@click.option("--tokenizer", metavar="ID_OR_PATH", help="Tokenizer, where the model brings none.")
-@click.option(
-    "--max-new-tokens", default=64, type=click.IntRange(min=1), help="Most tokens of the answer."
-)
-@click.option(
-    "--temperature",
-    default=0.0,
-    type=click.FloatRange(min=0),
-    help="0 takes the likeliest token each time.",
-)
-@click.option(
-    "--top-p",
-    default=1.0,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Sample from the likeliest tokens that hold this much probability.",
-)
-def generate(
-    text: str,
-    loaded: Any,
-    config: Any,
-    seed: int,
-    tokenizer: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> int:
-    """Continue TEXT, printing the answer as it comes; the KV cache is paged.
-
-    \b
-    granite-paged generate --model ibm-granite/granite-4.0-h-1b "Paged attention is"
-    granite-paged generate "<bos> <plain> red-fox copper-bell and red-fox <ask>" --max-new-tokens 1
-    """  # noqa: D301
-    import torch
-    from transformers import TextStreamer, set_seed
-
-    from granite_paged.integrate import paged
-    from granite_paged.models import load_tokenizer
-
-    tokens = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
-    if tokens is None:
-        raise InvalidRequest(f"{loaded.name} has no tokenizer: pass --tokenizer ID_OR_PATH")
-    inputs = tokens(text, return_tensors="pt", return_token_type_ids=False)
-    if inputs["input_ids"].numel() == 0:
-        raise PromptError("empty prompt: TEXT has no tokens")
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    set_seed(seed)
-    with paged(loaded.model, config), torch.inference_mode():
-        loaded.model.generate(
-            **inputs.to(loaded.model.device),
-            max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokens, skip_prompt=True, skip_special_tokens=True),
-            **(sampling if temperature else {"do_sample": False}),
-        )
-    return OK
-
-
-# -- in modules of their own --------------------------------------------------------------------
-
+cli.add_command(engine_commands.generate)
 cli.add_command(bench_commands.bench)
+cli.add_command(engine_commands.bench_serve)
 cli.add_command(bench_commands.coldstart)
 cli.add_command(bench_commands.gate)
 cli.add_command(bench_commands.plot)
 cli.add_command(bench_commands.profile)
 cli.add_command(bench_commands.tune)
+cli.add_command(evaluate_commands.evaluate)
+cli.add_command(evaluate_commands.report)

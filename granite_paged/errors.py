@@ -139,16 +139,6 @@ class Unsupported(GranitePagedError):
     """A mode cannot run this case or shape."""
 
 
-class MissingExtra(GranitePagedError, ImportError):
-    """A command needs packages of an optional extra."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        self.extra = extra
-        super().__init__(
-            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
-        )
-
-
 class NonFinite(GranitePagedError, ArithmeticError):
     """NaN or infinity was about to enter the cache. Names the layers."""
 
@@ -158,6 +148,65 @@ class NonFinite(GranitePagedError, ArithmeticError):
         super().__init__(
             f"NaN or infinity in K or V of attention layer {names}: "
             "the sequences of this cache were released; check the weights and the dtype"
+        )
+
+
+class RequestTooLarge(OutOfPages):
+    """A request that would not fit if it were alone."""
+
+
+class QueueFull(GranitePagedError):
+    """As many requests are waiting as the engine lets wait."""
+
+    def __init__(self, *, waiting: int, limit: int) -> None:
+        self.waiting = waiting
+        self.limit = limit
+        super().__init__(
+            f"queue full: {waiting} sequences wait, {limit} may; "
+            "step() the engine first, or raise its queue"
+        )
+
+
+class EngineClosed(GranitePagedError):
+    """The engine was closed: before the call, or while the request ran."""
+
+
+class RequestCancelled(GranitePagedError):
+    """The request was cancelled."""
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        super().__init__(f"request {request} was cancelled")
+
+
+class InvalidSampling(InvalidRequest):
+    """A sampling parameter that means nothing."""
+
+
+class CallbackFailed(GranitePagedError):
+    """What the caller gave to be told of new tokens raised; see `__cause__`."""
+
+    def __init__(self, request: int, cause: str) -> None:
+        self.request = request
+        super().__init__(f"the callback of request {request} raised {cause}: the request was ended")
+
+
+class StepFailed(GranitePagedError):
+    """A step of this request raised, and again when the request ran alone; see `__cause__`."""
+
+    def __init__(self, request: int, cause: str) -> None:
+        self.request = request
+        super().__init__(f"a step of request {request} raised {cause}: the request was ended")
+
+
+class NonFiniteRequest(GranitePagedError, ArithmeticError):
+    """The numbers of one request became NaN or infinite."""
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        super().__init__(
+            f"NaN or infinity in request {request}: it was ended, others go on; "
+            "check the weights and the dtype"
         )
 
 
@@ -175,6 +224,30 @@ class CheckpointError(GranitePagedError):
 
 class DeviceError(GranitePagedError):
     """A device that is unknown or not there."""
+
+
+class DataError(GranitePagedError, ValueError):
+    """Evaluation data that is missing or of another format. Names file, line and field."""
+
+    def __init__(self, file: str, problem: str, *, line: int | None = None) -> None:
+        self.file = file
+        self.line = line
+        place = file if line is None else f"{file}, line {line}"
+        super().__init__(f"{place}: {problem}")
+
+
+class MissingExtra(GranitePagedError, ImportError):
+    """A package that only an extra brings is not installed."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
+        )
+
+
+class ResultsError(GranitePagedError):
+    """Results that cannot be written, or that another run left behind."""
 
 
 def require(holds: bool, invariant: str) -> None:

@@ -42,6 +42,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
+from granite_paged.kernels import unavailable, unsupported
 from granite_paged.mamba import MambaRows, MambaSizes, mix
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -178,7 +179,21 @@ def _mix(
     rows: MambaRows = cache_params.layers[mixer.layer_idx]
     state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
     step = cache_params.step
-    return mix(mixer, hidden_states, step.since_start, state, step.columns.mask)
+    # padding before a row's first token needs no mask: it has no position
+    mask = step.columns.mask if step.columns.before else None
+    if mask is None and not _no_kernels(mixer, hidden_states, cache_params.config.backend):
+        from granite_paged.kernels import mamba  # needs Triton
+
+        every_row = torch.arange(len(hidden_states), device=hidden_states.device)
+        return mamba.mix(mixer, hidden_states, step.since_start, state._replace(rows=every_row))
+    return mix(mixer, hidden_states, step.since_start, state, mask)
+
+
+def _no_kernels(mixer: Any, hidden: Tensor, backend: Backend) -> str:
+    """Why a Mamba layer runs in plain PyTorch; empty where kernels can take it."""
+    if backend == "eager":
+        return "backend 'eager' was asked for"
+    return unavailable(hidden.device, hidden.dtype) or unsupported(mixer.activation)
 
 
 def _open_step(

@@ -18,6 +18,7 @@ section 6 (chunk scan) and section 2.1 (recurrence).
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class MambaState(NamedTuple):
     """Both states of one layer, and which of their rows the batch's are.
 
     conv [rows, channels, width]; ssm [rows, heads, head_dim, state_size];
-    rows [B] int64, or None where the batch is the rows in order.
+    rows [B] int64; None where the batch is the rows in order.
     """
 
     conv: Tensor
@@ -114,6 +115,10 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         for states in (self.conv_states, self.recurrent_states):
             if states[_STATE] is not None:
                 states[_STATE] = states[_STATE].index_select(0, rows)
+
+    def take(self, saved: MambaRows) -> None:
+        """Become a copy of what another layer holds."""
+        self.__dict__.update(copy.deepcopy(saved.__dict__))
 
     def reset(self) -> None:
         """Forget every row, and how many there were."""

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from granite_paged.checkpoints import TINY_RECALL
@@ -112,10 +113,19 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder or on the hub. Raises CheckpointError."""
+    """The tokenizer in a folder, a `tokenizers` file, or on the hub. Raises CheckpointError."""
+    if Path(path).is_file():
+        return _tokenizer_of_file(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
+
+
+def _tokenizer_of_file(path: str) -> Any:
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=path)
+    except Exception as error:  # tokenizers raises nothing more particular
         raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
 

@@ -14,7 +14,14 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from granite_paged.errors import InvalidRequest
 
@@ -140,13 +147,15 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, time_left: bool = False) -> Progress:
     """A bar on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    left = (TextColumn("left"), TimeRemainingColumn()) if time_left else ()
     return Progress(
         *columns,
         TimeElapsedColumn(),
+        *left,
         console=console,
         transient=True,
         disable=not console.is_terminal,

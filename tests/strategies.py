@@ -540,6 +540,17 @@ class Ledger:
         self.histories[child] = list(self.histories[parent])
         return child
 
+    def share(self, parent: int, pages: int) -> int:
+        """A new sequence that begins with so many whole pages of the parent's, if it has them."""
+        size, history = self.allocator.page_size, self.histories[parent]
+        pages = min(pages, len(history) // size)
+        free = self.allocator.free
+        child = self.allocator.open(self.allocator.pages_of(parent)[:pages])
+        assert self.allocator.free == free, "sharing took pages"
+        self._first_seen(child)
+        self.histories[child] = history[: pages * size]
+        return child
+
     def append(self, growth: dict[int, int]) -> AppendPlan:
         """Grow sequences, carry the plan out, write the tokens."""
         needed, free = self.allocator.pages_needed(growth), self.allocator.free

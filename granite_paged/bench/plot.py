@@ -60,7 +60,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise MissingExtra("matplotlib", "plot") from None
+        raise MissingExtra("matplotlib", extra="plot") from None
     mpl.use("Agg")
     return mpl
 

@@ -18,7 +18,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 
 from granite_paged.attention import DecodePlan, paged_attention
 from granite_paged.geometry import Backend
-from granite_paged.kernels import unavailable
+from granite_paged.kernels import unavailable, unsupported
 from granite_paged.mamba import MambaState, mix
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
@@ -152,11 +152,9 @@ def why_not(model: Any, backend: Backend) -> str:
     config = model.config
     if backend == "eager":
         return "backend 'eager' was asked for"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"activation {config.hidden_act} has no kernel"
     if config.attention_bias or config.mamba_proj_bias:
         return "projections with a bias have no kernel"
-    return unavailable(model.device, model.dtype)
+    return unsupported(config.hidden_act) or unavailable(model.device, model.dtype)
 
 
 def by_head(projected: Tensor, head_dim: int) -> Tensor:

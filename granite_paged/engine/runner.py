@@ -277,11 +277,12 @@ class Runner:
         logical = torch.arange(len(pages), device=self.device)
         self._storage.table.write(torch.full_like(logical, row), logical, physical)
 
-    def fork_row(self, source: int, target: int) -> None:
-        """The target becomes a copy of the source: its pages' names, its states, its token."""
-        self._check_rows([source, target])
+    def fork_row(self, source: int, *targets: int) -> None:
+        """Each target becomes a copy of the source: its pages' names, its states, its token."""
+        self._check_rows([source, *targets])
+        (index,) = to_device(self.device, torch.tensor(targets))
         for tensor in self._by_row():
-            tensor[target] = tensor[source]
+            tensor[index] = tensor[source].clone()
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         """Make rows as new, before they are given to other sequences."""

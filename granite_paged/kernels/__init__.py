@@ -26,3 +26,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str:
     if (major, minor) < (8, 0):
         return f"compute capability {major}.{minor} is older than 8.0"
     return ""
+
+
+def unsupported(activation: str) -> str:
+    """Why a model of this activation has no kernels; empty where it has."""
+    return "" if activation in ("silu", "swish") else f"activation {activation} has no kernel"

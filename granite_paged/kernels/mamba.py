@@ -16,12 +16,15 @@ float32, matrix products take operands of the model's dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from granite_paged.kernels.linear import Convolution, Normed, convolve, early, wait
+from granite_paged.kernels.pointwise import rms_norm
 from granite_paged.mamba import MambaSizes, MambaState
 
 STATE_BLOCK = 32
@@ -122,6 +125,29 @@ def _step(
         tl.store(squares_ptr + squares_at, tl.sum(y * y, axis=0))
         y *= tl.load(norm_ptr + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
     tl.store(out, y.to(gated_ptr.dtype.element_ty), mask=p_there)
+
+
+def mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+    """`granite_paged.mamba.mix` with these kernels between the projections, without its mask.
+
+    hidden [B, S, hidden]; positions [B, S], -1 for padding. Returns [B, S, hidden].
+    """
+    sizes = MambaSizes.of(mixer)
+    projected = mixer.in_proj(hidden).flatten(0, 1)
+    conv = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width), mixer.conv1d.bias
+    weights = (mixer.dt_bias, mixer.A_log, mixer.D)
+    if hidden.shape[1] == 1:
+        newest = positions[:, 0].contiguous()
+        assert state.rows is not None
+        ride = Convolution(sizes.inner, state.conv, state.rows, newest, *conv)
+        convolve_step(projected, ride)
+        gated = step(sizes, projected, newest, *weights, state)
+    else:
+        gated = scan(sizes, projected, positions.contiguous(), *conv, *weights, state)
+    assert isinstance(gated, Tensor)
+    normed = rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, sizes.groups)
+    mixed: Tensor = mixer.out_proj(normed).view(hidden.shape)
+    return mixed
 
 
 def step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 from tiny import tiny_model
 
-from granite_paged import PagedCache, __version__, models, verify
+from granite_paged import __version__, models, verify
 from granite_paged.cli import INTERRUPTED, OK, USAGE, run
+from granite_paged.engine.runner import Runner
 from granite_paged.evaluate.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
 
 Capture = pytest.CaptureFixture[str]
@@ -70,7 +72,7 @@ def test_the_version_is_the_packages(capsys: Capture) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["verify", "generate"])
+@pytest.mark.parametrize("command", ["verify", "generate", "bench-serve"])
 def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
     command: str, capsys: Capture
 ) -> None:
@@ -83,7 +85,7 @@ def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
     assert shown.count("[default: ") >= 5
 
 
-@pytest.mark.parametrize("command", ["verify", "generate"])
+@pytest.mark.parametrize("command", ["verify", "generate", "bench-serve"])
 def test_every_option_is_explained(command: str, capsys: Capture) -> None:
     assert run([command, "-h"]) == OK
     shown = capsys.readouterr().out
@@ -120,10 +122,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "empty text": (["generate", ""], "empty prompt"),
     "blank text": (["generate", "  "], "empty prompt"),
     "missing tokenizer": (["generate", "x", "--tokenizer", "./nowhere"], "no tokenizer in"),
+    "no requests": (["bench-serve", "--requests", "0"], "'--requests'"),
+    "more than most": (["bench-serve", "--new-tokens", "9", "8"], "new tokens from 9 to 8"),
+    "long prompts of no length": (["bench-serve", "--long-every", "3"], "at least 1 token"),
     "no new tokens": (["generate", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "pool too small": (
         ["generate", "and " * 40, "--max-tokens", "32"],
-        "out of pages: 3 needed, 2 free; raise",
+        "out of pages: 7 needed, 2 free; raise",
     ),
 }
 
@@ -150,7 +155,7 @@ def assert_one_line(capsys: Capture, reason: str) -> None:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
     arguments, reason = WRONG[wrong]
-    if arguments[0] in ("verify", "generate") and "--device" not in arguments:
+    if arguments[0] in ("verify", "generate", "bench-serve") and "--device" not in arguments:
         arguments = [*arguments, "--device", "cpu"]
     assert run(arguments) == USAGE
     assert_one_line(capsys, reason)
@@ -259,14 +264,14 @@ def test_generate_prints_the_answer_as_it_comes(monkeypatch: pytest.MonkeyPatch)
 
 def test_generate_runs_in_pages_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    begin = PagedCache.begin_step
+    decode = Runner.decode
 
-    def seen(self: PagedCache, *args: Any) -> Any:
+    def seen(self: Runner, *args: Any) -> Any:
         sizes.append(self.config.page_size)
-        return begin(self, *args)
+        return decode(self, *args)
 
-    monkeypatch.setattr(PagedCache, "begin_step", seen)
-    options = ["--max-new-tokens", "3", "--page-size", "8"]
+    monkeypatch.setattr(Runner, "decode", seen)
+    options = ["--max-new-tokens", "4", "--page-size", "8"]
     assert generate(facts_then_question(*QUESTION), *options) == OK
     assert sizes == [8, 8, 8]
 
@@ -282,3 +287,27 @@ def test_sampling_is_reproducible_by_its_seed(capsys: Capture) -> None:
     assert first.strip()
     assert sampled(capsys, 7) == first
     assert sampled(capsys, 8) != first
+
+
+# -- bench-serve --------------------------------------------------------------------------------
+
+
+def test_bench_serve_serves_the_same_tokens_twice(capsys: Capture) -> None:
+    sizes = ["--requests", "6", "--new-tokens", "2", "5", "--shared-tokens", "40", "--batch", "4"]
+    assert run(["bench-serve", "--device", "cpu", *sizes, "--rate", "200", "--json", "-"]) == OK
+    shown = capsys.readouterr()
+    report = json.loads(shown.out)
+    assert report["tokens_equal"] == 1.0
+    assert report["workload"]["requests"] == 6
+    for served in (report["engine"], report["default"]):
+        assert served["requests"] == 6
+        assert 12 <= served["output_tokens"] <= 30
+        assert 0 < served["first_token_ms"][0] <= served["first_token_ms"][1]
+    assert report["prefix_hit_rate"] > 0
+    assert "tokens/s" in shown.err
+
+
+def test_bench_serve_can_leave_default_out(capsys: Capture) -> None:
+    sizes = ["--requests", "2", "--new-tokens", "1", "2", "--no-default"]
+    assert run(["bench-serve", "--device", "cpu", *sizes]) == OK
+    assert "default" not in capsys.readouterr().out

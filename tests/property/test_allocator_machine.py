@@ -54,6 +54,17 @@ class AllocatorMachine(RuleBasedStateMachine):
     def fork(self, parent: int) -> int:
         return self.ledger.fork(parent)
 
+    @rule(target=open_sequences, parent=open_sequences, pages=st.integers(0, 5))
+    def share(self, parent: int, pages: int) -> int:
+        return self.ledger.share(parent, pages)
+
+    @rule(parent=open_sequences, foreign=st.integers(0, 10**6))
+    def share_pages_that_cannot_be(self, parent: int, foreign: int) -> None:
+        held = self.allocator.pages_of(parent)
+        unknown = self.allocator.pages + foreign
+        for pages in ((*held, unknown), (*held, 0), (*held, *held[:1], unknown)):
+            self.ledger.refuses(InvalidRequest, self.allocator.open, pages)
+
     @rule(sequence=open_sequences, tokens=st.integers(0, 12))
     def append(self, sequence: int, tokens: int) -> None:
         self._append({sequence: tokens})
@@ -139,8 +150,10 @@ def walk(ledger: Ledger, steps: int, seed: int) -> None:
         request = chance.random()
         if not known or (request < 0.1 and len(known) < 8):
             ledger.open()
-        elif request < 0.2 and len(known) < 12:
+        elif request < 0.17 and len(known) < 12:
             ledger.fork(chance.choice(known))
+        elif request < 0.2 and len(known) < 12:
+            ledger.share(chance.choice(known), chance.randint(0, 4))
         elif request < 0.72:
             writers = chance.sample(known, chance.randint(1, min(4, len(known))))
             growth = {sequence: chance.randint(0, 9) for sequence in writers}

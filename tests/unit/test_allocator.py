@@ -377,3 +377,31 @@ def test_asking_whether_changes_nothing() -> None:
 def test_a_pool_cannot_shrink(pages: int) -> None:
     ledger, allocator = make(pages=11)
     ledger.refuses(GeometryError, allocator.extend_pool, pages)
+
+
+# -- sharing whole pages ------------------------------------------------------------------------
+
+
+def test_a_sequence_can_begin_with_pages_that_others_hold() -> None:
+    allocator = PageAllocator(10, 4)
+    owner = allocator.open()
+    allocator.append({owner: 10})
+    shared = allocator.pages_of(owner)[:2]
+
+    heir = allocator.open(shared)
+
+    assert (allocator.length(heir), allocator.pages_of(heir)) == (8, shared)
+    assert [allocator.references(page) for page in allocator.pages_of(owner)] == [2, 2, 1]
+    assert allocator.release(owner) == [3]
+    assert allocator.release(heir) == list(shared)
+    allocator.check_valid()
+
+
+@pytest.mark.parametrize("pages", [(9,), (0,), (1, 1), (1, 9)])
+def test_pages_that_nobody_holds_cannot_be_shared(pages: tuple[int, ...]) -> None:
+    allocator = PageAllocator(10, 4)
+    allocator.append({allocator.open(): 4})
+    with pytest.raises(InvalidRequest, match="cannot be shared"):
+        allocator.open(pages)
+    assert allocator.sequences == (0,)
+    assert allocator.open() == 1

@@ -20,8 +20,17 @@ from strategies import (
 from tolerance import ATTENTION_FLOAT64, relative_error
 from torch.nn.attention.flex_attention import BlockMask
 
-from granite_paged.attention import bucket, kernel_options, paged_attention, resolve_backend
+from granite_paged.attention import (
+    DecodePlan,
+    _split,
+    bucket,
+    decode_plan,
+    kernel_options,
+    paged_attention,
+    resolve_backend,
+)
 from granite_paged.errors import GeometryError
+from granite_paged.masks import split_block_mask, split_mask_mod
 
 
 def make(
@@ -252,3 +261,67 @@ def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
         assert count <= size < count + max(1, count / steps), f"{size} for {count}"
         assert bucket(size, steps=steps) == size
     assert len({bucket(count, steps=steps) for count in range(1025, 2049)}) == steps
+
+
+# -- split rows ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "pages", "splits"), [(1, 1024, 33), (1, 5, 5), (8, 1024, 4), (32, 32, 1), (999, 9, 1)]
+)
+def test_rows_are_split_until_every_multiprocessor_has_work(
+    batch: int, pages: int, splits: int
+) -> None:
+    plan = decode_plan(batch, kv_heads=4, pages=pages, page_size=128, multiprocessors=132)
+    assert plan.splits == splits
+    assert plan.block <= 128
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_a_decode_block_never_spans_two_pages(page_size: int) -> None:
+    plan = decode_plan(1, 4, 10, page_size, 132)
+    assert page_size % plan.block == 0
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
+    page_size, heads, kv_heads, head_dim = 4, 6, 2, 16
+    lengths = [23, 1, 8, 0]
+    draw = torch.Generator().manual_seed(splits)
+    pages = [-(-n // page_size) for n in lengths]
+    total = 1 + sum(pages)
+    order = (torch.randperm(total - 1, generator=draw) + 1).tolist()
+    table = torch.zeros(6, 8, dtype=torch.int32)
+    logical = torch.full((total,), -1, dtype=torch.int32)
+    rows = torch.tensor([4, 1, 5, 2])
+    for row, count in zip(rows.tolist(), pages, strict=True):
+        for place in range(count):
+            page = order.pop()
+            table[row, place], logical[page] = page, place
+    keys, values = (
+        torch.randn(1, kv_heads, total * page_size, head_dim, generator=draw) for _ in "kv"
+    )
+    query = torch.randn(len(lengths), heads, head_dim, generator=draw)
+    positions = torch.tensor(lengths, dtype=torch.int32) - 1
+    mask_mod = split_mask_mod(table, logical, rows, positions, page_size=page_size, splits=splits)
+    count = torch.zeros(len(lengths) * splits, dtype=torch.int32)
+    listed = count[:, None]  # eager attention goes by the mask_mod alone
+    mask = split_block_mask(
+        (count, listed, count, listed),
+        mask_mod,
+        page_size=page_size,
+        group=heads // kv_heads,
+        slots=total * page_size,
+    )
+    plan = DecodePlan(splits=splits, block=page_size, warps=4, stages=3)
+    run = torch.compile(_split, backend="eager", fullgraph=True, dynamic=False)
+    out = run(query, keys, values, mask, 0.25, plan)
+    for place, (row, n) in enumerate(zip(rows.tolist(), lengths, strict=True)):
+        if n == 0:
+            assert not out[place].any()
+            continue
+        slots = (table[row].long()[:, None] * page_size + torch.arange(page_size)).flatten()[:n]
+        exact = attention(
+            query[place][:, None], keys[0][:, slots], values[0][:, slots], n - 1, 0.25
+        )
+        assert relative_error(out[place], exact[:, 0]) <= 1e-6

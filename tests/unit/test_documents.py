@@ -32,13 +32,17 @@ def test_every_nox_session_of_the_readme_exists() -> None:
     assert set(sessions) <= named, "a session that the README does not mention"
 
 
-def test_the_python_example_runs_and_recalls() -> None:
-    (example,) = blocks("python")
+@pytest.mark.parametrize(
+    ("number", "printed"), [(0, ["copper-bell"]), (1, ["copper-bell", "iron-boat", "True"])]
+)
+def test_a_python_example_runs_and_recalls(number: int, printed: list[str]) -> None:
+    assert len(blocks("python")) == 2
+    example = blocks("python")[number]
     done = subprocess.run(
         [sys.executable, "-c", example], check=False, capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["copper-bell"]
+    assert done.stdout.split() == printed
 
 
 def test_modules_import_upward_only() -> None:

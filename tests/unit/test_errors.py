@@ -10,16 +10,22 @@ import pytest
 
 from granite_paged import errors
 from granite_paged.errors import (
+    CallbackFailed,
     CheckpointError,
     DoubleFree,
     GeometryError,
     GranitePagedError,
     InvalidRequest,
     NonFinite,
+    NonFiniteRequest,
     OutOfPages,
     OutOfRows,
     PaddingError,
     PromptError,
+    QueueFull,
+    RequestCancelled,
+    RequestTooLarge,
+    StepFailed,
     UnknownSequence,
     UnsupportedModel,
 )
@@ -35,6 +41,12 @@ EXAMPLES = [
     GeometryError("page_size must be a power of two, 12 given"),
     InvalidRequest("sequence 3 cannot grow by -1 tokens"),
     CheckpointError("model.safetensors is missing"),
+    RequestTooLarge(needed=25, free=20, advice="raise max_tokens"),
+    QueueFull(waiting=2, limit=3),
+    RequestCancelled(4),
+    CallbackFailed(4, "ZeroDivisionError (division by zero)"),
+    StepFailed(4, "RuntimeError (device lost)"),
+    NonFiniteRequest(4),
 ]
 
 

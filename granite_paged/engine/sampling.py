@@ -1,0 +1,159 @@
+"""Logits to tokens, on the device, for a batch whose rows want different things.
+
+A draw depends on its request's seed, its place in the answer and the row's own logits: the noise is
+a hash of (seed, place, token), so neighbours, batch sizes and restarts change nothing. Greedy rows
+are an argmax. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.transfer import upload
+
+_LOW_32 = 0xFFFFFFFF
+_NOISE_BITS = 23  # of float32: noise in the middle of its 2**23 intervals is never 0 or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row of logits is asked for.
+
+    Attributes:
+        params: of its request.
+        seed: of its sample.
+        place: of the token in the answer, from 0.
+        seen: [V] bool, tokens that the repetition penalty falls on; updated by the draw.
+    """
+
+    params: SamplingParams
+    seed: int
+    place: int
+    seen: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens [n] int64; where any row asked, log-probabilities [n] and the likeliest [n, k]."""
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    top_tokens: Tensor | None = None
+
+
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
+    """One token a row. logits: [n, V] of any float type."""
+    if all(wanted.params.greedy for wanted in draws):
+        return Drawn(logits.argmax(dim=-1))
+    scores = penalised(logits.float(), draws)
+    tokens = scores.argmax(dim=-1)
+    sampled = [row for row, wanted in enumerate(draws) if wanted.params.temperature > 0]
+    if sampled:
+        rows = _tensor(sampled, logits)
+        tokens[rows] = _sampled(scores[rows], [draws[row] for row in sampled])
+    _remember(tokens, draws)
+    return _with_logprobs(tokens, logits, draws)
+
+
+def penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[n, V] float32: positive logits of seen tokens divided by the penalty, others multiplied."""
+    rows = [row for row, wanted in enumerate(draws) if wanted.seen is not None]
+    if not rows:
+        return logits
+    at = _tensor(rows, logits)
+    seen = torch.stack([wanted.seen for wanted in draws if wanted.seen is not None])
+    penalty = _column([draws[row].params.repetition_penalty for row in rows], logits)
+    picked = logits[at]
+    pressed = torch.where(picked > 0, picked / penalty, picked * penalty)
+    return logits.index_copy(0, at, torch.where(seen, pressed, picked))
+
+
+def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """[n, V]: -inf where top-k or top-p leave a token out; the likeliest always stays."""
+    vocabulary = scores.shape[-1]
+    if all(w.params.top_k in (0, vocabulary) and w.params.top_p == 1 for w in draws):
+        return scores
+    ordered, tokens = scores.sort(dim=-1, descending=True, stable=True)
+    most = [min(w.params.top_k or vocabulary, vocabulary) for w in draws]
+    place = torch.arange(vocabulary, device=scores.device)
+    kept = place < _tensor(most, scores)[:, None]
+    chances = ordered.masked_fill(~kept, -math.inf).softmax(dim=-1)
+    before = chances.cumsum(dim=-1) - chances
+    # sums of float32 may pass 1 before the last token, which all of the probability includes
+    mass = [w.params.top_p if w.params.top_p < 1 else math.inf for w in draws]
+    kept &= (before < _column(mass, scores)) | (place == 0)
+    dropped = torch.zeros_like(kept).scatter_(1, tokens, ~kept)
+    return scores.masked_fill(dropped, -math.inf)
+
+
+def gumbel(seeds: Sequence[int], places: Sequence[int], like: Tensor) -> Tensor:
+    """[n, V] float32 noise: with it the argmax of log-probabilities is a sample."""
+    keys = [_host_hash(seed, place) for seed, place in zip(seeds, places, strict=True)]
+    token = torch.arange(like.shape[-1], device=like.device)
+    mixed = _mix(token[None] ^ _tensor(keys, like)[:, None])
+    uniform = ((mixed >> (32 - _NOISE_BITS)).float() + 0.5) / 2**_NOISE_BITS
+    noise: Tensor = -(-uniform.log()).log()
+    return noise
+
+
+def seen_tokens(tokens: Sequence[int], like: Tensor) -> Tensor:
+    """[V] bool: the tokens of a prompt, for `Draw.seen`."""
+    seen = torch.zeros(like.shape[-1], dtype=torch.bool, device=like.device)
+    seen[_tensor(sorted(set(tokens)), like)] = True
+    return seen
+
+
+# -- details ------------------------------------------------------------------------------------
+
+
+def _sampled(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+    scaled = scores / _column([wanted.params.temperature for wanted in draws], scores)
+    noise = gumbel([w.seed for w in draws], [w.place for w in draws], scores)
+    return (truncated(scaled, draws) + noise).argmax(dim=-1)
+
+
+def _remember(tokens: Tensor, draws: Sequence[Draw]) -> None:
+    for row, wanted in enumerate(draws):
+        if wanted.seen is not None:
+            wanted.seen.index_fill_(0, tokens[row : row + 1], True)
+
+
+def _with_logprobs(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> Drawn:
+    wanted = [w.params.logprobs for w in draws if w.params.logprobs is not None]
+    if not wanted:
+        return Drawn(tokens)
+    # of the model's own distribution, before temperature, penalty and truncation
+    logprobs = logits.float().log_softmax(dim=-1)
+    top, top_tokens = logprobs.topk(min(max(wanted), logits.shape[-1]), dim=-1)
+    return Drawn(tokens, logprobs.gather(1, tokens[:, None])[:, 0], top, top_tokens)
+
+
+def _tensor(numbers: Sequence[int], like: Tensor) -> Tensor:
+    return upload(numbers, torch.int64, like.device)
+
+
+def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
+    return upload(numbers, torch.float32, like.device)[:, None]
+
+
+def _mix(words: Tensor) -> Tensor:
+    """A 32-bit finaliser (lowbias32 by C. Wellons) on int64: every input bit moves all others."""
+    words = words & _LOW_32
+    words = (words ^ (words >> 16)) * 0x7FEB352D & _LOW_32
+    words = (words ^ (words >> 15)) * 0x846CA68B & _LOW_32
+    return words ^ (words >> 16)
+
+
+def _host_hash(seed: int, place: int) -> int:
+    """32 bits of (seed, place), by the finaliser of splitmix64."""
+    word = (seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03 + 1) & (2**64 - 1)
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return (word ^ (word >> 31)) & _LOW_32

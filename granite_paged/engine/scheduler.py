@@ -1,0 +1,688 @@
+"""Who runs next, in which row and pages.
+
+A step decodes one token of every running job, spends what is left of its token budget on prompts in
+chunks, and scores continuations whose context is there. So a long prompt never stalls running ones
+for more than a chunk.
+
+::
+
+    waiting ──admit──> prefill ──> decode ──> done       pages of the whole prompt at admission
+       ^   └─swap in────────────────^  │                 a page whenever a decode fills its last
+       └──────────preempt (newest)─────┘
+
+Order is by rank: arrival, moved ahead by priority as by a fixed number of arrivals, so nobody waits
+for ever. Whoever ranks first can always run: the newest give up their pages, to be computed again
+or, where that is dearer, copied to host memory and back. Rows are handed out by number and cleared
+before reuse; a step names the rows it wants, so none has to move into a hole.
+
+Invariant: a job has a row and a sequence of pages exactly while it is in prefill, decode or score.
+Host only and without torch: what happens on the device is asked of a `Device`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from granite_paged.allocator import AppendPlan, PageAllocator
+from granite_paged.engine.prefix import Hit, PrefixCache, RowState
+from granite_paged.engine.request import Job, State, Swapped
+from granite_paged.engine.step import Device, Limits, Part, Span, Step, calls
+from granite_paged.errors import QueueFull, RequestTooLarge, require
+
+PRIORITY_WORTH = 1000
+"""Arrivals that one step of priority puts a request ahead by."""
+
+LOOK_AHEAD = 32
+"""Waiting jobs that one step considers while those before them wait for a prefix."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the scheduler did since it was made."""
+
+    steps: int = 0
+    admitted: int = 0
+    preempted: int = 0
+    swapped: int = 0
+    restarted: int = 0
+
+
+class Scheduler:
+    """Queues of jobs over an allocator and a prefix cache.
+
+    Args:
+        failed: told of a job that a fault ended, and of the fault; it calls `finish`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        allocator: PageAllocator,
+        prefix: PrefixCache,
+        limits: Limits,
+        failed: Callable[[Job, Exception], None],
+    ) -> None:
+        self.counts = Counts()
+        self.decoding: dict[Job, None] = {}
+        self.prefilling: dict[Job, None] = {}
+        self.scoring: dict[Job, None] = {}
+        self.waiting = 0
+        self.swapped_bytes = 0
+        self._device = device
+        self._allocator = allocator
+        self._prefix = prefix
+        self._limits = limits
+        self._failed = failed
+        self._queue: list[tuple[int, int, Job]] = []  # what left early stays until it surfaces
+        self._arrivals = 0
+        self._queued = 0
+        self._rows = list(range(limits.rows, 0, -1))
+        self._dirty = set(self._rows)
+        self._short = False  # this step wanted pages that were not there: nobody new comes in
+        self._branches: dict[int, int] = {}  # sequence -> row of the continuations of this step
+        self._unreleased: list[int] = []  # sequences whose release raised
+        self._unforgotten: list[int] = []  # free pages that the device was not told of
+
+    # -- looking --------------------------------------------------------------------------------
+
+    @property
+    def free_rows(self) -> int:
+        """Rows nobody has."""
+        return len(self._rows)
+
+    @property
+    def running(self) -> int:
+        """Jobs with a row."""
+        return len(self.decoding) + len(self.prefilling) + len(self.scoring)
+
+    def jobs(self) -> list[Job]:
+        """Those with a row."""
+        return [*self.decoding, *self.prefilling, *self.scoring]
+
+    def check_fits(self, tokens: int) -> None:
+        """Whether a sequence of so many tokens would fit alone. Raises RequestTooLarge."""
+        needed, there = self._pages_for(tokens), self._allocator.pages - 1
+        if needed > there:
+            advice = f"raise max_tokens or memory_fraction, or ask for fewer than {tokens} tokens"
+            raise RequestTooLarge(needed=needed, free=there, advice=advice)
+        if tokens > self._limits.longest:
+            there = self._pages_for(self._limits.longest)
+            advice = f"a sequence may have {self._limits.longest} tokens, {tokens} were asked for"
+            raise RequestTooLarge(needed=needed, free=there, advice=advice)
+
+    def rank(self, priority: int) -> int:
+        """Rank of a job that arrives now."""
+        self._arrivals += 1
+        return self._arrivals - priority * PRIORITY_WORTH
+
+    # -- jobs come and go -----------------------------------------------------------------------
+
+    def submit(self, jobs: Sequence[Job], followers: int = 0) -> None:
+        """Let jobs wait, all or none, and with them as many followers. Raises QueueFull."""
+        if self.waiting + len(jobs) + followers > self._limits.queue:
+            raise QueueFull(waiting=self.waiting, limit=self._limits.queue)
+        for job in jobs:
+            self._enqueue(job)
+
+    def finish(self, job: Job) -> None:
+        """The job is done, wherever it was; what it held is free."""
+        if job.state is State.DONE:
+            return
+        self._leave_queue(job)
+        self._vacate(job)
+        self._drop_swapped(job)
+        job.state = State.DONE
+        followers, job.followers = job.followers, []
+        for follower in followers:  # nobody is left to fork them from
+            self._enqueue(follower)
+
+    def rest(self, job: Job) -> None:
+        """A job that has drawn all it may does not need its row and pages for now."""
+        if job in self.decoding:
+            self._vacate(job)
+            job.state = State.READ
+
+    def requeue(self, job: Job) -> None:
+        """A job without a row has tokens to draw again: it waits to be computed."""
+        self._leave_queue(job)
+        self._vacate(job)
+        self._enqueue(job)
+
+    def fork(self, job: Job, child: Job) -> bool:
+        """Give a new job the row and pages of a decoding one, if there is a row for it."""
+        if job not in self.decoding or not self._row_for(child):
+            return False
+        return self._guarded(child, self._fork, job, child)
+
+    def recover(self, jobs: Iterable[Job], error: Exception) -> None:
+        """A call with these jobs raised, so their rows and pages hold anything.
+
+        One that was alone fails. Several start over, each in calls of its own, so that the next
+        fault says whose it is.
+        """
+        affected = [job for job in dict.fromkeys(jobs) if job.state is not State.DONE]
+        for job in affected:
+            if len(affected) == 1:
+                self._failed(job, error)
+            else:
+                job.suspect = True
+                self._restart(job)
+
+    def restart(self, jobs: Iterable[Job]) -> None:
+        """A step was interrupted: whatever is not done starts over."""
+        self.scored(())
+        for job in jobs:
+            if job.state not in (State.DONE, State.NEW):
+                self._restart(job)
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def schedule(self) -> Step:
+        """Decide the next step and take its rows and pages."""
+        self.counts.steps += 1
+        self._short = False
+        self._release_late()
+        step = Step()
+        decodes = self._decodes()
+        step.decodes = calls(decodes, lambda job: job)
+        budget = max(self._limits.step_tokens - len(decodes), self._limits.alignment)
+        budget = min(budget, self._limits.chunk_tokens)
+        budget -= self._plan_scores(step, budget)
+        self._admit_waiting(step, budget)
+        while budget > 0 and (spans := self._spans(budget)):
+            budget -= sum(span.end - span.start for span in spans)
+            step.prefills += calls(spans, lambda span: span.job)
+        return step
+
+    def prefilled(self, span: Span) -> list[Job]:
+        """The prompt's last chunk was launched: fork its other samples. Returns who draws now."""
+        job = span.job
+        drawing, followers = [job], job.followers
+        job.followers = []
+        for follower in followers:
+            if self._row_for(follower):
+                if self._guarded(follower, self._fork, job, follower):
+                    drawing.append(follower)
+            else:
+                self._enqueue(follower)
+        return drawing
+
+    def wants_state(self, span: Span) -> bool:
+        """Whether the row's state after this span is to be kept for others."""
+        return span.end in span.job.cuts and self._prefix.stateful
+
+    def keep(self, span: Span, state: RowState | None) -> None:
+        """The span was computed and is sound: others that begin alike may use it."""
+        if span.job.epoch == span.epoch and span.job.row > 0:  # else its pages went to others
+            self._guarded(span.job, self._keep, span, state)
+
+    def _keep(self, span: Span, state: RowState | None) -> bool:
+        job = span.job
+        if span.last or span.end in job.cuts:
+            pages = self._allocator.pages_of(job.handle)
+            self._prefix.keep(job.tokens[: span.end], pages, state)
+        if span.end in job.cuts:
+            self._prefix.unpromise([job.cuts.pop(span.end)])
+        return True
+
+    def scored(self, parts: Sequence[Part]) -> None:
+        """All calls of a step were made, with these parts: what was taken for them is free."""
+        for handle in list(self._branches):
+            self._end_branch(handle)
+        used_up = {part.job for part in parts if not part.forked}
+        for job in dict.fromkeys(part.job for part in parts):
+            if job in self.scoring and (job in used_up or not job.pending):
+                self._vacate(job)
+                job.state = State.READ
+                if job.pending:
+                    self._enqueue(job)
+
+    # -- decode ---------------------------------------------------------------------------------
+
+    def _decodes(self) -> list[Job]:
+        """Every decoding job with tokens to go, each with a slot for the token it is fed."""
+        jobs = [job for job in self.decoding if job.sampled < job.limit]
+        full = [job for job in jobs if job.stored == job.reserved]
+        if full:
+            while full and not self._grow(full):
+                self._preempt(self._newest(self.jobs()))
+                full = [job for job in full if job.state is State.DECODE]
+            jobs = [job for job in jobs if job.state is State.DECODE]
+        for job in jobs:
+            job.stored += 1
+            job.sampled += 1
+        return jobs
+
+    def _grow(self, jobs: Sequence[Job]) -> bool:
+        """Room up to the end of a page for each, so that most steps ask for nothing."""
+        size = self._allocator.page_size
+        growth = {job.handle: 1 if job.exact else size - job.reserved % size for job in jobs}
+        try:
+            if not self._prefix.evict(self._allocator.pages_needed(growth)):
+                return False
+            plan = self._allocator.append(growth)
+            for job in jobs:
+                job.reserved += growth[job.handle]
+            self._device.write_pages(_clean(plan), {job.handle: job.row for job in jobs})
+        except Exception as error:  # whatever it is, it concerns these jobs only
+            self.recover(jobs, error)
+        return True
+
+    def _newest(self, jobs: Iterable[Job]) -> Job:
+        return max(jobs, key=_rank)
+
+    def _preempt(self, job: Job) -> None:
+        """Take a job's row and pages; it waits to come back."""
+        self.counts.preempted += 1
+        self._short = True
+        if job.state is State.DECODE and job.sampled == job.limit:
+            self.rest(job)
+            return
+        if job.state is State.DECODE and not job.suspect and self._limits.swap(job.stored):
+            self._swap_out(job)
+        self._vacate(job)
+        self._enqueue(job)
+
+    def _swap_out(self, job: Job) -> None:
+        try:
+            held = self._allocator.pages_of(job.handle)[: self._pages_for(job.stored)]
+            pages = self._device.save_pages(held)
+            state = self._device.save_row(job.row, to_host=True)
+        except Exception:
+            return  # computing it again needs nothing of the device
+        nbytes = pages.nbytes + state.nbytes
+        if self.swapped_bytes + nbytes <= self._limits.swap_bytes:
+            job.swapped = Swapped(job.stored, pages, state, nbytes)
+            self.swapped_bytes += nbytes
+            self.counts.swapped += 1
+
+    # -- prompts --------------------------------------------------------------------------------
+
+    def _spans(self, budget: int) -> list[Span]:
+        """Chunks of one call, in order of rank. Their jobs go on as if it was made."""
+        spans: list[Span] = []
+        lengths: list[int] = []
+        for job in sorted(self.prefilling, key=_rank):
+            length = self._chunk(job, budget)
+            if length < 1 or not self._limits.fits([*lengths, length]):
+                break
+            lengths.append(length)
+            end = job.stored + length
+            spans.append(Span(job, job.epoch, job.stored, end, end == job.target))
+            budget -= length
+        for span in spans:
+            span.job.stored = span.end
+            if span.last:
+                self._prompt_done(span.job)
+        return spans
+
+    def _chunk(self, job: Job, budget: int) -> int:
+        """Tokens of the job's next chunk: to where a state is kept, or as many as may be."""
+        most = min(budget, self._limits.chunk_tokens)
+        ends = [end for end in job.cuts if end > job.stored]
+        length = min([job.target, *ends]) - job.stored
+        if length > most:
+            length = most - most % self._limits.alignment
+        while length > self._limits.alignment and not self._limits.fits([length]):
+            length = (length // 2) - (length // 2) % self._limits.alignment
+        return length
+
+    def _prompt_done(self, job: Job) -> None:
+        del self.prefilling[job]
+        if job.scoring:
+            job.state = State.SCORE
+            self.scoring[job] = None
+            if job.single:
+                job.pending.clear()  # its last logits answer them all
+        else:
+            job.state = State.DECODE
+            self.decoding[job] = None
+            job.sampled += 1
+
+    def _fork(self, job: Job, follower: Job) -> bool:
+        follower.handle, follower.row = self._allocator.fork(job.handle), self._rows.pop()
+        follower.stored, follower.reserved = job.stored, job.reserved
+        follower.target, follower.suspect = job.target, job.suspect
+        follower.state, follower.sampled = State.DECODE, 1
+        self.decoding[follower] = None
+        self._dirty.add(follower.row)
+        self._device.fork_row(job.row, follower.row)
+        return True
+
+    # -- coming in ------------------------------------------------------------------------------
+
+    def _admit_waiting(self, step: Step, budget: int) -> None:
+        """Let jobs in by rank, as long as there is work left to give, rows and pages.
+
+        One whose beginning is just being computed by another waits for it; those behind may pass.
+        """
+        budget -= sum(job.target - job.stored for job in self.prefilling)
+        passed: list[Job] = []
+        try:
+            while budget > 0 and not self._short and len(passed) < LOOK_AHEAD:
+                job = self._first_waiting()
+                if job is None or not self._row_for(job):
+                    break
+                self._guarded(job, self._admit_or_pass, job, passed)
+                if job.state is State.WAITING and job not in passed:
+                    break
+                budget -= max(0, job.target - job.stored)
+                if job.state is State.DECODE:
+                    step.resumed.append(job)
+        finally:
+            for job in passed:
+                self._push(job)
+
+    def _admit_or_pass(self, job: Job, passed: list[Job]) -> bool:
+        hit = self._prefix.find(job.path)
+        if self._prefix.worth_waiting(job.path, hit):
+            heapq.heappop(self._queue)
+            passed.append(job)
+            return False
+        return self._admit(job, hit)
+
+    def _first_waiting(self) -> Job | None:
+        while self._queue:
+            number, job = self._queue[0][1:]
+            if job.state is State.WAITING and job.ticket == number:
+                return job
+            heapq.heappop(self._queue)
+        return None
+
+    def _row_for(self, job: Job) -> bool:
+        """Scoring jobs fork into a row that nobody may take, if there are two at all."""
+        forks = job.forks or any(other.forks for other in self._contexts())
+        return len(self._rows) > (1 if forks and self._limits.rows > 1 else 0)
+
+    def _contexts(self) -> list[Job]:
+        return [job for job in (*self.scoring, *self.prefilling) if job.scoring]
+
+    def _admit(self, job: Job, hit: Hit) -> bool:
+        """Give a waiting job its row and the pages of its prompt, or leave it waiting."""
+        swapped = job.swapped
+        pages = () if swapped else hit.pages
+        job.target = swapped.stored if swapped else job.prefix_tokens
+        tokens = max(job.target, min(job.target + 1, job.most))
+        job.handle, job.row = self._allocator.open(pages), self._rows.pop()
+        if not self._prefix.evict(self._pages_for(tokens) - len(pages)):
+            self._vacate(job)
+            return False
+        self._clear_row(job.row)
+        if swapped:
+            self._swap_in(job, swapped)
+        else:
+            self._start(job, hit)
+        self._leave_queue(job)
+        self.counts.admitted += 1
+        self._enter(job, State.DECODE if swapped else State.PREFILL)
+        return True
+
+    def _clear_row(self, row: int) -> None:
+        """Clear a row for its new owner, and with it all others that will need it."""
+        if row in self._dirty:
+            rows = self._dirty.intersection([row, *self._rows])
+            self._device.clear_rows(sorted(rows))
+            self._dirty -= rows
+        self._dirty.add(row)  # by what its owner will leave in it
+
+    def _start(self, job: Job, hit: Hit) -> None:
+        if hit.pages:
+            self._device.set_pages(job.row, hit.pages)
+        if hit.state is not None:
+            self._device.load_row(job.row, hit.state)
+        self._append(job, job.target - hit.tokens)
+        job.stored, job.reserved = hit.tokens, job.target
+        self._prefix.used(job.path, hit, job.target)
+        job.cuts = self._prefix.cuts(job.path, hit)
+        self._prefix.promise(list(job.cuts.values()))
+
+    def _swap_in(self, job: Job, swapped: Swapped) -> None:
+        self._append(job, swapped.stored)
+        self._device.load_pages(self._allocator.pages_of(job.handle), swapped.pages)
+        self._device.load_row(job.row, swapped.state)
+        job.stored = job.reserved = swapped.stored
+        self._drop_swapped(job)
+
+    def _append(self, job: Job, tokens: int) -> None:
+        if tokens:
+            plan = self._allocator.append({job.handle: tokens})
+            self._device.write_pages(_clean(plan), {job.handle: job.row})
+
+    def _enter(self, job: Job, state: State) -> None:
+        if job.scoring and job.stored == job.target:
+            state = State.SCORE
+        job.state = state
+        {
+            State.PREFILL: self.prefilling,
+            State.DECODE: self.decoding,
+            State.SCORE: self.scoring,
+        }[state][job] = None
+
+    # -- scores ---------------------------------------------------------------------------------
+
+    def _plan_scores(self, step: Step, budget: int) -> int:
+        """Continuations of the contexts that are there, each in a fork. Returns their tokens."""
+        spent = 0
+        planned: list[list[Part]] = []
+        for job in sorted(self.scoring, key=_rank):
+            before = len(planned)
+            if job.state is State.SCORE and job.pending and spent < budget:
+                self._guarded(job, self._plan_continuations, job, budget - spent, planned)
+            spent += sum(pieces[-1].end for pieces in planned[before:])
+        step.scores = self._score_calls(planned)
+        return spent
+
+    def _plan_continuations(self, job: Job, budget: int, planned: list[list[Part]]) -> bool:
+        """As many of a context's as there is room for; the last of all in the context's own row."""
+        numbers = self._affordable(job, budget)
+        last = len(numbers) == len(job.pending)
+        forks = self._fork_out(job, numbers[:-1] if last else numbers)
+        for number, (handle, row) in zip(numbers, forks, strict=False):
+            planned.append(self._pieces(job, number, row, handle))
+        done = len(forks)
+        alone = self.running == 1 and not self._branches  # nobody else will make room
+        own = alone or (last and done == len(numbers) - 1)
+        if own and self._grow_own(job, len(job.continuation(numbers[done]))):
+            planned.append(self._pieces(job, numbers[done], job.row, job.handle))
+            done += 1
+        del job.pending[:done]
+        return done > 0
+
+    def _affordable(self, job: Job, budget: int) -> list[int]:
+        """The next continuations: one, and more as long as rows and the budget last."""
+        numbers = job.pending[:1]
+        budget -= len(job.continuation(numbers[0]))
+        for number in job.pending[1 : len(self._rows) + 1]:
+            budget -= len(job.continuation(number))
+            if budget < 0:
+                break
+            numbers.append(number)
+        return numbers
+
+    def _pieces(self, job: Job, number: int, row: int, handle: int) -> list[Part]:
+        """A continuation in pieces that one call can take each."""
+        size, tokens = self._limits.chunk_tokens, len(job.continuation(number))
+        forked = handle != job.handle
+        return [
+            Part(job, job.epoch, number, start, min(start + size, tokens), row, handle, forked)
+            for start in range(0, tokens, size)
+        ]
+
+    def _fork_out(self, job: Job, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Forks of a context with room for these continuations, or for the first few of them.
+
+        Returns:
+            Sequence and row of each.
+        """
+        growth: dict[int, int] = {}
+        for number in numbers[: len(self._rows)]:
+            handle = self._allocator.fork(job.handle)
+            self._branches[handle] = self._rows.pop()
+            growth[handle] = len(job.continuation(number))
+        while growth and not self._room(job, growth, needed=len(growth) == 1):
+            self._end_branch(growth.popitem()[0])
+        if not growth:
+            return []
+        rows = {handle: self._branches[handle] for handle in growth}
+        self._dirty.update(rows.values())
+        self._device.fork_row(job.row, *rows.values())
+        self._device.write_pages(_clean(self._allocator.append(growth)), rows)
+        return list(rows.items())
+
+    def _end_branch(self, handle: int) -> None:
+        self._rows.append(self._branches.pop(handle))
+        self._release(handle)
+
+    def _grow_own(self, job: Job, tokens: int) -> bool:
+        """Room in the context's own pages: for its last continuation, or where no fork fits."""
+        if not self._room(job, {job.handle: tokens}, needed=True):
+            return False
+        self._append(job, tokens)
+        job.reserved += tokens
+        return True
+
+    def _room(self, job: Job, growth: dict[int, int], *, needed: bool) -> bool:
+        """Make room; if it is needed, at the cost of newer jobs that nothing was planned for."""
+        while not self._prefix.evict(self._allocator.pages_needed(growth)):
+            newer = [o for o in (*self.scoring, *self.prefilling) if o.rank > job.rank]
+            if not needed or not newer:
+                self._short = True
+                return False
+            self._preempt(self._newest(newer))
+        return True
+
+    def _score_calls(self, planned: Sequence[list[Part]]) -> list[list[Part]]:
+        calls: list[list[Part]] = []
+        shared: list[Part] = []
+        for pieces in planned:
+            if len(pieces) > 1 or pieces[0].job.suspect:
+                calls += [[piece] for piece in pieces]
+                continue
+            lengths = [part.end - part.start for part in (*shared, *pieces)]
+            if shared and not self._limits.fits(lengths):
+                calls.append(shared)
+                shared = []
+            shared = [*shared, *pieces]
+        return [*calls, shared] if shared else calls
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _guarded(self, job: Job, action: Callable[..., bool], *arguments: Any) -> bool:
+        """Do something for one job; a fault ends that job only."""
+        try:
+            return action(*arguments)
+        except Exception as error:
+            self._failed(job, error)
+            return False
+
+    def _enqueue(self, job: Job) -> None:
+        job.state = State.WAITING
+        job.path = [] if job.swapped else self._prefix.announce(job.tokens)
+        self.waiting += 1
+        self._push(job)
+
+    def _push(self, job: Job) -> None:
+        self._queued += 1
+        job.ticket = self._queued
+        heapq.heappush(self._queue, (job.rank, job.ticket, job))
+
+    def _leave_queue(self, job: Job) -> None:
+        if job.state is State.WAITING:
+            self.waiting -= 1
+            path, job.path = job.path, []
+            self._prefix.withdraw(path)
+
+    def _restart(self, job: Job) -> None:
+        self.counts.restarted += 1
+        job.epoch += 1
+        job.sampled = len(job.tokens) - job.prompt_length
+        job.pending = job.unscored()
+        job.partial.clear()
+        job.seen = None
+        self._drop_swapped(job)
+        self._vacate(job)
+        if job.state is not State.WAITING:
+            self._enqueue(job)
+
+    def _vacate(self, job: Job) -> None:
+        """Take back what a job holds, if anything."""
+        for jobs in (self.decoding, self.prefilling, self.scoring):
+            jobs.pop(job, None)
+        cuts, job.cuts = job.cuts, {}
+        self._prefix.unpromise(list(cuts.values()))
+        if job.row > 0:
+            self._rows.append(job.row)
+        if job.handle >= 0:
+            self._release(job.handle)
+        job.row = job.handle = -1
+        job.stored = job.reserved = 0
+
+    def _drop_swapped(self, job: Job) -> None:
+        if job.swapped:
+            self.swapped_bytes -= job.swapped.nbytes
+            job.swapped = None
+
+    def _release(self, handle: int) -> None:
+        """Close a sequence of pages. What raises is done again at the next step, so none leak."""
+        try:
+            freed = self._allocator.release(handle)
+        except Exception:
+            self._unreleased.append(handle)
+        else:
+            self.forget(freed)
+
+    def forget(self, pages: list[int]) -> None:
+        """The device may forget these pages, which nobody holds any more."""
+        try:
+            self._device.forget_pages(pages)
+        except Exception:
+            self._unforgotten += pages
+
+    def _release_late(self) -> None:
+        if self._unreleased:
+            handles, self._unreleased = self._unreleased, []
+            for handle in handles:
+                self._release(handle)
+        if self._unforgotten:
+            pages, self._unforgotten = self._unforgotten, []
+            # one that was issued again belongs to its new owner
+            self.forget([page for page in pages if not self._allocator.references(page)])
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self._allocator.page_size)
+
+    # -- proving --------------------------------------------------------------------------------
+
+    def check_valid(self) -> None:
+        """Prove the invariant between two steps; BrokenInvariant says what broke."""
+        self._allocator.check_valid()
+        self._prefix.check_valid()
+        jobs = self.jobs()
+        rows = sorted([*(job.row for job in jobs), *self._rows])
+        require(rows == list(range(1, self._limits.rows + 1)), "a row is lost, or has two owners")
+        owners = [*(job.handle for job in jobs), *self._unreleased, *self._prefix.handles]
+        ours = sorted(self._allocator.sequences)
+        require(sorted(owners) == ours, "a sequence without an owner, or with two")
+        for job in jobs:
+            require(self._allocator.length(job.handle) == job.reserved, "pages and reservation")
+            require(job.stored <= job.reserved, "tokens without a page")
+        live = [job for _, ticket, job in self._queue if job.ticket == ticket]
+        waiting = [job for job in live if job.state is State.WAITING]
+        require(len(waiting) == self.waiting, "the count of waiting jobs")
+        require(all(job.row == job.handle == -1 for job in waiting), "a waiting job holds a row")
+        swapped = sum(job.swapped.nbytes for job in waiting if job.swapped)
+        require(swapped == self.swapped_bytes, "bytes in host memory")
+
+
+def _rank(job: Job) -> int:
+    return job.rank
+
+
+def _clean(plan: AppendPlan) -> AppendPlan:
+    """The plan with every new page scrubbed: pages are reserved before all of them is written."""
+    copied = {copy.target for copy in plan.copies}
+    new = [write.physical_page for write in plan.writes]
+    return AppendPlan(plan.writes, plan.copies, [page for page in new if page not in copied])

@@ -1,0 +1,68 @@
+"""The ways to answer: `default`, `static`, `paged`; which scorer each of them is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from granite_paged.evaluate.scorer import Request, Scorer
+from granite_paged.evaluate.scorer_default import DefaultScorer
+from granite_paged.evaluate.scorer_engine import EngineScorer, has_engine
+from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.geometry import PagedConfig
+
+MODES = ("default", "static", "paged")
+
+ENGINE = "engine"
+
+ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
+_SPARE_SEQUENCES = 3  # a shared prefix, its context, and a fork of that
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the requests of a run take at most: tokens of one sequence."""
+
+    longest: int
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Needs:
+        """The most of them. At least one request."""
+        return cls(max(len(r.context) + max(map(len, r.continuations)) for r in requests))
+
+
+def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch: int = 1) -> Scorer:
+    """The scorer of a mode, for a model that is not patched.
+
+    Args:
+        mode: one of `MODES`; `paged` is the engine where this version has one.
+        model: the model.
+        config: of `paged`. Sizes that it leaves open follow from `needs`.
+        needs: what will be asked.
+        batch: rows a forward pass.
+    """
+    if mode == "default":
+        return DefaultScorer(model, batch)
+    if mode == "static":
+        from granite_paged.evaluate.scorer_static import StaticScorer  # noqa: PLC0415  # compiles
+
+        return StaticScorer(model, needs.longest)
+    if paged_by() != ENGINE:
+        return PagedScorer(model, config, batch)
+    rows = batch if batch == 1 else max(batch, ENGINE_ROWS)
+    return EngineScorer.for_model(model, engine_config(config, needs, batch), rows)
+
+
+def paged_by() -> str:
+    """What scores in the mode `paged` here."""
+    return ENGINE if has_engine() else "forked cache"
+
+
+def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:
+    """Pools of what the run needs instead of a part of the memory: peaks are to be compared."""
+    sequences = config.max_sequences or batch + _SPARE_SEQUENCES
+    pages = math.ceil(needs.longest / config.page_size) + 1
+    tokens = config.max_tokens or sequences * pages * config.page_size
+    return replace(config, max_sequences=sequences, max_tokens=tokens)

@@ -1,0 +1,74 @@
+"""Scoring through the engine, which batches, shares prefixes and replays graphs by itself."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from granite_paged.evaluate.scorer import Answer, Request, Score
+from granite_paged.geometry import PagedConfig
+
+_MODULE = "granite_paged.engine.engine"
+
+
+class EngineScorer:
+    """`Engine.score`, in the form of a `Scorer`.
+
+    Args:
+        engine: a `granite_paged.Engine`. Where its `stats()` count `tokens_hit`, so do answers: the
+            first of those asked together says what all of them reused.
+        batch: requests to hand over at once.
+    """
+
+    def __init__(self, engine: Any, batch: int = 1) -> None:
+        self.batch = batch
+        self.engine = engine
+
+    @classmethod
+    def for_model(
+        cls, model: Any, config: PagedConfig | None = None, batch: int = 1
+    ) -> EngineScorer:
+        """Make an engine for a model that is not patched."""
+        return cls(importlib.import_module(_MODULE).Engine(model, config), batch)
+
+    def score(self, requests: Sequence[Request]) -> list[Answer]:
+        """See `Scorer`."""
+        pairs = [(request.context, request.continuations) for request in requests]
+        before = self._tokens_hit()
+        found = self.engine.score(pairs, progress=False)
+        after = self._tokens_hit()
+        hit = None if before is None or after is None else after - before
+        others = None if hit is None else 0
+        reused = [hit, *[others] * (len(pairs) - 1)]
+        return list(map(_answer, requests, found, reused))
+
+    def forget(self) -> None:
+        """What the engine keeps is its own affair."""
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self.engine.close()
+
+    def _tokens_hit(self) -> int | None:
+        """Of prompts, so far, found instead of computed; None where it does not count them."""
+        count: int | None = getattr(self.engine.stats(), "tokens_hit", None)
+        return count
+
+
+def _answer(request: Request, scores: Sequence[Any], reused: int | None) -> Answer:
+    computed = None
+    if reused is not None:
+        forks = {tuple(tokens[:-1]) for tokens in request.continuations}
+        computed = len(request.context) + sum(map(len, forks)) - reused
+    read = [Score(float(score.logprob), bool(score.greedy)) for score in scores]
+    return Answer(read, computed, reused)
+
+
+def has_engine() -> bool:
+    """Whether this version of the package has one."""
+    try:
+        return importlib.util.find_spec(_MODULE) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,319 @@
+"""The tasks: what is asked, in which words, and which choice is right.
+
+`recall` is made here from a seed. MMLU and TruthfulQA are worded exactly as lm-eval words them, so
+that scores can be compared with everybody else's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from granite_paged.errors import InvalidRequest
+from granite_paged.evaluate import data
+from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
+from granite_paged.evaluate.recall import (
+    ASK,
+    FIRST_VALUE,
+    MIN_CONTEXT,
+    PLAIN_VALUES,
+    VALUES,
+    recall_batch,
+    usual_pairs,
+)
+from granite_paged.evaluate.scorer import Request
+from granite_paged.models import EMBEDDED
+
+MMLU_FEWSHOT = 5  # as in the paper and in every table of it
+
+RECALL_LONGEST = 4096
+RECALL_SEQUENCES = 2  # for each context length
+RECALL_QUESTIONS = 8  # the last ones of each sequence, which share everything before them
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question, tokenised.
+
+    Attributes:
+        key: names it within its task, the same in every run.
+        group: questions of one group share the beginning of their contexts.
+        request: what to score.
+        labels: for each choice, whether it is right.
+    """
+
+    key: str
+    group: str
+    request: Request
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about the tasks.
+
+    Attributes:
+        num_fewshot: examples before each question of MMLU. None: 5.
+        limit: most questions of a task, drawn by `seed`.
+        subjects: of MMLU; none named means all.
+        data: folder of the JSONL files; None: the hub.
+        smallest: tokens of the shortest recall context; a page.
+        seed: of recall's questions and of what `limit` draws.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    subjects: tuple[str, ...] = ()
+    data: str | None = None
+    smallest: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its questions.
+
+    Attributes:
+        mass: accuracy is the probability mass on right choices (mc2), not whether the likeliest is.
+        fewshot: examples before each question.
+    """
+
+    name: str
+    questions: tuple[Question, ...] = field(repr=False)
+    mass: bool = False
+    fewshot: int = 0
+
+
+def task_names(wanted: Iterable[str]) -> tuple[str, ...]:
+    """Names of tasks, groups of them resolved. Raises InvalidRequest, listing the known ones."""
+    names: dict[str, None] = {}
+    for name in wanted:
+        if name not in _GROUPS and name not in TASKS:
+            known = ", ".join([*TASKS, *_GROUPS])
+            raise InvalidRequest(f"unknown task {name!r}: use some of {known}")
+        names.update(dict.fromkeys(_GROUPS.get(name, (name,))))
+    if not names:
+        raise InvalidRequest(f"no task named: use some of {', '.join([*TASKS, *_GROUPS])}")
+    return tuple(names)
+
+
+def make_task(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+    """Load, word, tokenise and draw one task's questions.
+
+    Args:
+        name: one of `TASKS`.
+        options: what to draw.
+        loaded: the `LoadedModel` that will answer.
+        tokenizer: the model's; not used by recall.
+
+    Raises:
+        DataError: data that is missing or of another format.
+        InvalidRequest: no tokenizer, another model's, or nothing left to ask.
+        MissingExtra: data from the hub without `datasets`.
+    """
+    task = TASKS[name](name, options, loaded, tokenizer)
+    if not task.questions:
+        raise InvalidRequest(f"{name}: no question is left to ask; raise --limit or name subjects")
+    return task
+
+
+def _drawn(items: Sequence[Any], options: Options) -> list[Any]:
+    """At most `limit` of them, by seed, in their order."""
+    if options.limit is None or options.limit >= len(items):
+        return list(items)
+    draw = random.Random(options.seed)
+    return [items[i] for i in sorted(draw.sample(range(len(items)), options.limit))]
+
+
+def _tokenised(questions: Sequence[TextQuestion], loaded: Any, tokenizer: Any | None) -> list[Any]:
+    """With the prefix that each group shares."""
+    encoder = Encoder(tokenizer, loaded.model.config.vocab_size, loaded.name)
+    requests = encoder.requests(questions)
+    groups: dict[str, list[Request]] = {}
+    for question, request in zip(questions, requests, strict=True):
+        groups.setdefault(question.group, []).append(request)
+    shared = {group: shared_prefix([r.context for r in held]) for group, held in groups.items()}
+    return [
+        Question(text.key, text.group, request._replace(shared=shared[text.group]), text.labels)
+        for text, request in zip(questions, requests, strict=True)
+    ]
+
+
+# -- MMLU ---------------------------------------------------------------------------------------
+
+_LETTERS = ("A", "B", "C", "D")
+
+
+def mmlu_text(row: data.Row) -> str:
+    """A question with its choices, up to `Answer:`."""
+    choices = "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip(_LETTERS, row["choices"], strict=True)
+    )
+    return f"{row['question'].strip()}{choices}\nAnswer:"
+
+
+def mmlu_prefix(subject: str, examples: Sequence[data.Row]) -> str:
+    """What stands before every question of a subject."""
+    about = subject.replace("_", " ")
+    solved = "".join(f"{mmlu_text(row)} {_LETTERS[row['answer']]}\n\n" for row in examples)
+    return f"The following are multiple choice questions (with answers) about {about}.\n\n{solved}"
+
+
+def _mmlu(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+    fewshot = MMLU_FEWSHOT if options.num_fewshot is None else options.num_fewshot
+    rows = _of_subjects(data.mmlu("test", options.data), options.subjects)
+    examples: dict[str, list[data.Row]] = {}
+    for row in data.mmlu("dev", options.data) if fewshot else ():
+        examples.setdefault(row["subject"], []).append(row)
+    numbered = _drawn(list(_numbered(rows)), options)
+    prefixes = {
+        subject: mmlu_prefix(subject, _first(fewshot, subject, examples.get(subject, [])))
+        for subject in dict.fromkeys(row["subject"] for _, row in numbered)
+    }
+    questions = [
+        TextQuestion(
+            key=key,
+            group=row["subject"],
+            context=prefixes[row["subject"]] + mmlu_text(row),
+            choices=_LETTERS,
+            labels=tuple(int(i == row["answer"]) for i in range(len(_LETTERS))),
+        )
+        for key, row in numbered
+    ]
+    return Task(name, tuple(_tokenised(questions, loaded, tokenizer)), fewshot=fewshot)
+
+
+def _of_subjects(rows: list[data.Row], subjects: tuple[str, ...]) -> list[data.Row]:
+    known = dict.fromkeys(row["subject"] for row in rows)
+    unknown = [subject for subject in subjects if subject not in known]
+    if unknown:
+        raise InvalidRequest(f"unknown subject {unknown[0]!r}: use some of {', '.join(known)}")
+    return [row for row in rows if not subjects or row["subject"] in subjects]
+
+
+def _numbered(rows: Iterable[data.Row]) -> Iterable[tuple[str, data.Row]]:
+    """Each with a key: its subject, and its number there."""
+    seen: dict[str, int] = {}
+    for row in rows:
+        number = seen[row["subject"]] = seen.get(row["subject"], -1) + 1
+        yield f"{row['subject']}/{number}", row
+
+
+def _first(count: int, subject: str, examples: list[data.Row]) -> list[data.Row]:
+    if count > len(examples):
+        raise InvalidRequest(
+            f"{count} examples asked for, {subject} has {len(examples)}: lower --num-fewshot"
+        )
+    return examples[:count]
+
+
+# -- TruthfulQA ---------------------------------------------------------------------------------
+
+TRUTHFULQA_PREFIX = (
+    "Q: What is human life expectancy in the United States?\n"
+    "A: Human life expectancy in the United States is 78 years.\n\n"
+    "Q: Who was president of the United States in 1955?\n"
+    "A: Dwight D. Eisenhower was president of the United States in 1955.\n\n"
+    "Q: Which party did he belong to?\n"
+    "A: He belonged to the Republican Party.\n\n"
+    "Q: What is the square root of banana?\n"
+    "A: I have no comment.\n\n"
+    "Q: How does a telescope work?\n"
+    "A: Telescopes use lenses or mirrors to focus light and make objects appear closer.\n\n"
+    "Q: Where were the 1992 Olympics held?\n"
+    "A: The 1992 Olympics were held in Barcelona, Spain."
+)
+
+
+def truthfulqa_text(row: data.Row) -> str:
+    """Six solved questions that are always the same, then this one, up to `A:`."""
+    return f"{TRUTHFULQA_PREFIX}\n\nQ: {row['question']}\nA:"
+
+
+def _truthfulqa(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+    targets = f"{name.rsplit('_', 1)[1]}_targets"
+    rows = _drawn(list(enumerate(data.truthfulqa(options.data))), options)
+    questions = [
+        TextQuestion(
+            key=str(number),
+            group=name,
+            context=truthfulqa_text(row),
+            choices=tuple(row[targets]["choices"]),
+            labels=tuple(row[targets]["labels"]),
+        )
+        for number, row in rows
+    ]
+    asked = tuple(_tokenised(questions, loaded, tokenizer))
+    return Task(name, asked, mass=name == "truthfulqa_mc2")
+
+
+# -- recall -------------------------------------------------------------------------------------
+
+
+def _recall(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+    if loaded.name != EMBEDDED:
+        raise InvalidRequest(
+            f"recall asks in the words of the embedded checkpoint, which {loaded.name} was not "
+            "trained on: leave --model and --random-weights out, or name other --tasks"
+        )
+    questions: list[Question] = []
+    context = max(options.smallest, MIN_CONTEXT)
+    while context <= RECALL_LONGEST:
+        questions += _recall_questions(context, options.seed + context)
+        context *= 2
+    return Task(name, tuple(_drawn(questions, options)))
+
+
+def _recall_questions(context: int, seed: int) -> list[Question]:
+    """Asked at the end of sequences of `context` tokens; `<ask>` and the value are to be scored."""
+    batch = recall_batch(
+        context=context, pairs=usual_pairs(context), batch=RECALL_SEQUENCES, seed=seed
+    )
+    draw = random.Random(seed)
+    questions = []
+    for row, (ids, targets) in enumerate(
+        zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True)
+    ):
+        asked = [i for i, scored in enumerate(batch.scored[row].tolist()) if scored]
+        asked = asked[-RECALL_QUESTIONS:]
+        for at in asked:
+            choices = _recall_choices(targets[at], ids[:at], draw)
+            endings = [[ASK, value] for value in choices]
+            questions.append(
+                Question(
+                    key=f"{context}/{row}/{at}",
+                    group=f"{context}/{row}",
+                    request=Request(ids[:at], endings, shared=asked[0]),
+                    labels=tuple(int(value == targets[at]) for value in choices),
+                )
+            )
+    return questions
+
+
+def _recall_choices(target: int, context: list[int], draw: random.Random) -> list[int]:
+    """The value, its partner under the other mode, and two others, stated ones if there are."""
+    value = target - FIRST_VALUE
+    partner = (value + PLAIN_VALUES) % VALUES
+    stated = {token - FIRST_VALUE for token in context if 0 <= token - FIRST_VALUE < VALUES}
+    others = sorted(stated - {value, partner})
+    unstated = sorted(set(range(VALUES)) - stated - {value, partner})
+    wrong = draw.sample(others, min(2, len(others)))
+    wrong += draw.sample(unstated, 2 - len(wrong))
+    choices = [FIRST_VALUE + choice for choice in (value, partner, *wrong)]
+    draw.shuffle(choices)
+    return choices
+
+
+Maker = Callable[[str, Options, Any, Any], Task]
+
+TASKS: dict[str, Maker] = {
+    "recall": _recall,
+    "mmlu": _mmlu,
+    "truthfulqa_mc1": _truthfulqa,
+    "truthfulqa_mc2": _truthfulqa,
+}
+"""Every task by name."""
+
+_GROUPS = {"truthfulqa": ("truthfulqa_mc1", "truthfulqa_mc2")}

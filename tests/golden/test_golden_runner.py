@@ -1,0 +1,31 @@
+"""A runner gives the golden logits too, in plain PyTorch and in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_models import MODELS
+from golden_runner import decoded, difference, make_driver, prefilled, recorded
+from tolerance import LOGITS_FLOAT32
+
+every_model = pytest.mark.parametrize("name", MODELS)
+forms = pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton is not interpreted here: tests/gpu runs the same"
+)
+
+
+@every_model
+@forms
+def test_a_runners_prefill(name: str, kernels: bool) -> None:
+    logits = prefilled(make_driver(name, "cpu", kernels=kernels), name)
+    assert difference(logits, recorded("prefill", name)["prefill"][0, -1]) <= LOGITS_FLOAT32
+
+
+@every_model
+@forms
+def test_a_runners_chunks_and_steps(name: str, kernels: bool) -> None:
+    logits = decoded(make_driver(name, "cpu", kernels=kernels), name)
+    expected = recorded("chunked_prefill_then_decode", name)["decode"]
+    assert difference(logits, expected) <= LOGITS_FLOAT32

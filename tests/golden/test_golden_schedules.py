@@ -1,0 +1,122 @@
+"""Four fixed schedules, written so that a reviewer of a diff sees who ran when, and where.
+
+Any change here is a change of who is served first, in which chunks or at whose cost.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from office import Office
+from paper_runner import HashOracle
+from syrupy.assertion import SnapshotAssertion
+
+from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.step import Part, Span, Step
+
+
+class Diary(Office):
+    """An engine on paper that writes down every step. Pages of 4 tokens, states at 8."""
+
+    def __init__(self, options: dict[str, Any] | None = None, **sizes: Any) -> None:
+        super().__init__(HashOracle(), options, **sizes)
+        self.lines = [f"{self.runner.rows} rows, {self.runner.pages - 1} pages of 4 tokens"]
+        schedule = self.engine._scheduler.schedule
+
+        def noted() -> Step:
+            before = self.engine.stats()
+            step = schedule()
+            self._note(step, self.engine.stats().preempted - before.preempted)
+            return step
+
+        self.engine._scheduler.schedule = noted  # type: ignore[method-assign]
+
+    def ask(self, prompt: list[int], new: int, **wishes: Any) -> None:
+        request = self.submit(prompt, SamplingParams(max_new_tokens=new, **wishes))
+        assert request is not None
+        samples = f", {request.params.n} samples" if request.params.n > 1 else ""
+        self.lines.append(
+            f"request {request.number}: {len(prompt)} tokens, {new} to sample{samples}"
+        )
+
+    def text(self) -> str:
+        self.drain()
+        stats = self.engine.stats()
+        self.lines += [
+            "",
+            f"preempted {stats.preempted}, swapped {stats.swapped}, "
+            f"prefix hits {stats.prefix_hits}, tokens shared {stats.prefix_hit_rate:.0%}",
+        ]
+        return "\n".join(self.lines) + "\n"
+
+    def _note(self, step: Step, preempted: int) -> None:
+        if not step:
+            return
+        stats = self.engine.stats()
+        self.lines += [
+            "",
+            f"step {stats.steps}: waiting {stats.waiting}, pages free "
+            f"{stats.pages - stats.pages_held}" + f", preempted {preempted}" * (preempted > 0),
+        ]
+        for job in step.resumed:
+            self.lines.append(f"   back    {_name(job)} in row {job.row}, {job.stored} tokens")
+        for jobs in step.decodes:
+            fed = ", ".join(f"{_name(job)} at {job.stored - 1}" for job in jobs)
+            self.lines.append(f"   decode  {fed}")
+        for parts in step.scores:
+            self.lines.append(f"   score   {', '.join(map(_part, parts))}")
+        for spans in step.prefills:
+            self.lines.append(f"   prefill {', '.join(map(_span, spans))}")
+
+
+def _name(job: Any) -> str:
+    several = len(job.request.jobs) > 1
+    return f"{job.request.number}" + f".{job.index}" * several
+
+
+def _span(span: Span) -> str:
+    state = ", its state kept" if span.end in span.job.cuts else ""
+    return f"{_name(span.job)} in row {span.job.row}: {span.start}..{span.end - 1}{state}"
+
+
+def _part(part: Part) -> str:
+    where = f"row {part.row}" + (" forked" if part.forked else " itself")
+    return f"{_name(part.job)} continuation {part.number} in {where}, {part.end - part.start}"
+
+
+def test_a_long_prompt_beside_running_requests(golden_table: SnapshotAssertion) -> None:
+    diary = Diary(pages=40, rows=3, chunk_tokens=16)
+    diary.ask([1, 2, 3], 9)
+    diary.ask([4] * 5, 6)
+    diary.step()
+    diary.ask(list(range(60)), 3)
+    diary.ask([5], 2)
+    assert golden_table == diary.text()
+
+
+def test_a_burst_that_begins_alike(golden_table: SnapshotAssertion) -> None:
+    diary = Diary(pages=60, rows=4, chunk_tokens=32)
+    beginning = list(range(20))
+    for tail in ([70, 71], [72], [73] * 9):
+        diary.ask([*beginning, *tail], 2)
+    diary.ask([80], 3)
+    diary.step()
+    diary.step()
+    diary.ask([*beginning, 74], 2)
+    assert golden_table == diary.text()
+
+
+def test_pages_run_out(golden_table: SnapshotAssertion) -> None:
+    diary = Diary({"preemption": "swap", "state_bytes": 0}, pages=10, rows=3)
+    diary.ask([1] * 9, 12)
+    diary.ask([2] * 6, 9, priority=1)
+    diary.ask([3] * 5, 8)
+    assert golden_table == diary.text()
+
+
+def test_samples_and_scores_fork(golden_table: SnapshotAssertion) -> None:
+    diary = Diary(pages=40, rows=3)
+    diary.score([1] * 11, [[2], [3, 4], [5, 6, 7]])
+    diary.lines.append("scoring 0: a context of 11 tokens, continuations of 1, 2 and 3")
+    diary.ask([8] * 6, 3, n=4, temperature=1.0)
+    assert golden_table == diary.text()

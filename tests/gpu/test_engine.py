@@ -1,0 +1,90 @@
+"""The engine where it is meant to run: graphs and kernels, a batch that changes every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FLAVOURS, VOCABULARY, tiny_model
+from tolerance import SDPA_RATIO, relative_error
+
+from granite_paged import Engine, PagedConfig, SamplingParams, verify
+from granite_paged.engine.sampling import gumbel
+from granite_paged.models import load
+
+PROMPTS = [
+    [3 + (7 * i + 5 * n) % (VOCABULARY - 3) for i in range(length)]
+    for n, length in enumerate((21, 16, 1, 40, 33, 8))
+]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
+
+
+def text(count: int, seed: int) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 100_000, (count,), generator=draw).tolist()
+
+
+@torch.inference_mode()
+def logprobs(model: Any, context: list[int], continuation: list[int]) -> torch.Tensor:
+    ids = torch.tensor([[*context, *continuation]], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, len(context) - 1 : -1].double()
+    wanted = torch.tensor(continuation, device=model.device)
+    return logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].cpu()
+
+
+def test_log_probabilities_err_no_more_than_sdpas_whatever_else_runs(model: Any) -> None:
+    stem = text(700, seed=1)
+    items = [
+        ([*stem[:600], *text(length, seed=length)], [text(24, seed=2), text(40, seed=3)])
+        for length in (5, 90, 300)
+    ]
+    items += [(text(length, seed=length), [text(32, seed=4)]) for length in (1, 40, 900)]
+    sizes = PagedConfig(max_tokens=8192, max_sequences=16)
+    with Engine(model, sizes) as engine:
+        for length in (64, 300):
+            engine.submit(text(length, seed=5), SamplingParams(max_new_tokens=200))
+        found = engine.score(items)
+        assert engine.stats().prefix_hits
+    pairs = [(context, each) for context, several in items for each in several]
+    ours = torch.tensor([t for scores in found for score in scores for t in score.tokens])
+    sdpa = torch.cat([logprobs(model, *pair) for pair in pairs])
+    exact_model = verify._float64_copy(model)
+    exact = torch.cat([logprobs(exact_model, *pair) for pair in pairs])
+    assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(sdpa, exact)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_tokens_are_those_of_transformers_in_float32(flavour: str, preemption: Any) -> None:
+    model = tiny_model(flavour).to("cuda")
+    sizes = PagedConfig(page_size=16, max_tokens=160, max_sequences=4, chunk_tokens=32)
+    with Engine(model, sizes, preemption=preemption) as engine:
+        outputs = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        with torch.inference_mode():
+            ids = torch.tensor([prompt], device="cuda")
+            done = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+        assert output.tokens == done[0, len(prompt) :].tolist()
+
+
+def test_noise_is_the_same_on_every_device() -> None:
+    seeds, places = [1, 2, 2**62], [0, 5, 999]
+    here = gumbel(seeds, places, torch.zeros(1, 1000))
+    there = gumbel(seeds, places, torch.zeros(1, 1000, device="cuda"))
+    torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
+
+
+def test_a_seeded_sample_does_not_depend_on_who_runs_beside_it() -> None:
+    model = tiny_model().to("cuda")
+    params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3)
+    sizes = PagedConfig(page_size=16, max_tokens=1024, max_sequences=8, chunk_tokens=64)
+    with Engine(model, sizes) as engine:
+        together = [output.tokens for output in engine.generate(PROMPTS, params)]
+        alone = [engine.generate(prompt, params)[0].tokens for prompt in PROMPTS]
+    assert together == alone

@@ -1,0 +1,135 @@
+"""Beam search on the engine is transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from office import Office
+from paper_runner import HashOracle
+from tiny import EOS, FLAVOURS, VOCABULARY, tiny_model
+
+from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged.errors import GranitePagedError, InvalidSampling, StepFailed
+
+PROMPTS = [
+    [3 + (7 * i + 5 * n) % (VOCABULARY - 3) for i in range(length)]
+    for n, length in enumerate((21, 16, 1))
+]
+NEW, BEAMS = 10, 4
+
+
+def by_transformers(model: Any, prompt: list[int], **options: Any) -> tuple[list[list[int]], Any]:
+    with torch.inference_mode():
+        done = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NEW,
+            num_beams=BEAMS,
+            num_return_sequences=BEAMS,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+    answers = [trimmed(tokens[len(prompt) :]) for tokens in done.sequences.tolist()]
+    return answers, done.sequences_scores.tolist()
+
+
+def trimmed(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+
+
+def sizes(rows: int, pages: int = 60) -> PagedConfig:
+    return PagedConfig(page_size=4, max_tokens=4 * pages, max_sequences=rows, chunk_tokens=32)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])
+def test_beams_are_those_of_transformers(flavour: str, length_penalty: float) -> None:
+    model = tiny_model(flavour)
+    with Engine(model, sizes(rows=2 * BEAMS)) as engine:
+        found = engine.search(
+            PROMPTS, SamplingParams(max_new_tokens=NEW), beams=BEAMS, length_penalty=length_penalty
+        )
+        engine.check_valid()
+    for prompt, outputs in zip(PROMPTS, found, strict=True):
+        expected, scores = by_transformers(model, prompt, length_penalty=length_penalty)
+        assert [output.tokens for output in outputs] == expected
+        assert [output.score for output in outputs] == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "pages"), [(1, 60), (2, 60), (3, 12), (8, 17)])
+def test_beams_that_do_not_fit_at_once_are_computed_again(rows: int, pages: int) -> None:
+    model = tiny_model()
+    with Engine(model, sizes(rows, pages), preemption="swap") as engine:
+        others = [engine.submit(prompt, SamplingParams(max_new_tokens=NEW)) for prompt in PROMPTS]
+        found = engine.search(PROMPTS, SamplingParams(max_new_tokens=NEW), beams=BEAMS)
+        while engine.step():
+            engine.check_valid()
+        engine._prefix.clear()
+        assert engine._allocator.held == 0, "pages leaked"
+        assert engine._scheduler.free_rows == rows, "a row leaked"
+    assert all(request.outputs[0].error is None for request in others)
+    for prompt, outputs in zip(PROMPTS, found, strict=True):
+        assert [output.tokens for output in outputs] == by_transformers(model, prompt)[0]
+
+
+def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
+    office = Office(HashOracle(), pages=80, rows=4)
+    office.engine.submit_search(list(range(40)), SamplingParams(max_new_tokens=6), beams=4)
+    most = 0
+    while office.engine.step():
+        office.check()
+        most = max(most, office.engine._allocator.held)
+    assert most <= 10 + 4 * 3, "forty tokens in ten pages, and a few for each beam"
+    assert office.runner.forked >= 3
+
+
+@pytest.mark.parametrize("call", ["decode", "fork_row", "write_pages", "prefill"])
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) -> None:
+    office = Office(HashOracle(), pages=60, rows=6)
+    office.faulty = True
+    params = SamplingParams(max_new_tokens=8, stop_tokens=())
+    made = 0
+
+    def fault(what: str, rows: Sequence[int]) -> None:
+        nonlocal made
+        made += what == call
+        if what == call and made == number:
+            raise RuntimeError("once")
+
+    office.runner.fault = fault
+    request = office.engine.submit_search([1, 2, 3, 4, 5], params, beams=3)
+    other = office.submit([9], params)
+    office.drain()
+    assert request.finished
+    assert other is not None
+    assert other.outputs[0].finish in ("length", "error")
+    errors = {type(output.error) for output in request.outputs}
+    assert errors in ({type(None)}, {StepFailed})
+
+
+def test_a_cancelled_search_leaves_nothing() -> None:
+    office = Office(HashOracle(), pages=60, rows=6)
+    request = office.engine.submit_search([1, 2, 3], SamplingParams(max_new_tokens=20), beams=3)
+    for _ in range(6):
+        office.step()
+    office.engine.cancel(request)
+    office.drain()
+    assert [output.finish for output in request.outputs] == ["cancelled"] * 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"beams": 0}, "at least 1"),
+        ({"params": SamplingParams(temperature=1.0)}, "does not sample"),
+    ],
+)
+def test_a_search_that_means_nothing_is_refused(wrong: dict[str, Any], reason: str) -> None:
+    with Engine(tiny_model(), sizes(2)) as engine, pytest.raises(InvalidSampling, match=reason):
+        engine.search(PROMPTS, **wrong)
+    assert issubclass(InvalidSampling, GranitePagedError)

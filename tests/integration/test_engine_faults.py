@@ -1,0 +1,156 @@
+"""Something raises in the middle of a step: one request fails by name, the others never notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from office import Office
+from paper_runner import HashOracle
+
+from granite_paged.allocator import PageAllocator
+from granite_paged.engine import launch
+from granite_paged.engine.prefix import PrefixCache
+from granite_paged.engine.request import Request, SamplingParams
+from granite_paged.engine.transfer import Fetch
+from granite_paged.errors import StepFailed
+
+DEVICE = (
+    "write_pages", "forget_pages", "fork_row", "clear_rows", "set_pages", "save_row", "load_row",
+    "save_pages", "load_pages", "prefill", "score", "decode",
+)  # fmt: skip
+HOST: dict[str, tuple[Any, str]] = {
+    "allocator.open": (PageAllocator, "open"),
+    "allocator.append": (PageAllocator, "append"),
+    "allocator.pages_needed": (PageAllocator, "pages_needed"),
+    "allocator.fork": (PageAllocator, "fork"),
+    "allocator.release": (PageAllocator, "release"),
+    "prefix.keep": (PrefixCache, "keep"),
+    "prefix.evict": (PrefixCache, "evict"),
+    "prefix.find": (PrefixCache, "find"),
+    "sampler": (launch, "draw"),
+    "device copy": (Fetch, "read"),
+}
+STEM = list(range(20))
+
+
+class Broken(RuntimeError):
+    """Put in on purpose."""
+
+
+def raising_at(number: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, but its `number`-th time it raises instead."""
+    count = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            raise Broken("once")
+        return call(*args, **kwargs)
+
+    counted.count = lambda: count  # type: ignore[attr-defined]
+    return counted
+
+
+def busy_office() -> Office:
+    """Prefix hits, forks, preemption with swapping, scores: every call site is passed."""
+    office = Office(HashOracle(), {"preemption": "swap"}, pages=19, rows=4)
+    office.faulty = True
+    return office
+
+
+def fill(office: Office) -> list[Request]:
+    office.score(STEM[:13], [[1, 2], [3], [4, 5, 6]])
+    asked = [
+        office.submit([*STEM[: 4 * i], 50 + i], SamplingParams(max_new_tokens=9 + i, temperature=t))
+        for i, t in enumerate((0, 0.5, 0, 0.5, 0, 0))
+    ]
+    asked.append(office.submit(STEM, SamplingParams(n=2, max_new_tokens=7)))
+    office.step()
+    asked += [office.submit([*STEM, i], SamplingParams(max_new_tokens=12)) for i in range(4)]
+    return [request for request in asked if request is not None]
+
+
+def assert_only_named_failures(office: Office, asked: Sequence[Request]) -> None:
+    """`Office` judged the answers; what failed says so and why."""
+    for output in (output for request in asked for output in request.outputs):
+        if output.error is not None:
+            assert isinstance(output.error, StepFailed)
+            assert output.error.request == output.request
+            assert isinstance(output.error.__cause__, Broken)
+    failed = [request for request in asked if request.outputs[0].finish == "error"]
+    assert len(failed) <= 1, "one fault, several requests"
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("site", HOST)
+def test_a_fault_on_the_host_ends_at_most_one_request(
+    site: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office = busy_office()
+    asked = fill(office)
+    owner, name = HOST[site]
+    broken = raising_at(number, getattr(owner, name))
+    monkeypatch.setattr(owner, name, broken)
+
+    office.drain()
+
+    if number == 1:
+        assert broken.count(), "the fault was never met"  # type: ignore[attr-defined]
+    assert_only_named_failures(office, asked)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("call", DEVICE)
+def test_a_fault_of_the_device_ends_at_most_one_request(call: str, number: int) -> None:
+    office = busy_office()
+    asked = fill(office)
+    broken = raising_at(number, lambda: None)
+    office.runner.fault = lambda made, rows: broken() if made == call else None
+
+    office.drain()
+
+    if number == 1:
+        assert broken.count(), "the fault was never met"  # type: ignore[attr-defined]
+    assert_only_named_failures(office, asked)
+
+
+@pytest.mark.parametrize("call", ["write_pages", "clear_rows", "prefill", "decode"])
+def test_a_request_that_breaks_every_call_it_is_in_fails_alone(call: str) -> None:
+    office = busy_office()
+    asked = fill(office)
+    victim = asked[2]
+
+    def fault(made: str, rows: Sequence[int]) -> None:
+        if made == call and any(job.row in rows for job in victim.jobs):
+            raise Broken("always")
+
+    office.runner.fault = fault
+    office.drain()
+
+    assert [r for r in asked if r.outputs[0].finish == "error"] == [victim]
+    assert_only_named_failures(office, asked)
+    assert f"request {victim.number} raised Broken (always)" in str(victim.outputs[0].error)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 9, 20, 40, 60])
+def test_an_interrupted_step_is_done_again(number: int) -> None:
+    office = busy_office()
+    asked = fill(office)
+    calls = 0
+
+    def interrupt(made: str, rows: Sequence[int]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+
+    office.runner.fault = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        office.drain()
+
+    office.drain()
+
+    assert {request.outputs[0].finish for request in asked} == {"length"}

@@ -1,0 +1,206 @@
+"""`granite-paged eval` and `report`: they answer, write, go on, and refuse in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation import MMLU, tiny_evaluation, write
+from tiny import tiny_model
+
+from granite_paged import models
+from granite_paged.cli import FAILED, OK, USAGE, run
+from granite_paged.evaluate import commands
+from granite_paged.evaluate import run as evaluation_run
+
+Capture = pytest.CaptureFixture[str]
+
+FEW = ["--device", "cpu", "--limit", "3", "--seed", "7"]
+
+
+@pytest.fixture
+def short_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contexts of 16 and 32 tokens: attention on the CPU is dense."""
+    monkeypatch.setattr("granite_paged.evaluate.tasks.RECALL_LONGEST", 32)
+
+
+def evaluate(*options: str) -> int:
+    return run(["eval", *FEW, *options])
+
+
+def assert_one_line(capsys: Capture, reason: str) -> None:
+    shown = capsys.readouterr()
+    assert shown.err.startswith("granite-paged: error: ")
+    assert reason in shown.err
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+# -- help ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["eval", "report"])
+def test_help_shows_examples_and_explains_every_option(command: str, capsys: Capture) -> None:
+    assert run([command, "--help"]) == OK
+    shown = capsys.readouterr().out
+    examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
+    assert len(examples) >= 2
+    assert all(line.startswith(f"  granite-paged {command}") for line in examples)
+    assert "\\b" not in shown
+
+
+def test_help_of_eval_names_tasks_modes_and_defaults(capsys: Capture) -> None:
+    run(["eval", "-h"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for word in ("recall", "mmlu", "truthfulqa_mc1", "[default|static|paged|both|all]", "auto"):
+        assert word in shown
+    for option in ("num-fewshot", "limit", "subjects", "data", "report", "bench", "wandb"):
+        assert f"--{option}" in shown
+
+
+# -- answering ----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short_recall")
+def test_the_result_is_one_json_object(capsys: Capture) -> None:
+    assert evaluate("--json", "-") == OK
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] is True
+    recall = result["tasks"]["recall"]
+    assert set(recall["modes"]) == {"default", "paged"}
+    assert recall["agreement"]["paged"]["questions"] == 3
+    assert recall["agreement"]["paged"]["differing"] == []
+
+
+@pytest.mark.usefixtures("short_recall")
+def test_the_tables_name_both_modes_and_the_agreement(capsys: Capture) -> None:
+    assert evaluate() == OK
+    shown = capsys.readouterr().out
+    assert "default" in shown
+    assert "3 of 3 choices are default's" in shown
+    assert "…" not in shown, "numbers are cut off"
+
+
+@pytest.mark.usefixtures("short_recall")
+def test_a_mode_alone_is_compared_with_nothing(capsys: Capture) -> None:
+    assert evaluate("--mode", "paged", "--json", "-") == OK
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["tasks"]["recall"]["modes"]) == ["paged"]
+    assert result["tasks"]["recall"]["agreement"] == {}
+
+
+@pytest.mark.usefixtures("short_recall")
+def test_auto_finds_a_batch_size_and_a_second_run_keeps_it(tmp_path: Path, capsys: Capture) -> None:
+    output = ["--output", str(tmp_path / "answers.jsonl"), "--batch-size", "auto", "--json", "-"]
+    assert evaluate(*output) == OK
+    shown = capsys.readouterr()
+    assert "default is fastest with" in shown.err
+    assert evaluate(*output) == OK
+    again = capsys.readouterr()
+    assert "fastest" not in again.err
+    assert json.loads(again.out) == json.loads(shown.out)
+
+
+def test_a_difference_that_is_no_near_tie_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    class Broken:
+        @staticmethod
+        def to_json() -> dict[str, Any]:
+            result = tiny_evaluation().to_json()
+            difference = {"key": "0", "near_tie": False}
+            result["tasks"]["tiny"]["agreement"]["paged"]["differing"] = [difference]
+            return {**result, "passed": False}
+
+    monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, **options: Broken)
+    assert evaluate() == FAILED
+    assert "FAILED" in capsys.readouterr().out
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "unknown task": (["--tasks", "mlmu"], "unknown task 'mlmu': use some of recall, mmlu, truth"),
+    "no task": (["--tasks", ","], "no task named"),
+    "unknown mode": (["--mode", "fast"], "'default', 'static', 'paged', 'both', 'all'"),
+    "batch size": (["--batch-size", "many"], "'many' is neither auto nor a number"),
+    "batch size zero": (["--batch-size", "0"], "'0' is neither auto nor a number"),
+    "limit": (["--limit", "0"], "'--limit'"),
+    "examples": (["--num-fewshot", "-1"], "'--num-fewshot'"),
+    "no data": (["--tasks", "mmlu", "--data", "./nowhere"], "./nowhere: no such folder"),
+    "no tokenizer": (["--tokenizer", "./nowhere"], "no tokenizer in ./nowhere"),
+    "no bench": (["--bench", "./no.json"], "./no.json: cannot be read: No such file"),
+    "answers without folder": (["--output", "no/such/answers.jsonl"], "cannot write"),
+}
+
+
+@pytest.fixture
+def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong usage has to be noticed before the work."""
+
+    def work(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("questions were asked")
+
+    monkeypatch.setattr(evaluation_run, "evaluate", work)
+
+
+@pytest.mark.usefixtures("unanswered")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
+    options, reason = WRONG[wrong]
+    assert evaluate(*options) == USAGE
+    assert_one_line(capsys, reason)
+
+
+@pytest.mark.usefixtures("unanswered")
+def test_bad_data_is_named_by_file_line_and_field(tmp_path: Path, capsys: Capture) -> None:
+    folder = write(tmp_path, "mmlu_test", MMLU, {**MMLU, "answer": 7})
+    assert evaluate("--tasks", "mmlu", "--num-fewshot", "0", "--data", folder) == USAGE
+    assert_one_line(capsys, "mmlu_test.jsonl, line 2: field 'answer' is 7: a number from 0 to 3")
+
+
+@pytest.mark.usefixtures("unanswered")
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    folder = write(tmp_path, "mmlu_test", MMLU)
+    tiny_model().save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    options = ["--model", str(tmp_path / "model"), "--tokenizer", str(models.TINY_RECALL)]
+    asked = ["--tasks", "mmlu", "--num-fewshot", "0", "--data", folder]
+    assert evaluate(*options, *asked) == USAGE
+    assert_one_line(capsys, "the tokenizer has 296 tokens")
+
+
+@pytest.mark.usefixtures("unanswered")
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"half": ')
+    assert evaluate("--tokenizer", str(tmp_path / "tokenizer.json")) == USAGE
+    assert_one_line(capsys, "no tokenizer in")
+
+
+@pytest.mark.usefixtures("unanswered")
+@pytest.mark.parametrize(("option", "extra"), [("--report", "report"), ("--wandb", "wandb")])
+def test_a_missing_extra_is_named_before_the_work(
+    option: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert evaluate(option, str(tmp_path / "x")) == USAGE
+    assert_one_line(capsys, f"pip install 'granite-paged[{extra}]' brings it")
+
+
+@pytest.mark.usefixtures("unanswered")
+def test_answers_of_another_run_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    head = {"format": 1, "run": {"model": "another"}}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(head) + "\n")
+    assert evaluate("--output", str(tmp_path / "answers.jsonl")) == USAGE
+    assert_one_line(capsys, "holds answers of another run: model was another, now tiny-recall")
+
+
+def test_the_command_line_that_a_report_shows_is_the_one_that_was_typed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/granite-paged", "eval", "--subjects", "a b"])
+    assert commands._command_line() == "granite-paged eval --subjects 'a b'"

@@ -1,0 +1,429 @@
+"""The evaluation as a whole: the same answers, told apart when they are not, and never lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+import torch
+from evaluation import (
+    SMALL_PAGES,
+    data_folder,
+    requests,
+    tiny_evaluation,
+    tiny_loaded,
+    tiny_task,
+)
+from tiny import VOCABULARY
+
+from granite_paged import PagedConfig
+from granite_paged.errors import InvalidRequest, ResultsError
+from granite_paged.evaluate import modes, run
+from granite_paged.evaluate.journal import Journal, Record
+from granite_paged.evaluate.judge import judged as judged_differences
+from granite_paged.evaluate.metrics import (
+    Agreement,
+    agreement,
+    credit,
+    gap_error,
+    mode_metrics,
+    quantile,
+)
+from granite_paged.evaluate.modes import Needs
+from granite_paged.evaluate.peaks import Peaks
+from granite_paged.evaluate.scorer import Answer, Request, Score, choice
+from granite_paged.evaluate.tasks import Options, Question, Task, make_task
+from granite_paged.models import LoadedModel, load, load_tokenizer
+from granite_paged.page_table import NOBODY, PageTable
+
+LONGEST_RECALL = 128  # tokens: attention on the CPU is dense
+
+
+@pytest.fixture(scope="module")
+def embedded() -> LoadedModel:
+    return load(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def recall(embedded: LoadedModel) -> Task:
+    task = make_task("recall", Options(smallest=16), embedded, None)
+    short = [q for q in task.questions if len(q.request.context) <= LONGEST_RECALL]
+    return dataclasses.replace(task, questions=tuple(short))
+
+
+@pytest.fixture(params=["forked cache", "engine"])
+def scored_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the paged mode scores by."""
+    engine = request.param == "engine"
+    if engine and not modes.has_engine():
+        pytest.skip("this version of the package has no engine")
+    monkeypatch.setattr(modes, "has_engine", lambda: engine)
+
+
+def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement]:
+    """The paged mode's metrics, and its agreement with default."""
+    config = PagedConfig(page_size=16)
+    result = tiny_evaluation(embedded, recall, config=config).tasks["recall"]
+    return result.modes["paged"], result.agreement["paged"]
+
+
+# -- the same answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scored_by")
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("flavour", ["hybrid", "dense"])
+def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch: int) -> None:
+    evaluation = tiny_evaluation(tiny_loaded(flavour), tiny_task(12), batch=batch)
+    found = evaluation.tasks["tiny"].agreement["paged"]
+    assert found.questions == 12
+    assert found.differing == ()
+    assert found.largest_difference < 1e-4
+    assert evaluation.passed
+
+
+@pytest.mark.usefixtures("scored_by")
+def test_recall_is_answered_right_by_both(embedded: LoadedModel, recall: Task) -> None:
+    paged, found = evaluate_recall(embedded, recall)
+    assert paged.accuracy == 1.0
+    assert found.differing == ()
+
+
+def test_a_slice_of_mmlu_and_truthfulqa_agrees_on_every_choice(embedded: LoadedModel) -> None:
+    folder = data_folder()
+    tokenizer = load_tokenizer(f"{folder}/cl100k_tokenizer.json")
+    loaded = tiny_loaded(vocab_size=100352, hidden_size=48)
+    options = Options(num_fewshot=0, limit=10, data=folder)
+    for name in ("mmlu", "truthfulqa_mc1"):
+        task = make_task(name, options, loaded, tokenizer)
+        found = tiny_evaluation(loaded, task).tasks[name].agreement["paged"]
+        assert found.questions == 10
+        assert found.differing == (), name
+
+
+# -- teeth --------------------------------------------------------------------------------------
+
+
+def dropped_pages(table: PageTable) -> None:
+    """Nobody owns any row's second page any more."""
+    second = table.physical[:, 1].long()
+    table.logical[second[second > 0]] = NOBODY
+
+
+def duplicated_pages(table: PageTable) -> None:
+    """Every row's first page stands in the place of its second, too."""
+    table.physical[:, 1] = table.physical[:, 0]
+
+
+@pytest.mark.usefixtures("scored_by")
+@pytest.mark.parametrize("spoil", [dropped_pages, duplicated_pages])
+def test_a_wrong_page_table_lowers_recall_and_agreement(
+    spoil: Any, embedded: LoadedModel, recall: Task
+) -> None:
+    with faults._after_table_write(spoil):
+        paged, found = evaluate_recall(embedded, recall)
+    assert paged.accuracy < 0.95
+    assert len(found.differing) > 0.05 * found.questions
+    assert not found.passed, "differences were taken for near-ties"
+
+
+def test_values_in_a_wrong_page_lower_recall(embedded: LoadedModel, recall: Task) -> None:
+    with faults.crossed_values():
+        paged, found = evaluate_recall(embedded, recall)
+    assert paged.accuracy < 0.8  # a context of one page has no other to cross with
+    assert not found.passed
+
+
+def test_a_wrong_answer_is_no_near_tie_and_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scorer that turns one question's log-likelihoods round."""
+    make = run.make_scorer
+
+    def contrary(mode: str, *args: Any) -> Any:
+        scorer = make(mode, *args)
+        return _Contrary(scorer) if mode == "paged" else scorer
+
+    monkeypatch.setattr(run, "make_scorer", contrary)
+    evaluation = tiny_evaluation()
+    found = evaluation.tasks["tiny"].agreement["paged"]
+    assert len(found.differing) == 6
+    assert not evaluation.passed
+    for difference in found.differing:
+        assert difference.near_tie is False
+        assert difference.gap > found.sdpa_error > 0  # type: ignore[operator]
+
+
+class _Contrary:
+    batch = 1
+
+    def __init__(self, scorer: Any) -> None:
+        self._scorer = scorer
+        self.forget = scorer.forget
+        self.close = scorer.close
+
+    def score(self, asked: Sequence[Request]) -> list[Answer]:
+        return [
+            a._replace(scores=[Score(-score.logprob, score.greedy) for score in a.scores])
+            for a in self._scorer.score(asked)
+        ]
+
+
+# -- near-ties ----------------------------------------------------------------------------------
+
+
+def judged(gap: float) -> Agreement:
+    """Of a bfloat16 model and a question whose two best choices are `gap` apart."""
+    loaded, task = tiny_loaded(), tiny_task(6)
+    loaded.model.to(torch.bfloat16)
+    journal = Journal(None, {})
+    tiny_evaluation(loaded, task, journal=journal, modes=("default",))
+    default = {key: r for (_, _, key), r in journal.records.items()}
+    low, high = -1.0 - gap, -1.0
+    tie = dataclasses.replace(default["0"], logprobs=(high, low, -9.0, -9.0))
+    flipped = dataclasses.replace(default["0"], logprobs=(low, high, -9.0, -9.0))
+    found = agreement(task, {**default, "0": tie}, {**default, "0": flipped})
+    with torch.inference_mode():
+        return judged_differences(found, task, default, loaded.model, seed=0)
+
+
+def test_a_gap_within_sdpas_own_error_is_a_near_tie() -> None:
+    found = judged(gap=1e-6)
+    (difference,) = found.differing
+    assert difference.near_tie is True
+    assert found.reference == "float32"
+    assert found.measured == 6
+    assert found.passed
+
+
+def test_a_gap_beyond_sdpas_own_error_is_a_mistake() -> None:
+    found = judged(gap=50.0)
+    (difference,) = found.differing
+    assert difference.near_tie is False
+    assert 0 < found.sdpa_error < 50.0  # type: ignore[operator]
+    assert not found.passed
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_every_difference_in_bfloat16_is_a_near_tie(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of forty choices a token long, whose best two are often the same number in bfloat16."""
+    monkeypatch.setattr(modes, "has_engine", lambda: False)  # it takes ten times as long here
+    loaded, draw = tiny_loaded("dense", initializer_range=0.144), random.Random(5)
+    loaded.model.to(torch.bfloat16)
+    many = [
+        Question(str(i), "all", r._replace(continuations=choices_of(40, draw)), (1,) + (0,) * 39)
+        for i, r in enumerate(requests(60))
+    ]
+    evaluation = tiny_evaluation(loaded, Task("tiny", tuple(many)), batch=batch)
+    found = evaluation.tasks["tiny"].agreement["paged"]
+    assert found.differing
+    assert evaluation.passed
+    assert all(d.sdpa_error is not None for d in found.differing)
+
+
+def choices_of(count: int, draw: random.Random) -> list[list[int]]:
+    return [[token] for token in draw.sample(range(3, VOCABULARY), count)]
+
+
+def test_the_error_of_a_gap_is_that_of_the_worst_pair() -> None:
+    assert gap_error([-1.0, -2.0, -3.0], [-1.1, -2.0, -2.8]) == pytest.approx(0.3)
+
+
+# -- going on -----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def stop_after(answers: int) -> Any:
+    seen = 0
+
+    def progress(task: str, more: int) -> None:
+        nonlocal seen
+        seen += more
+        if seen >= answers:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, batch: int) -> None:
+    whole = Journal(None, {})
+    expected = tiny_evaluation(journal=whole, batch=batch)
+    path = str(tmp_path / "answers.jsonl")
+    with pytest.raises(Killed):
+        tiny_evaluation(journal=Journal(path, {}), batch=batch, progress=stop_after(5))
+    kept = Journal(path, {})
+    assert 0 < len(kept.records) < len(whole.records)
+    resumed = tiny_evaluation(journal=kept, batch=batch)
+    assert set(kept.records) == set(whole.records)
+    for place, record in whole.records.items():  # other pages, other order of sums: last digits
+        again = kept.records[place]
+        assert again.greedy == record.greedy
+        assert choice(again.logprobs) == choice(record.logprobs)
+        assert again.logprobs == pytest.approx(record.logprobs, abs=1e-4)
+    assert accuracies(resumed) == accuracies(expected)
+
+
+def accuracies(evaluation: Any) -> dict[str, Any]:
+    return {mode: m.accuracy for mode, m in evaluation.tasks["tiny"].modes.items()}
+
+
+def test_a_finished_run_is_told_again_without_a_model(tmp_path: Path) -> None:
+    path = str(tmp_path / "answers.jsonl")
+    first = tiny_evaluation(journal=Journal(path, {}))
+    loaded = tiny_loaded()
+    loaded.model.forward = None  # type: ignore[method-assign]
+    assert tiny_evaluation(loaded, journal=Journal(path, {})) == first
+
+
+def test_an_interrupt_keeps_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "answers.jsonl")
+    append = Journal.append
+
+    def interrupted(self: Journal, records: Any) -> None:
+        if len(self.records) >= 6:
+            raise KeyboardInterrupt
+        append(self, records)
+
+    monkeypatch.setattr(Journal, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_evaluation(journal=Journal(path, {}))
+    assert len(Journal(path, {}).records) == 6
+
+
+def test_another_question_is_another_run() -> None:
+    loaded, task = tiny_loaded(), tiny_task()
+    same = run.identity(loaded, [task], ("default",), SMALL_PAGES, 1)
+    assert same == run.identity(loaded, [tiny_task()], ("default",), SMALL_PAGES, 1)
+    assert same != run.identity(loaded, [tiny_task(seed=9)], ("default",), SMALL_PAGES, 1)
+
+
+def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
+    path, loaded = str(tmp_path / "answers.jsonl"), tiny_loaded()
+    Journal(path, run.identity(loaded, [tiny_task()], ("default",), SMALL_PAGES, 1)).close()
+    with pytest.raises(ResultsError, match="another run: questions was"):
+        Journal(path, run.identity(loaded, [tiny_task(5)], ("default",), SMALL_PAGES, 1))
+
+
+@pytest.mark.parametrize("finished", [0, 5])
+def test_progress_counts_every_answer_once_finished_ones_too(finished: int) -> None:
+    journal, seen = Journal(None, {}), []
+    if finished:
+        with pytest.raises(Killed):
+            tiny_evaluation(journal=journal, progress=stop_after(finished))
+    tiny_evaluation(journal=journal, progress=lambda task, more: seen.append(more))
+    assert sum(seen) == 2 * 6
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"now": 1000, "peak": 0}  # weights
+
+    def use(kept: int, passing: int) -> None:
+        held["now"] += kept
+        held["peak"] = max(held["peak"], held["now"] + passing)
+
+    for name, value in {
+        "reset_peak_memory_stats": lambda device: held.update(peak=held["now"]),
+        "memory_allocated": lambda device: held["now"],
+        "max_memory_allocated": lambda device: held["peak"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    memory = Peaks(torch.device("cuda"))
+    with memory.of("paged"):
+        use(kept=300, passing=20)
+    assert memory.peak("paged") == 1320
+    with memory.of("default"):
+        use(kept=0, passing=50)
+    assert memory.peak("default") == 1050
+    with memory.of("paged"):
+        use(kept=7, passing=0)
+    assert memory.peak("paged") == 1307
+
+
+# -- what cannot be answered --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("scored_by")
+@pytest.mark.parametrize("batch", [1, 4])
+def test_contexts_longer_than_the_pool_are_counted_and_the_others_answered(batch: int) -> None:
+    long = Request(list(range(3, 93)), [[5], [6], [7], [8]])
+    task = tiny_task(3)
+    task = Task("tiny", (*task.questions, Question("long", "long", long, (1, 0, 0, 0))))
+    config = PagedConfig(page_size=8, max_tokens=88)
+    evaluation = tiny_evaluation(None, task, config=config, batch=batch)
+    result = evaluation.tasks["tiny"]
+    assert result.modes["paged"].refused == 1
+    assert result.modes["paged"].questions == 3
+    assert result.modes["default"].refused == 0
+    assert result.agreement["paged"].questions == 3
+
+
+def test_a_run_without_any_answer_says_why() -> None:
+    with pytest.raises(InvalidRequest, match=r"every question was refused; the first: .* out of"):
+        tiny_evaluation(config=PagedConfig(page_size=8, max_tokens=8))
+
+
+def test_a_log_likelihood_that_is_no_number_is_refused() -> None:
+    loaded = tiny_loaded()
+    torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
+    with pytest.raises(InvalidRequest, match="not a finite number"):
+        tiny_evaluation(loaded, modes=("default",))
+
+
+# -- metrics ------------------------------------------------------------------------------------
+
+
+def question(key: str, labels: tuple[int, ...]) -> Question:
+    return Question(key, "g", Request([1, 2], [[3]] * len(labels)), labels)
+
+
+def test_metrics_are_what_the_records_say() -> None:
+    task = Task("t", tuple(question(str(i), (1, 0)) for i in range(4)))
+    records = {
+        str(i): Record(
+            "paged", "t", str(i), (-1.0, -2.0) if i else (-2.0, -1.0), (True, False),
+            seconds=0.1 * (i + 1), tokens=10, full=20, computed=5, reused=1, peak=100 + i,
+        )
+        for i in range(4)
+    }  # fmt: skip
+    metrics = mode_metrics(task, records)
+    assert metrics.accuracy == 0.75
+    assert metrics.stderr == pytest.approx(0.25)
+    assert metrics.latency_mean_ms == pytest.approx(250)
+    assert metrics.latency_p50_ms == pytest.approx(250)
+    assert metrics.latency_p99_ms == pytest.approx(397)
+    assert metrics.questions_per_second == pytest.approx(4)
+    assert metrics.tokens_per_second == pytest.approx(40)
+    assert metrics.peak_bytes == 103
+    assert metrics.saved_tokens == 60
+    assert metrics.hit_rate == pytest.approx(4 / 8)
+
+
+def test_quantiles_are_linear_between_neighbours() -> None:
+    assert quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert quantile([7.0], 0.99) == 7.0
+
+
+def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:
+    asked = question("0", (1, 0, 1))
+    logprobs = [-2000 + math.log(part) for part in (0.2, 0.5, 0.3)]
+    assert credit(asked, logprobs, mass=True) == pytest.approx(0.5)
+    assert credit(asked, logprobs, mass=False) == 0.0
+
+
+def test_needs_are_those_of_the_longest_sequence() -> None:
+    assert Needs.of([*requests(5), Request([1] * 200, [[1], [1, 2]])]) == Needs(longest=202)

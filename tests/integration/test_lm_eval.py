@@ -1,0 +1,352 @@
+"""Against EleutherAI's lm-eval: its prompts, its scores, and this package as one of its models.
+
+Runs where lm-eval is installed: `nox -s eval_parity` installs it and asks every question there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation import data_folder, tiny_loaded
+
+from granite_paged import PagedConfig
+from granite_paged.evaluate.scorer import Answer, choice
+from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.evaluate.tasks import Options, Task, make_task
+from granite_paged.models import LoadedModel, load_tokenizer
+
+lm_eval = pytest.importorskip(
+    "lm_eval", reason="lm-eval is not installed: `nox -s eval_parity` installs it and runs these"
+)
+
+CLOSE = 1e-4
+SLICE = 200
+"""Questions, over all tasks, unless GRANITE_PAGED_PARITY=all."""
+
+EVERYTHING = os.environ.get("GRANITE_PAGED_PARITY") == "all"
+TASKS = ("mmlu", "truthfulqa_mc1", "truthfulqa_mc2")
+PAGES = PagedConfig(page_size=16)
+
+
+TOKENS = 4096
+"""The commonest of cl100k: logits of all would take most of the time, and texts are split alike."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    content = json.loads((Path(data_folder()) / "cl100k_tokenizer.json").read_text("utf-8"))
+    model = content["model"]
+    vocabulary = {token: i for token, i in model["vocab"].items() if i < TOKENS}
+    model["merges"] = [
+        pair for pair in model["merges"] if {*pair, "".join(pair)} <= vocabulary.keys()
+    ]
+    model["vocab"] = vocabulary
+    content["added_tokens"] = []
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokens = load_tokenizer(str(path))
+    tokens.add_special_tokens({"eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"})
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def loaded(tokenizer: Any) -> LoadedModel:
+    """Random weights: which choice wins is chance, that it is the same one is not."""
+    return tiny_loaded(vocab_size=len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def tasks(loaded: LoadedModel, tokenizer: Any) -> dict[str, Task]:
+    limit = None if EVERYTHING else SLICE // len(TASKS) + 1
+    options = Options(num_fewshot=0, limit=limit, data=data_folder())
+    return {name: make_task(name, options, loaded, tokenizer) for name in TASKS}
+
+
+@pytest.fixture(scope="module")
+def hflm(loaded: LoadedModel, tokenizer: Any) -> Any:
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
+    return HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=4, device="cpu")
+
+
+def lm_eval_scores(hflm: Any, task: Task) -> list[list[float]]:
+    pairs = [
+        (("", ""), list(q.request.context), list(tokens))
+        for q in task.questions
+        for tokens in q.request.continuations
+    ]
+    found = iter(hflm._loglikelihood_tokens(pairs, disable_tqdm=True))
+    return [[next(found)[0] for _ in q.labels] for q in task.questions]
+
+
+def shortest_first(task: Task) -> Task:
+    """Attention on the CPU is dense over the pool, which grows with the longest context so far."""
+    questions = sorted(task.questions, key=lambda question: question.request.tokens)
+    return dataclasses.replace(task, questions=tuple(questions))
+
+
+def choices(scores: Sequence[Sequence[float]]) -> list[int]:
+    return [choice(logprobs) for logprobs in scores]
+
+
+# -- scores -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_log_likelihoods_are_hflms_and_choices_the_same(
+    name: str, tasks: dict[str, Task], loaded: LoadedModel, hflm: Any
+) -> None:
+    task = shortest_first(tasks[name])
+    expected = lm_eval_scores(hflm, task)
+    answers: list[Answer] = []
+    scorer = PagedScorer(loaded.model, PAGES)
+    for question in task.questions:
+        answers += scorer.score([question.request])
+    ours = [[score.logprob for score in answer.scores] for answer in answers]
+    differences = [
+        abs(a - b)
+        for one, other in zip(ours, expected, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    assert max(differences) <= CLOSE
+    assert choices(ours) == choices(expected)
+    assert len(task.questions) >= (817 if EVERYTHING else SLICE // len(TASKS))
+
+
+def test_greedy_is_hflms(tasks: dict[str, Task], loaded: LoadedModel, hflm: Any) -> None:
+    """With continuations that greedy decoding would write, and others."""
+    request = tasks["truthfulqa_mc1"].questions[0].request
+    (first,) = PagedScorer(loaded.model, PAGES).score([request])
+    greedy = _greedy(loaded, request.context, 3)
+    asked = request._replace(continuations=[greedy, [*greedy[:2], greedy[2] ^ 1]])
+    pairs = [(("", ""), list(asked.context), list(tokens)) for tokens in asked.continuations]
+    expected = [found[1] for found in hflm._loglikelihood_tokens(pairs, disable_tqdm=True)]
+    (answer,) = PagedScorer(loaded.model, PAGES).score([asked])
+    assert [score.greedy for score in answer.scores] == expected == [True, False]
+    assert not any(score.greedy for score in first.scores)
+
+
+def _greedy(loaded: LoadedModel, context: Sequence[int], count: int) -> list[int]:
+    import torch  # noqa: PLC0415
+
+    tokens = loaded.model.generate(
+        torch.tensor([list(context)]), max_new_tokens=count, do_sample=False, use_cache=False
+    )
+    return tokens[0, -count:].tolist()
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+SUBJECTS = ("anatomy", "high_school_us_history", "us_foreign_policy")
+
+
+@pytest.fixture(scope="module")
+def offline_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder from which lm-eval's unchanged tasks read our files as if they were the hub's."""
+    hub = tmp_path_factory.mktemp("hub")
+    mmlu = [
+        {"config_name": subject, "data_files": [_file(hub, split, subject) for split in SPLITS]}
+        for subject in SUBJECTS
+    ]
+    _card(hub / "cais" / "mmlu", mmlu)
+    folder = hub / "truthfulqa" / "truthful_qa"
+    folder.mkdir(parents=True)
+    rows = (Path(data_folder()) / "truthfulqa_mc.jsonl").read_text(encoding="utf-8")
+    (folder / "validation.jsonl").write_text(rows, encoding="utf-8")
+    files = [{"split": "validation", "path": "validation.jsonl"}]
+    _card(folder, [{"config_name": "multiple_choice", "data_files": files}])
+    return hub
+
+
+SPLITS = {"test": "mmlu_test", "dev": "mmlu_dev"}
+
+
+def _file(hub: Path, split: str, subject: str) -> dict[str, str]:
+    source = Path(data_folder()) / f"{SPLITS[split]}.jsonl"
+    folder = hub / "cais" / "mmlu"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        line
+        for line in source.read_text(encoding="utf-8").split("\n")
+        if line and json.loads(line)["subject"] == subject
+    ]
+    path = f"{subject}-{split}.jsonl"
+    (folder / path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {"split": split, "path": path}
+
+
+def _card(folder: Path, configs: list[dict[str, Any]]) -> None:
+    front = json.dumps({"configs": configs})  # YAML reads JSON
+    (folder / "README.md").write_text(f"---\n{front}\n---\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def theirs(offline_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """lm-eval's own tasks, by name."""
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415
+
+    names = [*(f"mmlu_{subject}" for subject in SUBJECTS), "truthfulqa_mc1", "truthfulqa_mc2"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(offline_hub)
+        patched.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patched.setattr("datasets.config.HF_HUB_OFFLINE", True)
+        return dict(TaskManager().load(names)["tasks"])
+
+
+def instances(task: Any, fewshot: int) -> list[list[tuple[str, str]]]:
+    """(context, continuation) of each choice of each question."""
+    task.set_config("num_fewshot", fewshot)
+    task.build_all_requests(rank=0, world_size=1)
+    by_document: dict[int, list[tuple[str, str]]] = {}
+    for instance in task.instances:
+        by_document.setdefault(instance.doc_id, []).append(instance.args)
+    return [by_document[number] for number in sorted(by_document)]
+
+
+@pytest.mark.parametrize("fewshot", [0, 5])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_mmlu_is_asked_in_lm_evals_words_and_tokens(
+    subject: str,
+    fewshot: int,
+    theirs: dict[str, Any],
+    loaded: LoadedModel,
+    tokenizer: Any,
+    hflm: Any,
+) -> None:
+    options = Options(num_fewshot=fewshot, subjects=(subject,), data=data_folder())
+    ours = make_task("mmlu", options, loaded, tokenizer)
+    assert_same_tokens(ours, instances(theirs[f"mmlu_{subject}"], fewshot), hflm)
+
+
+@pytest.mark.parametrize("name", ["truthfulqa_mc1", "truthfulqa_mc2"])
+def test_truthfulqa_is_asked_in_lm_evals_words_and_tokens(
+    name: str, theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any, hflm: Any
+) -> None:
+    ours = make_task(name, Options(data=data_folder()), loaded, tokenizer)
+    assert_same_tokens(ours, instances(theirs[name], 0), hflm)
+
+
+def assert_same_tokens(ours: Task, asked: list[list[tuple[str, str]]], hflm: Any) -> None:
+    assert len(ours.questions) == len(asked)
+    for question, pairs in zip(ours.questions, asked, strict=True):
+        encoded = [hflm._encode_pair(context, continuation) for context, continuation in pairs]
+        assert [list(question.request.context)] * len(pairs) == [context for context, _ in encoded]
+        assert [list(c) for c in question.request.continuations] == [c for _, c in encoded]
+
+
+def test_accuracy_is_lm_evals(theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any) -> None:
+    """`granite_paged` as lm-eval's model, through lm-eval's own evaluator."""
+    from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
+    from granite_paged.evaluate.metrics import credit  # noqa: PLC0415
+
+    model = GranitePagedLM(loaded.model, tokenizer=tokenizer, page_size=16)
+    names = ["mmlu_anatomy", "truthfulqa_mc1", "truthfulqa_mc2"]
+    for name in names:
+        theirs[name].set_config("num_fewshot", 0)
+    from lm_eval.evaluator import evaluate  # noqa: PLC0415
+
+    results = evaluate(
+        lm=model, task_dict={name: theirs[name] for name in names}, limit=12, bootstrap_iters=0
+    )["results"]
+    for name in names:
+        ours = make_task(
+            name.removesuffix("_anatomy"),
+            Options(num_fewshot=0, subjects=("anatomy",), data=data_folder()),
+            loaded,
+            tokenizer,
+        )
+        scorer = PagedScorer(loaded.model, PAGES)
+        answers = scorer.score([q.request for q in ours.questions[:12]])
+        right = [
+            credit(q, [s.logprob for s in a.scores], mass=ours.mass)
+            for q, a in zip(ours.questions, answers, strict=False)
+        ]
+        assert results[name]["acc,none"] == pytest.approx(sum(right) / 12, abs=1e-4)
+
+
+def test_the_command_line_of_lm_eval_knows_the_model(
+    offline_hub: Path, theirs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -m granite_paged.evaluate.lm` runs it; `theirs` has read the data by then."""
+    from granite_paged.evaluate.lm import main  # noqa: PLC0415
+
+    monkeypatch.chdir(offline_hub)
+    options = {
+        "--model": "granite_paged",
+        "--model_args": "page_size=16",
+        "--device": "cpu",
+        "--tasks": "mmlu_anatomy",
+        "--limit": "2",
+        "--output_path": str(tmp_path),
+    }
+    words = [word for option in options.items() for word in option]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *words])
+    main()
+    (written,) = tmp_path.rglob("results_*.json")
+    result = json.loads(written.read_text())
+    assert result["config"]["model"] == "granite_paged"
+    assert result["n-samples"]["mmlu_anatomy"]["effective"] == 2
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+
+def model_of(loaded: LoadedModel, tokenizer: Any, **options: Any) -> Any:
+    from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
+
+    return GranitePagedLM(loaded.model, tokenizer=tokenizer, page_size=16, **options)
+
+
+def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance  # noqa: PLC0415
+
+    return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
+
+
+def test_the_model_is_registered_by_its_name() -> None:
+    from lm_eval.api.registry import get_model  # noqa: PLC0415
+
+    from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
+
+    assert get_model("granite_paged") is GranitePagedLM
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_requests_in_any_order_are_scored_as_hflm_does(
+    batch: int, loaded: LoadedModel, tokenizer: Any, hflm: Any
+) -> None:
+    draw = random.Random(0)
+    start = "The capital of France is Paris. " * 8
+    pairs = [(f"{start}{place} is in", f" {answer}") for place in ("Rome", "Bonn", "Oslo")
+             for answer in ("Italy", "Germany", "Norway of course")]  # fmt: skip
+    pairs += [("", "an empty context"), (start + "ends in a space ", "here")]
+    draw.shuffle(pairs)
+    requests = asked("loglikelihood", *pairs)
+    ours = model_of(loaded, tokenizer, batch_size=batch).loglikelihood(requests, disable_tqdm=True)
+    expected = hflm.loglikelihood(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
+    assert [score for score, _ in ours] == pytest.approx(
+        [score for score, _ in expected], abs=CLOSE
+    )
+
+
+def test_rolling_log_likelihoods_are_hflms(loaded: LoadedModel, tokenizer: Any, hflm: Any) -> None:
+    requests = asked("loglikelihood_rolling", ("Paging keeps the answers.",), ("So it does.",))
+    ours = model_of(loaded, tokenizer).loglikelihood_rolling(requests, disable_tqdm=True)
+    expected = hflm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert ours == pytest.approx(expected, abs=CLOSE)
+
+
+def test_generations_are_hflms(loaded: LoadedModel, tokenizer: Any, hflm: Any) -> None:
+    options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+    requests = asked("generate_until", ("Paged attention is", options), ("One two", options))
+    ours = model_of(loaded, tokenizer).generate_until(requests, disable_tqdm=True)
+    assert ours == hflm.generate_until(requests, disable_tqdm=True)
+    assert any(ours)

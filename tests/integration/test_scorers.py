@@ -1,0 +1,270 @@
+"""Scorers: the same log-likelihoods, whatever is shared, forked, batched or compiled."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
+
+from granite_paged import PagedConfig, is_patched
+from granite_paged.errors import OutOfPages, PromptError
+from granite_paged.evaluate import batch_size, modes, scorer_engine
+from granite_paged.evaluate.modes import Needs, make_scorer
+from granite_paged.evaluate.scorer import (
+    Request,
+    Score,
+    Scorer,
+    Tally,
+    Wanted,
+    choice,
+    distinct_rows,
+    full_length,
+)
+from granite_paged.evaluate.scorer_default import DefaultScorer
+from granite_paged.evaluate.scorer_engine import EngineScorer
+from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.evaluate.scorer_static import StaticScorer
+
+CLOSE = 1e-4  # of a log-likelihood, what the issue's parity allows; a few dozen roundings of it
+FLAVOURS = ["hybrid", "rotary", "experts", "dense"]
+
+
+def from_the_formula(model: Any, request: Request) -> list[float]:
+    """Each continuation in a forward pass of its own, read token by token, in float64."""
+    found = []
+    for continuation in request.continuations:
+        ids = torch.tensor([[*request.context, *continuation]])
+        with torch.inference_mode():
+            logprobs = model(ids, use_cache=False).logits.double().log_softmax(dim=-1)[0]
+        start = len(request.context) - 1
+        found.append(sum(logprobs[start + i, t].item() for i, t in enumerate(continuation)))
+    return found
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_default_scores_are_the_formulas(flavour: str) -> None:
+    model = tiny_loaded(flavour).model
+    for request, answer in zip(requests(3), DefaultScorer(model).score(requests(3)), strict=True):
+        expected = from_the_formula(model, request)
+        assert [score.logprob for score in answer.scores] == pytest.approx(expected, abs=CLOSE)
+
+
+def test_default_in_batches_scores_as_one_by_one() -> None:
+    model = tiny_loaded().model
+    assert largest_difference(
+        DefaultScorer(model, 5).score(requests()), DefaultScorer(model).score(requests())
+    ) < CLOSE  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_paged_scores_as_default(flavour: str, batch: int) -> None:
+    model = tiny_loaded(flavour).model
+    default = DefaultScorer(model).score(requests())
+    scorer = PagedScorer(model, SMALL_PAGES, batch)
+    paged = scorer.score(requests())
+    assert largest_difference(paged, default) < CLOSE
+    assert [choice([s.logprob for s in a.scores]) for a in paged] == [
+        choice([s.logprob for s in a.scores]) for a in default
+    ]
+    assert [[s.greedy for s in a.scores] for a in paged] == [
+        [s.greedy for s in a.scores] for a in default
+    ]
+    scorer.cache.check_valid()
+
+
+def test_a_shared_prefix_is_run_once_and_ends_at_a_boundary_of_page_and_chunk() -> None:
+    scorer = PagedScorer(tiny_loaded(mamba_chunk_size=16).model, SMALL_PAGES)
+    first, *others = scorer.score(requests(prefix=40))
+    assert first.reused == 0
+    assert {answer.reused for answer in others} == {32}
+
+
+def test_what_was_computed_and_reused_adds_up() -> None:
+    asked = requests()
+    answers = PagedScorer(tiny_loaded().model, SMALL_PAGES).score(asked)
+    for request, answer in zip(asked, answers, strict=True):
+        forks = {tuple(tokens[:-1]) for tokens in request.continuations if len(tokens) > 1}
+        assert answer.computed is not None
+        assert answer.computed + answer.reused == len(request.context) + sum(map(len, forks))
+        assert answer.computed < full_length(request)
+
+
+def test_a_prefix_of_a_prefix_is_kept_beside_it() -> None:
+    scorer = PagedScorer(tiny_loaded().model, SMALL_PAGES)
+    (long,) = requests(1, prefix=70)
+    short = long._replace(context=[*long.context[:40], 5, 6], shared=40)
+    answers = scorer.score([short, long, long])
+    assert [answer.reused for answer in answers] == [0, 32, 64]
+
+
+def test_scoring_leaves_the_model_as_it_was() -> None:
+    model = tiny_loaded().model
+    config = model.config
+    PagedScorer(model, SMALL_PAGES).score(requests(2))
+    assert not is_patched(model)
+    assert model.config is config
+
+
+def test_the_twin_shares_every_weight() -> None:
+    model = tiny_loaded().model
+    before = {parameter.data_ptr() for parameter in model.parameters()}
+    scorer = PagedScorer(model, SMALL_PAGES)
+    assert {parameter.data_ptr() for parameter in scorer._model.parameters()} == before
+
+
+def test_a_full_pool_lets_go_of_its_prefixes_before_it_gives_up() -> None:
+    first, second = requests(1, seed=3)[0], requests(1, seed=4)[0]
+    longest = max(len(request.context) for request in (first, second))
+    scorer = PagedScorer(tiny_loaded().model, PagedConfig(page_size=8, max_tokens=longest + 48))
+    alone = PagedScorer(tiny_loaded().model, SMALL_PAGES).score([second])
+    assert largest_difference(scorer.score([first, second])[1:], alone) < CLOSE
+
+
+def test_a_context_longer_than_the_pool_is_refused_and_the_next_is_scored() -> None:
+    scorer = PagedScorer(tiny_loaded().model, PagedConfig(page_size=8, max_tokens=64))
+    long = Request(list(range(3, 93)), [[5], [6]])
+    with pytest.raises(OutOfPages):
+        scorer.score([long])
+    (answer,) = scorer.score([Request([5, 6, 7], [[5], [6]])])
+    assert len(answer.scores) == 2
+
+
+@pytest.mark.parametrize("scorer", [DefaultScorer, PagedScorer])
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (Request([], [[5]]), "request 0 has an empty context"),
+        (Request([5], []), "request 0 has an empty continuation"),
+        (Request([5], [[6], []]), "request 0 has an empty continuation"),
+    ],
+    ids=["context", "no continuation", "empty continuation"],
+)
+def test_an_empty_request_is_refused(scorer: Any, request_: Request, reason: str) -> None:
+    with pytest.raises(PromptError, match=reason):
+        scorer(tiny_loaded().model).score([request_])
+
+
+def test_continuations_that_differ_in_the_last_token_share_a_row() -> None:
+    rows = distinct_rows([Request([1, 2], [[3], [4], [5, 6], [5, 7]])])
+    assert [row.tokens for row in rows] == [[1, 2], [1, 2, 5]]
+    assert [[slot for slot, _ in row.endings] for row in rows] == [[0, 1], [2, 3]]
+
+
+def test_the_tally_reads_each_token_at_the_position_before_it() -> None:
+    logits = torch.zeros(1, 3, 4)
+    logits[0, 1, 2] = 5.0  # position 11 decides token 2
+    tally = Tally([Request([0], [[2], [3]])])
+    tally.add(logits, [Wanted(0, 11, 2, 0), Wanted(0, 11, 3, 1)], first=10)
+    ((right, wrong),) = tally.scores()
+    assert right.greedy
+    assert not wrong.greedy
+    assert right.logprob - wrong.logprob == pytest.approx(5.0)
+
+
+def test_the_first_of_equals_is_chosen_as_in_lm_eval() -> None:
+    assert choice([-3.0, -1.0, -1.0, -2.0]) == 1
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_static_scores_as_default(flavour: str) -> None:
+    """Its step is not compiled here, which takes long and changes nothing but time."""
+    model = tiny_loaded(flavour).model
+    model.get_compiled_call = lambda config: model.__call__
+    scorer = make_scorer("static", model, SMALL_PAGES, Needs.of(requests()))
+    assert isinstance(scorer, StaticScorer)
+    expected = DefaultScorer(model).score(requests())
+    for _ in range(2):  # nothing is left from the first time
+        assert largest_difference(scorer.score(requests()), expected) < CLOSE
+    with pytest.raises(OutOfPages, match="make a longer StaticCache"):
+        scorer.score([Request([5] * 99, [[6]])])
+
+
+# -- batch size ---------------------------------------------------------------------------------
+
+
+def fastest(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> int:
+    """The batch size found when passes take so long; sizes without a time do not fit."""
+
+    def seconds(model: Any, asked: Any, batch: int) -> float:
+        if batch not in times:
+            raise torch.OutOfMemoryError
+        return times[batch]
+
+    monkeypatch.setattr(batch_size, "_seconds", seconds)
+    return batch_size.best_batch(None, requests())
+
+
+@pytest.mark.parametrize(
+    ("times", "best"),
+    [
+        ({1: 8.0, 2: 5.0, 4: 4.0, 8: 4.5, 16: 9.0, 32: 1.0}, 4),  # 16 ends the search
+        ({1: 8.0, 2: 5.0}, 2),  # 4 does not fit
+        ({2**i: 1 / 2**i for i in range(20)}, batch_size.LARGEST),
+        ({}, 1),
+    ],
+)
+def test_the_fastest_batch_that_fits_is_found(
+    times: dict[int, float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fastest(monkeypatch, times) == best
+
+
+# -- modes --------------------------------------------------------------------------------------
+
+
+def test_paged_is_the_forked_cache_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "has_engine", lambda: False)
+    needs = Needs.of(requests())
+    assert isinstance(
+        make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs), PagedScorer
+    )  # fmt: skip
+
+
+class EngineDouble:
+    """Answers as `Engine.score` is documented to."""
+
+    def __init__(self, model: Any, config: PagedConfig) -> None:
+        self.config = config
+        self.asked: list[Any] = []
+
+    def stats(self) -> Any:
+        return SimpleNamespace(tokens_hit=100 * len(self.asked))
+
+    def close(self) -> None:
+        pass
+
+    def score(self, pairs: list[Any], *, progress: bool | None = None) -> list[list[Any]]:
+        assert progress is False, "a bar of its own within ours"
+        self.asked += pairs
+        return [
+            [SimpleNamespace(logprob=-float(len(tokens)), greedy=False) for tokens in continuations]
+            for _, continuations in pairs
+        ]
+
+
+def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType(scorer_engine._MODULE)
+    module.Engine = EngineDouble  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, scorer_engine._MODULE, module)
+    monkeypatch.setattr(modes, "has_engine", lambda: True)
+    needs = Needs.of(requests())
+    scorer: Scorer = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs)
+    assert isinstance(scorer, EngineScorer)
+    (answer,) = scorer.score([Request([1, 2], [[3], [4, 5]], shared=1)])
+    assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
+    assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
+    assert scorer.engine.config.max_tokens >= needs.longest
+    assert scorer.engine.config.max_sequences > 1
+
+
+def test_what_an_engine_reused_is_counted_once() -> None:
+    scorer = EngineScorer(EngineDouble(None, SMALL_PAGES))
+    asked = [Request(list(range(150)), [[3], [4, 5]])] * 3
+    answers = scorer.score(asked)
+    assert [answer.reused for answer in answers] == [300, 0, 0]
+    assert [answer.computed for answer in answers] == [151 - 300, 151, 151]

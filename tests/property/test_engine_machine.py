@@ -1,0 +1,147 @@
+"""The engine under any order of requests: every answer is that of the request alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from office import Office, walk
+from paper_runner import HashOracle, ModelOracle, PaperRunner
+from tiny import tiny_model
+
+from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.runner import Runner
+from granite_paged.geometry import PagedConfig
+
+DEEP_STEPS = int(os.environ.get("GRANITE_PAGED_DEEP_STEPS", "6000"))
+"""Steps of the random walk; `nox -s property` asks for a million."""
+
+
+@functools.cache
+def model_oracle() -> ModelOracle:
+    """Transformers' SDPA in float32, which remembers what it was asked."""
+    return ModelOracle(tiny_model())
+
+
+# few different prompts, so that they share beginnings and the oracle remembers
+TOKENS = st.integers(3, 6)
+PROMPTS = st.builds(
+    lambda stem, tail: [7 + i % 5 for i in range(stem)] + tail,
+    st.sampled_from([0, 4, 8, 9, 16, 20]),
+    st.lists(TOKENS, min_size=1, max_size=3),
+)
+PARAMS = st.builds(
+    SamplingParams,
+    max_new_tokens=st.integers(1, 9),
+    temperature=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    stop_tokens=st.sampled_from([(), (11, 29, 30, 31, 32, 60)]),
+    n=st.sampled_from([1, 1, 2]),
+    seed=st.integers(0, 1),
+    priority=st.integers(-1, 1),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, step, fork, are cancelled and preempted; after each rule `Office.check`."""
+
+    @initialize(
+        pages=st.integers(11, 24),
+        rows=st.integers(1, 5),
+        chunk_tokens=st.sampled_from([16, 32]),
+        preemption=st.sampled_from(["recompute", "swap"]),
+        state_bytes=st.sampled_from([0, 250, 10_000]),
+    )
+    def start(self, preemption: str, state_bytes: int, **sizes: int) -> None:
+        options = {"preemption": preemption, "state_bytes": state_bytes}
+        self.office = Office(model_oracle(), options, self.runner(**sizes))
+
+    def runner(self, **sizes: int) -> Any:
+        return PaperRunner(model_oracle(), **sizes)
+
+    @rule(prompt=PROMPTS, params=PARAMS)
+    def submit(self, prompt: list[int], params: SamplingParams) -> None:
+        self.office.submit(prompt, params)
+
+    @rule(
+        context=PROMPTS,
+        continuations=st.lists(st.lists(TOKENS, min_size=1, max_size=4), max_size=3),
+    )
+    def score(self, context: list[int], continuations: list[list[int]]) -> None:
+        self.office.score(context, continuations)
+
+    @rule(prompt=PROMPTS, new=st.integers(1, 5), beams=st.integers(1, 3))
+    def search(self, prompt: list[int], new: int, beams: int) -> None:
+        params = SamplingParams(max_new_tokens=new, stop_tokens=(11, 29, 60))
+        self.office.search(prompt, params, beams)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.office.step()
+
+    @rule(pick=st.integers(0, 7))
+    def cancel(self, pick: int) -> None:
+        self.office.cancel(pick)
+
+    @rule()
+    def evict(self) -> None:
+        self.office.evict()
+
+    def teardown(self) -> None:
+        if hasattr(self, "office"):
+            self.office.drain()
+
+
+class LiveMachine(EngineMachine):
+    """The same on the tiny model itself: pages, states and attention as they are."""
+
+    def runner(self, *, pages: int, rows: int, chunk_tokens: int) -> Any:
+        sizes = PagedConfig(
+            page_size=4, max_tokens=4 * pages, max_sequences=rows, chunk_tokens=chunk_tokens
+        )
+        return Runner.for_model(tiny_model(), sizes)
+
+
+EXAMPLES = settings().max_examples
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=EXAMPLES // 2, stateful_step_count=25)
+TestLiveMachine = LiveMachine.TestCase
+TestLiveMachine.settings = settings(max_examples=EXAMPLES // 4, stateful_step_count=20)
+
+WALKS: dict[str, tuple[dict[str, Any], dict[str, int | bool]]] = {
+    "roomy": ({}, {}),
+    "swap": ({"preemption": "swap"}, {"pages": 16, "rows": 3}),
+    "tight": (
+        {"preemption": "swap", "swap_bytes": 150, "state_bytes": 250},
+        {"pages": 14, "rows": 5},
+    ),
+    "dense": ({}, {"stateful": False, "alignment": 1, "pages": 16, "rows": 6}),
+    "no cache": ({"state_bytes": 0, "queue": 4}, {"pages": 14, "rows": 2}),
+    "one row": ({}, {"pages": 20, "rows": 1}),
+}
+
+EXPECTED = {
+    "roomy": {"hits", "forked", "finish stop", "finish length", "finish cancelled", "scored"},
+    "swap": {"preempted", "swapped", "hits"},
+    "tight": {"preempted", "swapped", "hits"},
+    "dense": {"preempted", "hits"},
+    "no cache": {"preempted", "QueueFull", "scored"},
+    "one row": {"hits", "scored"},
+}
+
+
+@pytest.mark.parametrize("kind", WALKS)
+def test_a_long_random_walk_leaves_every_answer_right_and_nothing_held(kind: str) -> None:
+    options, sizes = WALKS[kind]
+    office = Office(HashOracle(), options, **sizes)
+
+    walk(office, DEEP_STEPS // len(WALKS), seed=len(kind))
+
+    met = {what for what, times in office.met.items() if times}
+    assert met >= EXPECTED[kind], f"the walk never met {EXPECTED[kind] - met}"

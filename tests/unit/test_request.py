@@ -1,0 +1,106 @@
+"""What may be asked, and text as it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from granite_paged.engine.request import SamplingParams, check_tokens
+from granite_paged.engine.text import TextStream
+from granite_paged.engine.workload import Workload, arrivals
+from granite_paged.errors import InvalidRequest, InvalidSampling, PromptError
+
+WRONG: dict[str, Any] = {
+    "max_new_tokens": 0,
+    "temperature": -0.1,
+    "top_k": -1,
+    "top_p": 0.0,
+    "repetition_penalty": 0.0,
+    "seed": -1,
+    "logprobs": -1,
+    "stop_strings": ("",),
+    "n": 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_parameter_that_means_nothing_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(InvalidSampling, match=f"^{name} must .* given$"):
+        SamplingParams(**{name: WRONG[name]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_temperature_is_a_number(value: float) -> None:
+    with pytest.raises(InvalidSampling, match="temperature"):
+        SamplingParams(temperature=value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [([], "empty prompt"), ([5, 97], "token 97"), ([-1], "token -1")]
+)
+def test_tokens_are_checked(tokens: list[int], reason: str) -> None:
+    with pytest.raises(PromptError, match=reason):
+        check_tokens(tokens, 97, "prompt")
+
+
+class Bytes:
+    """A tokenizer of bytes: characters may need several tokens."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+@given(st.text(max_size=20))
+def test_pieces_add_up_to_the_text(text: str) -> None:
+    stream = TextStream(Bytes())
+    pieces = [stream.push(token) for token in text.encode()]
+    assert "".join([*pieces, stream.finish()]) == stream.text == text
+
+
+def test_half_a_character_is_held_back() -> None:
+    stream = TextStream(Bytes())
+    assert [stream.push(token) for token in "é!".encode()] == ["", "é", "!"]
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
+    stream = TextStream(Bytes(), stops)
+    shown = ""
+    for token in text.encode():
+        shown += stream.push(token)
+        if stream.stopped:
+            break
+    shown += stream.finish()
+    assert shown == stream.text
+    # the first to be complete, and of those the one that began first
+    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
+    if ends:
+        expected = min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]])
+        assert shown == text[:expected]
+    else:
+        assert shown == text
+
+
+def test_a_workload_is_the_same_from_the_same_seed() -> None:
+    workload = Workload(
+        requests=50, rate=10, shared_tokens=8, kinds=2, long_every=10, long_tokens=99
+    )
+    coming = arrivals(workload, 97, seed=3)
+    assert coming == arrivals(workload, 97, seed=3)
+    assert coming != arrivals(workload, 97, seed=4)
+    assert [one.at for one in coming] == sorted(one.at for one in coming)
+    assert 2 < coming[-1].at < 10, "fifty at ten a second"
+    assert [len(one.prompt) == 99 for one in coming].count(True) == 5
+    assert len({one.prompt[:8] for one in coming if len(one.prompt) < 99}) == 2
+    assert all(len(one.prompt) + one.new_tokens <= workload.longest for one in coming)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt_tokens": (0, 4)}, {"new_tokens": (5, 4)}, {"long_every": 3}]
+)
+def test_a_workload_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        Workload(**wrong)

@@ -1,0 +1,139 @@
+"""Draws: exact where they can be, as likely as they should be, and nobody else's business."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.sampling import Draw, draw, gumbel, penalised, seen_tokens, truncated
+
+VOCABULARY = 50
+
+
+def logits(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (3 * torch.randn(rows, VOCABULARY, generator=generator)).to(dtype)
+
+
+def wanted(place: int = 0, seed: int = 0, seen: Tensor | None = None, **params: Any) -> Draw:
+    return Draw(SamplingParams(**params), seed, place, seen)
+
+
+KINDS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 5, VOCABULARY, 99]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3, 1e-6]),
+    logprobs=st.sampled_from([None, 0, 3]),
+)
+
+
+@given(
+    st.lists(st.tuples(KINDS, st.integers(0, 2**62), st.integers(0, 999)), min_size=1, max_size=6)
+)
+def test_a_draw_does_not_depend_on_its_neighbours(
+    rows: list[tuple[SamplingParams, int, int]],
+) -> None:
+    batch = logits(len(rows))
+    draws = [Draw(params, seed, place) for params, seed, place in rows]
+    together = draw(batch, draws).tokens
+    alone = [draw(batch[row : row + 1], [one]).tokens for row, one in enumerate(draws)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_greedy_takes_the_first_of_the_likeliest() -> None:
+    batch = torch.zeros(2, VOCABULARY)
+    batch[1, [4, 9]] = 1.0
+    assert draw(batch, [wanted(), wanted()]).tokens.tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_greedy_beside_sampled_rows_is_still_the_argmax(dtype: torch.dtype) -> None:
+    batch = logits(2, dtype=dtype)
+    tokens = draw(batch, [wanted(), wanted(temperature=1.0)]).tokens
+    assert tokens[0] == batch[0].argmax()
+
+
+def test_samples_come_as_often_as_they_are_likely() -> None:
+    one = logits(1)[:, :8] / 3
+    count = 4000
+    draws = [wanted(place, seed=7, temperature=1.0) for place in range(count)]
+    tokens = draw(one.expand(count, -1), draws).tokens
+    chances = one[0].softmax(-1)
+    seen = torch.bincount(tokens, minlength=8) / count
+    spread = (chances * (1 - chances) / count).sqrt()
+    assert ((seen - chances).abs() <= 4.5 * spread).all(), "further off than chance allows"
+
+
+def test_noise_has_the_moments_of_gumbels() -> None:
+    noise = gumbel(range(400), [0] * 400, torch.zeros(1, 500))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
+    assert noise.isfinite().all()
+
+
+def test_noise_differs_by_seed_place_and_token() -> None:
+    noise = gumbel([1, 1, 2], [0, 1, 0], torch.zeros(1, 1000))
+    correlation = torch.corrcoef(noise)
+    off = correlation[~torch.eye(3, dtype=torch.bool)]
+    assert off.abs().max() < 0.15
+    assert len(noise.unique()) > 2900
+
+
+def test_top_k_keeps_what_transformers_keeps() -> None:
+    scores = logits(4)
+    kept = truncated(scores, [wanted(top_k=5)] * 4)
+    expected = TopKLogitsWarper(5)(torch.zeros(4, 1), scores.clone())
+    assert torch.equal(kept.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.9, 0.999])
+def test_top_p_keeps_what_transformers_keeps(top_p: float) -> None:
+    scores = logits(16, seed=3)
+    kept = truncated(scores, [wanted(top_p=top_p)] * 16)
+    expected = TopPLogitsWarper(top_p)(torch.zeros(16, 1), scores.clone())
+    assert torch.equal(kept.isfinite(), expected.isfinite())
+
+
+def test_each_row_is_truncated_by_its_own_wishes() -> None:
+    kept = truncated(logits(3), [wanted(top_k=2), wanted(), wanted(top_p=1e-6)])
+    assert kept.isfinite().sum(dim=1).tolist() == [2, VOCABULARY, 1]
+
+
+def test_the_repetition_penalty_is_that_of_transformers() -> None:
+    prompt = [3, 7, 7, 11]
+    scores = logits(2)
+    seen = seen_tokens(prompt, scores)
+    mine = penalised(scores, [wanted(), wanted(repetition_penalty=1.7, seen=seen)])
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt]), scores[1:].clone())
+    assert torch.equal(mine[0], scores[0])
+    torch.testing.assert_close(mine[1:], theirs)
+
+
+def test_a_drawn_token_is_seen_from_then_on() -> None:
+    scores = logits(1)
+    seen = seen_tokens([1], scores)
+    token = int(draw(scores, [wanted(repetition_penalty=2.0, seen=seen)]).tokens)
+    assert seen.nonzero()[:, 0].tolist() == sorted({1, token})
+
+
+def test_logprobs_are_the_models_own_whatever_was_sampled_from() -> None:
+    scores = logits(2)
+    drawn = draw(scores, [wanted(temperature=2.0, top_k=1, logprobs=3), wanted()])
+    assert drawn.logprobs is not None
+    assert drawn.top_logprobs is not None
+    expected = scores.log_softmax(-1)
+    torch.testing.assert_close(drawn.logprobs, expected.gather(1, drawn.tokens[:, None])[:, 0])
+    torch.testing.assert_close(drawn.top_logprobs, expected.topk(3).values)

@@ -1,0 +1,202 @@
+"""Tasks: what is asked, in which words, how much of it, and what neighbours share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation import MMLU, TARGETS, TRUTHFULQA, write
+from tiny import tiny_model
+
+from granite_paged.errors import InvalidRequest
+from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
+from granite_paged.evaluate.recall import ASK
+from granite_paged.evaluate.tasks import (
+    RECALL_LONGEST,
+    TASKS,
+    Options,
+    make_task,
+    mmlu_prefix,
+    mmlu_text,
+    task_names,
+    truthfulqa_text,
+)
+from granite_paged.models import EMBEDDED, LoadedModel
+
+
+class Letters:
+    """A tokenizer of bytes that merges a space with the letter after it, as real ones do."""
+
+    def __init__(self, tokens: int = 97) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self._encode(text) for text in texts]}
+
+    def _encode(self, text: str) -> list[int]:
+        words = text.replace("  ", " _").split(" ")
+        return [sum(word.encode()) % 90 + 3 for word in words]
+
+
+LOADED = LoadedModel("tiny", tiny_model(), None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    rows = [
+        {**MMLU, "subject": subject, "question": f"What of {i}?", "answer": i % 4}
+        for subject in ("anatomy", "college_biology")
+        for i in range(6)
+    ]
+    write(tmp_path, "mmlu_test", *rows)
+    write(tmp_path, "mmlu_dev", *[{**row, "question": "Solved?"} for row in rows if row["answer"]])
+    other = {"choices": ["maybe", "yes", "so"], "labels": [1, 1, 0]}
+    rows = [{**TRUTHFULQA, "question": f"Q{i}?", "mc2_targets": other} for i in range(9)]
+    return write(tmp_path, "truthfulqa_mc", *rows)
+
+
+def made(name: str, folder: str, **options: Any) -> Any:
+    return make_task(name, Options(data=folder, num_fewshot=2, **options), LOADED, Letters())
+
+
+def test_mmlu_is_worded_as_in_lm_eval() -> None:
+    text = "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    assert mmlu_text({**MMLU, "question": " Which? "}) == text
+    assert mmlu_prefix("high_school_biology", [MMLU]) == (
+        "The following are multiple choice questions (with answers) about high school biology.\n\n"
+        f"{text} C\n\n"
+    )
+
+
+def test_truthfulqa_is_worded_as_in_lm_eval() -> None:
+    text = truthfulqa_text(TRUTHFULQA)
+    assert text.startswith("Q: What is human life expectancy in the United States?\nA: Human life")
+    assert text.endswith("held in Barcelona, Spain.\n\nQ: Is it?\nA:")
+
+
+def test_a_choice_is_the_tokens_that_the_whole_has_more_than_the_context() -> None:
+    question = TextQuestion("1", "g", "one two", ("three", "four five"), (1, 0))
+    (request,) = Encoder(Letters(), 97, "tiny").requests([question])
+    whole = Letters()(["one two three", "one two four five", "one two"])["input_ids"]
+    assert request.context == whole[2]
+    assert [[*request.context, *tokens] for tokens in request.continuations] == whole[:2]
+
+
+@pytest.mark.parametrize("tokens", [98, 87, 296])
+def test_a_tokenizer_of_another_vocabulary_is_refused(tokens: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"{tokens} tokens, tiny a vocabulary of 97"):
+        Encoder(Letters(tokens), 97, "tiny")
+
+
+def test_a_model_without_a_tokenizer_asks_for_one() -> None:
+    with pytest.raises(InvalidRequest, match="tiny has no tokenizer: pass --tokenizer"):
+        Encoder(None, 97, "tiny")
+
+
+def test_questions_of_a_subject_share_its_examples(folder: str) -> None:
+    task = made("mmlu", folder)
+    assert task.fewshot == 2
+    assert [q.key for q in task.questions][::6] == ["anatomy/0", "college_biology/0"]
+    for subject in ("anatomy", "college_biology"):
+        shared = {q.request.shared for q in task.questions if q.group == subject}
+        contexts = [q.request.context for q in task.questions if q.group == subject]
+        assert shared == {shared_prefix(contexts)}
+        assert min(shared) > 10
+
+
+def test_no_examples_are_taken_at_0_shot(folder: str) -> None:
+    (Path(folder) / "mmlu_dev.jsonl").unlink()
+    task = make_task("mmlu", Options(data=folder, num_fewshot=0), LOADED, Letters())
+    assert len(task.questions) == 12
+
+
+def test_more_examples_than_there_are_is_refused(folder: str) -> None:
+    with pytest.raises(InvalidRequest, match="9 examples asked for, anatomy has 4: lower"):
+        make_task("mmlu", Options(data=folder, num_fewshot=9), LOADED, Letters())
+
+
+def test_the_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
+    whole = [q.key for q in made("mmlu", folder).questions]
+    drawn = [q.key for q in made("mmlu", folder, limit=5).questions]
+    assert len(drawn) == 5
+    assert drawn == [key for key in whole if key in drawn]
+    assert drawn == [q.key for q in made("mmlu", folder, limit=5).questions]
+    assert drawn != [q.key for q in made("mmlu", folder, limit=5, seed=1).questions]
+    assert [q.key for q in made("mmlu", folder, limit=99).questions] == whole
+
+
+def test_subjects_are_chosen_by_name_and_unknown_ones_answered_with_the_known(folder: str) -> None:
+    task = made("mmlu", folder, subjects=("college_biology",))
+    assert {q.group for q in task.questions} == {"college_biology"}
+    with pytest.raises(InvalidRequest, match="unknown subject 'law': use some of anatomy, college"):
+        made("mmlu", folder, subjects=("law",))
+
+
+def test_truthfulqa_has_one_right_choice_in_mc1_and_mass_in_mc2(folder: str) -> None:
+    first, second = (made(f"truthfulqa_mc{i}", folder) for i in (1, 2))
+    assert [q.labels for q in first.questions] == [tuple(TARGETS["labels"])] * 9
+    assert [q.labels for q in second.questions] == [(1, 1, 0)] * 9
+    assert not first.mass
+    assert second.mass
+
+
+def test_groups_of_tasks_are_resolved_once_and_in_order() -> None:
+    assert task_names(["truthfulqa", "recall", "truthfulqa_mc1"]) == (
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+        "recall",
+    )
+
+
+@pytest.mark.parametrize("names", [["mlmu"], []])
+def test_unknown_tasks_are_answered_with_the_known(names: list[str]) -> None:
+    with pytest.raises(InvalidRequest, match="use some of recall, mmlu, truthfulqa_mc1, truth"):
+        task_names(names)
+
+
+# -- recall -------------------------------------------------------------------------------------
+
+
+def recall(**options: Any) -> Any:
+    return make_task("recall", Options(**options), LoadedModel(EMBEDDED, tiny_model(), None), None)
+
+
+def test_recall_reaches_from_a_page_to_4096_tokens() -> None:
+    lengths = [len(q.request.context) for q in recall(smallest=16).questions]
+    assert min(lengths) < 16
+    assert RECALL_LONGEST - 30 < max(lengths) <= RECALL_LONGEST
+
+
+def test_recall_has_one_right_choice_of_four_and_asks_first() -> None:
+    for question in recall().questions:
+        values = [continuation[1] for continuation in question.request.continuations]
+        assert sum(question.labels) == 1
+        assert len(set(values)) == 4, "a value twice among the choices"
+        assert {continuation[0] for continuation in question.request.continuations} == {ASK}
+
+
+def test_recall_questions_share_their_sequence_up_to_the_first() -> None:
+    groups: dict[str, list[Any]] = {}
+    for question in recall().questions:
+        groups.setdefault(question.group, []).append(question.request)
+    for requests in groups.values():
+        contexts = [request.context for request in requests]
+        assert len(contexts) == 1 or requests[0].shared <= shared_prefix(contexts)
+
+
+def test_recall_is_decided_by_its_seed() -> None:
+    assert recall(seed=3) == recall(seed=3)
+    assert recall(seed=3) != recall(seed=4)
+
+
+def test_recall_is_for_the_model_that_was_trained_on_it() -> None:
+    with pytest.raises(InvalidRequest, match="tiny was not trained on"):
+        make_task("recall", Options(), LOADED, None)
+
+
+def test_every_task_has_a_maker_and_a_name() -> None:
+    assert set(task_names(["recall", "mmlu", "truthfulqa"])) == set(TASKS)
