@@ -441,7 +441,7 @@ def tune(
     if write:
         write_json(target, retuned(TUNED, outcomes, where).to_json())
         console.print(f"written: {target}", soft_wrap=True)
-    lost = max(outcome.worst(outcome.chosen if write else 0) for outcome in outcomes)
+    lost = max((o.worst(o.chosen if write else 0) for o in outcomes), default=0.0)
     return OK if 100 * lost <= allow else FAILED
 
 

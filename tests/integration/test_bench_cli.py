@@ -331,8 +331,7 @@ def test_tune_refuses_where_there_is_no_gpu(capsys: Capture) -> None:
 
 def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> int:
     """`tune` on a GPU made up, where half as many columns would save the rule its loss."""
-    rule = TUNED.one_row[0]
-    better = replace(rule, COLUMNS=rule.COLUMNS // 2)
+    rule, better = (replace(TUNED.one_row[0], COLUMNS=columns) for columns in (4, 2))
 
     def layout(constants: Any) -> dict[str, int]:
         return {"COLUMNS": constants.COLUMNS}

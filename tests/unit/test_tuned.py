@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from granite_paged.attention import DecodePlan, decode_plan, kernel_options
+from granite_paged.attention import DecodePlan, decode_plan, kernel_options, planned
 from granite_paged.errors import TunedFileError
 from granite_paged.tuned import PATH, ROW_TILES, TUNED, read_tuned
 
@@ -26,7 +27,7 @@ PRODUCTS = {
 """Columns and depth of granite-4.0-h-1b's products."""
 
 
-# -- what the rules say for granite-4.0-h-1b on an H200 -----------------------------------------
+# -- what the rules say for granite-4.0-h-1b on an H200; whoever rewrites the constants looks here
 
 ONE_ROW = {
     "in_proj": (4, 2048, 4),
@@ -66,22 +67,6 @@ def test_tiles_of_few_rows_are_those_measured(rows: int, name: str) -> None:
     assert product_tiles(rows, name) == {"ROWS": rows, **expected, "num_warps": 4}
 
 
-@pytest.mark.parametrize(("rows", "tile"), [(2, 16), (17, 32), (33, 64), (65, 64), (200, 64)])
-def test_rows_take_the_least_tile_that_holds_them_or_the_largest(rows: int, tile: int) -> None:
-    assert product_tiles(rows, "in_proj")["ROWS"] == tile
-
-
-def test_a_shallow_product_is_not_split_into_parts_of_nothing() -> None:
-    tiles = pytest.importorskip("granite_paged.kernels.linear").tiles
-    assert tiles(16, 1536, 300, False, H200)["SPLITS"] == 2
-
-
-def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
-    tiles = pytest.importorskip("granite_paged.kernels.linear").tiles
-    found = [tiles(1, 1536, depth, False, H200)["COLUMNS"] for depth in (4096, 8192, 32768)]
-    assert found == [4, 2, 1]
-
-
 @pytest.mark.parametrize(
     ("batch", "pages", "splits"),
     [(1, 4, 4), (1, 1024, 33), (8, 32, 4), (8, 2, 2), (32, 32, 1), (128, 1024, 1)],
@@ -91,14 +76,50 @@ def test_decode_plans_are_those_measured(batch: int, pages: int, splits: int) ->
     assert plan == DecodePlan(splits=splits, block=128, warps=4, stages=3)
 
 
-def test_a_plans_block_is_a_page_at_most() -> None:
-    assert decode_plan(1, 4, 8, 16, H200).block == 16
-
-
 def product_tiles(rows: int, name: str) -> dict[str, int]:
     tiles = pytest.importorskip("granite_paged.kernels.linear").tiles
     found: dict[str, int] = tiles(rows, *PRODUCTS[name], H200)
     return found
+
+
+# -- the rules, whatever the constants ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(2, 16), (17, 32), (33, 64), (65, 64), (200, 64)])
+def test_rows_take_the_least_tile_that_holds_them_or_the_largest(rows: int, tile: int) -> None:
+    assert product_tiles(rows, "in_proj")["ROWS"] == tile
+
+
+def test_a_shallow_product_is_not_split_into_parts_of_nothing() -> None:
+    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    constants = replace(TUNED.few_rows[0], DEPTH=256, SPLITS=4)
+    found = [kernels.few_rows_tiles(constants, depth)["SPLITS"] for depth in (200, 300, 5000)]
+    assert found == [1, 2, 4]
+
+
+def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
+    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    constants = replace(TUNED.one_row[0], COLUMNS=4)
+    depths = (4096, 8192, 32768)
+    found = [kernels.one_row_tiles(constants, depth)["COLUMNS"] for depth in depths]
+    assert found == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("parts_per_multiprocessor", "programs", "pages", "splits"),
+    [(1, 4, 1024, 33), (2, 4, 1024, 66), (0.5, 4, 1024, 16), (1, 4, 3, 3), (0.5, 128, 64, 1)],
+)
+def test_parts_are_shared_out_over_multiprocessors_a_page_each_at_least(
+    parts_per_multiprocessor: float, programs: int, pages: int, splits: int
+) -> None:
+    constants = replace(TUNED.decode[0], parts_per_multiprocessor=parts_per_multiprocessor)
+    assert planned(constants, programs, pages, 128, H200).splits == splits
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128, 256])
+def test_a_plans_block_is_a_page_at_most(page_size: int) -> None:
+    constants = replace(TUNED.decode[0], block=128)
+    assert planned(constants, 4, 8, page_size, H200).block == min(128, page_size)
 
 
 # -- prefill ------------------------------------------------------------------------------------
@@ -148,7 +169,7 @@ def test_options_are_chosen_within_a_traced_region() -> None:
         return x * chosen["BLOCK_M"] + chosen["num_warps"]
 
     compiled = torch.compile(block_of, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(pool), torch.full_like(pool, 4))
+    assert torch.equal(compiled(pool), torch.full_like(pool, TUNED.prefill.warps))
 
 
 # -- the file -----------------------------------------------------------------------------------
