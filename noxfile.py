@@ -139,6 +139,18 @@ def perf_record(session: nox.Session) -> None:
 
 
 @nox.session
+def tune(session: nox.Session) -> None:
+    """Choose the constants of kernel options anew. Arguments go to tune. Fails without a GPU."""
+    session.install(".")
+    session.run("python", "-c", REQUIRE_GPU)
+    constants = "granite_paged/kernels/tuned.json"
+    session.run(
+        "granite-paged", "tune", *MEASURED_MODEL, "--write", "--out", constants, *session.posargs
+    )
+    session.run("git", "--no-pager", "diff", "--", constants, external=True)
+
+
+@nox.session
 @nox.parametrize("resolution", ["lowest-direct", "highest"])
 def matrix(session: nox.Session, resolution: str) -> None:
     """Both ends of every version range that pyproject.toml claims."""

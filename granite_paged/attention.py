@@ -25,9 +25,16 @@ from torch.nn.attention.flex_attention import (
 
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
+from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
 
 SMALLEST_KERNEL_BLOCK = 16
 """Triton's matrix product needs 16 on every side: tokens of a page, elements of a head."""
+
+WIDEST_TUNED_HEAD = 128
+"""Elements; a wider head's blocks may not fit a multiprocessor with the same stages."""
+
+UNTUNED_BLOCK = 64
+"""Query rows and tokens of a kernel's block where nothing is tuned: any dtype and head fits."""
 
 RECOMPILE_LIMIT = 1024
 """Dynamo's own limit of 8 counts all models, dtypes and shapes of a process together; past it a
@@ -42,6 +49,7 @@ def paged_attention(
     *,
     scale: float,
     backend: Backend = "auto",
+    options: FlexKernelOptions | None = None,
 ) -> Tensor:
     """Causal attention of each row over its own pages.
 
@@ -51,6 +59,7 @@ def paged_attention(
         block_mask: from `paged_block_mask`, for at least B rows and S query tokens.
         scale: factor on the scores (a model's `attention_multiplier`).
         backend: see `Backend`. Inside a traced region the call is always compiled.
+        options: of FlexAttention's kernel, in place of those of `kernel_options`.
 
     Returns:
         [B, Hq, S, D]; zeros for padding queries.
@@ -63,10 +72,10 @@ def paged_attention(
         _check_mask(query, keys, block_mask)
     folded = _fold(query, keys.shape[1], block_mask.shape)
     if torch.compiler.is_compiling():
-        out = _fused(folded, keys, values, block_mask, scale)
+        out = _fused(folded, keys, values, block_mask, scale, options)
     elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
-        out = _call_compiled(_fused, folded, keys, values, block_mask, scale)
+        out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
     else:
         out = _eager(folded, keys, values, block_mask, scale)
     return _unfold(out, query.shape)
@@ -162,12 +171,24 @@ def decode_plan(
     """The layout for a batch of so many rows of at most `pages` pages each.
 
     FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small part, so
-    rows are split before it: into as many parts as give every multiprocessor one program. More
-    parts cost more to combine than they gain, where a context is short.
+    rows are split before it: into as many parts as give a multiprocessor so many programs as was
+    measured to be best (`tuned.py`). More parts cost more to combine than they gain.
     """
-    programs = max(1, batch * kv_heads)
-    splits = max(1, min(pages, multiprocessors // programs))
-    return DecodePlan(splits=splits, block=min(128, page_size), warps=4, stages=3)
+    constants = TUNED.for_batch(batch)
+    return planned(constants, batch * kv_heads, pages, page_size, multiprocessors)
+
+
+def planned(
+    constants: DecodeConstants, programs: int, pages: int, page_size: int, multiprocessors: int
+) -> DecodePlan:
+    """What these constants make of so many programs before the split."""
+    parts = int(constants.parts_per_multiprocessor * multiprocessors) // max(1, programs)
+    return DecodePlan(
+        splits=max(1, min(pages, parts)),
+        block=min(constants.block, page_size),
+        warps=constants.warps,
+        stages=constants.stages,
+    )
 
 
 def split_attention(
@@ -217,8 +238,16 @@ def _split(
 # -- compiled -----------------------------------------------------------------------------------
 
 
-def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    options = kernel_options(mask, keys) if query.is_cuda else None
+def _fused(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: BlockMask,
+    scale: float,
+    options: FlexKernelOptions | None,
+) -> Tensor:
+    if options is None and query.is_cuda:
+        options = kernel_options(mask, keys)
     out = flex_attention(query, keys, values, block_mask=mask, scale=scale, kernel_options=options)
     assert isinstance(out, Tensor)
     return out
@@ -227,17 +256,30 @@ def _fused(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: 
 def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
     """Options of FlexAttention's CUDA kernels for a pool [1, Hkv, slots, D].
 
-    A kernel's block must not span two pages. FlexAttention's decode kernel does not compile for
-    pools that need 64-bit offsets (seen with torch 2.11), its main kernel does.
+    A kernel's block must not span two pages. Blocks, warps and stages of half precision with heads
+    of up to `WIDEST_TUNED_HEAD` are measured (`tuned.py`); elsewhere warps and stages are
+    FlexAttention's own, which knows what fits a multiprocessor. Its decode kernel does not compile
+    for pools that need 64-bit offsets (seen with torch 2.11), its main kernel does.
     """
-    page_size = mask.BLOCK_SIZE[1]
-    options: FlexKernelOptions = {
-        "BLOCK_N": min(64, page_size),
-        "BLOCK_M": 64 if mask.shape[-2] > SMALLEST_KERNEL_BLOCK else SMALLEST_KERNEL_BLOCK,
-    }
+    page_size, prefill = mask.BLOCK_SIZE[1], mask.shape[-2] > SMALLEST_KERNEL_BLOCK
+    if prefill and pool.dtype.itemsize == 2 and pool.shape[3] <= WIDEST_TUNED_HEAD:
+        options = prefill_options(TUNED.prefill, page_size)
+    else:
+        rows = UNTUNED_BLOCK if prefill else SMALLEST_KERNEL_BLOCK
+        options = {"BLOCK_N": min(UNTUNED_BLOCK, page_size), "BLOCK_M": rows}
     if pool.numel() >= 2**31:
         options["FORCE_USE_FLEX_ATTENTION"] = True
     return options
+
+
+def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOptions:
+    """What these constants make of pages of so many tokens."""
+    return {
+        "BLOCK_M": constants.BLOCK_M,
+        "BLOCK_N": min(constants.BLOCK_N, page_size),
+        "num_warps": constants.warps,
+        "num_stages": constants.stages,
+    }
 
 
 def _call_compiled(function: Callable[..., Tensor], *args: Any) -> Tensor:

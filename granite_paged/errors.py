@@ -107,14 +107,28 @@ class PromptError(GranitePagedError, ValueError):
     """A prompt that cannot be run: empty, or with tokens outside the vocabulary."""
 
 
-class ResultFileError(GranitePagedError, ValueError):
-    """A file of benchmark results that cannot be read. Names the file and the field."""
+class FieldError(GranitePagedError, ValueError):
+    """A file of ours that cannot be read. Names the file and the field."""
+
+    advice = "write it anew"
 
     def __init__(self, path: str, field: str, problem: str) -> None:
         self.path = path
         self.field = field
         where = f"{path}: {field}" if field else path
-        super().__init__(f"{where} {problem}; write such files with `granite-paged bench --json`")
+        super().__init__(f"{where} {problem}; {self.advice}")
+
+
+class ResultFileError(FieldError):
+    """A file of benchmark results that cannot be read."""
+
+    advice = "write such files with `granite-paged bench --json`"
+
+
+class TunedFileError(FieldError):
+    """A file of tuned constants that cannot be used."""
+
+    advice = "write such files with `granite-paged tune --write`"
 
 
 class CannotJudge(GranitePagedError):

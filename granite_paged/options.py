@@ -127,10 +127,16 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def in_a_folder(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
     """Refuse now what could not be written when the work is done."""
-    folder = Path(path or ".").parent
-    if path != "-" and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise click.BadParameter(f"cannot write {path}: its folder is missing or write-protected")
+    if path is not None and path != "-":
+        refuse_unwritable(path)
     return path
+
+
+def refuse_unwritable(path: str) -> None:
+    """Raise click.BadParameter where no file can be written."""
+    folder = Path(path).parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise click.BadParameter(f"cannot write {path}: its folder is missing or write-protected")
 
 
 def quiet() -> None:

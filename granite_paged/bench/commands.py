@@ -1,4 +1,4 @@
-"""The commands `bench`, `gate`, `plot` and `profile`; what they do is in the other modules here."""
+"""The commands `bench`, `gate`, `tune`, `plot` and `profile`; the other modules do the work."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from granite_paged.options import (
     json_option,
     model_options,
     progress_bar,
+    refuse_unwritable,
     report_console,
     write_json,
 )
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from granite_paged.bench.profile import Profile
     from granite_paged.bench.results import Result, Row
     from granite_paged.bench.session import Plan, Session
+    from granite_paged.bench.tune import Group, Outcome, Trial
 
 RECORDS = "golden/perf"
 
 # said again here, as the modules that know them import torch
 CASE_NAMES = ("batch", "context", "decode", "kernel", "memory", "coldstart")
 MODE_NAMES = ("default", "static", "paged")
+SUBJECT_NAMES = ("decode", "prefill", "products")
 FORMATS = ("png", "svg")
 
 _MOST_KERNELS = 25  # lines of a table of kernels
@@ -306,7 +309,7 @@ def _needs_gpu(command: Callable[..., Any]) -> Callable[..., Any]:
         from granite_paged.bench.gate import no_gpu
 
         if not torch.cuda.is_available():
-            raise no_gpu()
+            raise no_gpu(command.__name__)
         return command(**options)
 
     return with_gpu
@@ -362,6 +365,118 @@ def _gate_table(report: GateReport) -> Table:
         verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
         table.add_row(check.what, check.law, check.found, check.bound, verdict)
     return table
+
+
+# -- tune ---------------------------------------------------------------------------------------
+
+
+@click.command(context_settings=SETTINGS)
+@_needs_gpu
+@model_options
+@click.option(
+    "--only",
+    "subjects",
+    multiple=True,
+    type=click.Choice(SUBJECT_NAMES),
+    help="[default: all of them]",
+)
+@click.option("--quick", is_flag=True, help="Fewer candidates and shapes.")
+@click.option(
+    "--allow",
+    default=10.0,
+    type=click.FloatRange(min=0),
+    metavar="PERCENT",
+    help="Most that the rules may lose to the best candidate.",
+)
+@click.option("--write", is_flag=True, help="Write the best constants into the rules' file.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True),
+    help="The file that --write makes.  [default: the one that the rules read]",
+    show_default=False,
+)
+@json_option
+def tune(
+    loaded: Any,
+    config: Any,
+    seed: int,
+    subjects: Sequence[str],
+    quick: bool,
+    allow: float,
+    write: bool,
+    out: str | None,
+    json_file: str | None,
+) -> int:
+    """Do the rules of kernel options choose well on this GPU? Find better constants.
+
+    \b
+    decode     attention of a decode step: parts, block, warps, stages
+    prefill    attention of a chunk: blocks, warps, stages
+    products   y = x W^T for 1, 16, 32 and 64 rows: blocks, splits, warps, stages
+
+    Times what the rules choose beside other candidates, in shapes of the model, and prints what
+    they lose to the best. With --write, the constants whose worst loss is least go into the file
+    that the rules read; what was not timed stays as it is. Exit status 1 where the rules, or what
+    was written, lose more than is allowed.
+
+    \b
+    granite-paged tune --random-weights granite-4.0-h-1b --dtype bfloat16 --quick
+    granite-paged tune --random-weights granite-4.0-h-1b --only decode --json decode.json
+    granite-paged tune --random-weights granite-4.0-h-1b --write
+    """  # noqa: D301
+    from granite_paged.bench.tunable import Bench, environment, groups_of
+    from granite_paged.bench.tune import retuned
+    from granite_paged.tuned import PATH, TUNED
+
+    target = out or str(PATH)
+    if write:
+        refuse_unwritable(target)
+    bench = Bench(loaded.model, config, seed=seed)
+    outcomes = _sweep_all(groups_of(bench, subjects, quick=quick))
+    where = environment(bench)
+    console = report_console(json_file)
+    console.print(_tune_table(f"{loaded.name}, {where['device']}", outcomes))
+    if json_file:
+        write_json(json_file, {**where, "groups": [outcome.to_json() for outcome in outcomes]})
+    if write:
+        write_json(target, retuned(TUNED, outcomes, where).to_json())
+        console.print(f"written: {target}", soft_wrap=True)
+    lost = max((o.worst(o.chosen if write else 0) for o in outcomes), default=0.0)
+    return OK if 100 * lost <= allow else FAILED
+
+
+def _sweep_all(groups: Sequence[Group]) -> list[Outcome]:
+    """Behind a progress bar."""
+    from granite_paged.bench.tune import sweep
+
+    with progress_bar() as bar:
+        task = bar.add_task("start", total=sum(group.trials for group in groups))
+
+        def on_trial(shape: str) -> None:
+            bar.update(task, description=shape, advance=1)
+
+        return [sweep(group, on_trial) for group in groups]
+
+
+def _tune_table(title: str, outcomes: Sequence[Outcome]) -> Table:
+    skipped = sum(outcome.skipped for outcome in outcomes)
+    table = Table("shape", title=title, box=SIMPLE, caption=f"{skipped} candidates did not run")
+    for name in ("the rule's choice", "best found"):
+        table.add_column(name)
+    for name in ("µs", "best µs", "loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        for shape, (rule, *_) in outcome.trials.items():
+            best = outcome.best(shape)
+            layouts = map(_layout, (rule, best))
+            times = (f"{trial.microseconds:,.2f}" for trial in (rule, best))
+            table.add_row(shape, *layouts, *times, f"{outcome.loss(shape):.1%}")
+    return table
+
+
+def _layout(trial: Trial) -> str:
+    names = ((name.removeprefix("num_").lower(), n) for name, n in trial.layout.items())
+    return ", ".join(f"{name} {n}" for name, n in names)
 
 
 # -- plot ---------------------------------------------------------------------------------------

@@ -270,15 +270,15 @@ def judged(session: Session, case: Case, shape: Shape, against: Against) -> list
     return checks
 
 
-def no_gpu() -> CannotJudge:
-    """What is said where there is no GPU, or where another device was chosen."""
-    return CannotJudge("the gate judges a CUDA device, and none is used here: nothing was judged")
+def no_gpu(command: str) -> CannotJudge:
+    """What a command says where there is no GPU, or where another device was chosen."""
+    return CannotJudge(f"{command} measures a CUDA device, and none is used here: nothing was done")
 
 
 def refuse_where_blind(session: Session) -> None:
     """Raise CannotJudge where what runs is not the fast path."""
     if not session.clock.gpu:
-        raise no_gpu()
+        raise no_gpu("gate")
     runner = make_runner(session.model, config_for(session.config, Shape(1, 1)))
     slow = runner.fallback
     runner.close()

@@ -7,6 +7,8 @@ the device's cache is overwritten, and the host's part is hidden (`Clock.kernel_
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,9 @@ from granite_paged.page_table import PageTable
 
 _FLUSH_BYTES = 2**28  # several times any GPU's cache
 _WARM_UP = 3
+
+Pools = tuple[Tensor, Tensor]
+"""K and V [1, Hkv, pages * page_size, D] of one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,19 @@ class KernelCase:
             backend=self._backend,
         )
 
+    def split_calls(self, plan: DecodePlan, pools: Sequence[Pools]) -> list[Callable[[], Tensor]]:
+        """The paged call laid out by `plan`, over each of these K and V."""
+        mask = self._split_mask(self._table, self._newest, plan.splits)
+        query, scale = self._query[:, :, 0], self._scale
+        return [
+            functools.partial(split_attention, query, *pool, mask, scale=scale, plan=plan)
+            for pool in pools
+        ]
+
+    def copies(self, count: int) -> list[Pools]:
+        """K and V over again, so many times, each in memory of its own."""
+        return [(self._keys.clone(), self._values.clone()) for _ in range(count)]
+
     def sdpa(self) -> Tensor:
         """[B, Hq, 1, D] over padded K and V; the group folded, as masks rule out `enable_gqa`."""
         keys, values = self._padded
@@ -99,17 +117,18 @@ class KernelCase:
 
     def _make_pool(self) -> None:
         g, lengths = self._geometry, torch.tensor(self._lengths)
-        table = self._page_table()
+        table = self._table = self._page_table()
         slots = len(table.logical) * g.page_size
         self._keys, self._values = (self._random(1, g.kv_heads, slots, g.head_dim) for _ in "kv")
         last = (lengths[:, None] - 1).int().to(self._device)
+        self._newest = last[:, 0]
         self._plan = self._split_plan(table)
         if self._plan is None:
             self._block_mask = paged_block_mask(
                 table.physical, table.logical, last, page_size=g.page_size, group=g.group
             )
         else:
-            self._block_mask = self._split_mask(table, last[:, 0], self._plan.splits)
+            self._block_mask = self._split_mask(table, self._newest, self._plan.splits)
         tokens = torch.arange(int(lengths.max()), device=self._device).expand(len(lengths), -1)
         self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
 

@@ -14,16 +14,15 @@ field by field, so that whoever uses a `Result` need not.
 
 from __future__ import annotations
 
-import json
 import re
-import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from granite_paged.errors import InvalidRequest, ResultFileError
+from granite_paged.typed_json import read_json
 
 Key = tuple[str, str, int, int, str]
 """Case, mode, batch, context and variant: what tells one row from another."""
@@ -155,13 +154,7 @@ def writable_folder(folder: Path) -> Path:
 
 def read_as(kind: Any, path: str | Path) -> Any:
     """A JSON file as a dataclass, every field checked. Raises ResultFileError."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultFileError(str(path), "", f"cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultFileError(str(path), "", f"is not JSON: {error}") from None
-    return _checked(kind, data, str(path), "")
+    return read_json(kind, path, ResultFileError)
 
 
 def _check_unique(rows: Sequence[Row], path: str) -> None:
@@ -189,57 +182,3 @@ _ALWAYS = ("latency_ms", "tokens_per_second", "peak_bytes", "model", "dtype")
 def _kept(place: Any, value: Any) -> bool:
     """Optional fields that say nothing stay out of the file."""
     return place.name in _ALWAYS or getattr(value, place.name) not in (None, "")
-
-
-# -- from plain types ---------------------------------------------------------------------------
-
-
-def _checked(kind: Any, data: Any, path: str, place: str) -> Any:
-    """`data` as a value of `kind`: a dataclass, list, dict, optional or plain type."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if data is None else _checked(inner[0], data, path, place)
-    if is_dataclass(kind):
-        return _dataclass(kind, _typed(dict, data, path, place), path, place)
-    if origin is list:
-        items = enumerate(_typed(list, data, path, place))
-        return [_checked(inner[0], item, path, f"{place}[{i}]") for i, item in items]
-    if origin is dict:
-        pairs = _typed(dict, data, path, place).items()
-        return {name: _checked(inner[1], value, path, f"{place}.{name}") for name, value in pairs}
-    return _typed(kind, data, path, place)
-
-
-def _dataclass(kind: Any, data: dict[str, Any], path: str, place: str) -> Any:
-    hints, values = typing.get_type_hints(kind), {}
-    unknown = sorted(set(data) - set(hints))
-    if unknown:
-        raise ResultFileError(path, _at(place, unknown[0]), "is no field of the format")
-    for f in fields(kind):
-        if f.name in data:
-            values[f.name] = _checked(hints[f.name], data[f.name], path, _at(place, f.name))
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise ResultFileError(path, _at(place, f.name), "is missing")
-    return kind(**values)
-
-
-_NAMES = {
-    str: "text",
-    int: "a whole number of at least 0",
-    float: "a finite number of at least 0",
-    list: "a list",
-    dict: "an object",
-}
-
-
-def _typed(kind: type, data: Any, path: str, place: str) -> Any:
-    if kind is float and type(data) is int:
-        data = float(data)
-    number_of_use = kind not in (int, float) or (type(data) is kind and 0 <= data < float("inf"))
-    if type(data) is not kind or not number_of_use:
-        raise ResultFileError(path, place, f"must be {_NAMES[kind]}, {data!r:.40} given")
-    return data
-
-
-def _at(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name

@@ -29,8 +29,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granite_paged.tuned import TUNED, FewRowsConstants, OneRowConstants
+
 MOST_ROWS = 64
 """Beyond, a library's matrix product is faster than reading x once for every block of columns."""
+
+FEW_COLUMNS = 32
+"""A multiprocessor: with fewer, one block of columns each leaves some idle, so depths are split."""
+
+ONE_LOAD = 16384
+"""Most weights that a program of one row holds in registers at once."""
 
 
 class Normed(NamedTuple):
@@ -265,25 +273,37 @@ def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int
     """Block sizes, splits, stages and warps for one product.
 
     The weights stream past once, so what counts is bytes in flight. One row: a program takes whole
-    columns in one load. More: blocks of columns, their depth split until about two programs a
-    multiprocessor run.
+    columns in one load. More: blocks of columns, and where there are few of them, their depth is
+    split. How large and how many is measured (`tuned.py`).
     """
+    few_columns = has_few_columns(columns, multiprocessors)
     if rows == 1:
-        whole = int(triton.next_power_of_2(depth))
-        together = max(1, min(4, 16384 // whole))
-        return {"COLUMNS": together, "DEPTH": whole, "num_warps": 8 if gated else 4}
-    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    few_columns = columns < 32 * multiprocessors
-    wide = 64 if (tall == 32 if gated else tall != 32 and not few_columns) else 32
-    deep = 128 if (tall == 64 and not few_columns) or (gated and tall > 16) else 256
-    splits = 4 if few_columns and not gated else 2 if gated and tall == 32 else 1
+        return one_row_tiles(TUNED.for_one_row(gated=gated, few_columns=few_columns), depth)
+    constants = TUNED.for_few_rows(rows, gated=gated, few_columns=few_columns)
+    return few_rows_tiles(constants, depth)
+
+
+def has_few_columns(columns: int, multiprocessors: int) -> bool:
+    """Whether a product has too few blocks of columns to fill the device."""
+    return columns < FEW_COLUMNS * multiprocessors
+
+
+def one_row_tiles(constants: OneRowConstants, depth: int) -> dict[str, int]:
+    """What these constants make of a product of one row."""
+    whole = int(triton.next_power_of_2(depth))
+    together = max(1, min(constants.COLUMNS, ONE_LOAD // whole))
+    return {"COLUMNS": together, "DEPTH": whole, "num_warps": constants.warps}
+
+
+def few_rows_tiles(constants: FewRowsConstants, depth: int) -> dict[str, int]:
+    """What these constants make of a product of several rows."""
     return {
-        "ROWS": tall,
-        "COLUMNS": wide,
-        "DEPTH": deep,
-        "SPLITS": min(splits, -(-depth // deep)),
-        "num_warps": 4,
-        "num_stages": 3 if few_columns and tall > 16 and not gated else 4,
+        "ROWS": constants.rows,
+        "COLUMNS": constants.COLUMNS,
+        "DEPTH": constants.DEPTH,
+        "SPLITS": min(constants.SPLITS, -(-depth // constants.DEPTH)),
+        "num_warps": constants.warps,
+        "num_stages": constants.stages,
     }
 
 

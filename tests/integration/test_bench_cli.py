@@ -1,4 +1,4 @@
-"""`bench`, `gate`, `plot` and `profile` as a user types them, on the CPU."""
+"""`bench`, `gate`, `tune`, `plot` and `profile` as a user types them, on the CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 import torch
 
 from granite_paged import models
-from granite_paged.bench import coldstart, gate, session
+from granite_paged.bench import coldstart, gate, session, tunable
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Samples
 from granite_paged.bench.results import Result, Row, read_result
 from granite_paged.bench.session import Measured, Session
+from granite_paged.bench.tune import Group, TunedShape
 from granite_paged.cli import FAILED, INTERRUPTED, OK, USAGE, run
 from granite_paged.geometry import PagedConfig
+from granite_paged.tuned import PATH, TUNED, read_tuned
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -315,6 +318,72 @@ def test_a_record_of_another_model_is_not_held_against(
     recorded(tmp_path, "granite-4.0-h-1b", 0.1)
     assert judged(monkeypatch, tmp_path) == OK
     assert "is of another model or dtype" in " ".join(capsys.readouterr().out.split())
+
+
+# -- tune ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tune_refuses_where_there_is_no_gpu(capsys: Capture) -> None:
+    assert run(["tune", "--random-weights", "granite-4.0-h-1b"]) == USAGE
+    one_line(capsys, "a CUDA device, and none is used here")
+
+
+def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> int:
+    """`tune` on a GPU made up, where half as many columns would save the rule its loss."""
+    rule, better = (replace(TUNED.one_row[0], COLUMNS=columns) for columns in (4, 2))
+
+    def layout(constants: Any) -> dict[str, int]:
+        return {"COLUMNS": constants.COLUMNS}
+
+    def seconds(layout: dict[str, int]) -> float:
+        return 1e-5 * (1 + loss if layout["COLUMNS"] == rule.COLUMNS else 1)
+
+    shape = TunedShape("product 1 x 2 x 3", layout, lambda: seconds)
+    groups = [Group((rule, better), (shape,))]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(tunable, "groups_of", lambda *args, **options: groups)
+    return run(["tune", "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize(
+    ("loss", "allow", "status"), [(0.05, "10", OK), (0.2, "10", FAILED), (0.2, "30", OK)]
+)
+def test_tune_exits_1_where_the_rule_loses_more_than_is_allowed(
+    loss: float, allow: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    before = PATH.read_bytes()
+    assert tuned_with(monkeypatch, loss, "--allow", allow) == status
+    shown = capsys.readouterr().out
+    assert f"{loss:.1%}" in shown
+    assert "columns 4" in shown
+    assert "columns 2" in shown
+    assert "0 candidates did not run" in shown
+    assert PATH.read_bytes() == before
+
+
+def test_tune_writes_the_best_constants_and_all_measurements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out, report = tmp_path / "tuned.json", tmp_path / "report.json"
+    files = ("--write", "--out", str(out), "--json", str(report))
+    assert tuned_with(monkeypatch, 0.2, *files) == OK
+    tuned = read_tuned(out)
+    assert (tuned.one_row[0].COLUMNS, tuned.device) == (2, "cpu")
+    assert tuned.microseconds == {"product 1 x 2 x 3": 10.0}
+    data = json.loads(report.read_text())
+    (trials,) = data["groups"][0]["shapes"].values()
+    assert [trial["microseconds"] for trial in trials] == pytest.approx([12, 10])
+    assert f"written: {out}" in capsys.readouterr().out
+
+
+def test_tune_refuses_a_file_that_cannot_be_written_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    out = tmp_path / "nowhere" / "tuned.json"
+    assert tuned_with(monkeypatch, 0.2, "--write", "--out", str(out)) == USAGE
+    one_line(capsys, "its folder is missing")
 
 
 # -- plot ---------------------------------------------------------------------------------------

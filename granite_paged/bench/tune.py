@@ -1,0 +1,227 @@
+"""Tuning: which constants of the rules of kernel options are best on this GPU?
+
+A group is constants that are chosen together, and shapes that they are chosen by: decode attention
+of one batch at several contexts, products of one tile of rows with several weights. Every candidate
+is timed in every shape of its group. Its loss in a shape is how much longer it takes there than the
+best candidate does; chosen is the candidate whose worst loss is least. The constants that are there
+stay unless another's worst loss is smaller by more than `NOISE`, so that files do not change for
+nothing. A candidate that a compiler refuses, or that does not fit, is out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from granite_paged.bench.measure import reason
+from granite_paged.errors import CannotJudge
+from granite_paged.tuned import (
+    DecodeConstants,
+    FewRowsConstants,
+    OneRowConstants,
+    PrefillConstants,
+    Tuned,
+)
+
+NOISE = 0.02
+"""Of a time: medians of replays repeat to about this."""
+
+Constants = DecodeConstants | PrefillConstants | OneRowConstants | FewRowsConstants
+Layout = dict[str, Any]
+"""What a rule makes of constants in one shape: splits, block sizes, warps, stages."""
+
+Timer = Callable[[Layout], float]
+"""Seconds of one call laid out like that."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunedShape:
+    """One shape.
+
+    Attributes:
+        name: for people, and for `Tuned.microseconds`.
+        layout: the rule.
+        prepare: makes the tensors, which live as long as the timer.
+    """
+
+    name: str
+    layout: Callable[[Any], Layout]
+    prepare: Callable[[], Timer]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Constants that are chosen together. The first candidate is what the rule has now."""
+
+    candidates: tuple[Constants, ...]
+    shapes: tuple[TunedShape, ...]
+
+    @property
+    def trials(self) -> int:
+        """How many there are to make."""
+        return len(self.candidates) * len(self.shapes)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One candidate in one shape: microseconds of a call, or why there are none."""
+
+    layout: Layout
+    microseconds: float | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a group.
+
+    Attributes:
+        candidates: of the group.
+        trials: shape -> a trial for each candidate.
+        chosen: which candidate.
+    """
+
+    candidates: tuple[Constants, ...]
+    trials: dict[str, list[Trial]]
+    chosen: int
+
+    @property
+    def skipped(self) -> int:
+        """Trials that came to nothing."""
+        return sum(trial.microseconds is None for line in self.trials.values() for trial in line)
+
+    def loss(self, shape: str) -> float:
+        """Of the rule's own choice, in a shape."""
+        return losses(self.trials[shape])[0]
+
+    def best(self, shape: str) -> Trial:
+        """The fastest in a shape."""
+        return self.trials[shape][losses(self.trials[shape]).index(0.0)]
+
+    def worst(self, candidate: int = 0) -> float:
+        """The largest loss of a candidate; the rule's own where none is named."""
+        return max(losses(line)[candidate] for line in self.trials.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Every trial."""
+        return {
+            "rule": asdict(self.candidates[0]),
+            "chosen": asdict(self.candidates[self.chosen]),
+            "shapes": {
+                name: [
+                    {"constants": asdict(constants), **asdict(trial)}
+                    for constants, trial in zip(self.candidates, line, strict=True)
+                ]
+                for name, line in self.trials.items()
+            },
+        }
+
+
+# -- choosing: pure functions of times ----------------------------------------------------------
+
+
+def losses(trials: Sequence[Trial]) -> list[float]:
+    """Of each candidate in one shape: 0 for the fastest, 0.1 for ten per cent longer.
+
+    Infinite where a candidate does not run, for all of them where none does.
+    """
+    times = [math.inf if t.microseconds is None else t.microseconds for t in trials]
+    best = min(times)
+    return [time / best - 1 if time < math.inf else math.inf for time in times]
+
+
+def choose(trials: Iterable[Sequence[Trial]]) -> int:
+    """The candidate whose worst loss over the shapes is least; 0, the rule's, within `NOISE`."""
+    worst = [max(of_one) for of_one in zip(*map(losses, trials), strict=True)]
+    least = min(range(len(worst)), key=worst.__getitem__)
+    return least if worst[0] > worst[least] + NOISE else 0
+
+
+def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, str]) -> Tuned:
+    """The constants with those chosen in place; what was not tried stays as it was.
+
+    environment: device, torch and triton, as in `Tuned`.
+    """
+    found: dict[type, list[Any]] = {}
+    for outcome in outcomes:
+        constants = outcome.candidates[outcome.chosen]
+        found.setdefault(type(constants), []).append(constants)
+    decode = _merged(tuned.decode, found.get(DecodeConstants, []), "batch")
+    one_row, few_rows = found.get(OneRowConstants, []), found.get(FewRowsConstants, [])
+    return replace(
+        tuned,
+        **environment,
+        decode=sorted(decode, key=lambda constants: constants.batch),
+        prefill=found.get(PrefillConstants, [tuned.prefill])[0],
+        one_row=_merged(tuned.one_row, one_row, "gated", "few_columns"),
+        few_rows=_merged(tuned.few_rows, few_rows, "rows", "gated", "few_columns"),
+        microseconds={**_kept(tuned, environment), **_microseconds(outcomes)},
+    )
+
+
+def _kept(tuned: Tuned, environment: dict[str, str]) -> dict[str, float]:
+    """Earlier times, where they are of the same device and versions."""
+    same = all(getattr(tuned, name) == value for name, value in environment.items())
+    return tuned.microseconds if same else {}
+
+
+def _merged(old: Sequence[Any], new: Sequence[Any], *names: str) -> list[Any]:
+    """Old entries in their order, each replaced by the new one of its case; then other new ones."""
+    by_case: dict[Hashable, Any] = {}
+    for constants in (*old, *new):
+        by_case[tuple(getattr(constants, name) for name in names)] = constants
+    return list(by_case.values())
+
+
+def _microseconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Of the chosen constants, shape by shape."""
+    found = {}
+    for outcome in outcomes:
+        for shape, line in outcome.trials.items():
+            time = line[outcome.chosen].microseconds
+            assert time is not None
+            found[shape] = round(time, 2)
+    return found
+
+
+# -- a sweep ------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def sweep(group: Group, progress: Callable[[str], None] = lambda shape: None) -> Outcome:
+    """Time every candidate in every shape. `progress` is told of each trial before it is made.
+
+    Raises:
+        CannotJudge: if the rule's own choice does not run.
+    """
+    trials = {shape.name: _try_all(shape, group.candidates, progress) for shape in group.shapes}
+    for name, (rule, *_) in trials.items():
+        if rule.microseconds is None:
+            raise CannotJudge(f"what the rule says for {name} does not run here: {rule.error}")
+    return Outcome(group.candidates, trials, choose(trials.values()))
+
+
+def _try_all(
+    shape: TunedShape, candidates: Sequence[Constants], progress: Callable[[str], None]
+) -> list[Trial]:
+    """In one shape; what the rule lays out alike is timed once."""
+    timer, known, trials = shape.prepare(), {}, []
+    for constants in candidates:
+        progress(shape.name)
+        layout = shape.layout(constants)
+        key = tuple(layout.items())
+        if key not in known:
+            known[key] = _try(timer, layout)
+        trials.append(known[key])
+    return trials
+
+
+def _try(timer: Timer, layout: Layout) -> Trial:
+    try:
+        return Trial(layout, 1e6 * timer(layout))
+    except Exception as error:  # compilers have no common error; `sweep` judges the rule's own
+        return Trial(layout, error=reason(error))

@@ -1,0 +1,289 @@
+"""Constants are chosen by their worst loss, of what runs, for what a model really calls."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import FLAVOURS, tiny_model
+from transformers import GraniteMoeHybridForCausalLM
+
+from granite_paged.bench import kernel, measure, tunable
+from granite_paged.bench.measure import Clock
+from granite_paged.bench.tunable import SUBJECTS, Bench, candidates, groups_of, products_of
+from granite_paged.bench.tune import (
+    NOISE,
+    Group,
+    Outcome,
+    Trial,
+    TunedShape,
+    choose,
+    losses,
+    retuned,
+    sweep,
+)
+from granite_paged.errors import CannotJudge
+from granite_paged.geometry import PagedConfig
+from granite_paged.models import geometry_config
+from granite_paged.tuned import TUNED, OneRowConstants, read_tuned
+
+CONFIG = PagedConfig(page_size=16)
+HERE = {"device": "a GPU", "torch": "1", "triton": "2"}
+
+
+def trials(*microseconds: float | None) -> list[Trial]:
+    return [Trial({}, time) for time in microseconds]
+
+
+# -- choosing -----------------------------------------------------------------------------------
+
+
+def test_a_loss_is_what_the_fastest_would_save() -> None:
+    assert losses(trials(11, 10, None)) == [pytest.approx(0.1), 0.0, math.inf]
+
+
+def test_where_nothing_runs_every_loss_is_infinite() -> None:
+    assert losses(trials(None, None)) == [math.inf, math.inf]
+
+
+def test_the_worst_loss_counts_not_the_sum() -> None:
+    """The second is far better in one shape, and bad in the other."""
+    assert choose([trials(20, 10, 12), trials(10, 14, 11)]) == 2
+
+
+def test_what_does_not_run_in_every_shape_is_not_chosen() -> None:
+    assert choose([trials(20, 10), trials(20, None)]) == 0
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(NOISE / 2, 0), (2 * NOISE, 1)])
+def test_the_rule_stays_unless_another_is_better_by_more_than_noise(
+    gain: float, chosen: int
+) -> None:
+    assert choose([trials(10 * (1 + gain), 10)]) == chosen
+
+
+times = st.floats(1, 100)
+
+
+@given(st.lists(st.lists(times, min_size=4, max_size=4), min_size=1, max_size=4))
+def test_nothing_loses_less_than_what_is_chosen_but_by_noise(shapes: list[list[float]]) -> None:
+    lines = [trials(*shape) for shape in shapes]
+    worst = [max(losses(line)[i] for line in lines) for i in range(4)]
+    assert worst[choose(lines)] <= min(worst) + NOISE
+
+
+# -- a sweep ------------------------------------------------------------------------------------
+
+RULE = OneRowConstants(gated=False, few_columns=False, COLUMNS=4, warps=4)
+
+
+def columns_of(constants: Any) -> dict[str, int]:
+    return {"COLUMNS": min(4, constants.COLUMNS)}
+
+
+class Timer:
+    """Seconds by columns; counts its calls. What is not in the list fails to compile."""
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.seconds = seconds
+        self.calls: list[int] = []
+
+    def __call__(self, layout: dict[str, int]) -> float:
+        self.calls.append(layout["COLUMNS"])
+        if layout["COLUMNS"] not in self.seconds:
+            raise ValueError("out of shared memory\nat line 3")
+        return self.seconds[layout["COLUMNS"]]
+
+
+def swept(seconds: dict[int, float], columns: tuple[int, ...] = (4, 1, 2)) -> tuple[Outcome, Timer]:
+    timer = Timer(seconds)
+    shape = TunedShape("a shape", columns_of, lambda: timer)
+    group = Group(tuple(replace(RULE, COLUMNS=count) for count in columns), (shape,))
+    return sweep(group), timer
+
+
+def test_a_sweep_times_every_candidate_and_chooses() -> None:
+    outcome, timer = swept({1: 3e-6, 2: 1e-6, 4: 2e-6})
+    assert timer.calls == [4, 1, 2]
+    assert [t.microseconds for t in outcome.trials["a shape"]] == pytest.approx([2, 3, 1])
+    assert outcome.candidates[outcome.chosen].COLUMNS == 2
+    assert outcome.loss("a shape") == outcome.worst() == pytest.approx(1)
+    assert outcome.worst(outcome.chosen) == 0
+    assert outcome.best("a shape").layout == {"COLUMNS": 2}
+
+
+def test_a_candidate_that_fails_to_compile_is_skipped_and_counted() -> None:
+    outcome, _ = swept({1: 1e-6, 4: 2e-6})
+    assert outcome.skipped == 1
+    assert outcome.trials["a shape"][2].error == "ValueError: out of shared memory"
+    assert outcome.candidates[outcome.chosen].COLUMNS == 1
+
+
+def test_the_rules_own_choice_must_run() -> None:
+    with pytest.raises(CannotJudge, match=r"the rule says for a shape does not run here: ValueErr"):
+        swept({1: 1e-6})
+
+
+def test_candidates_that_are_laid_out_alike_are_timed_once() -> None:
+    outcome, timer = swept({1: 1e-6, 4: 2e-6}, columns=(4, 8, 16, 1))
+    assert timer.calls == [4, 1]
+    assert len(outcome.trials["a shape"]) == 4
+
+
+def test_a_report_has_every_trial_and_is_json() -> None:
+    outcome, _ = swept({1: 1e-6, 4: 2e-6})
+    data = json.loads(json.dumps(outcome.to_json(), allow_nan=False))
+    assert (data["rule"]["COLUMNS"], data["chosen"]["COLUMNS"]) == (4, 1)
+    assert [trial["microseconds"] for trial in data["shapes"]["a shape"]] == [2, 1, None]
+
+
+# -- the file -----------------------------------------------------------------------------------
+
+
+def test_only_what_was_tried_changes_in_the_file(tmp_path: Path) -> None:
+    outcome, _ = swept({1: 3e-6, 2: 1e-6, 4: 2e-6})
+    tuned = retuned(TUNED, [outcome], HERE)
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(tuned.to_json()))
+    assert read_tuned(path) == tuned
+    assert tuned.for_one_row(gated=False, few_columns=False).COLUMNS == 2
+    assert (tuned.device, tuned.microseconds) == ("a GPU", {"a shape": 1.0})
+    assert (tuned.decode, tuned.prefill, tuned.few_rows) == (
+        TUNED.decode,
+        TUNED.prefill,
+        TUNED.few_rows,
+    )
+    assert tuned.one_row[1:] == TUNED.one_row[1:]
+
+
+@pytest.mark.parametrize(("device", "kept"), [("a GPU", True), ("another", False)])
+def test_earlier_times_are_kept_where_they_are_of_the_same_device(device: str, kept: bool) -> None:
+    outcome, _ = swept({1: 3e-6, 2: 1e-6, 4: 2e-6})
+    earlier = replace(TUNED, **{**HERE, "device": device}, microseconds={"another shape": 5.0})
+    assert ("another shape" in retuned(earlier, [outcome], HERE).microseconds) is kept
+
+
+def test_a_batch_measured_for_the_first_time_takes_its_place() -> None:
+    new = replace(TUNED.decode[0], batch=4, warps=8)
+    outcome = Outcome((new,), {"decode 4": trials(1.0)}, 0)
+    decode = retuned(TUNED, [outcome], HERE).decode
+    assert [c.batch for c in decode] == sorted([4, *(c.batch for c in TUNED.decode)])
+
+
+# -- what is tuned ------------------------------------------------------------------------------
+
+
+def bench(**sizes: Any) -> Bench:
+    return Bench(tiny_model(**sizes), CONFIG)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_the_first_candidate_of_a_group_is_the_rule_and_all_are_different(
+    name: str, quick: bool
+) -> None:
+    pytest.importorskip("triton")
+    for group in SUBJECTS[name](bench(), quick):
+        rule = group.candidates[0]
+        known = {*TUNED.decode, TUNED.prefill, *TUNED.one_row, *TUNED.few_rows}
+        assert rule in known or TUNED.for_batch(rule.batch) in known
+        assert len(set(group.candidates)) == len(group.candidates) > 1
+        assert group.shapes
+
+
+def test_a_quick_look_leaves_the_pipeline_as_it_is() -> None:
+    rule = TUNED.few_rows[0]
+    quick = candidates(rule, tunable.FEW_ROWS_CHOICES, quick=True)
+    assert {(c.warps, c.stages) for c in quick} == {(rule.warps, rule.stages)}
+    assert len(quick) < len(candidates(rule, tunable.FEW_ROWS_CHOICES, quick=False)) / 2
+
+
+def test_the_products_of_a_model_are_those_of_its_decode_step() -> None:
+    with torch.device("meta"):
+        model = GraniteMoeHybridForCausalLM._from_config(geometry_config("granite-4.0-h-1b"))
+    *products, head = products_of(model)
+    expected = {(6448, 1536, False), (1536, 3072, False), (4096, 1536, True), (1536, 4096, False)}
+    assert set(products) == expected | {(1536, 1536, False), (512, 1536, False)}
+    assert head == (100352, 1536, False)
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_every_flavour_of_model_has_products(flavour: str) -> None:
+    assert all(columns > 0 for columns, *_ in products_of(tiny_model(flavour)))
+
+
+def test_there_is_nothing_to_tune_on_a_cpu() -> None:
+    with pytest.raises(CannotJudge, match="tune measures a CUDA device, and none is used here"):
+        groups_of(bench())
+
+
+def test_there_is_nothing_to_tune_where_kernels_do_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Bench, "clock", AGpu())
+    with pytest.raises(CannotJudge, match="kernels do not run here: device cpu has no Triton"):
+        groups_of(bench())
+
+
+class AGpu:
+    gpu = True
+
+
+# -- timing, as far as a CPU goes ---------------------------------------------------------------
+
+
+def test_calls_of_a_graph_are_timed_together() -> None:
+    class Ticks(Clock):
+        def seconds(self, step: Any) -> float:
+            step()
+            return 6.0
+
+    made: list[str] = []
+    calls = [lambda name=name: made.append(name) for name in "abc"]
+    assert Ticks(torch.device("cpu")).graph_seconds(calls) == 2.0
+    assert made[:6] == ["a", "b", "c"] * 2
+
+
+def test_every_kind_of_product_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(measure, "_REPLAYS", 1)  # interpreted
+    small = bench()
+    seen = set()
+    for group in SUBJECTS["products"](small, True):
+        shape = group.shapes[0]
+        seen.add(shape.name.split(" x ")[0])
+        assert shape.prepare()(shape.layout(group.candidates[0])) > 0
+    assert seen == {f"{gated}product {n}" for gated in ("", "gated ") for n in (1, 16, 32, 64)}
+
+
+def test_prefill_attention_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunable, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(tunable, "PREFILL_PASTS", (0, 40))
+    (group,) = SUBJECTS["prefill"](bench(), False)
+    assert [shape.name for shape in group.shapes] == ["prefill 24 of 24", "prefill 24 of 64"]
+    for shape in group.shapes:
+        assert shape.prepare()(shape.layout(group.candidates[0])) > 0
+
+
+def test_decode_attention_is_given_the_plan_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    given = []
+    monkeypatch.setattr(tunable, "DECODE_CONTEXTS", {2: (40,)})
+    monkeypatch.setattr(Bench, "multiprocessors", 8)
+    monkeypatch.setattr(
+        kernel, "split_attention", lambda *args, plan, **options: given.append((args[3], plan))
+    )
+    (group,) = SUBJECTS["decode"](bench(), True)
+    (shape,) = group.shapes
+    layout = shape.layout(group.candidates[0])
+    assert shape.prepare()(layout) > 0
+    mask, plan = given[0]
+    assert plan.splits == layout["splits"] > 1
+    assert mask.shape[0] == 2 * plan.splits

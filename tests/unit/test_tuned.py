@@ -1,0 +1,249 @@
+"""The tuned constants: read once and checked, and what the rules make of them today."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from granite_paged.attention import DecodePlan, decode_plan, kernel_options, planned
+from granite_paged.errors import TunedFileError
+from granite_paged.tuned import PATH, ROW_TILES, TUNED, read_tuned
+
+H200 = 132
+"""Multiprocessors."""
+
+PRODUCTS = {
+    "in_proj": (6448, 1536, False),
+    "out_proj": (1536, 3072, False),
+    "gated": (4096, 1536, True),
+    "output": (1536, 4096, False),
+}
+"""Columns and depth of granite-4.0-h-1b's products."""
+
+
+# -- what the rules say for granite-4.0-h-1b on an H200; whoever rewrites the constants looks here
+
+ONE_ROW = {
+    "in_proj": (4, 2048, 4),
+    "out_proj": (4, 4096, 4),
+    "gated": (4, 2048, 8),
+    "output": (4, 4096, 4),
+}
+"""COLUMNS, DEPTH, warps."""
+
+FEW_ROWS = {
+    (16, "in_proj"): (64, 256, 1, 4),
+    (16, "out_proj"): (32, 256, 4, 4),
+    (16, "gated"): (32, 256, 1, 4),
+    (16, "output"): (32, 256, 4, 4),
+    (32, "in_proj"): (32, 256, 1, 4),
+    (32, "out_proj"): (32, 256, 4, 3),
+    (32, "gated"): (64, 128, 2, 4),
+    (32, "output"): (32, 256, 4, 3),
+    (64, "in_proj"): (64, 128, 1, 4),
+    (64, "out_proj"): (32, 256, 4, 3),
+    (64, "gated"): (32, 128, 1, 4),
+    (64, "output"): (32, 256, 4, 3),
+}
+"""COLUMNS, DEPTH, SPLITS, stages."""
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_tiles_of_one_row_are_those_measured(name: str) -> None:
+    tiles = product_tiles(1, name)
+    assert tiles == dict(zip(("COLUMNS", "DEPTH", "num_warps"), ONE_ROW[name], strict=True))
+
+
+@pytest.mark.parametrize(("rows", "name"), FEW_ROWS, ids=str)
+def test_tiles_of_few_rows_are_those_measured(rows: int, name: str) -> None:
+    names = ("COLUMNS", "DEPTH", "SPLITS", "num_stages")
+    expected = dict(zip(names, FEW_ROWS[rows, name], strict=True))
+    assert product_tiles(rows, name) == {"ROWS": rows, **expected, "num_warps": 4}
+
+
+@pytest.mark.parametrize(
+    ("batch", "pages", "splits"),
+    [(1, 4, 4), (1, 1024, 33), (8, 32, 4), (8, 2, 2), (32, 32, 1), (128, 1024, 1)],
+)
+def test_decode_plans_are_those_measured(batch: int, pages: int, splits: int) -> None:
+    plan = decode_plan(batch, 4, pages, 128, H200)
+    assert plan == DecodePlan(splits=splits, block=128, warps=4, stages=3)
+
+
+def product_tiles(rows: int, name: str) -> dict[str, int]:
+    tiles = pytest.importorskip("granite_paged.kernels.linear").tiles
+    found: dict[str, int] = tiles(rows, *PRODUCTS[name], H200)
+    return found
+
+
+# -- the rules, whatever the constants ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(2, 16), (17, 32), (33, 64), (65, 64), (200, 64)])
+def test_rows_take_the_least_tile_that_holds_them_or_the_largest(rows: int, tile: int) -> None:
+    assert product_tiles(rows, "in_proj")["ROWS"] == tile
+
+
+def test_a_shallow_product_is_not_split_into_parts_of_nothing() -> None:
+    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    constants = replace(TUNED.few_rows[0], DEPTH=256, SPLITS=4)
+    found = [kernels.few_rows_tiles(constants, depth)["SPLITS"] for depth in (200, 300, 5000)]
+    assert found == [1, 2, 4]
+
+
+def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
+    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    constants = replace(TUNED.one_row[0], COLUMNS=4)
+    depths = (4096, 8192, 32768)
+    found = [kernels.one_row_tiles(constants, depth)["COLUMNS"] for depth in depths]
+    assert found == [4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("parts_per_multiprocessor", "programs", "pages", "splits"),
+    [(1, 4, 1024, 33), (2, 4, 1024, 66), (0.5, 4, 1024, 16), (1, 4, 3, 3), (0.5, 128, 64, 1)],
+)
+def test_parts_are_shared_out_over_multiprocessors_a_page_each_at_least(
+    parts_per_multiprocessor: float, programs: int, pages: int, splits: int
+) -> None:
+    constants = replace(TUNED.decode[0], parts_per_multiprocessor=parts_per_multiprocessor)
+    assert planned(constants, programs, pages, 128, H200).splits == splits
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128, 256])
+def test_a_plans_block_is_a_page_at_most(page_size: int) -> None:
+    constants = replace(TUNED.decode[0], block=128)
+    assert planned(constants, 4, 8, page_size, H200).block == min(128, page_size)
+
+
+# -- prefill ------------------------------------------------------------------------------------
+
+
+class Mask:
+    """As much of a BlockMask as the rule looks at."""
+
+    def __init__(self, folded_rows: int, page_size: int) -> None:
+        self.shape = (1, 1, folded_rows, 2**20)
+        self.BLOCK_SIZE = (128, page_size)
+
+
+def options(dtype: torch.dtype, head_dim: int, *, rows: int = 6144, page: int = 128) -> Any:
+    pool = torch.empty(1, 4, 1024, head_dim, dtype=dtype, device="meta")
+    return kernel_options(Mask(rows, page), pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prefill_in_half_precision_leaves_nothing_to_defaults(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    expected = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    assert options(dtype, head_dim) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 256)], ids=str
+)
+def test_prefill_elsewhere_has_flex_attentions_own_warps_and_stages(
+    dtype: torch.dtype, head_dim: int
+) -> None:
+    assert options(dtype, head_dim) == {"BLOCK_M": 64, "BLOCK_N": 64}
+
+
+def test_a_few_folded_rows_take_the_smallest_block() -> None:
+    assert options(torch.bfloat16, 64, rows=12) == {"BLOCK_M": 16, "BLOCK_N": 64}
+
+
+def test_options_are_chosen_within_a_traced_region() -> None:
+    """Where a caller compiles a model, dynamo traces the rule: it must not read a file there."""
+    pool = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
+
+    def block_of(x: torch.Tensor) -> torch.Tensor:
+        chosen = kernel_options(Mask(64, 32), x)
+        return x * chosen["BLOCK_M"] + chosen["num_warps"]
+
+    compiled = torch.compile(block_of, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(pool), torch.full_like(pool, TUNED.prefill.warps))
+
+
+# -- the file -----------------------------------------------------------------------------------
+
+
+def test_the_packaged_file_says_where_it_comes_from() -> None:
+    assert read_tuned(PATH) == TUNED
+    assert TUNED.device
+    assert TUNED.torch
+    assert TUNED.triton
+
+
+def test_a_batch_has_the_constants_of_the_nearest_measured_one_at_or_below(tmp_path: Path) -> None:
+    def edit(data: dict[str, Any]) -> None:
+        data["decode"] = [{**data["decode"][0], "batch": b, "warps": b} for b in (1, 8, 32)]
+
+    tuned = read_tuned(edited(tmp_path, edit))
+    found = {batch: tuned.for_batch(batch).batch for batch in (1, 7, 8, 31, 32, 500)}
+    assert found == {1: 1, 7: 1, 8: 8, 31: 8, 32: 32, 500: 32}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 1000])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("few_columns", [False, True])
+def test_every_product_has_constants(rows: int, gated: bool, few_columns: bool) -> None:
+    assert TUNED.for_one_row(gated=gated, few_columns=few_columns).gated is gated
+    found = TUNED.for_few_rows(rows, gated=gated, few_columns=few_columns)
+    assert found.rows in ROW_TILES
+
+
+Edit = Callable[[dict[str, Any]], Any]
+BROKEN: dict[str, tuple[Edit, str]] = {
+    "a missing field": (lambda d: d.pop("device"), "device is missing"),
+    "an unknown field": (lambda d: d.update(cpu=1), "cpu is no field of the format"),
+    "a field of another type": (
+        lambda d: d["one_row"][1].update(gated=1),
+        r"one_row\[1\]\.gated must be true or false, 1 given",
+    ),
+    "an odd block": (
+        lambda d: d["prefill"].update(BLOCK_N=48),
+        r"prefill\.BLOCK_N must be a power of two of at least 16, 48 given",
+    ),
+    "a block too small": (
+        lambda d: d["few_rows"][3].update(DEPTH=32),
+        r"few_rows\[3\]\.DEPTH must be a power of two of at least 64, 32 given",
+    ),
+    "no stages": (
+        lambda d: d["decode"][0].update(stages=0),
+        r"decode\[0\]\.stages must be above 0, 0 given",
+    ),
+    "no batch of 1": (lambda d: d["decode"].pop(0), "decode must ascend from batch 1 on"),
+    "a missing case": (lambda d: d["few_rows"].pop(), "few_rows must have each of 12 cases once"),
+    "a case twice": (
+        lambda d: d["one_row"].append(d["one_row"][0]),
+        "one_row must have each of 4 cases once",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_refused_by_file_and_field(name: str, tmp_path: Path) -> None:
+    edit, problem = BROKEN[name]
+    with pytest.raises(TunedFileError, match=rf"tuned\.json: {problem}.*tune --write"):
+        read_tuned(edited(tmp_path, edit))
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TunedFileError, match=r"tuned\.json cannot be read: No such file"):
+        read_tuned(tmp_path / "tuned.json")
+
+
+def edited(folder: Path, edit: Edit) -> Path:
+    data = json.loads(PATH.read_text(encoding="utf-8"))
+    edit(data)
+    path = folder / "tuned.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
