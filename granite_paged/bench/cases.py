@@ -108,7 +108,7 @@ CASES = {
             "prefill",
             ("default", "paged"),
             _shapes((1,), (128, 256, 512, 1024, 2048, 4096, 16384, 32768, 131072)),
-            quick=_shapes((1,), (128, 1024, 4096)),
+            quick=_shapes((1,), (128, 512, 2048, 4096, 16384)),
             small=_shapes((1,), (32, 128, 256)),
         ),
         Case(
@@ -116,7 +116,7 @@ CASES = {
             "decode",
             MODES,
             _shapes((1, 8, 32, 128), (512, 1024, 4096, 32768)),
-            quick=_shapes((1, 32), (512, 4096)),
+            quick=(Shape(1, 512), Shape(32, 512), Shape(32, 4096), Shape(128, 1024)),
             small=_shapes((1, 4), (64, 128)),
         ),
         Case(
@@ -127,7 +127,7 @@ CASES = {
                 *(Shape(1, 4096), Shape(8, 4096), Shape(32, 4096), Shape(32, 4096, shortest=64)),
                 *(Shape(8, 32768), Shape(1, 131072)),
             ),
-            quick=_shapes((1, 32), (4096,)),
+            quick=(*_shapes((1, 8, 32), (4096,)), Shape(32, 4096, shortest=64)),
             small=(Shape(1, 128), Shape(4, 128), Shape(4, 128, shortest=16)),
         ),
         Case(

@@ -75,7 +75,7 @@ class Repeats:
         return elapsed >= self.seconds
 
 
-QUICK = Repeats(seconds=0.5, least=3, most=10)
+QUICK = Repeats(seconds=0.5, least=5, most=20)
 
 
 @dataclass(slots=True)

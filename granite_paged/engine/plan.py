@@ -7,7 +7,7 @@
     pages       K and V of all pages, the null page included, and the page tables
     workspace   what the layers of the largest step hold at once
     logits      of the rows of a step
-    graphs      workspaces of the matrix library, one a stream
+    graphs      workspaces of the matrix library, one a stream, and of our own products
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from granite_paged.cache import free_memory
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.kernels import SCRATCH_NUMBERS, SCRATCH_TILES
 from granite_paged.mamba import MambaSizes
 
 DEFAULT_SEQUENCES = 256
@@ -138,7 +139,7 @@ def make_plan(
         pages=sizes.pages * geometry.bytes_per_page + tables,
         workspace=_workspace(model, geometry, config.chunk_tokens),
         logits=logits * model.config.vocab_size * model.dtype.itemsize,
-        graphs=2 * _MATRIX_WORKSPACE if on_gpu else 0,
+        graphs=2 * _MATRIX_WORKSPACE + 4 * (SCRATCH_NUMBERS + SCRATCH_TILES) if on_gpu else 0,
     )
 
 

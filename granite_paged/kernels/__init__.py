@@ -12,6 +12,9 @@ import importlib.util
 
 import torch
 
+SCRATCH_NUMBERS, SCRATCH_TILES = 2**21, 2**12
+"""float32 and int32 that products of few rows share while their depth is split: 8.4 MB."""
+
 
 @functools.cache
 def unavailable(device: torch.device, dtype: torch.dtype) -> str:

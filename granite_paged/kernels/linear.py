@@ -22,6 +22,7 @@ dependent launch), and fetches its weights meanwhile: they depend on nobody.
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granite_paged.kernels import SCRATCH_NUMBERS, SCRATCH_TILES
 from granite_paged.tuned import TUNED, FewRowsConstants, OneRowConstants
 
 MOST_ROWS = 64
@@ -367,12 +369,16 @@ def linear(
     if rows == 1:
         _one_row[(blocks,)](*pointers, *numbers, **flags, **chosen)
         return out, after
-    row_blocks, splits = int(triton.cdiv(rows, chosen["ROWS"])), chosen["SPLITS"]
+    row_blocks = int(triton.cdiv(rows, chosen["ROWS"]))
+    shared = scratch(values.device)
     tile = 2 * chosen["ROWS"] * chosen["COLUMNS"]
-    scratch = _scratch(values.device, blocks * row_blocks, splits * tile)
+    if not shared.holds(blocks * row_blocks, chosen["SPLITS"] * tile):
+        chosen["SPLITS"] = 1
     even = depth % chosen["DEPTH"] == 0
-    grid = (blocks, row_blocks, splits)
-    _few_rows[grid](*pointers, *scratch, rows, *numbers, EVEN=even, **flags, **chosen)
+    grid = (blocks, row_blocks, chosen["SPLITS"])
+    _few_rows[grid](
+        *pointers, shared.parts, shared.arrived, rows, *numbers, EVEN=even, **flags, **chosen
+    )
     return out, after
 
 
@@ -403,17 +409,27 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float32, device=like.device)
 
 
-_SCRATCH: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-
-
-def _scratch(device: torch.device, tiles: int, numbers: int) -> tuple[Tensor, Tensor]:
+class Scratch:
     """Parts of split products, and how many of a tile's have arrived: 0 between kernels.
 
-    Kernels of one stream share it. It is kept for good, since recorded graphs go on using it.
+    Kernels of one stream share it. Whoever records kernels in a graph keeps it alive.
     """
-    known = _SCRATCH.setdefault(device, [])
-    if not known or len(known[-1][1]) < tiles or len(known[-1][0]) < tiles * numbers:
-        parts = torch.empty(max(tiles * numbers, 2**22), device=device)
-        arrived = torch.zeros(max(tiles, 2**12), dtype=torch.int32, device=device)
-        known.append((parts, arrived))
-    return known[-1]
+
+    def __init__(self, device: torch.device) -> None:
+        self.parts = torch.empty(SCRATCH_NUMBERS, device=device)
+        self.arrived = torch.zeros(SCRATCH_TILES, dtype=torch.int32, device=device)
+
+    def holds(self, tiles: int, numbers: int) -> bool:
+        """Whether so many tiles of so many numbers each fit."""
+        return tiles <= SCRATCH_TILES and tiles * numbers <= SCRATCH_NUMBERS
+
+
+_SCRATCH: weakref.WeakValueDictionary[torch.device, Scratch] = weakref.WeakValueDictionary()
+
+
+def scratch(device: torch.device) -> Scratch:
+    """The device's; made anew where nobody holds one."""
+    held = _SCRATCH.get(device)
+    if held is None:
+        held = _SCRATCH[device] = Scratch(device)
+    return held

@@ -49,6 +49,8 @@ def test_log_probabilities_err_no_more_than_sdpas_whatever_else_runs(model: Any)
     with Engine(model, sizes) as engine:
         for length in (64, 300):
             engine.submit(text(length, seed=5), SamplingParams(max_new_tokens=200))
+        for item in items[:2]:  # one after the other: they part, and a state is kept there
+            engine.score([item])
         found = engine.score(items)
         assert engine.stats().prefix_hits
     pairs = [(context, each) for context, several in items for each in several]

@@ -26,9 +26,13 @@ from granite_paged.bench.results import Result
 from granite_paged.bench.session import Measured, Session
 from granite_paged.models import load
 
-CASE, SHAPE = CASES["decode"], Shape(8, 128)
+CASE, SHAPE = CASES["batch"], Shape(4, 512)
+"""A step that keeps the device busy in both modes: its noise is the device's, not the host's."""
+
 MODES = ("default", "paged")
 ROUNDS = Repeats(least=PAIRS, most=PAIRS, patience=math.inf)
+FEW_ROUNDS = Repeats(least=12, most=12, patience=math.inf)
+RECORDED = ("ratio as recorded", "memory as recorded")
 SLEEP_CYCLES = 10_000_000
 
 Change = Callable[[Prepared], None]
@@ -36,7 +40,8 @@ Change = Callable[[Prepared], None]
 
 @pytest.fixture(scope="module")
 def session() -> Session:
-    made = Session(load(device="cuda", dtype="bfloat16"), PagedConfig(page_size=16))
+    loaded = load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16")
+    made = Session(loaded, PagedConfig())
     refuse_where_blind(made)
     return made
 
@@ -132,14 +137,17 @@ def test_three_per_cent_more_memory_goes_red(
 
 def test_noise_alone_over_20_repeats_does_not_go_red(session: Session, record: Result) -> None:
     parts = {mode: Measured() for mode in MODES}
-    steps = {mode: session._ready(CASE, SHAPE, mode, part) for mode, part in parts.items()}
     found: list[str] = []
+    steps: dict[str, Prepared] = {}
     with released(steps, session.clock.device):
+        for mode, part in parts.items():
+            steps[mode] = session._ready(CASE, SHAPE, mode, part)
         for _ in range(20):
-            for mode, samples in interleaved(steps, session.clock, ROUNDS).items():
+            for mode, samples in interleaved(steps, session.clock, FEW_ROUNDS).items():
                 parts[mode].samples = samples
             checks = checks_of(CASE, SHAPE, parts, Against(record))
-            found += [check.verdict for check in checks]
+            found += [check.verdict for check in checks if check.law in RECORDED]
+    assert len(found) == 20 * len(RECORDED)
     assert found.count("failed") == 0
     assert found.count("passed") >= 0.9 * len(found), "too noisy a machine to show anything"
 
