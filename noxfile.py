@@ -133,7 +133,7 @@ def perf_record(session: nox.Session) -> None:
     name = session.run("python", "-c", PRINT_SLUG, silent=True).strip()
     record, tables = f"golden/perf/{name}.json", f"golden/perf/{name}.md"
     session.run("granite-paged", "bench", *MEASURED_MODEL, "--json", record, *session.posargs)
-    figures = ("--out", "golden/figures", "--markdown", tables)
+    figures = ("--out", "golden/figures", "--markdown", tables, "--page", "README.md")
     session.run("granite-paged", "plot", record, *figures)
     session.run("git", "status", "--short", "--", "golden", external=True)
 

@@ -498,9 +498,19 @@ def _layout(trial: Trial) -> str:
 )
 @click.option("--format", "form", default="png", type=click.Choice(FORMATS), help="Of the figures.")
 @_markdown_option
+@click.option(
+    "--page",
+    metavar="FILE",
+    help="Put the first result's tables and two figures between the bench comments of this page.",
+)
 @_records_option
 def plot(
-    results: Sequence[Path], out: Path | None, form: str, markdown_file: str | None, records: Path
+    results: Sequence[Path],
+    out: Path | None,
+    form: str,
+    markdown_file: str | None,
+    page: str | None,
+    records: Path,
 ) -> int:
     """Draw results of `bench --json`, and write them as Markdown tables.
 
@@ -512,14 +522,18 @@ def plot(
     granite-paged plot golden/perf/nvidia-h200.json --out golden/figures
     granite-paged plot before.json after.json --out figures --format svg
     granite-paged plot decode.json --markdown decode.md
+    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures --page README.md
     """  # noqa: D301
     from granite_paged.bench.plot import draw_all
     from granite_paged.bench.published import read_published
-    from granite_paged.bench.report import markdown, write_text
+    from granite_paged.bench.report import markdown, page_part, write_text
     from granite_paged.bench.results import read_result, writable_folder
+    from granite_paged.page import put_between
 
     if out is None and markdown_file is None:
         raise click.UsageError("nothing to write: pass --out DIR, --markdown FILE or both")
+    if page is not None and (out is None or form != "png"):
+        raise click.UsageError("--page shows figures: pass --out DIR and leave --format at png")
     read = [read_result(path) for path in results]
     if markdown_file is not None:
         write_text(Path(markdown_file), markdown(read))
@@ -527,6 +541,8 @@ def plot(
     if out is not None:
         for path in draw_all(read, read_published(records), writable_folder(out), form):
             click.echo(path)
+    if page is not None:
+        put_between(page, "bench", page_part(read[0], str(out)))
     return OK
 
 

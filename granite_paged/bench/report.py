@@ -26,6 +26,17 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(part for result in results for part in _sections(result))
 
 
+def page_part(result: Result, figures: str) -> str:
+    """What the README shows of a record: tables of batch and context, and two figures.
+
+    figures: folder of the figures, as the page names it.
+    """
+    head = f"{result.device}, {result.model}, {result.dtype}; medians of one run, modes in turn."
+    tables = [f"{_TITLES[case]}:\n\n{table(result, case)}" for case in ("batch", "context")]
+    shown = [f"![{name}]({figures}/{name}.png)" for name in ("latency-context", "memory-batch")]
+    return "\n".join([head, "", *tables, *shown])
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file. Raises InvalidRequest where that cannot be done."""
     try:

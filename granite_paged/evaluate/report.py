@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import DataError, ResultsError
+from granite_paged.errors import ResultsError
 from granite_paged.evaluate.figures import check_matplotlib, curves, draw_all
 from granite_paged.evaluate.results import BenchRow, Entry, Json, entries, original_study
-
-_START, _END = "<!-- results: start -->", "<!-- results: end -->"
+from granite_paged.page import put_between
 
 _MOST_SHOWN = 20  # differing questions a table lists; the JSON has them all
 
@@ -65,16 +64,7 @@ def update_page(page: str, evaluations: Sequence[Json], bench: Sequence[BenchRow
     """Put the tables between the two `results` comments of a Markdown page, in place of what is
     there. Raises DataError where the page has no such comments.
     """
-    try:
-        text = Path(page).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(page, f"cannot be read: {error.strerror}") from None
-    before, start, rest = text.partition(_START)
-    _, end, after = rest.partition(_END)
-    if not start or not end:
-        raise DataError(page, f"no place for results: put {_START} and {_END} where they belong")
-    tables = "\n\n".join(result_tables(entries(evaluations), bench))
-    Path(page).write_text(f"{before}{start}\n{tables}\n{end}{after}", encoding="utf-8")
+    put_between(page, "results", "\n\n".join(result_tables(entries(evaluations), bench)))
 
 
 def result_tables(found: Sequence[Entry], bench: Sequence[BenchRow]) -> list[str]:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from granite_paged.bench.report import page_part
+from granite_paged.bench.results import read_result
+from granite_paged.page import put_between
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -58,3 +62,13 @@ def test_modules_import_upward_only() -> None:
 @pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", ".github/workflows/ci.yml"])
 def test_the_usual_files_are_there(path: str) -> None:
     assert (ROOT / path).stat().st_size > 0
+
+
+def test_the_readmes_measurements_are_the_recorded_ones(tmp_path: Path) -> None:
+    record = read_result(ROOT / "golden" / "perf" / "nvidia-h200.json")
+    page = tmp_path / "page.md"
+    page.write_text(README, encoding="utf-8")
+    put_between(str(page), "bench", page_part(record, "golden/figures"))
+    assert page.read_text(encoding="utf-8") == README
+    for figure in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (ROOT / figure).stat().st_size > 0
