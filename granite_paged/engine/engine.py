@@ -540,7 +540,7 @@ class Engine:
             return self._preemption == "swap"
         geometry, plan = self.runner.geometry, self.runner.plan
         pages = geometry.pages_for(tokens) * geometry.bytes_per_page
-        both_ways = 2 * (pages + plan.rows // (self.runner.rows + 1))
+        both_ways = 2 * (pages + plan.rows // self.runner.rows)
         recompute = tokens / PREFILL_TOKENS_A_SECOND
         cheaper = both_ways / HOST_BYTES_A_SECOND < recompute
         return bool(cheaper) and self.runner.device.type == "cuda"

@@ -27,13 +27,15 @@ from granite_paged.pool import KVPool
 class Step(NamedTuple):
     """What the layers of one pass share.
 
-    rows: [B] int64, of the page table and of the Mamba states.
+    rows: [B] int64, of the page table.
+    states: [B] int64, of the Mamba states: rows - 1, since the null row has none (-1).
     positions: [B, S] int32, -1 for padding.
     block_mask: for every attention layer.
     plan: how the rows are split where S is 1, None where they are not.
     """
 
     rows: Tensor
+    states: Tensor
     positions: Tensor
     block_mask: BlockMask
     plan: DecodePlan | None
@@ -42,13 +44,15 @@ class Step(NamedTuple):
 class Storage(NamedTuple):
     """Where a runner keeps what its sequences have said so far, all rows of it.
 
-    pools: attention layer -> its pages; states: Mamba layer -> its states (`rows` None);
+    pools: attention layer -> its pages. states: Mamba layer -> its states (`rows` None), of all
+    rows but the null row. stacked: conv and ssm of all layers, [layers, rows - 1, ...] each.
     nonfinite: [rows] uint8, whether NaN or infinity was met.
     """
 
     table: PageTable
     pools: dict[int, KVPool]
     states: dict[int, MambaState]
+    stacked: tuple[Tensor, Tensor]
     nonfinite: Tensor
 
 
@@ -100,7 +104,7 @@ class PlainForms:
     ) -> Tensor:
         normed = layer.input_layernorm(hidden)
         if layer.mamba is not None:
-            state = self._storage.states[index]._replace(rows=step.rows)
+            state = self._storage.states[index]._replace(rows=step.states)
             mixed = mix(layer.mamba, normed, step.positions, state)
         else:
             mixed = self._attention(index, layer.self_attn, normed, step, rotary)

@@ -177,7 +177,7 @@ class KernelForms(PlainForms):
         weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
         ring = self._storage.states[index].conv
         positions = step.positions[:, 0]
-        return Convolution(sizes.inner, ring, step.rows, positions, weight, mixer.conv1d.bias)
+        return Convolution(sizes.inner, ring, step.states, positions, weight, mixer.conv1d.bias)
 
     def _recur(
         self, index: int, mixer: Any, projected: Tensor, step: Step, norm: Tensor | None
@@ -185,7 +185,7 @@ class KernelForms(PlainForms):
         """[B, inner], gated; on its way through its norm if that is given and has one group."""
         sizes = MambaSizes.of(mixer)
         weights = (mixer.dt_bias, mixer.A_log, mixer.D)
-        state = self._storage.states[index]._replace(rows=step.rows)
+        state = self._storage.states[index]._replace(rows=step.states)
         norm = norm if sizes.groups == 1 else None
         return mamba.step(sizes, projected, step.positions[:, 0], *weights, state, norm)
 
@@ -199,7 +199,7 @@ class KernelForms(PlainForms):
         sizes = MambaSizes.of(mixer)
         weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
         weights = (weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D)
-        state = self._storage.states[index]._replace(rows=step.rows)
+        state = self._storage.states[index]._replace(rows=step.states)
         return mamba.scan(sizes, projected, step.positions, *weights, state)
 
     def _attention_of(

@@ -3,7 +3,7 @@
 ::
 
     weights     the model's parameters, shared ones once
-    rows        Mamba states of all rows, the null row included
+    rows        Mamba states of all rows; the null row has none
     pages       K and V of all pages, the null page included, and the page tables
     workspace   what the layers of the largest step hold at once
     logits      of the rows of a step
@@ -106,15 +106,15 @@ def choose_sizes(
     budget = int(config.memory_fraction * free)
     rows = config.max_sequences or DEFAULT_SEQUENCES
     if config.max_sequences is None and per_row:
-        rows = max(1, min(rows, int(_ROWS_SHARE * budget) // per_row - 1))
+        rows = max(1, min(rows, int(_ROWS_SHARE * budget) // per_row))
     on_host = model.device.type == "cpu"
     tokens = config.max_tokens or (DEFAULT_HOST_TOKENS if on_host else None)
     if tokens is not None:
         pages = 1 + geometry.pages_for(tokens)
     else:
         per_layer = geometry.kv_heads * geometry.head_dim * geometry.page_size
-        pages = min((budget - (rows + 1) * per_row) // per_page, _MOST_ELEMENTS // per_layer)
-    needed = (rows + 1) * per_row + max(pages, 2) * per_page
+        pages = min((budget - rows * per_row) // per_page, _MOST_ELEMENTS // per_layer)
+    needed = rows * per_row + max(pages, 2) * per_page
     if needed > free or pages < 2:
         raise OutOfMemory(
             what=f"{rows} rows and {max(pages, 2)} pages need {needed / 1e9:.2f} GB",
@@ -135,7 +135,7 @@ def make_plan(
     on_gpu = model.device.type == "cuda"
     return MemoryPlan(
         weights=weights_bytes(model),
-        rows=(sizes.rows + 1) * row_bytes(model),
+        rows=sizes.rows * row_bytes(model),
         pages=sizes.pages * geometry.bytes_per_page + tables,
         workspace=_workspace(model, geometry, config.chunk_tokens),
         logits=logits * model.config.vocab_size * model.dtype.itemsize,

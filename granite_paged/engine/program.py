@@ -11,10 +11,11 @@ One copy takes the inputs over; nothing in the step depends on the host.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -25,6 +26,20 @@ from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, spl
 
 NULL_ROW = 0
 """Takes padding. Never a sequence's."""
+
+
+class Inputs(NamedTuple):
+    """A step's inputs on the host, to be written part by part; padding where nothing was.
+
+    flat: all of them, [n] int64; the others are views of it, as the module's docstring has them.
+    tokens and last are empty for a decode step.
+    """
+
+    flat: Tensor
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    last: NDArray[np.int64]
 
 
 class Program:
@@ -61,27 +76,34 @@ class Program:
         self._plan = plan if decodes else None
         self._lists = self._make_lists(plan) if decodes and plan is not None else None
 
-    def run(self, *values: Sequence[int]) -> None:
-        """Take the inputs over, part by part, and compute."""
-        flat = torch.tensor([value for part in values for value in part])
+    def padding(self) -> Inputs:
+        """Inputs that are padding everywhere, for the caller to fill."""
+        pinned = self._graph is not None
+        flat = torch.zeros(sum(self._parts), dtype=torch.int64, pin_memory=pinned)
+        rows, positions, *of_prefill = np.split(flat.numpy(), np.cumsum(self._parts)[:-1])
+        positions[:] = PADDING
+        tokens, last = of_prefill or (rows[:0], rows[:0])
+        shape = (self._batch, -1)
+        return Inputs(flat, rows, positions.reshape(shape), tokens.reshape(shape), last)
+
+    def run(self, inputs: Inputs) -> None:
+        """Take the inputs over, and compute."""
+        self._inputs.copy_(inputs.flat, non_blocking=True)
         if self._graph is not None:
-            self._inputs.copy_(flat.pin_memory(), non_blocking=True)
             self._graph.replay()
             return
-        self._inputs.copy_(flat)
         with memory_refused(self._device, "a step"), torch.inference_mode():
             self._compute()
 
-    def capture(self, pool: Any) -> None:
-        """Compute padding once, so that everything is compiled, then record.
+    def capture(self, pool: Any, stream: Any) -> None:
+        """Compute padding once, so that everything is compiled, then record, both on that stream.
 
         Raises:
             OutOfMemory: if the step does not fit beside what is there.
         """
-        self._inputs[self._batch : self._batch + self._batch * self._length] = PADDING
+        self._inputs.copy_(self.padding().flat)
         what = f"a step of {self._batch} x {self._length} tokens"
         with memory_refused(self._device, what), torch.inference_mode():
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 self._compute()
@@ -94,7 +116,7 @@ class Program:
     def _compute(self) -> None:
         rows, positions, *of_prefill = torch.split(self._inputs, self._parts)
         positions = positions.view(self._batch, self._length).int()
-        step = Step(rows, positions, self._block_mask(rows, positions), self._plan)
+        step = Step(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
         if self._decodes:
             tokens = self._tokens.index_select(0, rows)
             self.logits = self._forms.decode(tokens[:, None], step)

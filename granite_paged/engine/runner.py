@@ -5,7 +5,7 @@ which row a sequence has is its caller's too. Pages, rows and tables are allocat
 
 ::
 
-    row 0, page 0     take padding; never anybody's
+    row 0, page 0     take padding; never anybody's. Row 0 has no Mamba state
     tokens[row]       what the row is fed by its next decode step: a sampler writes it there
     nonfinite[row]    whether NaN or infinity was met since the row was cleared
 
@@ -41,7 +41,6 @@ from granite_paged.engine.program import NULL_ROW, Program
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.mamba import MambaSizes, MambaState
-from granite_paged.masks import PADDING
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
 
@@ -68,15 +67,18 @@ class Scores(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """A row's Mamba states, layer by layer: a snapshot."""
+    """A row's Mamba states, of all layers: a snapshot.
 
-    conv: list[Tensor]
-    ssm: list[Tensor]
+    conv [layers, channels, width]; ssm [layers, heads, head_dim, state_size].
+    """
+
+    conv: Tensor
+    ssm: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return sum(part.nbytes for part in (*self.conv, *self.ssm))
+        return self.conv.nbytes + self.ssm.nbytes
 
 
 class PageContents(NamedTuple):
@@ -125,6 +127,9 @@ class Runner:
         self._forms = _forms(model, self._storage, fallback, config)
         self._programs: dict[tuple[int, int, bool], Program] = {}
         self._graphs = torch.cuda.graph_pool_handle() if self._captures else None
+        # one for all graphs: the matrix library keeps a workspace for every stream
+        make_stream: Any = torch.cuda.Stream
+        self._stream = make_stream(self.device) if self._captures else None
 
     @classmethod
     def for_model(cls, model: Any, config: PagedConfig | None = None) -> Runner:
@@ -214,9 +219,11 @@ class Runner:
                 f"positions are 0 to {self.longest - 1}, {min(positions)} to {max(positions)} given"
             )
         batch = most_rows(len(rows)) if self._captures else len(rows)
-        missing = batch - len(rows)
         program = self._program(batch, 1, decodes=True)
-        program.run([*rows, *[NULL_ROW] * missing], [*positions, *[PADDING] * missing])
+        inputs = program.padding()
+        inputs.rows[: len(rows)] = rows
+        inputs.positions[: len(rows), 0] = positions
+        program.run(inputs)
         return program.logits[: len(rows)]
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
@@ -283,6 +290,8 @@ class Runner:
         (index,) = to_device(self.device, torch.tensor(targets))
         for tensor in self._by_row():
             tensor[index] = tensor[source].clone()
+        for states in self._storage.stacked:
+            states[:, index - 1] = states[:, source - 1 : source].clone()
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         """Make rows as new, before they are given to other sequences."""
@@ -291,20 +300,20 @@ class Runner:
             (index,) = to_device(self.device, torch.tensor(rows))
             for tensor in self._by_row():
                 tensor.index_fill_(0, index, 0)
+            for states in self._storage.stacked:
+                states.index_fill_(1, index - 1, 0)
 
     def save_row(self, row: int, *, to_host: bool = False) -> RowState:
         """A snapshot of the row's Mamba states, on the device or in host memory."""
         self._check_rows([row])
-        states = self._storage.states.values()
         save = _to_host if to_host else torch.clone
-        return RowState([save(s.conv[row]) for s in states], [save(s.ssm[row]) for s in states])
+        return RowState(*(save(states[:, row - 1]) for states in self._storage.stacked))
 
     def load_row(self, row: int, state: RowState) -> None:
         """Put a snapshot into a row."""
         self._check_rows([row])
-        for own, conv, ssm in zip(self._storage.states.values(), *state, strict=True):
-            own.conv[row].copy_(conv, non_blocking=True)
-            own.ssm[row].copy_(ssm, non_blocking=True)
+        for own, saved in zip(self._storage.stacked, state, strict=True):
+            own[:, row - 1].copy_(saved, non_blocking=True)
 
     def save_pages(self, pages: Sequence[int]) -> PageContents:
         """K and V of these pages, in host memory."""
@@ -336,18 +345,13 @@ class Runner:
                 layer: KVPool(self.geometry, self.pages, device)
                 for layer in self.geometry.attention_layers
             },
-            states={
-                layer: MambaSizes.of(mixer).empty_state(rows, self.dtype, device)
-                for layer, mixer in mixers.items()
-            },
+            **_make_states(mixers, self.rows, self.dtype, device),
             nonfinite=torch.zeros(rows, dtype=torch.uint8, device=device),
         )
 
     def _by_row(self) -> list[Tensor]:
-        """Everything whose first dimension is the row."""
-        states: list[MambaState] = list(self._storage.states.values())
-        own = [self._storage.table.physical, self._storage.nonfinite, self.tokens]
-        return [*own, *(s.conv for s in states), *(s.ssm for s in states)]
+        """Everything whose first dimension is the row, the null row first."""
+        return [self._storage.table.physical, self._storage.nonfinite, self.tokens]
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         if min(rows) <= NULL_ROW or max(rows) > self.rows:
@@ -411,16 +415,15 @@ class Runner:
         self, chunks: Sequence[Chunk], members: list[int], batch: int, length: int
     ) -> Program:
         program = self._program(batch, length)
-        rows, positions, tokens, last = [], [], [], []
-        for place in range(batch):
-            chunk = chunks[members[place]] if place < len(members) else Chunk(NULL_ROW, 0, ())
-            count = len(chunk.tokens)
-            missing = length - count
-            rows.append(chunk.row)
-            positions += [*range(chunk.start, chunk.start + count), *[PADDING] * missing]
-            tokens += [*chunk.tokens, *[0] * missing]
-            last.append(place * length + max(count - 1, 0))
-        program.run(rows, positions, tokens, last)
+        inputs = program.padding()
+        for place, member in enumerate(members):
+            row, start, tokens = chunks[member]
+            count = len(tokens)
+            inputs.rows[place] = row
+            inputs.positions[place, :count] = range(start, start + count)
+            inputs.tokens[place, :count] = tokens
+            inputs.last[place] = place * length + count - 1
+        program.run(inputs)
         return program
 
     def _program(self, batch: int, length: int, *, decodes: bool = False) -> Program:
@@ -428,8 +431,8 @@ class Runner:
         program = self._programs.get(shape)
         if program is None:
             program = Program(self._forms, self._storage, self.tokens, *shape, self._layout(batch))
-            if self._captures:
-                program.capture(self._graphs)
+            if self._stream is not None:
+                program.capture(self._graphs, self._stream)
                 self._programs[shape] = program
         return program
 
@@ -471,6 +474,22 @@ def _mixers(model: Any) -> dict[int, Any]:
     """Layer -> its Mamba module."""
     layers = enumerate(model.base_model.layers)
     return {index: layer.mamba for index, layer in layers if layer.mamba is not None}
+
+
+def _make_states(
+    mixers: Mapping[int, Any], rows: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """`stacked` and `states` of a `Storage`. Layers of a model are all of one size."""
+    if not mixers:
+        return {"stacked": (torch.zeros(0, rows), torch.zeros(0, rows)), "states": {}}
+    sizes = MambaSizes.of(next(iter(mixers.values())))
+    conv, ssm, _ = sizes.empty_state(len(mixers) * rows, dtype, device)
+    stacked = (
+        conv.view(len(mixers), rows, *conv.shape[1:]),
+        ssm.view(len(mixers), rows, *ssm.shape[1:]),
+    )
+    layers = zip(mixers, *stacked, strict=True)
+    return {"stacked": stacked, "states": {i: MambaState(c, s, None) for i, c, s in layers}}
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def step(
         projected: [B, inner + channels + heads], what `in_proj` gave, its channels convolved.
         positions: [B] int, -1 for padding, which reads and writes no state.
         dt_bias, a_log, skip: [heads].
-        state: of the layer, all rows; `state.rows` [B] int names the batch's.
+        state: of the layer, all rows; `state.rows` [B] int names the batch's, -1 for padding.
         norm: [inner], weight of the norm that the result goes through next, or None.
 
     Returns:
@@ -348,15 +348,16 @@ def _pass_on(
     """From what each chunk adds: the state that enters it. The last goes to the row."""
     batch, head = tl.program_id(0), tl.program_id(1)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    there = at < elements
-    row = tl.load(rows_ptr + batch).to(tl.int64)
+    row = tl.load(rows_ptr + batch).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
+    there = (at < elements) & (row >= 0)  # row -1: nobody's
     held = ssm_ptr + (row * heads + head) * elements + at
     state = tl.load(held, mask=there, other=0.0)
     ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
     for chunk in range(chunks):
         place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
-        added = tl.load(states_ptr + place, mask=there, other=0.0)
-        tl.store(entering_ptr + place, state.to(entering_ptr.dtype.element_ty), mask=there)
+        added = tl.load(states_ptr + place, mask=at < elements, other=0.0)
+        entering = state.to(entering_ptr.dtype.element_ty)
+        tl.store(entering_ptr + place, entering, mask=at < elements)
         state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
     tl.store(held, state, mask=there)
 

@@ -178,6 +178,26 @@ def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
+def test_a_row_of_padding_needs_no_state(tokens: int) -> None:
+    mixer, _ = layer()
+    mixer = mixer.to(DEVICE)
+    sizes = MambaSizes.of(mixer)
+    at = torch.arange(tokens, device=DEVICE).expand(2, -1).clone()
+    at[1] = -1
+    hidden = torch.randn(2, tokens, 24, device=DEVICE)
+    rows = torch.tensor([0, -1], device=DEVICE)
+    one = sizes.empty_state(1, torch.float32, DEVICE)._replace(rows=rows)
+    alone = sizes.empty_state(1, torch.float32, DEVICE)._replace(rows=rows[:1])
+    with torch.inference_mode():
+        out = mamba.mix(mixer, hidden, at, one)
+        expected = mamba.mix(mixer, hidden[:1], at[:1], alone)
+    assert error(out[:1], expected) <= FLOAT32
+    assert out.isfinite().all()
+    assert error(one.ssm, alone.ssm) <= FLOAT32
+    assert error(one.conv, alone.conv) <= FLOAT32
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
 def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
     mixer, _ = layer()
     mixer = mixer.to(DEVICE)
