@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import (
 
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
+from granite_paged.kernels import cannot_compile, warn_slow
 from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
 
 SMALLEST_KERNEL_BLOCK = 16
@@ -84,11 +85,16 @@ def paged_attention(
 def resolve_backend(
     backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Backend:
-    """`eager` or `compiled`, whatever was asked for."""
+    """`eager` or `compiled`, whatever was asked for; warns once of a GPU that cannot compile."""
     if backend != "auto":
         return backend
     has_kernel = dtype != torch.float64 and head_dim >= SMALLEST_KERNEL_BLOCK
-    return "compiled" if device.type == "cuda" and has_kernel else "eager"
+    if device.type != "cuda" or not has_kernel:
+        return "eager"
+    reason = cannot_compile(device)
+    if reason:
+        warn_slow(reason)
+    return "eager" if reason else "compiled"
 
 
 def bucket(count: int, *, steps: int = 1) -> int:

@@ -18,7 +18,6 @@ Rows are named by every step, so running sequences need not be moved to be dense
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from granite_paged.engine.plan import (
 from granite_paged.engine.program import NULL_ROW, Program
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.kernels import warn_slow
 from granite_paged.mamba import MambaSizes, MambaState
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
@@ -146,7 +146,7 @@ class Runner:
         fallback = why_not(model, config.backend)
         half = model.dtype in (torch.bfloat16, torch.float16)
         if fallback and half and model.device.type == "cuda":
-            warnings.warn(f"granite_paged runs without its kernels: {fallback}", stacklevel=2)
+            warn_slow(fallback)
         return cls(model, config, geometry, fallback)
 
     @property

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import warnings
 
 import torch
 
@@ -16,19 +19,38 @@ SCRATCH_NUMBERS, SCRATCH_TILES = 2**21, 2**12
 """float32 and int32 that products of few rows share while their depth is split: 8.4 MB."""
 
 
-@functools.cache
 def unavailable(device: torch.device, dtype: torch.dtype) -> str:
     """Why these kernels cannot run there, in words; empty where they can."""
     if device.type != "cuda":
         return f"device {device.type} has no Triton kernels"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{dtype} is computed in full precision".replace("torch.", "")
+    return cannot_compile(device) or _too_old(device, (8, 0))
+
+
+@functools.cache
+def cannot_compile(device: torch.device) -> str:
+    """Why nothing can be compiled for a CUDA device, Triton or Inductor; empty where it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (8, 0):
-        return f"compute capability {major}.{minor} is older than 8.0"
-    return ""
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "there is no C compiler (cc, gcc or clang), which Triton needs"
+    return _too_old(device, (7, 0))
+
+
+@functools.cache
+def warn_slow(reason: str) -> None:
+    """Say once in a process why a GPU runs a slower path."""
+    warnings.warn(f"granite_paged takes a slower path: {reason}", stacklevel=3)
+
+
+def _too_old(device: torch.device, needed: tuple[int, int]) -> str:
+    if not torch.cuda.is_available():
+        return ""
+    have = torch.cuda.get_device_capability(device)
+    if have >= needed:
+        return ""
+    return f"compute capability {have[0]}.{have[1]} is older than {needed[0]}.{needed[1]}"
 
 
 def unsupported(activation: str) -> str:

@@ -5,6 +5,7 @@ The interpreter computes bfloat16 products wrongly, so the CPU runs float32 and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from granite_paged.mamba import MambaSizes, MambaState, mix
 
 pytest.importorskip("triton")
 
+from granite_paged import kernels
+from granite_paged.attention import resolve_backend
 from granite_paged.kernels import linear as few_rows
 from granite_paged.kernels import mamba, pages, pointwise
 
@@ -29,6 +32,47 @@ HALF = 2e-3
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     x = x.double()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+# -- where they run -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    for known in (kernels.cannot_compile, kernels.warn_slow):
+        known.cache_clear()
+    yield
+    for known in (kernels.cannot_compile, kernels.warn_slow):
+        known.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        (("importlib.util.find_spec", lambda name: None), "Triton is not installed"),
+        (("shutil.which", lambda name: None), "no C compiler"),
+    ],
+)
+def test_a_gpu_that_cannot_compile_is_slower_and_says_why_once(
+    missing: tuple[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*missing)
+    gpu = torch.device("cuda", 0)
+    assert reason in kernels.unavailable(gpu, torch.bfloat16)
+    with pytest.warns(UserWarning, match=reason) as told:
+        found = [resolve_backend("auto", gpu, torch.bfloat16, 128) for _ in range(2)]
+    assert found == ["eager", "eager"]
+    assert len(told) == 1
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_an_old_gpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu = torch.device("cuda", 0)
+    assert "7.5 is older than 8.0" in kernels.unavailable(gpu, torch.bfloat16)
+    assert kernels.cannot_compile(gpu) == ""
 
 
 # -- products of few rows -----------------------------------------------------------------------
