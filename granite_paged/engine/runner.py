@@ -195,10 +195,14 @@ class Runner:
             raise InvalidRequest("score needs one target for each token of each chunk")
         found: dict[int, Scores] = {}
         for members, batch, length in self._arranged(chunks):
+            counts = [len(targets[member]) for member in members]
+            places = [place * length + i for place, n in enumerate(counts) for i in range(n)]
+            wanted = [target for member in members for target in targets[member]]
+            at, after = to_device(self.device, torch.tensor(places), torch.tensor(wanted))
             hidden = self._run_chunks(chunks, members, batch, length).hidden
-            for place, member in enumerate(members):
-                wanted = torch.tensor(targets[member], device=self.device)
-                found[member] = self._scored(hidden[place, : len(wanted)], wanted)
+            scores = self._scored(hidden.flatten(0, 1).index_select(0, at), after)
+            by_chunk = (torch.split(part, counts) for part in scores)
+            found.update(zip(members, map(Scores, *by_chunk), strict=True))
         in_order = [found[i] for i in range(len(chunks))]
         return Scores(*(torch.cat(parts) for parts in zip(*in_order, strict=True)))
 
