@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import (
 
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
-from granite_paged.kernels import cannot_compile, warn_slow
+from granite_paged.kernels import cannot_compile, shared_memory, stages_that_fit, warn_slow
 from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
 
 SMALLEST_KERNEL_BLOCK = 16
@@ -36,6 +36,8 @@ WIDEST_TUNED_HEAD = 128
 
 UNTUNED_BLOCK = 64
 """Query rows and tokens of a kernel's block where nothing is tuned: any dtype and head fits."""
+
+_QUERY_BYTES = UNTUNED_BLOCK * WIDEST_TUNED_HEAD * 2  # shared memory that a block of queries takes
 
 RECOMPILE_LIMIT = 1024
 """Dynamo's own limit of 8 counts all models, dtypes and shapes of a process together; past it a
@@ -76,6 +78,7 @@ def paged_attention(
         out = _fused(folded, keys, values, block_mask, scale, options)
     elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
+        options = options or _smaller_options(block_mask, keys)
         out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
     else:
         out = _eager(folded, keys, values, block_mask, scale)
@@ -197,6 +200,22 @@ def planned(
     )
 
 
+def fitting(plan: DecodePlan, head_dim: int, itemsize: int, memory: int) -> DecodePlan:
+    """The plan with smaller blocks, where a program has less shared memory than it asks for."""
+    block = plan.block
+    while (
+        block > SMALLEST_KERNEL_BLOCK
+        and plan.stages * _kv_bytes(block, head_dim, itemsize) > memory
+    ):
+        block //= 2
+    return replace(plan, block=block)
+
+
+def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
+    """K and V of a block of tokens."""
+    return 2 * block * head_dim * itemsize
+
+
 def split_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, *, scale: float, plan: DecodePlan
 ) -> Tensor:
@@ -276,6 +295,17 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
     if pool.numel() >= 2**31:
         options["FORCE_USE_FLEX_ATTENTION"] = True
     return options
+
+
+def _smaller_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
+    """`kernel_options` with fewer stages, on devices that have no room for those; else None."""
+    options = kernel_options(mask, pool)
+    stages = options.get("num_stages")
+    if not pool.is_cuda or stages is None:
+        return None
+    block = _kv_bytes(options["BLOCK_N"], pool.shape[3], pool.itemsize)
+    fewer = stages_that_fit(stages, block, shared_memory(pool.device) - _QUERY_BYTES)
+    return None if fewer == stages else {**options, "num_stages": fewer}
 
 
 def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOptions:

@@ -18,11 +18,17 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from granite_paged.allocator import PageAllocator
-from granite_paged.attention import DecodePlan, decode_plan, paged_attention, split_attention
+from granite_paged.attention import (
+    DecodePlan,
+    decode_plan,
+    fitting,
+    paged_attention,
+    split_attention,
+)
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.kernels import unavailable
+from granite_paged.kernels import shared_memory, unavailable
 from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.page_table import PageTable
 
@@ -138,7 +144,8 @@ class KernelCase:
         if self._backend == "eager" or unavailable(self._device, g.dtype):
             return None
         processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return decode_plan(rows, g.kv_heads, width, g.page_size, processors)
+        plan = decode_plan(rows, g.kv_heads, width, g.page_size, processors)
+        return fitting(plan, g.head_dim, g.dtype.itemsize, shared_memory(self._device))
 
     def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
         from granite_paged.kernels.pages import split_pages

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
-from granite_paged.attention import DecodePlan, decode_plan
+from granite_paged.attention import DecodePlan, decode_plan, fitting
 from granite_paged.cache import free_memory, to_device
 from granite_paged.engine.forms import PlainForms, Storage, why_not
 from granite_paged.engine.plan import (
@@ -39,7 +39,7 @@ from granite_paged.engine.plan import (
 from granite_paged.engine.program import NULL_ROW, Program
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.kernels import warn_slow
+from granite_paged.kernels import shared_memory, warn_slow
 from granite_paged.mamba import MambaSizes, MambaState
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
@@ -444,13 +444,15 @@ class Runner:
         """How a decode step of so many rows splits them; None where it does not."""
         if not self._captures:
             return None
-        return decode_plan(
+        geometry = self.geometry
+        plan = decode_plan(
             batch,
-            self.geometry.kv_heads,
+            geometry.kv_heads,
             self._storage.table.physical.shape[1],
             self.config.page_size,
             torch.cuda.get_device_properties(self.device).multi_processor_count,
         )
+        return fitting(plan, geometry.head_dim, self.dtype.itemsize, shared_memory(self.device))
 
     @torch.inference_mode()
     def _scored(self, hidden: Tensor, targets: Tensor) -> Scores:

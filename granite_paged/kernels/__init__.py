@@ -18,6 +18,9 @@ import torch
 SCRATCH_NUMBERS, SCRATCH_TILES = 2**21, 2**12
 """float32 and int32 that products of few rows share while their depth is split: 8.4 MB."""
 
+TUNED_SHARED_MEMORY = 227 * 1024
+"""Bytes a program may have on compute capability 9.0, where the constants were chosen."""
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str:
     """Why these kernels cannot run there, in words; empty where they can."""
@@ -36,6 +39,23 @@ def cannot_compile(device: torch.device) -> str:
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "there is no C compiler (cc, gcc or clang), which Triton needs"
     return _too_old(device, (7, 0))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; without a GPU, those of the tuned one.
+
+    A block may have all of its multiprocessor's but 1 KiB (CUDA C++ programming guide, 8.0 on).
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return TUNED_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_multiprocessor) - 1024
+
+
+def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
+    """Stages of a pipeline, fewer where the device's programs have less shared memory."""
+    return max(1, min(stages, memory // stage_bytes))
 
 
 @functools.cache

@@ -30,7 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granite_paged.kernels import SCRATCH_NUMBERS, SCRATCH_TILES
+from granite_paged.kernels import (
+    SCRATCH_NUMBERS,
+    SCRATCH_TILES,
+    shared_memory,
+    stages_that_fit,
+)
 from granite_paged.tuned import TUNED, FewRowsConstants, OneRowConstants
 
 MOST_ROWS = 64
@@ -369,6 +374,9 @@ def linear(
     if rows == 1:
         _one_row[(blocks,)](*pointers, *numbers, **flags, **chosen)
         return out, after
+    stage = (chosen["ROWS"] + chosen["COLUMNS"] * (1 + gated)) * chosen["DEPTH"] * values.itemsize
+    memory = shared_memory(values.device)
+    chosen["num_stages"] = stages_that_fit(chosen.get("num_stages", 3), stage, memory)
     row_blocks = int(triton.cdiv(rows, chosen["ROWS"]))
     shared = scratch(values.device)
     tile = 2 * chosen["ROWS"] * chosen["COLUMNS"]

@@ -25,6 +25,7 @@ from granite_paged.attention import (
     _split,
     bucket,
     decode_plan,
+    fitting,
     kernel_options,
     paged_attention,
     resolve_backend,
@@ -281,6 +282,15 @@ def test_rows_are_split_until_every_multiprocessor_has_work(
 def test_a_decode_block_never_spans_two_pages(page_size: int) -> None:
     plan = decode_plan(1, 4, 10, page_size, 132)
     assert page_size % plan.block == 0
+
+
+@pytest.mark.parametrize(
+    ("memory", "block"), [(227 * 1024, 128), (163 * 1024, 64), (99 * 1024, 64), (48 * 1024, 32)]
+)
+def test_a_gpu_with_less_shared_memory_gets_smaller_blocks(memory: int, block: int) -> None:
+    plan = decode_plan(1, 4, 10, 128, 132)
+    assert plan.block == 128
+    assert fitting(plan, head_dim=128, itemsize=2, memory=memory).block == block
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])

@@ -75,6 +75,12 @@ def test_an_old_gpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.cannot_compile(gpu) == ""
 
 
+def test_a_gpu_with_less_shared_memory_gets_fewer_stages() -> None:
+    assert kernels.stages_that_fit(4, 50_000, kernels.TUNED_SHARED_MEMORY) == 4
+    assert kernels.stages_that_fit(4, 50_000, 99 * 1024) == 2
+    assert kernels.stages_that_fit(4, 50_000, 30_000) == 1
+
+
 # -- products of few rows -----------------------------------------------------------------------
 
 
