@@ -38,12 +38,15 @@ class Prepared:
         reset: puts back what a step used up; not timed.
         close: what it takes to give memory back beyond forgetting `step` and `reset`.
         note: how its caches were filled, where not by running the prompt.
+        own_workspace: whether its products run on a stream of its own, and so with a workspace of
+            its own: the current stream's is then none of its memory.
     """
 
     step: Callable[[], Any]
     reset: Callable[[], Any] = _nothing
     close: Callable[[], Any] = _nothing
     note: str = ""
+    own_workspace: bool = False
 
     def release(self) -> None:
         """Give all memory back: close, and forget the closures that hold it."""
@@ -255,18 +258,25 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def level_workspaces(device: torch.device) -> None:
+def level_workspaces(device: torch.device) -> int:
     """Have cuBLAS keep one workspace, this stream's, so that peaks repeat from run to run.
 
     It keeps one for every stream that ever multiplied, tens of megabytes each, and the first to use
     a stream would pay for all. Only where no CUDA graph is alive: graphs may compute in them.
+
+    Returns:
+        Bytes of the one that is kept.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch._C._cuda_clearCublasWorkspaces()
-        square = torch.ones(64, 64, device=device)
-        torch.mm(square, square)
-        free_memory(device)
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated(device)
+    square = torch.ones(64, 64, device=device)
+    torch.mm(square, square)
+    del square
+    free_memory(device)
+    return int(torch.cuda.memory_allocated(device) - before)
 
 
 @contextlib.contextmanager

@@ -247,7 +247,7 @@ def _paged_prefill(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepare
         for chunks in calls:
             runner.prefill(chunks)
 
-    return Prepared(step, sequences.close, runner.close)
+    return Prepared(step, sequences.close, runner.close, own_workspace=not runner.fallback)
 
 
 def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared:
@@ -261,7 +261,8 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
     def step() -> None:
         tokens.copy_(runner.decode(rows, positions).argmax(dim=-1))
 
-    return Prepared(step, close=runner.close, note=_note(context, stretch))
+    note = _note(context, stretch)
+    return Prepared(step, close=runner.close, note=note, own_workspace=not runner.fallback)
 
 
 def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:

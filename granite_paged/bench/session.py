@@ -79,8 +79,8 @@ class Session:
         self.rates = measure_rates(self.clock.device, self.model.dtype)
         self.sizes = ModelSizes.of(self.model)
         self._fresh_arguments = tuple(fresh_arguments)
-        level_workspaces(self.clock.device)
-        self._weights = self.clock.allocated()
+        self._workspace = level_workspaces(self.clock.device)
+        self._weights = self.clock.allocated() - self._workspace
 
     @property
     def device_name(self) -> str:
@@ -235,6 +235,8 @@ class Session:
         except BaseException:
             prepared.release()
             raise
+        if not prepared.own_workspace:
+            others -= self._workspace
         measured.peak_bytes = None if peak is None else peak - others
         measured.note = prepared.note
         return prepared

@@ -14,10 +14,17 @@ from torch import Tensor
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
 
 from granite_paged.attention import paged_attention, split_attention
-from granite_paged.engine.forms import PlainForms, Step, Storage, by_head
-from granite_paged.geometry import Backend
+from granite_paged.engine.forms import PlainForms, Step, by_head
 from granite_paged.kernels import mamba, pages, pointwise
-from granite_paged.kernels.linear import MOST_ROWS, Convolution, Normed, linear, prenorm, scratch
+from granite_paged.kernels.linear import (
+    MOST_ROWS,
+    Convolution,
+    Normed,
+    Scratch,
+    linear,
+    prenorm,
+    scratch,
+)
 from granite_paged.mamba import MambaSizes
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -29,9 +36,7 @@ class KernelForms(PlainForms):
     What `forms.why_not` names runs as `PlainForms`.
     """
 
-    def __init__(self, model: Any, storage: Storage, backend: Backend) -> None:
-        super().__init__(model, storage, backend)
-        self._scratch = scratch(model.device)  # graphs go on using it
+    _scratch: Scratch | None = None  # from the first step of several rows on: graphs go on using it
 
     def forward(self, tokens: Tensor, step: Step) -> Tensor:
         """See `PlainForms.forward`."""
@@ -63,6 +68,8 @@ class KernelForms(PlainForms):
         """See `PlainForms.decode`."""
         if len(tokens) > MOST_ROWS:
             return super().decode(tokens, step)
+        if len(tokens) > 1 and self._scratch is None:
+            self._scratch = scratch(tokens.device)
         layers, last = list(self._decoder.layers), self._decoder.norm
         hidden = self._embedded(tokens)
         rotary = self._rotary(hidden, step.positions)
