@@ -138,6 +138,12 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         return sum(state.nbytes for state in states if state is not None)
 
 
+def norm_groups(mixer: Any) -> int:
+    """Parts of a row that the mixer's gated norm takes separately; in transformers 5.17, one."""
+    channels = mixer.norm.weight.numel()
+    return int(channels // getattr(mixer.norm, "group_size", channels))
+
+
 def mix(
     mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState, mask: Tensor | None = None
 ) -> Tensor:

@@ -25,7 +25,7 @@ from granite_paged.kernels.linear import (
     prenorm,
     scratch,
 )
-from granite_paged.mamba import MambaSizes
+from granite_paged.mamba import MambaSizes, norm_groups
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -98,7 +98,7 @@ class KernelForms(PlainForms):
             projected = linear(normed, mixer.in_proj.weight, eps=eps, conv=conv)[0]
             mixed = self._recur(index, mixer, projected, step, mixer.norm.weight)
             if not isinstance(mixed, Normed):
-                mixed = _normalised(mixed, mixer.norm, mixer.n_groups)
+                mixed = _normalised(mixed, mixer.norm, norm_groups(mixer))
             weight, out_eps = mixer.out_proj.weight, mixer.norm.variance_epsilon
         else:
             attention = layer.self_attn
@@ -154,7 +154,7 @@ class KernelForms(PlainForms):
         if layer.mamba is not None:
             mixer = layer.mamba
             gated = self._scan(index, mixer, normed @ mixer.in_proj.weight.T, step)
-            mixed = _normalised(gated, mixer.norm, mixer.n_groups)
+            mixed = _normalised(gated, mixer.norm, norm_groups(mixer))
             weight = mixer.out_proj.weight
         else:
             attention = layer.self_attn
@@ -193,7 +193,7 @@ class KernelForms(PlainForms):
         sizes = MambaSizes.of(mixer)
         weights = (mixer.dt_bias, mixer.A_log, mixer.D)
         state = self._storage.states[index]._replace(rows=step.states)
-        norm = norm if sizes.groups == 1 else None
+        norm = norm if norm_groups(mixer) == 1 else None
         return mamba.step(sizes, projected, step.positions[:, 0], *weights, state, norm)
 
     def _scan(self, index: int, mixer: Any, projected: Tensor, step: Step) -> Tensor:

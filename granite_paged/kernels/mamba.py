@@ -25,7 +25,7 @@ from torch import Tensor
 
 from granite_paged.kernels.linear import Convolution, Normed, convolve, early, wait
 from granite_paged.kernels.pointwise import rms_norm
-from granite_paged.mamba import MambaSizes, MambaState
+from granite_paged.mamba import MambaSizes, MambaState, norm_groups
 
 STATE_BLOCK = 32
 """Elements of a head whose states one program of a decode step holds: the fastest at every batch
@@ -145,7 +145,7 @@ def mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Ten
     else:
         gated = scan(sizes, projected, positions.contiguous(), *conv, *weights, state)
     assert isinstance(gated, Tensor)
-    normed = rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, sizes.groups)
+    normed = rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, norm_groups(mixer))
     mixed: Tensor = mixer.out_proj(normed).view(hidden.shape)
     return mixed
 
