@@ -1,0 +1,91 @@
+"""A step larger than what it is given: padding computes nothing and leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from driver import Driver
+from tiny import FLAVOURS, tiny_model
+from tolerance import LOGITS_FLOAT32
+from torch import Tensor
+
+from granite_paged import PagedConfig
+from granite_paged.engine.kernel_forms import KernelForms
+from granite_paged.engine.program import NULL_ROW, Program
+from granite_paged.masks import PADDING
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton is not interpreted here: tests/gpu runs padded graphs"
+)
+
+CONFIG = PagedConfig(page_size=16, max_tokens=256, max_sequences=3, chunk_tokens=32)
+PROMPTS = {3: list(range(5, 24)), 1: [7, 8, 9]}
+
+
+@pytest.fixture(scope="module", params=list(FLAVOURS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+def kernels(model: Any) -> Driver:
+    """A runner with the kernels' forms, its sequences prefilled."""
+    driver = Driver(model, CONFIG)
+    runner = driver.runner
+    runner._forms = KernelForms(model, runner.storage, "auto")
+    for row in PROMPTS:
+        driver.open(row)
+    return driver
+
+
+def larger(driver: Driver, batch: int, length: int, *, decodes: bool) -> Program:
+    runner = driver.runner
+    return Program(runner._forms, runner.storage, runner.tokens, batch, length, decodes, None)
+
+
+def everything(driver: Driver) -> list[Tensor]:
+    storage = driver.runner.storage
+    pools = [part for pool in storage.pools.values() for part in (pool.keys, pool.values)]
+    return [*pools, *storage.stacked, storage.table.physical, storage.nonfinite]
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    assert float((actual - expected).abs().max()) <= LOGITS_FLOAT32 * float(expected.abs().max())
+
+
+def test_padding_of_a_prefill_leaves_no_trace(model: Any) -> None:
+    exact, padded = kernels(model), kernels(model)
+    expected = exact.prefill(PROMPTS)
+    program = larger(padded, 4, 32, decodes=False)
+    inputs = program.padding()
+    for place, chunk in enumerate(padded.chunks(PROMPTS)):
+        inputs.rows[place] = chunk.row
+        inputs.positions[place, : len(chunk.tokens)] = range(len(chunk.tokens))
+        inputs.tokens[place, : len(chunk.tokens)] = chunk.tokens
+        inputs.last[place] = 32 * place + len(chunk.tokens) - 1
+    program.run(inputs)
+    assert_same(program.logits[:2], expected)
+    assert program.logits.isfinite().all()
+    for actual, wanted in zip(everything(padded), everything(exact), strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_of_a_decode_step_leaves_no_trace(model: Any) -> None:
+    exact, padded = kernels(model), kernels(model)
+    for driver in (exact, padded):
+        driver.prefill(PROMPTS)
+    expected = exact.decode({3: 11, 1: 12}).clone()
+    positions = [padded.allocator.length(padded.sequences[row]) for row in (3, 1)]
+    padded._grow({3: 1, 1: 1})
+    padded.runner.tokens[torch.tensor([3, 1])] = torch.tensor([11, 12])
+    program = larger(padded, 5, 1, decodes=True)
+    inputs = program.padding()
+    assert inputs.rows.tolist() == [NULL_ROW] * 5
+    assert inputs.positions.tolist() == [[PADDING]] * 5
+    inputs.rows[:2], inputs.positions[:2, 0] = [3, 1], positions
+    program.run(inputs)
+    assert_same(program.logits[:2], expected)
+    assert program.logits.isfinite().all()
+    for actual, wanted in zip(everything(padded), everything(exact), strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
