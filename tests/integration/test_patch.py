@@ -66,6 +66,13 @@ def test_unpatching_restores_every_config_attribute_and_hook(model: Any) -> None
     assert state() == before
 
 
+def test_unpatching_gives_mamba_layers_their_own_forward_back(model: Any) -> None:
+    mixers = [layer.mamba for layer in model.model.layers if layer.mamba is not None]
+    with paged(model):
+        assert all("forward" in vars(mixer) for mixer in mixers)
+    assert not any("forward" in vars(mixer) for mixer in mixers)
+
+
 def test_weights_are_untouched(model: Any) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with paged(model, PAGES):

@@ -294,6 +294,22 @@ def test_a_gpu_with_less_shared_memory_gets_smaller_blocks(memory: int, block: i
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_every_token_is_seen_by_exactly_one_part(splits: int) -> None:
+    page_size, tokens = 4, 23
+    table = torch.tensor([[5, 1, 4, 2, 6, 3]], dtype=torch.int32)
+    logical = torch.tensor([-1, 1, 3, 5, 2, 0, 4], dtype=torch.int32)
+    rows, newest = torch.tensor([0]), torch.tensor([tokens - 1], dtype=torch.int32)
+    mask_mod = split_mask_mod(table, logical, rows, newest, page_size=page_size, splits=splits)
+    part, slot = torch.arange(splits)[:, None], torch.arange(7 * page_size)[None]
+    seen = mask_mod(part, part * 0, part * 0, slot).sum(dim=0)
+    expected = torch.zeros(7 * page_size, dtype=seen.dtype)
+    for place, page in enumerate(table[0].tolist()):
+        count = min(page_size, tokens - place * page_size)
+        expected[page * page_size : page * page_size + count] = 1
+    assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
     page_size, heads, kv_heads, head_dim = 4, 6, 2, 16
     lengths = [23, 1, 8, 0]

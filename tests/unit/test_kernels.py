@@ -136,10 +136,10 @@ def test_products_in_a_row_pass_their_norm_on(
     rows: int, splits: int, normed: bool, gated: bool
 ) -> None:
     x, weight, held, before, after = product_case(rows, 40, 300, gated)
-    given = few_rows.prenorm(x, before) if normed else x
     options = {} if rows == 1 else {"DEPTH": 64, "COLUMNS": 16, "SPLITS": splits}
-    expected = formula(x, weight, before if normed else None, gated) + held
-    for _ in range(2):  # the second time shows that nothing was left behind
+    for factor in (1.0, -3.0):  # the second time shows that nothing was left behind
+        expected = formula(factor * x, weight, before if normed else None, gated) + held
+        given = few_rows.prenorm(factor * x, before) if normed else factor * x
         actual, passed = few_rows.linear(
             given, weight, eps=1e-5, residual=held, gated=gated, norm=after, **options
         )
@@ -225,6 +225,20 @@ def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]
     assert error(actual[token], expected[token]) <= 10 * FLOAT32  # decays by float32 differences
     assert error(mine.ssm, defined.ssm) <= 10 * FLOAT32
     assert error(mine.conv, defined.conv) <= FLOAT32
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("form", [mix, mamba.mix], ids=["plain", "kernels"])
+def test_a_ring_is_not_read_before_position_0(tokens: int, form: Any) -> None:
+    mixer, _ = layer()
+    mixer = mixer.to(DEVICE)
+    at = torch.arange(tokens, device=DEVICE)[None]
+    hidden = torch.randn(1, tokens, 24, device=DEVICE)
+    rows = torch.tensor([0], device=DEVICE)
+    clean = MambaSizes.of(mixer).empty_state(1, torch.float32, DEVICE)._replace(rows=rows)
+    stale = MambaState(torch.full_like(clean.conv, 1e3), clean.ssm.clone(), rows)
+    with torch.inference_mode():
+        assert torch.equal(form(mixer, hidden, at, stale), form(mixer, hidden, at, clean))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
