@@ -137,7 +137,8 @@ def test_products_in_a_row_pass_their_norm_on(
 ) -> None:
     x, weight, held, before, after = product_case(rows, 40, 300, gated)
     options = {} if rows == 1 else {"DEPTH": 64, "COLUMNS": 16, "SPLITS": splits}
-    for factor in (1.0, -3.0):  # the second time shows that nothing was left behind
+    shared = few_rows.scratch(DEVICE)
+    for factor in (1.0, -3.0):
         expected = formula(factor * x, weight, before if normed else None, gated) + held
         given = few_rows.prenorm(factor * x, before) if normed else factor * x
         actual, passed = few_rows.linear(
@@ -147,6 +148,7 @@ def test_products_in_a_row_pass_their_norm_on(
         assert passed is not None
         inverse = torch.rsqrt(passed.squares.sum(0) / 40 + 1e-5)[:, None]
         assert error(passed.values * inverse, rms_norm(actual, after)) <= FLOAT32
+        assert not shared.arrived.any(), "the next product would not wait for its parts"
 
 
 def test_a_product_adds_to_its_residual_in_place() -> None:
