@@ -97,6 +97,19 @@ class MambaSizes(NamedTuple):
         )
 
 
+class ScanWeights(NamedTuple):
+    """A layer's own parameters of the recurrence, [heads] each: of dt, of A, of D."""
+
+    dt_bias: Tensor
+    a_log: Tensor
+    skip: Tensor
+
+    @classmethod
+    def of(cls, mixer: Any) -> ScanWeights:
+        """Of a `GraniteMoeHybridMambaLayer`."""
+        return cls(mixer.dt_bias, mixer.A_log, mixer.D)
+
+
 class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is untyped here
     """One layer's state in a transformers cache, with rows that can be selected and dropped."""
 
@@ -169,7 +182,7 @@ def mix(
     convolved = mixer.act(causal_conv(convolved, positions, weight, bias, state))
     convolved = apply_mask_to_padding_states(convolved, mask)
     form = recurrent_step if hidden.shape[1] == 1 else chunk_scan
-    scanned = form(sizes, convolved, dt, mixer.A_log, mixer.D, mixer.dt_bias, positions, state)
+    scanned = form(sizes, convolved, dt, ScanWeights.of(mixer), positions, state)
     mixed: Tensor = mixer.out_proj(mixer.norm(scanned, gate).to(hidden.dtype))
     return mixed
 
@@ -241,9 +254,7 @@ def recurrent_step(
     sizes: MambaSizes,
     convolved: Tensor,
     dt: Tensor,
-    a_log: Tensor,
-    skip: Tensor,
-    dt_bias: Tensor,
+    weights: ScanWeights,
     positions: Tensor,
     state: MambaState,
 ) -> Tensor:
@@ -256,7 +267,7 @@ def recurrent_step(
         sizes: of the layer.
         convolved: [B, 1, channels], activated.
         dt: [B, 1, heads], before bias and softplus.
-        a_log, skip, dt_bias: [heads] each.
+        weights: of the layer.
         positions: [B, 1], -1 for padding.
         state: its ssm is moved on.
 
@@ -264,15 +275,15 @@ def recurrent_step(
         [B, 1, inner] float32.
     """
     x, b, c = _split(sizes, convolved.float())
-    step = softplus(dt.float() + dt_bias.float())[:, 0]  # [B, heads]
+    step = softplus(dt.float() + weights.dt_bias.float())[:, 0]  # [B, heads]
     step = step.where(positions > 0, step.clamp(*sizes.time_step_limit))
     step = step.where(positions >= 0, 0)[..., None]
-    decay = torch.exp(step * -a_log.float().exp()[:, None])[..., None]  # [B, heads, 1, 1]
+    decay = torch.exp(step * -weights.a_log.float().exp()[:, None])[..., None]  # [B, heads, 1, 1]
     b, c = (_per_head(sizes, part)[:, 0, :, None] for part in (b, c))  # [B, heads, 1, state_size]
     x = x[:, 0]
     moved = _of_batch(state.ssm, state.rows) * decay + (step * x)[..., None] * b
     _put(state.ssm, state.rows, moved)
-    out = (moved * c).sum(dim=-1) + skip.float()[:, None] * x
+    out = (moved * c).sum(dim=-1) + weights.skip.float()[:, None] * x
     return out.reshape(out.shape[0], 1, -1)
 
 
@@ -280,9 +291,7 @@ def chunk_scan(
     sizes: MambaSizes,
     convolved: Tensor,
     dt: Tensor,
-    a_log: Tensor,
-    skip: Tensor,
-    dt_bias: Tensor,
+    weights: ScanWeights,
     positions: Tensor,
     state: MambaState,
 ) -> Tensor:
@@ -293,29 +302,41 @@ def chunk_scan(
     """
     batch, tokens = positions.shape
     size = min(sizes.chunk_size, tokens)
-    step = softplus(dt.float() + dt_bias.float()).clamp(*sizes.time_step_limit)
+    step = softplus(dt.float() + weights.dt_bias.float()).clamp(*sizes.time_step_limit)
     step = step.where((positions >= 0)[..., None], 0)
     x, b, c = _split(sizes, convolved.float())
-    scaled = step[..., None] * x
-    scaled, b, c, step = (_chunks(part, size) for part in (scaled, b, c, step))
-    decay = (step.double() * -a_log.double().exp()).cumsum(dim=2)  # [B, chunks, size, heads]
-    whole = decay[:, :, -1]  # [B, chunks, heads]
+    scaled, b, c, step = (_chunks(part, size) for part in (step[..., None] * x, b, c, step))
+    decay = (step.double() * -weights.a_log.double().exp()).cumsum(dim=2)
+    out = _inside(sizes, scaled, b, c, decay) + _across(sizes, scaled, b, c, decay, state)
+    out = out.reshape(batch, -1, sizes.heads, sizes.head_dim)[:, :tokens]
+    return (out + weights.skip.float()[:, None] * x).reshape(batch, tokens, -1)
 
+
+def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:
+    """What tokens get from their own chunk: (masked, decayed C B^T) (dt x).
+
+    scaled [B, chunks, size, heads, head_dim]; b, c [B, chunks, size, groups, state_size]; decay
+    [B, chunks, size, heads] float64. Returns the shape of `scaled`.
+    """
+    size = decay.shape[2]
     later = decay[:, :, :, None] - decay[:, :, None]  # [B, chunks, to, from, heads]
-    causal = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()[..., None]
+    causal = torch.ones(size, size, dtype=torch.bool, device=decay.device).tril()[..., None]
     weights = later.where(causal, -torch.inf).exp().float()
     similar = torch.einsum("zclgn,zcsgn->zclsg", c, b)
     weights = weights * similar.repeat_interleave(sizes.heads // sizes.groups, dim=4)
-    out = torch.einsum("zclsh,zcshp->zclhp", weights, scaled)
+    return torch.einsum("zclsh,zcshp->zclhp", weights, scaled)
 
-    to_end = (whole[:, :, None] - decay).exp().float()  # [B, chunks, size, heads]
-    per_head = (_per_head(sizes, b), _per_head(sizes, c))
-    added = torch.einsum("zclhn,zclhp->zchpn", per_head[0], scaled * to_end[..., None])
+
+def _across(
+    sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: MambaState
+) -> Tensor:
+    """What tokens get from before their chunk: decayed C . state. Shapes as in `_inside`."""
+    whole = decay[:, :, -1]  # [B, chunks, heads]
+    to_end = (whole[:, :, None] - decay).exp().float()[..., None]
+    added = torch.einsum("zclhn,zclhp->zchpn", _per_head(sizes, b), scaled * to_end)
     entering = _pass_on(added, whole.exp().float(), state)
-    carried = torch.einsum("zclhn,zchpn->zclhp", per_head[1], entering)
-    out = out + carried * decay.exp().float()[..., None]
-    out = out.reshape(batch, -1, sizes.heads, sizes.head_dim)[:, :tokens]
-    return (out + skip.float()[:, None] * x).reshape(batch, tokens, -1)
+    carried = torch.einsum("zclhn,zchpn->zclhp", _per_head(sizes, c), entering)
+    return carried * decay.exp().float()[..., None]
 
 
 def _pass_on(added: Tensor, decay: Tensor, state: MambaState) -> Tensor:

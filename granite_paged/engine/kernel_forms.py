@@ -25,7 +25,7 @@ from granite_paged.kernels.linear import (
     prenorm,
     scratch,
 )
-from granite_paged.mamba import MambaSizes, norm_groups
+from granite_paged.mamba import MambaSizes, ScanWeights, norm_groups
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -191,10 +191,10 @@ class KernelForms(PlainForms):
     ) -> Tensor | Normed:
         """[B, inner], gated; on its way through its norm if that is given and has one group."""
         sizes = MambaSizes.of(mixer)
-        weights = (mixer.dt_bias, mixer.A_log, mixer.D)
+        weights = ScanWeights.of(mixer)
         state = self._storage.states[index]._replace(rows=step.states)
         norm = norm if norm_groups(mixer) == 1 else None
-        return mamba.step(sizes, projected, step.positions[:, 0], *weights, state, norm)
+        return mamba.step(sizes, projected, step.positions[:, 0], weights, state, norm)
 
     def _scan(self, index: int, mixer: Any, projected: Tensor, step: Step) -> Tensor:
         """[B * S, inner], gated."""
@@ -205,9 +205,10 @@ class KernelForms(PlainForms):
             return gated
         sizes = MambaSizes.of(mixer)
         weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
-        weights = (weight, mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D)
+        weights = ScanWeights.of(mixer)
         state = self._storage.states[index]._replace(rows=step.states)
-        return mamba.scan(sizes, projected, step.positions, *weights, state)
+        bias = mixer.conv1d.bias
+        return mamba.scan(sizes, projected, step.positions, weight, bias, weights, state)
 
     def _attention_of(
         self,

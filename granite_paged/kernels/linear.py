@@ -348,16 +348,14 @@ def linear(
     rows, depth = values.shape
     columns = weight.shape[0] // (2 if gated else 1)
     out = values.new_empty(rows, columns) if out is None else out
-    chosen: dict[str, Any] = {
-        **tiles(rows, columns, depth, gated, multiprocessors(values.device)),
-        **options,
-    }
+    fitting = tiles(rows, columns, depth, gated, multiprocessors(values.device))
+    chosen: dict[str, Any] = {**fitting, **options}
     blocks = int(triton.cdiv(columns, chosen["COLUMNS"]))
     after = None
     if norm is not None:
         after = Normed(torch.empty_like(out), _floats(out, blocks, rows))
     parts = 0 if squares is None else len(squares)
-    flags = {
+    chosen |= {
         "PARTS": int(triton.next_power_of_2(parts)) if parts else 0,
         "GATED": gated,
         "RESIDUAL": residual is not None,
@@ -372,22 +370,32 @@ def linear(
     pointers = (*before, out, *(after or (None, None)), *convolution)
     numbers = (columns, depth, eps, scale, parts, first, channels)
     if rows == 1:
-        _one_row[(blocks,)](*pointers, *numbers, **flags, **chosen)
-        return out, after
-    stage = (chosen["ROWS"] + chosen["COLUMNS"] * (1 + gated)) * chosen["DEPTH"] * values.itemsize
-    memory = shared_memory(values.device)
-    chosen["num_stages"] = stages_that_fit(chosen.get("num_stages", 3), stage, memory)
-    row_blocks = int(triton.cdiv(rows, chosen["ROWS"]))
-    shared = scratch(values.device)
-    tile = 2 * chosen["ROWS"] * chosen["COLUMNS"]
-    if not shared.holds(blocks * row_blocks, chosen["SPLITS"] * tile):
-        chosen["SPLITS"] = 1
-    even = depth % chosen["DEPTH"] == 0
-    grid = (blocks, row_blocks, chosen["SPLITS"])
-    _few_rows[grid](
-        *pointers, shared.parts, shared.arrived, rows, *numbers, EVEN=even, **flags, **chosen
-    )
+        _one_row[(blocks,)](*pointers, *numbers, **chosen)
+    else:
+        _launch_few_rows(values, blocks, pointers, numbers, chosen)
     return out, after
+
+
+def _launch_few_rows(
+    x: Tensor,
+    blocks: int,
+    pointers: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    chosen: dict[str, Any],
+) -> None:
+    """Run `_few_rows` with as many stages and splits as there is memory for."""
+    rows, depth = x.shape
+    stage = (chosen["ROWS"] + chosen["COLUMNS"] * (1 + chosen["GATED"])) * chosen["DEPTH"]
+    memory = shared_memory(x.device)
+    stages = stages_that_fit(chosen.get("num_stages", 3), stage * x.itemsize, memory)
+    row_blocks = int(triton.cdiv(rows, chosen["ROWS"]))
+    shared = scratch(x.device)
+    tile = 2 * chosen["ROWS"] * chosen["COLUMNS"]
+    fits = shared.holds(blocks * row_blocks, chosen["SPLITS"] * tile)
+    splits = chosen["SPLITS"] if fits else 1
+    chosen |= {"num_stages": stages, "SPLITS": splits, "EVEN": depth % chosen["DEPTH"] == 0}
+    grid = (blocks, row_blocks, splits)
+    _few_rows[grid](*pointers, shared.parts, shared.arrived, rows, *numbers, **chosen)
 
 
 def prenorm(x: Tensor, norm: Tensor) -> Normed:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from granite_paged.kernels.linear import Convolution, Normed, convolve, early, wait
 from granite_paged.kernels.pointwise import rms_norm
-from granite_paged.mamba import MambaSizes, MambaState, norm_groups
+from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 
 STATE_BLOCK = 32
 """Elements of a head whose states one program of a decode step holds: the fastest at every batch
@@ -135,15 +135,15 @@ def mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Ten
     sizes = MambaSizes.of(mixer)
     projected = mixer.in_proj(hidden).flatten(0, 1)
     conv = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width), mixer.conv1d.bias
-    weights = (mixer.dt_bias, mixer.A_log, mixer.D)
+    weights = ScanWeights.of(mixer)
     if hidden.shape[1] == 1:
         newest = positions[:, 0].contiguous()
         assert state.rows is not None
         ride = Convolution(sizes.inner, state.conv, state.rows, newest, *conv)
         convolve_step(projected, ride)
-        gated = step(sizes, projected, newest, *weights, state)
+        gated = step(sizes, projected, newest, weights, state)
     else:
-        gated = scan(sizes, projected, positions.contiguous(), *conv, *weights, state)
+        gated = scan(sizes, projected, positions.contiguous(), *conv, weights, state)
     assert isinstance(gated, Tensor)
     normed = rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, norm_groups(mixer))
     mixed: Tensor = mixer.out_proj(normed).view(hidden.shape)
@@ -154,9 +154,7 @@ def step(
     sizes: MambaSizes,
     projected: Tensor,
     positions: Tensor,
-    dt_bias: Tensor,
-    a_log: Tensor,
-    skip: Tensor,
+    weights: ScanWeights,
     state: MambaState,
     norm: Tensor | None = None,
 ) -> Tensor | Normed:
@@ -166,7 +164,7 @@ def step(
         sizes: of the layer.
         projected: [B, inner + channels + heads], what `in_proj` gave, its channels convolved.
         positions: [B] int, -1 for padding, which reads and writes no state.
-        dt_bias, a_log, skip: [heads].
+        weights: of the layer's recurrence.
         state: of the layer, all rows; `state.rows` [B] int names the batch's, -1 for padding.
         norm: [inner], weight of the norm that the result goes through next, or None.
 
@@ -181,7 +179,7 @@ def step(
     squares = None if norm is None else state.ssm.new_empty(sizes.heads * parts, batch)
     _step[(sizes.heads * parts, batch)](
         projected, state.ssm, state.rows, positions,
-        dt_bias, a_log, skip, norm, gated, squares,
+        *weights, norm, gated, squares,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *_limits(sizes),
         NORM=norm is not None, EXACT=parts * block == sizes.head_dim and wide == sizes.state_size,
         PARTS=parts, P=block, N=wide, num_warps=8, **early(projected.device),
@@ -434,9 +432,7 @@ def scan(
     positions: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    dt_bias: Tensor,
-    a_log: Tensor,
-    skip: Tensor,
+    weights: ScanWeights,
     state: MambaState,
 ) -> Tensor:
     """Many tokens for each of B rows. Args as in `step`, with projected [B * S, ...] and positions
@@ -457,7 +453,7 @@ def scan(
         projected, state.conv, state.rows, positions,
         tokens, sizes.inner, sizes.channels, stride, WIDTH=width, C=256,
     )  # fmt: skip
-    return _scan(sizes, projected, convolved, positions, dt_bias, a_log, skip, state)
+    return _scan(sizes, projected, convolved, positions, weights, state)
 
 
 def _scan(
@@ -465,9 +461,7 @@ def _scan(
     projected: Tensor,
     convolved: Tensor,
     positions: Tensor,
-    dt_bias: Tensor,
-    a_log: Tensor,
-    skip: Tensor,
+    weights: ScanWeights,
     state: MambaState,
 ) -> Tensor:
     batch, tokens = positions.shape
@@ -485,7 +479,7 @@ def _scan(
         "N": max(16, triton.next_power_of_2(sizes.state_size)),
     }
     _chunk_states[(batch, chunks, sizes.heads)](
-        convolved, projected, positions, dt_bias, a_log, dt[0], dt[1], states,
+        convolved, projected, positions, *weights[:2], dt[0], dt[1], states,
         *shape, *_limits(sizes), stride, **blocks, num_warps=4, num_stages=1,
     )  # fmt: skip
     elements = sizes.head_dim * sizes.state_size
@@ -496,7 +490,7 @@ def _scan(
     )  # fmt: skip
     gated = projected.new_empty(batch * tokens, sizes.inner)
     _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
-        convolved, projected, dt[0], dt[1], entering, skip, gated,
+        convolved, projected, dt[0], dt[1], entering, weights.skip, gated,
         *shape, stride, **blocks, num_warps=4, num_stages=1,
     )  # fmt: skip
     return gated

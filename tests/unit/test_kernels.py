@@ -14,7 +14,7 @@ from test_mamba import error, layer
 from torch import Tensor
 from torch.nn.functional import silu
 
-from granite_paged.mamba import MambaSizes, MambaState, mix
+from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, mix
 
 pytest.importorskip("triton")
 
@@ -286,13 +286,13 @@ def test_a_step_passes_its_norm_on(batch: int) -> None:
     held = sizes.empty_state(batch + 1, torch.float32, DEVICE)
     at = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
     projected = torch.randn(batch, sizes.inner + sizes.channels + sizes.heads, device=DEVICE)
-    weights = (mixer.dt_bias, mixer.A_log, mixer.D)
+    weights = ScanWeights.of(mixer)
 
     def stepped(norm: Tensor | None) -> Any:
         rows = torch.arange(1, batch + 1, device=DEVICE)
         state = MambaState(held.conv.clone(), held.ssm.clone(), rows)
         with torch.inference_mode():
-            return mamba.step(sizes, projected, at, *weights, state, norm)
+            return mamba.step(sizes, projected, at, weights, state, norm)
 
     plain, passed = stepped(None), stepped(mixer.norm.weight)
     inverse = torch.rsqrt(passed.squares.sum(0) / sizes.inner + 1e-5)[:, None]
