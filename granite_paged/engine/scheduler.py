@@ -372,6 +372,8 @@ class Scheduler:
                 budget -= max(0, job.target - job.stored)
                 if job.state is State.DECODE:
                     step.resumed.append(job)
+                elif job.state is State.SCORE:
+                    step.ready.append(job)
         finally:
             for job in passed:
                 self._push(job)

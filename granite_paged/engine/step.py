@@ -107,16 +107,18 @@ class Part(NamedTuple):
 class Step:
     """Calls to make, in this order; a suspect has calls of its own.
 
-    `resumed` jobs came back from host memory: their last token is fed next.
+    `resumed` jobs came back from host memory: their last token is fed next. `ready` contexts came in
+    with nothing left to compute: their continuations are scored next.
     """
 
     decodes: list[list[Job]] = field(default_factory=list)
     scores: list[list[Part]] = field(default_factory=list)
     prefills: list[list[Span]] = field(default_factory=list)
     resumed: list[Job] = field(default_factory=list)
+    ready: list[Job] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.decodes or self.scores or self.prefills or self.resumed)
+        return bool(self.decodes or self.scores or self.prefills or self.resumed or self.ready)
 
 
 _Item = TypeVar("_Item")

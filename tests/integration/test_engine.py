@@ -188,6 +188,16 @@ def test_leaving_a_stream_cancels_its_request(words: Engine) -> None:
 # -- score --------------------------------------------------------------------------------------
 
 
+def test_steps_go_on_while_a_context_has_nothing_to_compute_but_continuations(
+    engine: Engine,
+) -> None:
+    scoring = engine.submit_scoring([3], [[3, 3]])
+    while engine.step():
+        pass
+    assert scoring.finished
+    assert scoring.error is None
+
+
 def test_scores_are_those_of_sdpa_whatever_is_shared(model: Any, engine: Engine) -> None:
     items = [
         (PROMPTS[3], [[4, 5], [6, 7, 8], [9]]),
