@@ -107,8 +107,8 @@ class Part(NamedTuple):
 class Step:
     """Calls to make, in this order; a suspect has calls of its own.
 
-    `resumed` jobs came back from host memory: their last token is fed next. `ready` contexts came in
-    with nothing left to compute: their continuations are scored next.
+    `resumed` jobs came back from host memory: their last token is fed next. `ready` contexts came
+    in with nothing left to compute: their continuations are scored next.
     """
 
     decodes: list[list[Job]] = field(default_factory=list)
