@@ -56,6 +56,7 @@ class Step:
         columns: the new columns of the batch, padding included.
         slots: [B * S] int64, where each new token's K and V go.
         block_mask: for every attention layer.
+        rows: [B] int64, 0 to B - 1: the rows of Mamba states.
         since_start: [B, S] int64, columns since the row's first token, -1 before it: what Mamba
             layers go by, as transformers lets a state decay over padding inside a sequence.
         finite: layer -> [] bool on the device, whether its K and V were.
@@ -64,6 +65,7 @@ class Step:
     columns: NewColumns
     slots: Tensor
     block_mask: BlockMask
+    rows: Tensor
     since_start: Tensor
     finite: dict[int, Tensor] = field(default_factory=dict)
 
@@ -442,6 +444,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
                 group=self.geometry.group,
                 visible=visible,
             ),
+            rows=torch.arange(len(self._rows), device=self.device),
             since_start=new.since_start(len(self._rows), self.device),
         )
 

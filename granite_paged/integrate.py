@@ -42,7 +42,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
-from granite_paged.kernels import unavailable, unsupported
+from granite_paged.kernels import refusal
 from granite_paged.mamba import MambaRows, MambaSizes, mix
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -181,19 +181,12 @@ def _mix(
     step = cache_params.step
     # padding before a row's first token needs no mask: it has no position
     mask = step.columns.mask if step.columns.before else None
-    if mask is None and not _no_kernels(mixer, hidden_states, cache_params.config.backend):
+    backend, device, dtype = cache_params.config.backend, hidden_states.device, hidden_states.dtype
+    if mask is None and not refusal(backend, mixer.activation, device, dtype):
         from granite_paged.kernels import mamba  # needs Triton
 
-        every_row = torch.arange(len(hidden_states), device=hidden_states.device)
-        return mamba.mix(mixer, hidden_states, step.since_start, state._replace(rows=every_row))
+        return mamba.mix(mixer, hidden_states, step.since_start, state._replace(rows=step.rows))
     return mix(mixer, hidden_states, step.since_start, state, mask)
-
-
-def _no_kernels(mixer: Any, hidden: Tensor, backend: Backend) -> str:
-    """Why a Mamba layer runs in plain PyTorch; empty where kernels can take it."""
-    if backend == "eager":
-        return "backend 'eager' was asked for"
-    return unavailable(hidden.device, hidden.dtype) or unsupported(mixer.activation)
 
 
 def _open_step(

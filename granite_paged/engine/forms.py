@@ -18,7 +18,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 
 from granite_paged.attention import DecodePlan, paged_attention
 from granite_paged.geometry import Backend
-from granite_paged.kernels import unavailable, unsupported
+from granite_paged.kernels import refusal
 from granite_paged.mamba import MambaState, mix
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
@@ -52,7 +52,7 @@ class Storage(NamedTuple):
     table: PageTable
     pools: dict[int, KVPool]
     states: dict[int, MambaState]
-    stacked: tuple[Tensor, Tensor]
+    stacked: list[Tensor]
     nonfinite: Tensor
 
 
@@ -154,11 +154,9 @@ class PlainForms:
 def why_not(model: Any, backend: Backend) -> str:
     """Why `KernelForms` cannot run this model where it is; empty where they can."""
     config = model.config
-    if backend == "eager":
-        return "backend 'eager' was asked for"
     if config.attention_bias or config.mamba_proj_bias:
         return "projections with a bias have no kernel"
-    return unsupported(config.hidden_act) or unavailable(model.device, model.dtype)
+    return refusal(backend, config.hidden_act, model.device, model.dtype)
 
 
 def by_head(projected: Tensor, head_dim: int) -> Tensor:

@@ -18,14 +18,13 @@ from granite_paged.engine.forms import PlainForms, Step, by_head
 from granite_paged.kernels import mamba, pages, pointwise
 from granite_paged.kernels.linear import (
     MOST_ROWS,
-    Convolution,
     Normed,
     Scratch,
     linear,
     prenorm,
     scratch,
 )
-from granite_paged.mamba import MambaSizes, ScanWeights, norm_groups
+from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -93,12 +92,11 @@ class KernelForms(PlainForms):
     ) -> Normed:
         eps, out_eps = layer.input_layernorm.variance_epsilon, 0.0
         if layer.mamba is not None:
-            mixer = layer.mamba
-            conv = self._convolution(index, mixer, step)
+            mixer, newest = layer.mamba, step.positions[:, 0]
+            state = self._state(index, step)
+            conv = mamba.convolution(mixer, newest, state)
             projected = linear(normed, mixer.in_proj.weight, eps=eps, conv=conv)[0]
-            mixed = self._recur(index, mixer, projected, step, mixer.norm.weight)
-            if not isinstance(mixed, Normed):
-                mixed = _normalised(mixed, mixer.norm, norm_groups(mixer))
+            mixed = self._recur(mixer, projected, newest, state)
             weight, out_eps = mixer.out_proj.weight, mixer.norm.variance_epsilon
         else:
             attention = layer.self_attn
@@ -106,7 +104,17 @@ class KernelForms(PlainForms):
             query, key, value = (linear(normed, part.weight, eps=eps)[0] for part in parts)
             mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
             weight = attention.o_proj.weight
-        return self._onto(hidden, mixed, weight, layer, out_eps, layer.post_attention_layernorm)
+        norm = layer.post_attention_layernorm.weight
+        return self._onto(hidden, mixed, weight, layer, norm, eps=out_eps)
+
+    def _recur(
+        self, mixer: Any, projected: Tensor, newest: Tensor, state: MambaState
+    ) -> Tensor | Normed:
+        """[B, inner], gated and normed, but for a factor where its norm takes a row as one."""
+        sizes, weights, groups = MambaSizes.of(mixer), ScanWeights.of(mixer), norm_groups(mixer)
+        norm = mixer.norm.weight if groups == 1 else None
+        gated = mamba.step(sizes, projected, newest, weights, state, norm)
+        return gated if isinstance(gated, Normed) else _normalised(gated, mixer.norm, groups)
 
     def _decode_mlp(self, layer: Any, hidden: Tensor, normed: Normed, next_norm: Tensor) -> Normed:
         mlp, eps = layer.shared_mlp, layer.post_attention_layernorm.variance_epsilon
@@ -115,15 +123,11 @@ class KernelForms(PlainForms):
             whole = _normalised(hidden, layer.post_attention_layernorm)
             routed = self._routed(layer, whole, (len(hidden), 1))
         fed = linear(normed, mlp.input_linear.weight, eps=eps, gated=True)[0]
-        scale = layer.residual_multiplier
-        _, after = linear(
-            fed, mlp.output_linear.weight, residual=hidden, scale=scale, norm=next_norm, out=hidden
-        )
-        if routed is not None:
-            hidden.add_(routed, alpha=scale)
-            after = prenorm(hidden, next_norm)
-        assert after is not None
-        return after
+        after = self._onto(hidden, fed, mlp.output_linear.weight, layer, next_norm)
+        if routed is None:
+            return after
+        hidden.add_(routed, alpha=layer.residual_multiplier)
+        return prenorm(hidden, next_norm)
 
     def _onto(
         self,
@@ -131,16 +135,18 @@ class KernelForms(PlainForms):
         mixed: Tensor | Normed,
         weight: Tensor,
         layer: Any,
-        eps: float,
-        norm: Any,
+        norm: Tensor,
+        *,
+        eps: float = 0.0,
     ) -> Normed:
+        """Add the residual's share of mixed W^T; returns hidden on its way through `norm`."""
         _, after = linear(
             mixed,
             weight,
             eps=eps,
             residual=hidden,
             scale=layer.residual_multiplier,
-            norm=norm.weight,
+            norm=norm,
             out=hidden,
         )
         assert after is not None
@@ -153,7 +159,8 @@ class KernelForms(PlainForms):
     ) -> None:
         if layer.mamba is not None:
             mixer = layer.mamba
-            gated = self._scan(index, mixer, normed @ mixer.in_proj.weight.T, step)
+            projected = normed @ mixer.in_proj.weight.T
+            gated = mamba.gated_scan(mixer, projected, step.positions, self._state(index, step))
             mixed = _normalised(gated, mixer.norm, norm_groups(mixer))
             weight = mixer.out_proj.weight
         else:
@@ -178,37 +185,8 @@ class KernelForms(PlainForms):
         routed: Tensor = layer.block_sparse_moe(normed.view(*shape, -1)).view(normed.shape)
         return routed
 
-    def _convolution(self, index: int, mixer: Any, step: Step) -> Convolution:
-        """Of a decode step."""
-        sizes = MambaSizes.of(mixer)
-        weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
-        ring = self._storage.states[index].conv
-        positions = step.positions[:, 0]
-        return Convolution(sizes.inner, ring, step.states, positions, weight, mixer.conv1d.bias)
-
-    def _recur(
-        self, index: int, mixer: Any, projected: Tensor, step: Step, norm: Tensor | None
-    ) -> Tensor | Normed:
-        """[B, inner], gated; on its way through its norm if that is given and has one group."""
-        sizes = MambaSizes.of(mixer)
-        weights = ScanWeights.of(mixer)
-        state = self._storage.states[index]._replace(rows=step.states)
-        norm = norm if norm_groups(mixer) == 1 else None
-        return mamba.step(sizes, projected, step.positions[:, 0], weights, state, norm)
-
-    def _scan(self, index: int, mixer: Any, projected: Tensor, step: Step) -> Tensor:
-        """[B * S, inner], gated."""
-        if step.positions.shape[1] == 1:
-            mamba.convolve_step(projected, self._convolution(index, mixer, step))
-            gated = self._recur(index, mixer, projected, step, None)
-            assert isinstance(gated, Tensor)
-            return gated
-        sizes = MambaSizes.of(mixer)
-        weight = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width)
-        weights = ScanWeights.of(mixer)
-        state = self._storage.states[index]._replace(rows=step.states)
-        bias = mixer.conv1d.bias
-        return mamba.scan(sizes, projected, step.positions, weight, bias, weights, state)
+    def _state(self, index: int, step: Step) -> MambaState:
+        return self._storage.states[index]._replace(rows=step.states)
 
     def _attention_of(
         self,

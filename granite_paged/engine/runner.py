@@ -251,6 +251,7 @@ class Runner:
         self._programs.clear()
         self._storage.pools.clear()
         self._storage.states.clear()
+        self._storage.stacked.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -487,13 +488,10 @@ def _make_states(
 ) -> dict[str, Any]:
     """`stacked` and `states` of a `Storage`. Layers of a model are all of one size."""
     if not mixers:
-        return {"stacked": (torch.zeros(0, rows), torch.zeros(0, rows)), "states": {}}
+        return {"stacked": [torch.zeros(0, rows), torch.zeros(0, rows)], "states": {}}
     sizes = MambaSizes.of(next(iter(mixers.values())))
     conv, ssm, _ = sizes.empty_state(len(mixers) * rows, dtype, device)
-    stacked = (
-        conv.view(len(mixers), rows, *conv.shape[1:]),
-        ssm.view(len(mixers), rows, *ssm.shape[1:]),
-    )
+    stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in (conv, ssm)]
     layers = zip(mixers, *stacked, strict=True)
     return {"stacked": stacked, "states": {i: MambaState(c, s, None) for i, c, s in layers}}
 

@@ -73,6 +73,10 @@ def _too_old(device: torch.device, needed: tuple[int, int]) -> str:
     return f"compute capability {have[0]}.{have[1]} is older than {needed[0]}.{needed[1]}"
 
 
-def unsupported(activation: str) -> str:
-    """Why a model of this activation has no kernels; empty where it has."""
-    return "" if activation in ("silu", "swish") else f"activation {activation} has no kernel"
+def refusal(backend: str, activation: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a model that asks for this backend runs without kernels; empty where it has them."""
+    if backend == "eager":
+        return "backend 'eager' was asked for"
+    if activation not in ("silu", "swish"):
+        return f"activation {activation} has no kernel"
+    return unavailable(device, dtype)

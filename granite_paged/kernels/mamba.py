@@ -132,22 +132,40 @@ def mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Ten
 
     hidden [B, S, hidden]; positions [B, S], -1 for padding. Returns [B, S, hidden].
     """
-    sizes = MambaSizes.of(mixer)
-    projected = mixer.in_proj(hidden).flatten(0, 1)
-    conv = mixer.conv1d.weight.view(sizes.channels, sizes.conv_width), mixer.conv1d.bias
-    weights = ScanWeights.of(mixer)
-    if hidden.shape[1] == 1:
-        newest = positions[:, 0].contiguous()
-        assert state.rows is not None
-        ride = Convolution(sizes.inner, state.conv, state.rows, newest, *conv)
-        convolve_step(projected, ride)
-        gated = step(sizes, projected, newest, weights, state)
-    else:
-        gated = scan(sizes, projected, positions.contiguous(), *conv, weights, state)
-    assert isinstance(gated, Tensor)
-    normed = rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, norm_groups(mixer))
+    gated = gated_scan(mixer, mixer.in_proj(hidden).flatten(0, 1), positions, state)
+    norm, groups = mixer.norm, norm_groups(mixer)
+    normed = rms_norm(gated, norm.weight, norm.variance_epsilon, groups)
     mixed: Tensor = mixer.out_proj(normed).view(hidden.shape)
     return mixed
+
+
+def gated_scan(mixer: Any, projected: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+    """From what `in_proj` gave, [B * S, ...], to the gated output before its norm, [B * S, inner].
+
+    One token a row or many; the convolution of one is done in place of `projected`.
+    """
+    sizes, weights = MambaSizes.of(mixer), ScanWeights.of(mixer)
+    if positions.shape[1] > 1:
+        conv = conv_weight(mixer), mixer.conv1d.bias
+        return scan(sizes, projected, positions.contiguous(), *conv, weights, state)
+    newest = positions[:, 0].contiguous()
+    convolve_step(projected, convolution(mixer, newest, state))
+    gated = step(sizes, projected, newest, weights, state)
+    assert isinstance(gated, Tensor)
+    return gated
+
+
+def convolution(mixer: Any, positions: Tensor, state: MambaState) -> Convolution:
+    """Of one token a row, at positions [B]."""
+    assert state.rows is not None
+    inner, bias = MambaSizes.of(mixer).inner, mixer.conv1d.bias
+    return Convolution(inner, state.conv, state.rows, positions, conv_weight(mixer), bias)
+
+
+def conv_weight(mixer: Any) -> Tensor:
+    """[channels, width]"""
+    weight: Tensor = mixer.conv1d.weight
+    return weight.view(weight.shape[0], weight.shape[2])
 
 
 def step(

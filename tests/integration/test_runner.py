@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -214,6 +216,16 @@ def test_targets_that_do_not_match_are_refused(driver: Driver) -> None:
 def test_a_runner_that_does_not_fit_is_refused_with_what_is_needed(model: Any) -> None:
     with pytest.raises(OutOfMemory, match="lower PagedConfig"):
         Runner.for_model(model, PagedConfig(max_tokens=2**40))
+
+
+def test_closing_gives_pages_and_states_back(driver: Driver) -> None:
+    storage = driver.runner.storage
+    pools = [part for pool in storage.pools.values() for part in (pool.keys, pool.values)]
+    held = [weakref.ref(tensor) for tensor in (*pools, *storage.stacked)]
+    del pools
+    driver.runner.close()
+    gc.collect()
+    assert not any(reference() is not None for reference in held)
 
 
 def test_the_plan_is_what_is_allocated(driver: Driver, model: Any) -> None:

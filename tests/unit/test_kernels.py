@@ -183,13 +183,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def convolution(mixer: Any, positions: Tensor, state: MambaState) -> few_rows.Convolution:
-    weight = mixer.conv1d.weight[:, 0].contiguous()
-    at = positions[:, 0].contiguous()
-    inner = MambaSizes.of(mixer).inner
-    return few_rows.Convolution(inner, state.conv, state.rows, at, weight, mixer.conv1d.bias)
-
-
 def states(sizes: MambaSizes, dtype: torch.dtype = torch.float32) -> tuple[MambaState, MambaState]:
     """The same state of five rows, of which a batch of two takes 3 and 1, twice."""
     torch.manual_seed(1)
@@ -307,10 +300,10 @@ def test_a_convolution_by_itself_is_the_one_that_rides_along() -> None:
     at = torch.tensor([[7], [-1]], device=DEVICE)
     with torch.inference_mode():
         expected, _ = few_rows.linear(
-            hidden, mixer.in_proj.weight, conv=convolution(mixer, at, mine)
+            hidden, mixer.in_proj.weight, conv=mamba.convolution(mixer, at[:, 0].contiguous(), mine)
         )
         projected, _ = few_rows.linear(hidden, mixer.in_proj.weight)
-        mamba.convolve_step(projected, convolution(mixer, at, other))
+        mamba.convolve_step(projected, mamba.convolution(mixer, at[:, 0].contiguous(), other))
     assert error(projected, expected) <= FLOAT32
     assert torch.equal(mine.conv, other.conv)
 
