@@ -62,7 +62,19 @@ def _complain(message: str) -> int:
     return USAGE
 
 
-@click.group(context_settings=SETTINGS)
+class _Commands(click.Group):
+    """A group with commands of two words: `bench serve` beside `bench`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        both = " ".join(args[:2])
+        if both in self.commands and len(args) > 1:
+            return both, self.commands[both], args[2:]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Paged attention for IBM Granite-4 hybrid models, proven equal to SDPA.

@@ -8,7 +8,7 @@
      "one_row":  [{"gated", "few_columns", "COLUMNS", "warps"}],
      "few_rows": [{"rows", "gated", "few_columns",
                    "COLUMNS", "DEPTH", "SPLITS", "warps", "stages"}],
-     "microseconds"?: {shape: of one call with these constants}}
+     "microseconds"?: {shape: of one call, or one step, with these constants}}
 
 The rules: `decode_plan` and `kernel_options` for attention, `kernels.linear.tiles` for products.
 The file travels with the package and is checked once, when this is imported.
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ class FewRowsConstants:
     stages: int
 
 
+Constants = DecodeConstants | PrefillConstants | OneRowConstants | FewRowsConstants
+
+
 @dataclass(frozen=True, slots=True)
 class Tuned:
     """All constants, and where they come from.
@@ -103,6 +106,18 @@ class Tuned:
             del data["microseconds"]
         return data
 
+    def having(self, constants: Constants) -> Tuned:
+        """A copy with these in place of those of the same case, or beside them."""
+        if isinstance(constants, PrefillConstants):
+            return replace(self, prefill=constants)
+        if isinstance(constants, DecodeConstants):
+            decode = _merged(self.decode, constants, "batch")
+            return replace(self, decode=sorted(decode, key=lambda c: c.batch))
+        if isinstance(constants, OneRowConstants):
+            return replace(self, one_row=_merged(self.one_row, constants, "gated", "few_columns"))
+        few_rows = _merged(self.few_rows, constants, "rows", "gated", "few_columns")
+        return replace(self, few_rows=few_rows)
+
     def for_batch(self, batch: int) -> DecodeConstants:
         """Those of the nearest measured batch at or below."""
         return [c for c in self.decode if c.batch <= max(1, batch)][-1]
@@ -117,6 +132,12 @@ class Tuned:
         tile = next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
         case = (tile, gated, few_columns)
         return next(c for c in self.few_rows if (c.rows, c.gated, c.few_columns) == case)
+
+
+def _merged(old: Sequence[Any], new: Any, *names: str) -> list[Any]:
+    """Old entries in their order, the one of `new`'s case replaced; else `new` behind them."""
+    by_case = {tuple(getattr(entry, name) for name in names): entry for entry in (*old, new)}
+    return list(by_case.values())
 
 
 def read_tuned(path: str | Path) -> Tuned:

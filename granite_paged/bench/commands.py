@@ -412,7 +412,7 @@ def tune(
     \b
     decode     attention of a decode step: parts, block, warps, stages
     prefill    attention of a chunk: blocks, warps, stages
-    products   y = x W^T for 1, 16, 32 and 64 rows: blocks, splits, warps, stages
+    products   of whole decode steps of 1, 16, 32 and 64 rows: blocks, splits, warps, stages
 
     Times what the rules choose beside other candidates, in shapes of the model, and prints what
     they lose to the best. With --write, the constants whose worst loss is least go into the file

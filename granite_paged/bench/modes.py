@@ -28,6 +28,8 @@ from granite_paged.geometry import PagedConfig
 STRETCH = 64
 """Tokens that are really run to fill a cache of transformers; the rest repeats them."""
 
+_COPIED_TOGETHER = 64  # times the stretch
+
 _SPARE = 16  # slots of a StaticCache beyond the context: a user's would have some as well
 
 
@@ -267,14 +269,13 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
 
 def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:
     """Run a stretch of row 1, copy its pages and state to all others. Returns its tokens."""
-    stretch = min(ids.shape[1], _piece(runner))
+    page_size, pages = runner.geometry.page_size, sequences.pages()
+    stretch = min(ids.shape[1], -(-STRETCH // page_size) * page_size)
     runner.prefill([Chunk(1, 0, ids[0, :stretch].tolist())])
-    pages, filled = sequences.pages(), runner.geometry.pages_for(stretch)
-    source, contents = pages[:filled], runner.save_pages(pages[:filled])
-    for targets in _groups(pages[filled:], filled):
-        if len(targets) < filled:
-            contents = runner.save_pages(source[: len(targets)])
-        runner.load_pages(targets, contents)
+    source = pages[: runner.geometry.pages_for(stretch)]
+    for targets in _groups(pages[len(source) :], _COPIED_TOGETHER * len(source)):
+        repeated = (source * _COPIED_TOGETHER)[: len(targets)]
+        runner.load_pages(targets, runner.save_pages(repeated))
     state = runner.save_row(1)
     for row in sequences.rows[1:]:
         runner.load_row(row, state)

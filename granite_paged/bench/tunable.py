@@ -1,8 +1,8 @@
 """What is tuned of a model: candidates, and shapes with their tensors.
 
-Each shape has copies of what a call reads, weights or K and V, more than the device's cache holds,
-and a CUDA graph calls them in turn: in a model, too, everything else has passed through the cache
-since a layer was last read.
+Attention is timed alone. Each of its shapes has copies of K and V, more than the device's cache
+holds, and a CUDA graph calls them in turn: in a model, too, everything else has passed through the
+cache since a layer was last read. Products are timed in whole decode steps.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from granite_paged.attention import (
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.gate import no_gpu
 from granite_paged.bench.kernel import KernelCase
-from granite_paged.bench.measure import Clock, free_memory
-from granite_paged.bench.tune import Constants, Group, Layout, Timer, TunedShape
+from granite_paged.bench.measure import Clock, free_memory, quantile
+from granite_paged.bench.modes import Sequences, config_for, make_runner
+from granite_paged.bench.tune import Group, Layout, Timer, TunedShape
 from granite_paged.engine.forms import why_not
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.masks import paged_block_mask
 from granite_paged.page_table import PageTable
-from granite_paged.tuned import ROW_TILES, TUNED
+from granite_paged.tuned import ROW_TILES, TUNED, Constants, FewRowsConstants, OneRowConstants
 
 DECODE_CONTEXTS = {1: (512, 16384), 8: (512, 4096), 32: (512, 4096)}
 """Batches that decode attention is tuned for -> tokens of each sequence."""
@@ -56,14 +57,19 @@ PREFILL_CHOICES: dict[str, tuple[Any, ...]] = {
 }
 ONE_ROW_CHOICES: dict[str, tuple[Any, ...]] = {"COLUMNS": (1, 2, 4, 8), "warps": (4, 8)}
 FEW_ROWS_CHOICES: dict[str, tuple[Any, ...]] = {
-    "COLUMNS": (32, 64),
+    "COLUMNS": (64, 128),
     "DEPTH": (128, 256),
-    "SPLITS": (1, 2, 4),
-    "warps": (4, 8),
-    "stages": (3, 4),
+    "SPLITS": (1, 2, 3, 4, 5),
+    "warps": (4,),
+    "stages": (2, 3, 4),
 }
 LEFT_IF_QUICK = ("warps", "stages")
 """Constants that a first look leaves as they are."""
+
+STEP_CONTEXT, STEP_NOISE = 512, 0.004
+"""Tokens of each sequence in a step by which products are chosen; noise of its time, relative."""
+
+_STEPS, _STEP_REPEATS = 20, 5
 
 _COLD_BYTES = 2**28  # several times any GPU's cache
 _MOST_COPIES = 128
@@ -231,89 +237,97 @@ def _prefill_call(bench: Bench, tokens: int, past: int) -> Callable[[Layout], Te
 
 
 # -- products -----------------------------------------------------------------------------------
-
-Product = tuple[int, int, bool]
-"""Columns, depth, and whether the weight holds two halves."""
-
-
-def products_of(model: Any) -> list[Product]:
-    """Those that a decode step of few rows makes, once each; the head is last."""
-    found: dict[Product, None] = {}
-    for layer in model.base_model.layers:
-        for weight in _plain_weights(layer):
-            found[weight.shape[0], weight.shape[1], False] = None
-        both, depth = layer.shared_mlp.input_linear.weight.shape
-        found[both // 2, depth, True] = None
-    head = tuple(model.get_output_embeddings().weight.shape)
-    return [*found, (head[0], head[1], False)]
+#
+# A product alone is timed wrongly: in a step it starts while another kernel ends, with its weights
+# on their way, and what it costs is what the step takes longer.
 
 
-def _plain_weights(layer: Any) -> Iterator[Tensor]:
+def product_kinds(model: Any, rows: int, multiprocessors: int) -> list[tuple[bool, bool]]:
+    """Which products a decode step of so many rows makes with these kernels: (gated, few columns).
+
+    Only a single row goes through the head.
+    """
+    from granite_paged.kernels.linear import has_few_columns
+
+    layers = model.base_model.layers
+    plain = {columns for layer in layers for columns in _plain_columns(layer)}
+    if rows == 1:
+        plain.add(len(model.get_output_embeddings().weight))
+    gated = {len(layer.shared_mlp.input_linear.weight) // 2 for layer in layers}
+    kinds = {(False, has_few_columns(columns, multiprocessors)) for columns in plain}
+    return sorted(kinds | {(True, has_few_columns(columns, multiprocessors)) for columns in gated})
+
+
+def _plain_columns(layer: Any) -> Iterator[int]:
+    """Of each product but the gated one; q, k and v are one."""
     if layer.mamba is not None:
-        modules = [layer.mamba.in_proj, layer.mamba.out_proj]
+        yield from (len(layer.mamba.in_proj.weight), len(layer.mamba.out_proj.weight))
     else:
         attention = layer.self_attn
-        modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    yield from (module.weight for module in (*modules, layer.shared_mlp.output_linear))
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        yield from (sum(len(part.weight) for part in parts), len(attention.o_proj.weight))
+    yield len(layer.shared_mlp.output_linear.weight)
 
 
 def product_groups(bench: Bench, quick: bool) -> Iterator[Group]:
-    """One for each tile of rows and kind of product. Only a single row goes through the head."""
-    from granite_paged.kernels.linear import has_few_columns
-
-    products = products_of(bench.model)
-    for gated, few in itertools.product((False, True), (False, True)):
-
-        def alike(product: Product, gated: bool = gated, few: bool = few) -> bool:
-            return (product[2], has_few_columns(product[0], bench.multiprocessors)) == (gated, few)
-
-        one_row = TUNED.for_one_row(gated=gated, few_columns=few)
-        choices = candidates(one_row, ONE_ROW_CHOICES, quick)
-        yield from _product_group(bench, 1, choices, list(filter(alike, products)))
-        for rows in ROW_TILES:
-            few_rows = TUNED.for_few_rows(rows, gated=gated, few_columns=few)
-            choices = candidates(few_rows, FEW_ROWS_CHOICES, quick)
-            yield from _product_group(bench, rows, choices, list(filter(alike, products[:-1])))
+    """One for each tile of rows and kind of product."""
+    for rows in (1, *ROW_TILES):
+        steps = DecodeSteps(bench, rows)
+        for gated, few in product_kinds(bench.model, rows, bench.multiprocessors):
+            if rows == 1:
+                one = TUNED.for_one_row(gated=gated, few_columns=few)
+                choices = candidates(one, ONE_ROW_CHOICES, quick)
+            else:
+                several = TUNED.for_few_rows(rows, gated=gated, few_columns=few)
+                choices = candidates(several, FEW_ROWS_CHOICES, quick)
+            name = f"step of {rows}: {'gated' if gated else 'plain'}, {'few' if few else 'many'}"
+            shape = TunedShape(name, asdict, steps.prepare)
+            yield Group(choices, (shape,), noise=STEP_NOISE, settle=steps.settle)
 
 
-def _product_group(
-    bench: Bench, rows: int, choices: tuple[Constants, ...], products: Sequence[Product]
-) -> Iterator[Group]:
-    """None where the model has no such product."""
-    if products:
-        yield Group(choices, tuple(_product_shape(bench, rows, product) for product in products))
+class DecodeSteps:
+    """Whole decode steps of so many rows, with other constants in place of those there are.
 
+    What was settled stays, so that the next kind of product is chosen beside it.
+    """
 
-def _product_shape(bench: Bench, rows: int, product: Product) -> TunedShape:
-    from granite_paged.kernels.linear import few_rows_tiles, one_row_tiles
+    def __init__(self, bench: Bench, rows: int) -> None:
+        self._bench, self._rows = bench, rows
+        self._tuned = TUNED
+        self._kind = OneRowConstants if rows == 1 else FewRowsConstants
 
-    columns, depth, gated = product
+    def settle(self, constants: Constants) -> None:
+        """From now on these."""
+        self._tuned = self._tuned.having(constants)
 
-    def layout(constants: Any) -> Layout:
-        return (one_row_tiles if rows == 1 else few_rows_tiles)(constants, depth)
+    def prepare(self) -> Timer:
+        """The timer, which all kinds of product share."""
+        return self._timer
 
-    def prepare() -> Timer:
-        bench.fresh()
-        calls = _product_calls(bench, rows, product)
-        return lambda tiles: bench.clock.graph_seconds(calls(tiles))
+    @functools.cached_property
+    def _timer(self) -> Timer:
+        """Of a step that is recorded anew with the constants of a layout."""
+        from granite_paged.kernels.linear import using
 
-    name = f"{'gated ' if gated else ''}product {rows} x {depth} x {columns}"
-    return TunedShape(name, layout, prepare)
+        self._bench.fresh()
+        shape, clock = Shape(self._rows, STEP_CONTEXT), self._bench.clock
+        runner = make_runner(self._bench.model, config_for(self._bench.config, shape))
+        sequences = Sequences(runner, self._rows)
+        sequences.open(STEP_CONTEXT + 1)
+        positions = [STEP_CONTEXT] * self._rows
 
+        def steps() -> None:
+            for _ in range(_STEPS):
+                runner.decode(sequences.rows, positions)
 
-def _product_calls(
-    bench: Bench, rows: int, product: Product
-) -> Callable[[Layout], list[Callable[[], Any]]]:
-    """One product after the other, each with a weight of its own."""
-    from granite_paged.kernels.linear import linear
+        def seconds(layout: Layout) -> float:
+            runner.forget_programs()
+            with using(self._tuned.having(self._kind(**layout))):
+                steps()
+            times = sorted(clock.kernel_seconds(steps, None) for _ in range(_STEP_REPEATS))
+            return quantile(times, 0.5) / _STEPS
 
-    columns, depth, gated = product
-    x, weight = bench.random(rows, depth), bench.random(columns * (2 if gated else 1), depth)
-    weights = [weight.clone() for _ in range(bench.copies(weight.nbytes))]
-    out = x.new_empty(rows, columns)
-    return lambda tiles: [
-        functools.partial(linear, x, each, gated=gated, out=out, **tiles) for each in weights
-    ]
+        return seconds
 
 
 SUBJECTS = {"decode": decode_groups, "prefill": prefill_groups, "products": product_groups}

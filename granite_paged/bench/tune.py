@@ -1,17 +1,17 @@
 """Tuning: which constants of the rules of kernel options are best on this GPU?
 
 A group is constants that are chosen together, and shapes that they are chosen by: decode attention
-of one batch at several contexts, products of one tile of rows with several weights. Every candidate
-is timed in every shape of its group. Its loss in a shape is how much longer it takes there than the
+of one batch at several contexts, one kind of product in a decode step. Every candidate is timed in
+every shape of its group. Its loss in a shape is how much longer it takes there than the
 best candidate does; chosen is the candidate whose worst loss is least. The constants that are there
-stay unless another's worst loss is smaller by more than `NOISE`, so that files do not change for
+stay unless another's worst loss is smaller by more than the noise, so that files do not change for
 nothing. A candidate that a compiler refuses, or that does not fit, is out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,18 +19,11 @@ import torch
 
 from granite_paged.bench.measure import reason
 from granite_paged.errors import CannotJudge
-from granite_paged.tuned import (
-    DecodeConstants,
-    FewRowsConstants,
-    OneRowConstants,
-    PrefillConstants,
-    Tuned,
-)
+from granite_paged.tuned import Constants, Tuned
 
 NOISE = 0.02
 """Of a time: medians of replays repeat to about this."""
 
-Constants = DecodeConstants | PrefillConstants | OneRowConstants | FewRowsConstants
 Layout = dict[str, Any]
 """What a rule makes of constants in one shape: splits, block sizes, warps, stages."""
 
@@ -55,10 +48,19 @@ class TunedShape:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Constants that are chosen together. The first candidate is what the rule has now."""
+    """Constants that are chosen together.
+
+    Attributes:
+        candidates: the first is what the rule has now.
+        shapes: that they are chosen by.
+        noise: of a time, relative.
+        settle: told which candidate was chosen, before the next group is swept.
+    """
 
     candidates: tuple[Constants, ...]
     shapes: tuple[TunedShape, ...]
+    noise: float = NOISE
+    settle: Callable[[Constants], None] = lambda chosen: None
 
     @property
     def trials(self) -> int:
@@ -134,11 +136,11 @@ def losses(trials: Sequence[Trial]) -> list[float]:
     return [time / best - 1 if time < math.inf else math.inf for time in times]
 
 
-def choose(trials: Iterable[Sequence[Trial]]) -> int:
-    """The candidate whose worst loss over the shapes is least; 0, the rule's, within `NOISE`."""
+def choose(trials: Iterable[Sequence[Trial]], noise: float = NOISE) -> int:
+    """The candidate whose worst loss over the shapes is least; 0, the rule's, within `noise`."""
     worst = [max(of_one) for of_one in zip(*map(losses, trials), strict=True)]
     least = min(range(len(worst)), key=worst.__getitem__)
-    return least if worst[0] > worst[least] + NOISE else 0
+    return least if worst[0] > worst[least] + noise else 0
 
 
 def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, str]) -> Tuned:
@@ -146,35 +148,17 @@ def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, st
 
     environment: device, torch and triton, as in `Tuned`.
     """
-    found: dict[type, list[Any]] = {}
     for outcome in outcomes:
-        constants = outcome.candidates[outcome.chosen]
-        found.setdefault(type(constants), []).append(constants)
-    decode = _merged(tuned.decode, found.get(DecodeConstants, []), "batch")
-    one_row, few_rows = found.get(OneRowConstants, []), found.get(FewRowsConstants, [])
-    return replace(
-        tuned,
-        **environment,
-        decode=sorted(decode, key=lambda constants: constants.batch),
-        prefill=found.get(PrefillConstants, [tuned.prefill])[0],
-        one_row=_merged(tuned.one_row, one_row, "gated", "few_columns"),
-        few_rows=_merged(tuned.few_rows, few_rows, "rows", "gated", "few_columns"),
-        microseconds={**_kept(tuned, environment), **_microseconds(outcomes)},
-    )
+        tuned = tuned.having(outcome.candidates[outcome.chosen])
+    microseconds = {**_kept(tuned, environment), **_microseconds(outcomes)}
+    where: dict[str, Any] = {**environment, "microseconds": microseconds}
+    return replace(tuned, **where)
 
 
 def _kept(tuned: Tuned, environment: dict[str, str]) -> dict[str, float]:
     """Earlier times, where they are of the same device and versions."""
     same = all(getattr(tuned, name) == value for name, value in environment.items())
     return tuned.microseconds if same else {}
-
-
-def _merged(old: Sequence[Any], new: Sequence[Any], *names: str) -> list[Any]:
-    """Old entries in their order, each replaced by the new one of its case; then other new ones."""
-    by_case: dict[Hashable, Any] = {}
-    for constants in (*old, *new):
-        by_case[tuple(getattr(constants, name) for name in names)] = constants
-    return list(by_case.values())
 
 
 def _microseconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -202,7 +186,9 @@ def sweep(group: Group, progress: Callable[[str], None] = lambda shape: None) ->
     for name, (rule, *_) in trials.items():
         if rule.microseconds is None:
             raise CannotJudge(f"what the rule says for {name} does not run here: {rule.error}")
-    return Outcome(group.candidates, trials, choose(trials.values()))
+    chosen = choose(trials.values(), group.noise)
+    group.settle(group.candidates[chosen])
+    return Outcome(group.candidates, trials, chosen)
 
 
 def _try_all(

@@ -1,4 +1,4 @@
-"""Commands that run on the engine: `granite-paged generate | bench-serve`."""
+"""Commands that run on the engine: `granite-paged generate | bench serve`."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def generate(
     return OK
 
 
-# -- bench-serve --------------------------------------------------------------------------------
+# -- bench serve --------------------------------------------------------------------------------
 
 
-@click.command("bench-serve", context_settings=SETTINGS)
+@click.command("bench serve", context_settings=SETTINGS)
 @model_options
 @click.option("--requests", default=64, type=click.IntRange(min=1), help="Requests that arrive.")
 @click.option(
@@ -109,12 +109,23 @@ def generate(
     "--long-tokens", default=0, type=click.IntRange(min=0), help="Tokens of a long prompt."
 )
 @click.option("--rows", default=256, type=click.IntRange(min=1), help="Most requests that run.")
-@click.option("--batch", default=32, type=click.IntRange(min=1), help="Of the static batches.")
 @click.option(
-    "--default/--no-default",
-    "with_default",
-    default=True,
-    help="Serve the same by transformers' generate(), too.",
+    "--mode",
+    "modes",
+    multiple=True,
+    type=click.Choice(["default", "static", "paged"]),
+    default=("default", "paged"),
+    help="`paged` is always served; `static` compiles for minutes first.",
+)
+@click.option(
+    "--batch", default=32, type=click.IntRange(min=1), help="Requests of a batch, but for paged."
+)
+@click.option(
+    "--batched-requests",
+    type=click.IntRange(min=1),
+    metavar="INTEGER",
+    help="So many requests, the first ones, are enough for the batches.  [default: all]",
+    show_default=False,
 )
 @json_option
 def bench_serve(
@@ -123,23 +134,25 @@ def bench_serve(
     seed: int,
     rows: int,
     batch: int,
-    with_default: bool,
+    modes: tuple[str, ...],
+    batched_requests: int | None,
     json_file: str | None,
     **wishes: Any,
 ) -> int:
-    """Serve requests as they arrive, and say how fast: by the engine, and by static batches.
+    """Serve requests as they arrive, and say how fast: by the engine, and in batches.
 
     Reports output tokens a second, the time to the first token and between tokens, the scheduler's
-    own time and how much of the prompts was shared. `default` is transformers' generate() over
-    left-padded batches of the same requests.
+    own time and how much of the prompts was shared. `default` and `static` are transformers'
+    generate() over left-padded batches of the same requests, with SDPA and a DynamicCache, or a
+    StaticCache and compiled steps.
 
     \b
-    granite-paged bench-serve
-    granite-paged bench-serve --shared-tokens 96 --rate 50 --requests 200
-    granite-paged bench-serve --random-weights granite-4.0-h-1b --requests 512 --json serve.json
+    granite-paged bench serve
+    granite-paged bench serve --shared-tokens 96 --rate 50 --requests 200
+    granite-paged bench serve --random-weights granite-4.0-h-1b --requests 512 --json serve.json
     """  # noqa: D301
     from granite_paged.engine.engine import Engine
-    from granite_paged.engine.serving import compare
+    from granite_paged.engine.serving import MODES, compare
 
     workload = Workload(**wishes)
     coming = arrivals(workload, loaded.model.config.vocab_size, seed)
@@ -151,8 +164,15 @@ def bench_serve(
             bar.update(task, description=what, completed=done, total=total)
 
         engine.runner.warm_up(tell)
-        static = batch if with_default else None
-        report = compare(engine, loaded.model, coming, batch=static, progress=tell)
+        report = compare(
+            engine,
+            loaded.model,
+            coming,
+            modes=[mode for mode in MODES if mode in modes],
+            batch=batch,
+            at_most=batched_requests,
+            progress=tell,
+        )
     report_console(json_file).print(_serving_table(report, loaded.name))
     if json_file:
         write_json(json_file, {"workload": dataclasses.asdict(workload), **report.to_json()})
@@ -175,12 +195,10 @@ def _serving_table(report: Any, model: str) -> Table:
     table.add_column("")
     for column in ("tokens/s", "first token p50", "p99", "between tokens p50", "p99"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, served in (("engine", report.engine), ("default", report.default)):
-        if served is not None:
-            times = (*served.first_token_ms, *served.between_tokens_ms)
-            table.add_row(
-                name, f"{served.tokens_per_second:,.0f}", *(f"{ms:,.1f} ms" for ms in times)
-            )
+    batched = {name: baseline.served for name, baseline in report.baselines.items()}
+    for name, served in {"paged": report.engine, **batched}.items():
+        times = (*served.first_token_ms, *served.between_tokens_ms)
+        table.add_row(name, f"{served.tokens_per_second:,.0f}", *(f"{ms:,.1f} ms" for ms in times))
     return table
 
 
@@ -190,6 +208,7 @@ def _caption(report: Any) -> str:
         f"{report.prefix_hit_rate:.0%} of prompt tokens shared",
         f"{report.preempted} preempted",
     ]
-    if report.speedup is not None:
-        parts.insert(0, f"{report.speedup:.1f} x default, same tokens {report.tokens_equal:.0%}")
+    for name, baseline in report.baselines.items():
+        same = f"same tokens {baseline.tokens_equal:.0%} of {baseline.served.requests}"
+        parts.append(f"{baseline.speedup:.1f} x {name}, {same}")
     return "; ".join(parts)

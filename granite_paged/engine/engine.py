@@ -448,6 +448,7 @@ class Engine:
         landing, self._flights = self._flights, launched
         for flight in landing:
             self._answers.read(flight)
+        self._scheduler.scored([part for parts in step.scores for part in parts])
         return bool(step or landing)
 
     def _drive(self) -> None:

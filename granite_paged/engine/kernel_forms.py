@@ -7,6 +7,7 @@ kernels around them. Mamba is Triton either way. Importing this needs Triton.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,8 +102,10 @@ class KernelForms(PlainForms):
         else:
             attention = layer.self_attn
             parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-            query, key, value = (linear(normed, part.weight, eps=eps)[0] for part in parts)
-            mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
+            query, key, value = (part.weight for part in parts)
+            projected = linear(normed, (query, key, value), eps=eps)[0]
+            columns = torch.split(projected, [len(query), len(key), len(value)], dim=-1)
+            mixed = self._attention_of(index, attention, columns, step, rotary)
             weight = attention.o_proj.weight
         norm = layer.post_attention_layernorm.weight
         return self._onto(hidden, mixed, weight, layer, norm, eps=out_eps)
@@ -166,8 +169,8 @@ class KernelForms(PlainForms):
         else:
             attention = layer.self_attn
             parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-            query, key, value = (normed @ part.weight.T for part in parts)
-            mixed = self._attention_of(index, attention, (query, key, value), step, rotary)
+            projected = [normed @ part.weight.T for part in parts]
+            mixed = self._attention_of(index, attention, projected, step, rotary)
             weight = attention.o_proj.weight
         _add(hidden, mixed, weight, layer.residual_multiplier)
 
@@ -192,7 +195,7 @@ class KernelForms(PlainForms):
         self,
         index: int,
         attention: Any,
-        projected: tuple[Tensor, Tensor, Tensor],
+        projected: Sequence[Tensor],
         step: Step,
         rotary: Rotary,
     ) -> Tensor:

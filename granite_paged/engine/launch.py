@@ -61,7 +61,6 @@ class Launcher:
             self._attempt(flights, jobs, self._decode, jobs)
         for parts in step.scores:
             self._attempt(flights, [part.job for part in parts], self._score, parts)
-        self._scheduler.scored([part for parts in step.scores for part in parts])
         for spans in step.prefills:
             live = [span for span in spans if span.epoch == span.job.epoch]
             live = [span for span in live if span.job.state is not State.DONE]

@@ -246,9 +246,13 @@ class Runner:
         if progress is not None:
             progress("ready", len(shapes), len(shapes))
 
+    def forget_programs(self) -> None:
+        """Drop what was recorded: each shape is recorded anew when it is used next."""
+        self._programs.clear()
+
     def close(self) -> None:
         """Give the memory back; the runner is of no use afterwards."""
-        self._programs.clear()
+        self.forget_programs()
         self._storage.pools.clear()
         self._storage.states.clear()
         self._storage.stacked.clear()
@@ -488,7 +492,7 @@ def _make_states(
 ) -> dict[str, Any]:
     """`stacked` and `states` of a `Storage`. Layers of a model are all of one size."""
     if not mixers:
-        return {"stacked": [torch.zeros(0, rows), torch.zeros(0, rows)], "states": {}}
+        return {"stacked": [torch.zeros(0, rows, device=device) for _ in range(2)], "states": {}}
     sizes = MambaSizes.of(next(iter(mixers.values())))
     conv, ssm, _ = sizes.empty_state(len(mixers) * rows, dtype, device)
     stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in (conv, ssm)]

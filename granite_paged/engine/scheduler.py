@@ -229,7 +229,10 @@ class Scheduler:
         return True
 
     def scored(self, parts: Sequence[Part]) -> None:
-        """All calls of a step were made, with these parts: what was taken for them is free."""
+        """A step was made, with these parts: what was taken for them is free.
+
+        Said after the step before was read, for its spans hand over pages that a context still has.
+        """
         for handle in list(self._branches):
             self._end_branch(handle)
         used_up = {part.job for part in parts if not part.forked}

@@ -1,16 +1,21 @@
-"""One workload, served twice: by the engine, and by transformers in static batches.
+"""One workload, served by the engine, and by transformers in batches.
 
-A static batch starts when its last request is there and the batch before is done; everyone in it
-waits for its longest answer. Both give every request as many tokens as it asked for, and the same
-ones, in float32.
+    default   generate() with SDPA and a DynamicCache
+    static    generate() with a StaticCache, whose decode steps it compiles; all batches are padded
+              to one shape, which is compiled before the clock starts
+
+A batch starts when its last request is there and the batch before is done; everyone in it waits for
+its longest answer. All give every request as many tokens as it asked for, and the same ones, in
+float32.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +27,9 @@ from granite_paged.engine.workload import FIRST_TOKEN, Arrival
 
 Progress = Callable[[str, int], None]
 """Told who serves, and how many requests are done."""
+
+MODES = ("default", "static")
+"""Of transformers."""
 
 _NO_TOKEN = -1  # nothing ends an answer early, so that both serve the same number of tokens
 
@@ -44,18 +52,25 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
-class ServingReport:
-    """The engine beside `default`, and what the engine's own parts cost and saved.
+class Baseline:
+    """How transformers served the first of the same requests.
 
     Attributes:
-        speedup: output tokens a second, over those of `default`.
-        tokens_equal: share of requests that got the same tokens from both.
+        speedup: output tokens a second of the engine, over these.
+        tokens_equal: share of these requests that got the same tokens from the engine.
     """
 
+    served: Served
+    speedup: float
+    tokens_equal: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServingReport:
+    """The engine beside transformers' modes, and what its own parts cost and saved."""
+
     engine: Served
-    default: Served | None
-    speedup: float | None
-    tokens_equal: float | None
+    baselines: dict[str, Baseline]
     schedule_ms: float
     prefix_hit_rate: float
     preempted: int
@@ -79,22 +94,32 @@ def compare(
     model: Any,
     coming: Sequence[Arrival],
     *,
-    batch: int | None,
+    modes: Sequence[str],
+    batch: int,
+    at_most: int | None = None,
     progress: Progress | None = None,
 ) -> ServingReport:
-    """Serve the requests by the engine, then by `model` in static batches (None: not at all)."""
+    """Serve the requests by the engine, then by `model` in some of `MODES`.
+
+    batch: requests of a batch. at_most: so many requests, the first ones, are enough for `modes`.
+    """
     told = progress or (lambda who, done: None)
-    _warm_up(engine, model if batch else None)
+    warm = SamplingParams(max_new_tokens=2)
+    engine.generate([(FIRST_TOKEN,) * 8], warm, progress=False)  # nobody's waiting time
     ours = serve(engine, coming, told)
-    stats = engine.stats()
-    theirs = serve_static(model, coming, batch, told) if batch else None
-    by_engine, by_default = summary(ours), summary(theirs) if theirs else None
-    same = [mine.tokens == other.tokens for mine, other in zip(ours, theirs or (), strict=False)]
+    by_engine, stats = summary(ours), engine.stats()
+    baselines = {}
+    for mode in modes:
+        batches = Batches(model, coming[:at_most], batch, static=mode == "static")
+        batches.warm_up()
+        theirs = batches.serve(functools.partial(told, mode))
+        served = summary(theirs)
+        same = [mine.tokens == other.tokens for mine, other in zip(ours, theirs, strict=False)]
+        speedup = by_engine.tokens_per_second / served.tokens_per_second
+        baselines[mode] = Baseline(served, speedup, sum(same) / len(same))
     return ServingReport(
         engine=by_engine,
-        default=by_default,
-        speedup=by_engine.tokens_per_second / by_default.tokens_per_second if by_default else None,
-        tokens_equal=sum(same) / len(same) if same else None,
+        baselines=baselines,
         schedule_ms=stats.schedule_ms,
         prefix_hit_rate=stats.prefix_hit_rate,
         preempted=stats.preempted,
@@ -122,19 +147,70 @@ def serve(engine: Engine, coming: Sequence[Arrival], progress: Progress) -> list
     return records
 
 
-def serve_static(
-    model: Any, coming: Sequence[Arrival], batch: int, progress: Progress
-) -> list[Record]:
-    """transformers' `generate()`, SDPA and DynamicCache, over left-padded batches."""
-    started = time.perf_counter()
-    records = [Record(arrival, [], []) for arrival in coming]
-    for start in range(0, len(records), batch):
-        together = records[start : start + batch]
-        last = max(record.arrival.at for record in together)
-        time.sleep(max(0.0, last - (time.perf_counter() - started)))
-        _generate(model, together, started)
-        progress("default", min(start + batch, len(records)))
-    return records
+class Batches:
+    """transformers' `generate()` over left-padded batches of the requests, in their order.
+
+    static: a StaticCache instead of a DynamicCache, and every batch of one shape.
+    """
+
+    def __init__(self, model: Any, coming: Sequence[Arrival], batch: int, *, static: bool) -> None:
+        self._model, self._coming = model, coming
+        self._batch, self._static = batch, static
+
+    def warm_up(self) -> None:
+        """What is done once only is nobody's waiting time: here a batch of two tokens each."""
+        few = [replace(arrival, at=0.0, new_tokens=2) for arrival in self._coming[: self._batch]]
+        self._generate([Record(arrival, [], []) for arrival in few], 0.0)
+
+    def serve(self, progress: Callable[[int], None]) -> list[Record]:
+        """Each batch when its last request is there. Told how many requests are done."""
+        started = time.perf_counter()
+        records = [Record(arrival, [], []) for arrival in self._coming]
+        for start in range(0, len(records), self._batch):
+            together = records[start : start + self._batch]
+            last = max(record.arrival.at for record in together)
+            time.sleep(max(0.0, last - (time.perf_counter() - started)))
+            self._generate(together, started)
+            progress(min(start + self._batch, len(records)))
+        return records
+
+    def _generate(self, records: Sequence[Record], started: float) -> None:
+        sized_by = self._coming if self._static else [record.arrival for record in records]
+        width = max(len(arrival.prompt) for arrival in sized_by)
+        rows = self._batch if self._static else len(records)
+        ids = torch.zeros(rows, width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        mask[:, -1] = 1  # of rows that are there for the shape only
+        for row, record in enumerate(records):
+            length = len(record.arrival.prompt)
+            ids[row, width - length :] = torch.tensor(record.arrival.prompt)
+            mask[row, width - length :] = 1
+        times: list[float] = []
+        longest = max(record.arrival.new_tokens for record in records)
+
+        def stamp(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            tokens[:, -1].tolist()  # as somebody who shows them would
+            times.append(time.perf_counter() - started)
+            over = len(times) >= longest
+            return torch.full((len(tokens),), over, device=tokens.device)
+
+        settings = GenerationConfig(
+            max_new_tokens=max(arrival.new_tokens for arrival in self._coming),
+            cache_implementation="static" if self._static else None,
+            do_sample=False,
+            eos_token_id=_NO_TOKEN,
+            pad_token_id=0,
+        )
+        with torch.inference_mode():
+            done = self._model.generate(
+                ids.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
+                generation_config=settings,
+                stopping_criteria=[stamp],
+            )
+        for record, answer in zip(records, done[:, width:].tolist(), strict=False):
+            record.tokens = answer[: record.arrival.new_tokens]
+            record.times = times[: record.arrival.new_tokens]
 
 
 def summary(records: Sequence[Record]) -> Served:
@@ -164,50 +240,9 @@ def percentile(numbers: Sequence[float], percent: int) -> float:
     return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
 
 
-def _warm_up(engine: Engine, model: Any | None) -> None:
-    """What either does once only is nobody's waiting time."""
-    once = Arrival(0.0, (FIRST_TOKEN,) * 8, 2)
-    engine.generate([once.prompt], SamplingParams(max_new_tokens=once.new_tokens), progress=False)
-    if model is not None:
-        _generate(model, [Record(once, [], [])], 0.0)
-
-
 def _stamp(record: Record, started: float) -> OnToken:
     def stamp(output: Any, token: int, text: str) -> None:
         record.tokens.append(token)
         record.times.append(time.perf_counter() - started)
 
     return stamp
-
-
-def _generate(model: Any, records: Sequence[Record], started: float) -> None:
-    width = max(len(record.arrival.prompt) for record in records)
-    ids = torch.zeros(len(records), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, record in enumerate(records):
-        length = len(record.arrival.prompt)
-        ids[row, width - length :] = torch.tensor(record.arrival.prompt)
-        mask[row, width - length :] = 1
-    times: list[float] = []
-
-    def stamp(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        tokens[:, -1].tolist()  # as somebody who shows them would
-        times.append(time.perf_counter() - started)
-        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-
-    settings = GenerationConfig(
-        max_new_tokens=max(record.arrival.new_tokens for record in records),
-        do_sample=False,
-        eos_token_id=_NO_TOKEN,
-        pad_token_id=0,
-    )
-    with torch.inference_mode():
-        done = model.generate(
-            ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-            stopping_criteria=[stamp],
-        )
-    for record, answer in zip(records, done[:, width:].tolist(), strict=True):
-        record.tokens = answer[: record.arrival.new_tokens]
-        record.times = times[: record.arrival.new_tokens]

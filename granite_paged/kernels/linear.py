@@ -8,21 +8,30 @@ kernels of their own cost more than their work. Here they ride along::
     residual   y <- residual + scale * y, in float32, rounded once
     conv       some columns are a Mamba layer's channels: y <- silu(causal convolution), with the
                channel's past from its ring, which takes y in
+    several    three products of one x, side by side, are one: a layer's q, k and v
     norm       a product that comes before an RMS norm also leaves y * norm_weight, and the sums of
                squares of its parts of each row (`Normed`). The next product multiplies by the row's
                1 / rms, which commutes with it
+
+A tile is computed as W x^T: a Hopper tensor core takes 64 rows of its first operand at least, which
+weights always have, and reads both from shared memory.
 
 Where there are fewer blocks of columns than multiprocessors, the depth is split; the last program
 of a tile to arrive adds the parts up in their order, so results repeat to the bit.
 
 On compute capability 9.0 and later a kernel starts while the one before it ends (programmatic
-dependent launch), and fetches its weights meanwhile: they depend on nobody.
+dependent launch). Meanwhile it fetches what that one does not write: weights, the residual, what a
+ring has of the past. So if the kernel right before a product is one of ours, only `x` may come from
+it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +45,7 @@ from granite_paged.kernels import (
     shared_memory,
     stages_that_fit,
 )
-from granite_paged.tuned import TUNED, FewRowsConstants, OneRowConstants
+from granite_paged.tuned import TUNED, FewRowsConstants, OneRowConstants, Tuned
 
 MOST_ROWS = 64
 """Beyond, a library's matrix product is faster than reading x once for every block of columns."""
@@ -93,46 +102,73 @@ def _prefetch(pointers, EARLY: tl.constexpr):
 
 
 @triton.jit
-def _inverse_rms(squares_ptr, row, row_there, rows, depth, eps, parts, PARTS: tl.constexpr):
-    """1 / rms of a block of rows."""
-    part = tl.arange(0, PARTS)
-    there = (part < parts)[:, None] & row_there[None, :]
-    squares = tl.load(squares_ptr + part[:, None] * rows + row[None, :], mask=there, other=0.0)
-    return tl.rsqrt(tl.sum(squares, axis=0) / depth + eps)
+def _rows_of(
+    weight_ptr, second_ptr, third_ptr, column, second_from, third_from, depth, SEVERAL: tl.constexpr
+):
+    """Where the weights of these columns begin, be they in one matrix or in three."""
+    pointers = weight_ptr + column * depth
+    if SEVERAL:
+        second = second_ptr + (column - second_from) * depth
+        third = third_ptr + (column - third_from) * depth
+        pointers = tl.where(column < second_from, pointers, second)
+        pointers = tl.where(column < third_from, pointers, third)
+    return pointers
 
 
 @triton.jit
-def convolve(
-    y, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, row, row_there, column,
+def _squares(squares_ptr, row, row_there, rows, parts, PARTS: tl.constexpr):
+    """Sums of squares of a block of rows, part by part."""
+    part = tl.arange(0, PARTS)
+    there = (part < parts)[:, None] & row_there[None, :]
+    return tl.load(squares_ptr + part[:, None] * rows + row[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def past_share(
+    ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, row, row_there, column,
     first, channels, WIDTH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, columns] in the model's dtype: in its convolved columns, silu of the convolution."""
+    """What a convolution [rows, columns] has from earlier tokens and its bias, in float32.
+
+    Also where the newest token goes in the ring, where it may, and its weight: for `convolve`.
+    """
     channel = column - first
     is_channel = (channel >= 0) & (channel < channels)
     position = tl.load(positions_ptr + row, mask=row_there, other=-1).to(tl.int32)
     state = tl.load(rows_ptr + row, mask=row_there, other=0).to(tl.int64)
     there = (row_there & (position >= 0))[:, None] & is_channel[None, :]
     ring = ring_ptr + (state[:, None] * channels + channel[None, :]) * WIDTH
-    last = tl.load(weight_ptr + channel * WIDTH + WIDTH - 1, mask=is_channel, other=0.0)
-    total = y.to(tl.float32) * last.to(tl.float32)[None, :]
+    total = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     for age in tl.static_range(1, WIDTH):
         slot = ((position - age + WIDTH) % WIDTH)[:, None]
         known = there & (position >= age)[:, None]
         past = tl.load(ring + slot, mask=known, other=0.0).to(tl.float32)
         tap = tl.load(weight_ptr + channel * WIDTH + WIDTH - 1 - age, mask=is_channel, other=0.0)
         total += past * tap.to(tl.float32)[None, :]
-    if BIAS:
-        total += tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    tl.store(ring + (position % WIDTH)[:, None], y, mask=there)
+    last = tl.load(weight_ptr + channel * WIDTH + WIDTH - 1, mask=is_channel, other=0.0)
+    return total, ring + (position % WIDTH)[:, None], there, last.to(tl.float32)
+
+
+@triton.jit
+def convolve(y, past, newest, there, last, column, first, channels):
+    """y [rows, columns] in the model's dtype: in its convolved columns, silu of the convolution."""
+    is_channel = (column >= first) & (column < first + channels)
+    total = past + y.to(tl.float32) * last[None, :]
+    tl.store(newest, y, mask=there)
     return tl.where(is_channel[None, :], total * tl.sigmoid(total), y.to(tl.float32))
 
 
 @triton.jit
 def _few_rows(
-    x_ptr, weight_ptr, squares_ptr, residual_ptr, norm_ptr, out_ptr, normed_ptr, out_squares_ptr,
+    x_ptr, weight_ptr, second_ptr, third_ptr, squares_ptr, residual_ptr, norm_ptr,
+    out_ptr, normed_ptr, out_squares_ptr,
     ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
-    partial_ptr, arrived_ptr, rows, columns, depth, eps, scale, parts, conv_first, channels,
-    PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    partial_ptr, arrived_ptr, rows, columns, depth, second_from, third_from, eps, scale, parts,
+    conv_first, channels,
+    SEVERAL: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
     WIDTH: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +176,10 @@ def _few_rows(
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     row = row_block * ROWS + tl.arange(0, ROWS)
     column_there, row_there = column < columns, row < rows
-    weight_row = weight_ptr + tl.where(column_there, column, 0)[:, None] * depth
+    weight_row = _rows_of(
+        weight_ptr, second_ptr, third_ptr, tl.where(column_there, column, 0),
+        second_from, third_from, depth, SEVERAL,
+    )[:, None]  # fmt: skip
     second_half = columns * depth
     each = tl.cdiv(tl.cdiv(depth, DEPTH), SPLITS) * DEPTH
     first, end = split * each, tl.minimum(split * each + each, depth)
@@ -149,12 +188,22 @@ def _few_rows(
         _prefetch(weight_row + line[None, :], EARLY)
         if GATED:
             _prefetch(weight_row + second_half + line[None, :], EARLY)
+    place = row[:, None] * columns + column[None, :]
+    there = row_there[:, None] & column_there[None, :]
+    if RESIDUAL:
+        held = tl.load(residual_ptr + place, mask=there, other=0.0)
+    if NORM:
+        norm = tl.load(norm_ptr + column, mask=column_there, other=0.0).to(tl.float32)
+    if WIDTH > 0:
+        past, newest, takes_in, last = past_share(
+            ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
+            row, row_there, column, conv_first, channels, WIDTH, BIAS,
+        )  # fmt: skip
     wait(EARLY)
-    inverse = tl.full([ROWS], 1.0, tl.float32)
     if PARTS > 0:
-        inverse = _inverse_rms(squares_ptr, row, row_there, rows, depth, eps, parts, PARTS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    gate_by = tl.zeros([ROWS, COLUMNS], tl.float32)
+        squares = _squares(squares_ptr, row, row_there, rows, parts, PARTS)
+    total = tl.zeros([COLUMNS, ROWS], tl.float32)
+    gate_by = tl.zeros([COLUMNS, ROWS], tl.float32)
     for start in range(first, end, DEPTH):
         at = start + tl.arange(0, DEPTH)
         x_mask, w_mask = row_there[:, None], column_there[:, None]
@@ -163,10 +212,11 @@ def _few_rows(
             w_mask &= (at < depth)[None, :]
         x = tl.load(x_ptr + row[:, None] * depth + at[None, :], mask=x_mask, other=0.0)
         w = tl.load(weight_row + at[None, :], mask=w_mask, other=0.0)
-        total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
+        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
         if GATED:
             w = tl.load(weight_row + second_half + at[None, :], mask=w_mask, other=0.0)
-            gate_by = tl.dot(x, tl.trans(w), gate_by, input_precision="ieee")
+            gate_by = tl.dot(w, tl.trans(x), gate_by, input_precision="ieee")
+    total, gate_by = tl.trans(total), tl.trans(gate_by)
     if SPLITS > 1:
         tile = block * tl.num_programs(1) + row_block
         size: tl.constexpr = 2 * ROWS * COLUMNS
@@ -186,26 +236,23 @@ def _few_rows(
             total += tl.load(theirs, cache_modifier=".cg")
             if GATED:
                 gate_by += tl.load(theirs + ROWS * COLUMNS, cache_modifier=".cg")
-    total *= inverse[:, None]
+    if PARTS > 0:
+        inverse = tl.rsqrt(tl.sum(squares, axis=0) / depth + eps)[:, None]
+        total *= inverse
+        gate_by *= inverse
     if GATED:
-        total = total * tl.sigmoid(total) * (gate_by * inverse[:, None])
+        total = total * tl.sigmoid(total) * gate_by
     total *= scale
-    place = row[:, None] * columns + column[None, :]
-    there = row_there[:, None] & column_there[None, :]
     if RESIDUAL:
-        total += tl.load(residual_ptr + place, mask=there, other=0.0).to(tl.float32)
+        total += held.to(tl.float32)
     rounded = total.to(out_ptr.dtype.element_ty)
     if WIDTH > 0:
-        total = convolve(
-            rounded, ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
-            row, row_there, column, conv_first, channels, WIDTH, BIAS,
-        )  # fmt: skip
+        total = convolve(rounded, past, newest, takes_in, last, column, conv_first, channels)
         rounded = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, rounded, mask=there)
     if NORM:
         exact = tl.where(there, rounded.to(tl.float32), 0.0)
-        weight = tl.load(norm_ptr + column, mask=column_there, other=0.0).to(tl.float32)
-        normed = exact * weight[None, :]
+        normed = exact * norm[None, :]
         tl.store(normed_ptr + place, normed.to(normed_ptr.dtype.element_ty), mask=there)
         sums = tl.sum(exact * exact, axis=1)
         tl.store(out_squares_ptr + block * rows + row, sums, mask=row_there)
@@ -213,10 +260,12 @@ def _few_rows(
 
 @triton.jit
 def _one_row(
-    x_ptr, weight_ptr, squares_ptr, residual_ptr, norm_ptr, out_ptr, normed_ptr, out_squares_ptr,
+    x_ptr, weight_ptr, second_ptr, third_ptr, squares_ptr, residual_ptr, norm_ptr,
+    out_ptr, normed_ptr, out_squares_ptr,
     ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
-    columns, depth, eps, scale, parts, conv_first, channels,
-    PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+    columns, depth, second_from, third_from, eps, scale, parts, conv_first, channels,
+    SEVERAL: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
     WIDTH: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -226,10 +275,23 @@ def _one_row(
     at = tl.arange(0, DEPTH)
     at_there = at < depth
     w_mask = column_there[:, None] & at_there[None, :]
-    weight = weight_ptr + column[:, None] * depth + at[None, :]
+    weight_row = _rows_of(
+        weight_ptr, second_ptr, third_ptr, column, second_from, third_from, depth, SEVERAL
+    )
+    weight = weight_row[:, None] + at[None, :]
     w = tl.load(weight, mask=w_mask, other=0.0)
     if GATED:
         v = tl.load(weight + columns * depth, mask=w_mask, other=0.0)
+    if RESIDUAL:
+        held = tl.load(residual_ptr + column, mask=column_there, other=0.0)
+    if NORM:
+        norm = tl.load(norm_ptr + column, mask=column_there, other=0.0).to(tl.float32)
+    if WIDTH > 0:
+        row = tl.arange(0, 1)
+        past, newest, takes_in, last = past_share(
+            ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
+            row, row == 0, column, conv_first, channels, WIDTH, BIAS,
+        )  # fmt: skip
     wait(EARLY)
     x = tl.load(x_ptr + at, mask=at_there, other=0.0).to(tl.float32)
     y = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
@@ -243,20 +305,17 @@ def _one_row(
         y = y * tl.sigmoid(y) * (tl.sum(v.to(tl.float32) * x[None, :], axis=1) * inverse)
     y *= scale
     if RESIDUAL:
-        y += tl.load(residual_ptr + column, mask=column_there, other=0.0).to(tl.float32)
+        y += held.to(tl.float32)
     rounded = y.to(out_ptr.dtype.element_ty)
     if WIDTH > 0:
-        row = tl.arange(0, 1)
         convolved = convolve(
-            rounded[None, :], ring_ptr, state_ptr, positions_ptr, conv_weight_ptr, conv_bias_ptr,
-            row, row == 0, column, conv_first, channels, WIDTH, BIAS,
-        )  # fmt: skip
+            rounded[None, :], past, newest, takes_in, last, column, conv_first, channels
+        )
         rounded = tl.sum(convolved, axis=0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + column, rounded, mask=column_there)
     if NORM:
         exact = tl.where(column_there, rounded.to(tl.float32), 0.0)
-        factor = tl.load(norm_ptr + column, mask=column_there, other=0.0).to(tl.float32)
-        normed = (exact * factor).to(normed_ptr.dtype.element_ty)
+        normed = (exact * norm).to(normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + column, normed, mask=column_there)
         tl.store(out_squares_ptr + block, tl.sum(exact * exact, axis=0))
 
@@ -285,9 +344,24 @@ def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int
     """
     few_columns = has_few_columns(columns, multiprocessors)
     if rows == 1:
-        return one_row_tiles(TUNED.for_one_row(gated=gated, few_columns=few_columns), depth)
-    constants = TUNED.for_few_rows(rows, gated=gated, few_columns=few_columns)
+        return one_row_tiles(
+            _CONSTANTS.get().for_one_row(gated=gated, few_columns=few_columns), depth
+        )
+    constants = _CONSTANTS.get().for_few_rows(rows, gated=gated, few_columns=few_columns)
     return few_rows_tiles(constants, depth)
+
+
+@contextlib.contextmanager
+def using(tuned: Tuned) -> Iterator[None]:
+    """Products go by these constants meanwhile, and not by those of the file."""
+    before = _CONSTANTS.set(tuned)
+    try:
+        yield
+    finally:
+        _CONSTANTS.reset(before)
+
+
+_CONSTANTS = ContextVar("_CONSTANTS", default=TUNED)
 
 
 def has_few_columns(columns: int, multiprocessors: int) -> bool:
@@ -316,7 +390,7 @@ def few_rows_tiles(constants: FewRowsConstants, depth: int) -> dict[str, int]:
 
 def linear(
     x: Tensor | Normed,
-    weight: Tensor,
+    weight: Tensor | tuple[Tensor, Tensor, Tensor],
     *,
     eps: float = 0.0,
     residual: Tensor | None = None,
@@ -331,9 +405,10 @@ def linear(
 
     Args:
         x: [rows, depth] contiguous, or such rows on their way through a norm.
-        weight: [columns, depth], or [2 * columns, depth] if gated.
+        weight: [columns, depth], or [2 * columns, depth] if gated; or three, whose columns together
+            are the result's.
         eps: of the norm that x comes through.
-        residual: [rows, columns] or None. May be `out`.
+        residual: [rows, columns] or None; not of the product right before. May be `out`.
         scale: factor on the product, before the residual.
         gated: y = silu(first half) * second half.
         norm: [columns], weight of the norm that the result goes through next, or None.
@@ -346,7 +421,9 @@ def linear(
     """
     values, squares = x if isinstance(x, Normed) else (x, None)
     rows, depth = values.shape
-    columns = weight.shape[0] // (2 if gated else 1)
+    weights = weight if isinstance(weight, tuple) else (weight, None, None)
+    widths = [len(each) for each in weights if each is not None]
+    columns = sum(widths) // (2 if gated else 1)
     out = values.new_empty(rows, columns) if out is None else out
     fitting = tiles(rows, columns, depth, gated, multiprocessors(values.device))
     chosen: dict[str, Any] = {**fitting, **options}
@@ -356,6 +433,7 @@ def linear(
         after = Normed(torch.empty_like(out), _floats(out, blocks, rows))
     parts = 0 if squares is None else len(squares)
     chosen |= {
+        "SEVERAL": len(widths) > 1,
         "PARTS": int(triton.next_power_of_2(parts)) if parts else 0,
         "GATED": gated,
         "RESIDUAL": residual is not None,
@@ -366,9 +444,10 @@ def linear(
     }
     first, channels = (0, 0) if conv is None else (conv.first, len(conv.weight))
     convolution = conv[1:] if conv is not None else (None,) * 5
-    before = (values, weight, squares, residual, norm)
+    before = (values, *weights, squares, residual, norm)
     pointers = (*before, out, *(after or (None, None)), *convolution)
-    numbers = (columns, depth, eps, scale, parts, first, channels)
+    starts = (widths[0], sum(widths[:2]))
+    numbers = (columns, depth, *starts, eps, scale, parts, first, channels)
     if rows == 1:
         _one_row[(blocks,)](*pointers, *numbers, **chosen)
     else:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granite_paged.kernels.linear import Convolution, Normed, convolve, early, wait
+from granite_paged.kernels.linear import Convolution, Normed, convolve, early, past_share, wait
 from granite_paged.kernels.pointwise import rms_norm
 from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 
@@ -53,10 +53,11 @@ def _convolve_one(
     place = projected_ptr + batch.to(tl.int64)[:, None] * stride + column[None, :]
     there = (column < first + channels)[None, :]
     new = tl.load(place, mask=there, other=0.0)
-    out = convolve(
-        new, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr,
+    past, newest, takes_in, last = past_share(
+        ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr,
         batch, batch >= 0, column, first, channels, WIDTH, BIAS,
     )  # fmt: skip
+    out = convolve(new, past, newest, takes_in, last, column, first, channels)
     tl.store(place, out.to(projected_ptr.dtype.element_ty), mask=there)
 
 

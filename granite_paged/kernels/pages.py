@@ -10,7 +10,7 @@ from torch import Tensor
 @triton.jit
 def _write_pages(
     keys_ptr, values_ptr, key_pool_ptr, value_pool_ptr, rows_ptr, positions_ptr, table_ptr,
-    nonfinite_ptr, tokens, kv_heads, head_dim, page_size, width, slots, stride,
+    nonfinite_ptr, tokens, kv_heads, head_dim, page_size, width, slots, key_stride, value_stride,
     D: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
@@ -22,10 +22,11 @@ def _write_pages(
     slot = page * page_size + position % page_size
     d = tl.arange(0, D)
     there = d < head_dim
-    source = token.to(tl.int64) * stride + head * head_dim + d
+    source = head * head_dim + d
     target = (head.to(tl.int64) * slots + slot) * head_dim + d
-    key = tl.load(keys_ptr + source, mask=there, other=0.0)
-    value = tl.load(values_ptr + source, mask=there, other=0.0)
+    token = token.to(tl.int64)
+    key = tl.load(keys_ptr + token * key_stride + source, mask=there, other=0.0)
+    value = tl.load(values_ptr + token * value_stride + source, mask=there, other=0.0)
     # x - x is 0 for every finite x, and NaN for infinities and NaN
     bad_key, bad_value = (key - key) != 0, (value - value) != 0
     tl.store(key_pool_ptr + target, tl.where(bad_key, 0.0, key), mask=there)
@@ -50,7 +51,7 @@ def write_pages(
     masked weight of 0 times a NaN would be a NaN.
 
     Args:
-        keys, values: [B * S, Hkv * D] each, contiguous.
+        keys, values: [B * S, Hkv * D] each; a row is contiguous.
         pools: keys and values, [1, Hkv, slots, D] each.
         rows: [B] int, of the page table.
         positions: [B, S] int, -1 for padding.
@@ -62,8 +63,8 @@ def write_pages(
     tokens = positions.shape[1]
     _write_pages[(positions.numel(), kv_heads)](
         keys, values, *pools, rows, positions, table, nonfinite,
-        tokens, kv_heads, head_dim, page_size, table.shape[1], slots, keys.stride(0),
-        D=triton.next_power_of_2(head_dim), num_warps=1,
+        tokens, kv_heads, head_dim, page_size, table.shape[1], slots,
+        keys.stride(0), values.stride(0), D=triton.next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
 
 

@@ -72,11 +72,11 @@ def test_the_version_is_the_packages(capsys: Capture) -> None:
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["verify", "generate", "bench-serve"])
+@pytest.mark.parametrize("command", ["verify", "generate", "bench serve"])
 def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
     command: str, capsys: Capture
 ) -> None:
-    assert run([command, "--help"]) == OK
+    assert run([*command.split(), "--help"]) == OK
     shown = capsys.readouterr().out
     examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
     assert len(examples) >= 2, shown
@@ -85,9 +85,9 @@ def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
     assert shown.count("[default: ") >= 5
 
 
-@pytest.mark.parametrize("command", ["verify", "generate", "bench-serve"])
+@pytest.mark.parametrize("command", ["verify", "generate", "bench serve"])
 def test_every_option_is_explained(command: str, capsys: Capture) -> None:
-    assert run([command, "-h"]) == OK
+    assert run([*command.split(), "-h"]) == OK
     shown = capsys.readouterr().out
     options = ["--model", "--random-weights", "--device", "--dtype", "--seed", "--page-size"]
     assert [option for option in options if option not in shown] == []
@@ -122,9 +122,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "empty text": (["generate", ""], "empty prompt"),
     "blank text": (["generate", "  "], "empty prompt"),
     "missing tokenizer": (["generate", "x", "--tokenizer", "./nowhere"], "no tokenizer in"),
-    "no requests": (["bench-serve", "--requests", "0"], "'--requests'"),
-    "more than most": (["bench-serve", "--new-tokens", "9", "8"], "new tokens from 9 to 8"),
-    "long prompts of no length": (["bench-serve", "--long-every", "3"], "at least 1 token"),
+    "no requests": (["bench", "serve", "--requests", "0"], "'--requests'"),
+    "more than most": (["bench", "serve", "--new-tokens", "9", "8"], "new tokens from 9 to 8"),
+    "long prompts of no length": (["bench", "serve", "--long-every", "3"], "at least 1 token"),
     "no new tokens": (["generate", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "pool too small": (
         ["generate", "and " * 40, "--max-tokens", "32"],
@@ -155,7 +155,7 @@ def assert_one_line(capsys: Capture, reason: str) -> None:
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
     arguments, reason = WRONG[wrong]
-    if arguments[0] in ("verify", "generate", "bench-serve") and "--device" not in arguments:
+    if arguments[0] in ("verify", "generate", "bench") and "--device" not in arguments:
         arguments = [*arguments, "--device", "cpu"]
     assert run(arguments) == USAGE
     assert_one_line(capsys, reason)
@@ -289,25 +289,36 @@ def test_sampling_is_reproducible_by_its_seed(capsys: Capture) -> None:
     assert sampled(capsys, 8) != first
 
 
-# -- bench-serve --------------------------------------------------------------------------------
+# -- bench serve --------------------------------------------------------------------------------
 
 
-def test_bench_serve_serves_the_same_tokens_twice(capsys: Capture) -> None:
+@pytest.mark.parametrize("batched", [None, 3])
+def test_bench_serve_gives_every_request_the_same_tokens_in_every_mode(
+    batched: int | None, capsys: Capture
+) -> None:
     sizes = ["--requests", "6", "--new-tokens", "2", "5", "--shared-tokens", "40", "--batch", "4"]
-    assert run(["bench-serve", "--device", "cpu", *sizes, "--rate", "200", "--json", "-"]) == OK
+    modes = ["--mode", "default", "--mode", "static"]
+    if batched:
+        modes += ["--batched-requests", str(batched)]
+    arguments = ["--device", "cpu", *sizes, *modes, "--rate", "200", "--json", "-"]
+    assert run(["bench", "serve", *arguments]) == OK
     shown = capsys.readouterr()
     report = json.loads(shown.out)
-    assert report["tokens_equal"] == 1.0
-    assert report["workload"]["requests"] == 6
-    for served in (report["engine"], report["default"]):
-        assert served["requests"] == 6
-        assert 12 <= served["output_tokens"] <= 30
+    assert report["workload"]["requests"] == report["engine"]["requests"] == 6
+    assert list(report["baselines"]) == ["default", "static"]
+    for baseline in report["baselines"].values():
+        served = baseline["served"]
+        assert baseline["tokens_equal"] == 1.0
+        assert served["requests"] == (batched or 6)
+        assert 2 * served["requests"] <= served["output_tokens"] <= 5 * served["requests"]
         assert 0 < served["first_token_ms"][0] <= served["first_token_ms"][1]
+        faster = report["engine"]["tokens_per_second"] / served["tokens_per_second"]
+        assert baseline["speedup"] == pytest.approx(faster)
     assert report["prefix_hit_rate"] > 0
     assert "tokens/s" in shown.err
 
 
-def test_bench_serve_can_leave_default_out(capsys: Capture) -> None:
-    sizes = ["--requests", "2", "--new-tokens", "1", "2", "--no-default"]
-    assert run(["bench-serve", "--device", "cpu", *sizes]) == OK
+def test_bench_serve_can_leave_transformers_out(capsys: Capture) -> None:
+    sizes = ["--requests", "2", "--new-tokens", "1", "2", "--mode", "paged"]
+    assert run(["bench", "serve", "--device", "cpu", *sizes]) == OK
     assert "default" not in capsys.readouterr().out

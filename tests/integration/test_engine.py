@@ -351,6 +351,17 @@ def test_one_requests_nan_never_reaches_another(shared: int) -> None:
 # -- numbers ------------------------------------------------------------------------------------
 
 
+def test_contexts_that_begin_alike_share_even_if_scored_at_once_after_they_were_read(
+    engine: Engine,
+) -> None:
+    """A context of one chunk is scored, and leaves, in the very step after it was computed."""
+    stem, several = PROMPTS[3][:32], [[5, 6, 7], [8, 9]]
+    for last in (3, 4, 5):
+        engine.score([([*stem, last], several)])
+    assert engine.stats().prefix_hits == 1  # the second leaves a state where the first parted
+    assert engine.stats().tokens_hit == len(stem)
+
+
 def test_stats_say_what_was_done(engine: Engine) -> None:
     engine.generate([PROMPTS[3]] * 3, SamplingParams(max_new_tokens=4, stop_tokens=()))
     stats = engine.stats()

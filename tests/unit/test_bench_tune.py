@@ -15,9 +15,16 @@ from hypothesis import strategies as st
 from tiny import FLAVOURS, tiny_model
 from transformers import GraniteMoeHybridForCausalLM
 
-from granite_paged.bench import kernel, measure, tunable
+from granite_paged.bench import kernel, tunable
 from granite_paged.bench.measure import Clock
-from granite_paged.bench.tunable import SUBJECTS, Bench, candidates, groups_of, products_of
+from granite_paged.bench.tunable import (
+    SUBJECTS,
+    Bench,
+    DecodeSteps,
+    candidates,
+    groups_of,
+    product_kinds,
+)
 from granite_paged.bench.tune import (
     NOISE,
     Group,
@@ -29,6 +36,7 @@ from granite_paged.bench.tune import (
     retuned,
     sweep,
 )
+from granite_paged.engine.runner import Runner
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import geometry_config
@@ -205,18 +213,45 @@ def test_a_quick_look_leaves_the_pipeline_as_it_is() -> None:
     assert len(quick) < len(candidates(rule, tunable.FEW_ROWS_CHOICES, quick=False)) / 2
 
 
-def test_the_products_of_a_model_are_those_of_its_decode_step() -> None:
+@pytest.mark.parametrize("rows", [1, 32])
+def test_the_products_of_a_step_are_of_three_kinds(rows: int) -> None:
+    pytest.importorskip("triton")
     with torch.device("meta"):
         model = GraniteMoeHybridForCausalLM._from_config(geometry_config("granite-4.0-h-1b"))
-    *products, head = products_of(model)
-    expected = {(6448, 1536, False), (1536, 3072, False), (4096, 1536, True), (1536, 4096, False)}
-    assert set(products) == expected | {(1536, 1536, False), (512, 1536, False)}
-    assert head == (100352, 1536, False)
+    assert product_kinds(model, rows, 132) == [(False, False), (False, True), (True, True)]
+
+
+def test_only_a_single_row_goes_through_the_head() -> None:
+    """Its vocabulary is the one product of this model that has many columns."""
+    few_columns = pytest.importorskip("granite_paged.kernels.linear").FEW_COLUMNS
+    model = tiny_model("dense")
+    widest = max(len(w) for name, w in model.named_parameters() if "proj" in name or "mlp" in name)
+    multiprocessors = widest // few_columns + 1
+    model.resize_token_embeddings(2 * multiprocessors * few_columns)
+    assert product_kinds(model, 1, multiprocessors) == [(False, False), (False, True), (True, True)]
+    assert product_kinds(model, 16, multiprocessors) == [(False, True), (True, True)]
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_every_flavour_of_model_has_products(flavour: str) -> None:
-    assert all(columns > 0 for columns, *_ in products_of(tiny_model(flavour)))
+    pytest.importorskip("triton")
+    assert product_kinds(tiny_model(flavour), 16, 1)
+
+
+def test_what_is_settled_stays_while_the_next_is_chosen() -> None:
+    pytest.importorskip("triton")
+    steps = DecodeSteps(bench(), 16)
+    first = replace(TUNED.for_few_rows(16, gated=True, few_columns=True), SPLITS=5)
+    steps.settle(first)
+    steps.settle(replace(TUNED.for_few_rows(16, gated=False, few_columns=True), SPLITS=5))
+    assert steps._tuned.for_few_rows(16, gated=True, few_columns=True) == first
+
+
+def test_a_sweep_says_what_it_chose() -> None:
+    told: list[Any] = []
+    shape = TunedShape("a shape", columns_of, lambda: Timer({1: 1e-6, 4: 2e-6}))
+    sweep(Group((RULE, replace(RULE, COLUMNS=1)), (shape,), settle=told.append))
+    assert told == [replace(RULE, COLUMNS=1)]
 
 
 def test_there_is_nothing_to_tune_on_a_cpu() -> None:
@@ -251,16 +286,26 @@ def test_calls_of_a_graph_are_timed_together() -> None:
     assert made[:6] == ["a", "b", "c"] * 2
 
 
-def test_every_kind_of_product_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(measure, "_REPLAYS", 1)  # interpreted
-    small = bench()
-    seen = set()
-    for group in SUBJECTS["products"](small, True):
-        shape = group.shapes[0]
-        seen.add(shape.name.split(" x ")[0])
-        assert shape.prepare()(shape.layout(group.candidates[0])) > 0
-    assert seen == {f"{gated}product {n}" for gated in ("", "gated ") for n in (1, 16, 32, 64)}
+def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = pytest.importorskip("granite_paged.kernels.linear")
+    monkeypatch.setattr(tunable, "STEP_CONTEXT", 20)
+    monkeypatch.setattr(tunable, "_STEPS", 2)
+    met, decode = [], Runner.decode
+
+    def decoded(runner: Runner, *arguments: Any) -> Any:
+        met.append((bool(runner._programs), linear.tiles(16, 8, 64, False, 1)["SPLITS"]))
+        return decode(runner, *arguments)
+
+    monkeypatch.setattr(Runner, "decode", decoded)
+    groups = [g for g in SUBJECTS["products"](bench(), True) if "step of 16" in g.shapes[0].name]
+    (shape,) = groups[0].shapes
+    rule = TUNED.for_few_rows(16, gated=False, few_columns=True)
+    assert shape.prepare()(shape.layout(replace(rule, SPLITS=1, DEPTH=32))) > 0
+    assert met[0] == (False, 1)
+    assert shape.prepare()(shape.layout(replace(rule, SPLITS=2, DEPTH=32))) > 0
+    assert (False, 2) in met
 
 
 def test_prefill_attention_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:

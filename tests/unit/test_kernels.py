@@ -151,6 +151,16 @@ def test_products_in_a_row_pass_their_norm_on(
         assert not shared.arrived.any(), "the next product would not wait for its parts"
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_three_products_of_one_x_are_one(rows: int) -> None:
+    x = torch.randn(rows, 200, device=DEVICE)
+    query, key, value = (torch.randn(columns, 200, device=DEVICE) for columns in (75, 40, 16))
+    actual, _ = few_rows.linear(x, (query, key, value))
+    assert (
+        error(actual.double(), formula(x, torch.cat([query, key, value]), None, False)) <= FLOAT32
+    )
+
+
 def test_a_product_adds_to_its_residual_in_place() -> None:
     x, weight = torch.randn(3, 64, device=DEVICE), torch.randn(32, 64, device=DEVICE)
     hidden = torch.randn(3, 32, device=DEVICE)

@@ -30,26 +30,26 @@ PRODUCTS = {
 # -- what the rules say for granite-4.0-h-1b on an H200; whoever rewrites the constants looks here
 
 ONE_ROW = {
-    "in_proj": (4, 2048, 4),
-    "out_proj": (4, 4096, 4),
+    "in_proj": (8, 2048, 8),
+    "out_proj": (2, 4096, 4),
     "gated": (4, 2048, 8),
-    "output": (4, 4096, 4),
+    "output": (2, 4096, 4),
 }
 """COLUMNS, DEPTH, warps."""
 
 FEW_ROWS = {
-    (16, "in_proj"): (64, 256, 1, 4),
-    (16, "out_proj"): (32, 256, 4, 4),
-    (16, "gated"): (32, 256, 1, 4),
-    (16, "output"): (32, 256, 4, 4),
-    (32, "in_proj"): (32, 256, 1, 4),
-    (32, "out_proj"): (32, 256, 4, 3),
-    (32, "gated"): (64, 128, 2, 4),
-    (32, "output"): (32, 256, 4, 3),
-    (64, "in_proj"): (64, 128, 1, 4),
-    (64, "out_proj"): (32, 256, 4, 3),
-    (64, "gated"): (32, 128, 1, 4),
-    (64, "output"): (32, 256, 4, 3),
+    (16, "in_proj"): (64, 256, 1, 3),
+    (16, "out_proj"): (64, 128, 4, 4),
+    (16, "gated"): (64, 128, 1, 4),
+    (16, "output"): (64, 128, 4, 4),
+    (32, "in_proj"): (64, 256, 1, 3),
+    (32, "out_proj"): (64, 128, 4, 4),
+    (32, "gated"): (64, 128, 1, 4),
+    (32, "output"): (64, 128, 4, 4),
+    (64, "in_proj"): (64, 256, 1, 3),
+    (64, "out_proj"): (64, 128, 4, 4),
+    (64, "gated"): (64, 128, 1, 4),
+    (64, "output"): (64, 128, 4, 4),
 }
 """COLUMNS, DEPTH, SPLITS, stages."""
 
