@@ -41,11 +41,22 @@ Pools = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class KernelTimes:
-    """Seconds of each repeat, and the bytes of K and V that a call has to read."""
+    """Seconds of each repeat, and the bytes of K and V that a call has to read.
+
+    folded, grouped: SDPA in the two ways that a user may call it; grouped has none where it has a
+    mask.
+    """
 
     paged: Samples
-    sdpa: Samples
+    folded: Samples
+    grouped: Samples
     kv_bytes: int
+
+    @property
+    def sdpa(self) -> Samples:
+        """Of the faster way."""
+        ways = [way for way in (self.folded, self.grouped) if way.seconds]
+        return min(ways, key=lambda way: way.latency().median)
 
 
 class KernelCase:
@@ -115,11 +126,23 @@ class KernelCase:
         return [(self._keys.clone(), self._values.clone()) for _ in range(count)]
 
     def sdpa(self) -> Tensor:
-        """[B, Hq, 1, D] over padded K and V; the group folded, as masks rule out `enable_gqa`."""
+        """[B, Hq, 1, D] over padded K and V; the group folded into rows of the query."""
         keys, values = self._padded
         folded = self._query.view(len(keys), keys.shape[1], -1, keys.shape[3])  # [B, Hkv, G, D]
         out = scaled_dot_product_attention(folded, keys, values, self._mask, scale=self._scale)
         return out.reshape(self._query.shape)
+
+    @property
+    def padded_by_mask(self) -> bool:
+        """Whether lengths differ, so that SDPA needs a mask."""
+        return self._mask is not None
+
+    def grouped_sdpa(self) -> Tensor:
+        """The same by `enable_gqa`, whose fast kernels take no mask."""
+        keys, values = self._padded
+        return scaled_dot_product_attention(
+            self._query, keys, values, scale=self._scale, enable_gqa=True
+        )
 
     def _make_pool(self) -> None:
         g, lengths = self._geometry, torch.tensor(self._lengths)
@@ -191,10 +214,12 @@ class KernelCase:
 
 @torch.inference_mode()
 def time_kernels(case: KernelCase, clock: Clock, repeats: Repeats) -> KernelTimes:
-    """Both kernels in turn."""
+    """All in turn."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=clock.device) if clock.gpu else None
-    times = KernelTimes(Samples(), Samples(), case.kv_bytes)
-    calls = ((case.paged, times.paged), (case.sdpa, times.sdpa))
+    times = KernelTimes(Samples(), Samples(), Samples(), case.kv_bytes)
+    calls = [(case.paged, times.paged), (case.sdpa, times.folded)]
+    if not case.padded_by_mask:
+        calls.append((case.grouped_sdpa, times.grouped))
     for call, _ in calls:
         for _ in range(_WARM_UP):
             call()

@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 from granite_paged.bench import modes
 from granite_paged.bench.cases import CASES, Shape
-from granite_paged.bench.kernel import KernelCase
-from granite_paged.bench.measure import Repeats
+from granite_paged.bench.kernel import KernelCase, KernelTimes
+from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
 from granite_paged.bench.session import Plan, Session, first_steps, plan_of, run
 from granite_paged.errors import InvalidRequest, Unsupported
@@ -187,7 +187,16 @@ def test_calls_hold_every_prompt_in_order_and_fit(lengths: list[int]) -> None:
 def test_both_kernels_answer_the_same(shape: Shape) -> None:
     case = KernelCase(tiny_model(), CONFIG, shape, 0, torch.device("cpu"))
     torch.testing.assert_close(case.paged(), case.sdpa(), rtol=1e-4, atol=1e-5)
+    assert case.padded_by_mask == (shape.shortest is not None)
+    if not case.padded_by_mask:
+        torch.testing.assert_close(case.paged(), case.grouped_sdpa(), rtol=1e-4, atol=1e-5)
     assert case.kv_bytes == sum(shape.lengths()) * 2 * 2 * 8 * 4  # K and V, 2 heads of 8, float32
+
+
+@pytest.mark.parametrize(("folded", "grouped"), [(2.0, 3.0), (3.0, 2.0), (2.0, None)])
+def test_sdpa_is_given_its_faster_way(folded: float, grouped: float | None) -> None:
+    ways = (Samples([folded]), Samples([grouped] if grouped else []))
+    assert KernelTimes(Samples(), *ways, 0).sdpa.seconds == [2.0]
 
 
 # -- a session ----------------------------------------------------------------------------------
