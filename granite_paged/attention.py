@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
 from granite_paged.kernels import cannot_compile, shared_memory, stages_that_fit, warn_slow
 from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
+
+_T = TypeVar("_T")
+
+Combine = Callable[[Tensor, Tensor, int], Tensor]
 
 SMALLEST_KERNEL_BLOCK = 16
 """Triton's matrix product needs 16 on every side: tokens of a page, elements of a head."""
@@ -217,7 +221,14 @@ def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
 
 
 def split_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, *, scale: float, plan: DecodePlan
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    plan: DecodePlan,
+    combine: Combine | None = None,
 ) -> Tensor:
     """One token a row over its own pages, in `plan.splits` parts that are then combined.
 
@@ -227,20 +238,24 @@ def split_attention(
         mask: of `split_block_mask`, for B * splits rows.
         scale: factor on the scores.
         plan: of `decode_plan`.
+        combine: a kernel that does what `combined` does, or None for that.
 
     Returns:
         [B, Hq, D]; zeros for padding.
     """
-    return _call_compiled(_split, query, keys, values, mask, scale, plan)
+    parts, logsumexp = _call_compiled(_attend_parts, query, keys, values, mask, scale, plan)
+    if plan.splits == 1:
+        return parts.reshape(query.shape)
+    return (combine or combined)(parts, logsumexp, plan.splits)
 
 
-def _split(
+def _attend_parts(
     query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float, plan: DecodePlan
-) -> Tensor:
-    batch, query_heads, head_dim = query.shape
-    kv_heads, splits = keys.shape[1], plan.splits
-    by_group = query.view(batch, 1, kv_heads, -1, head_dim)  # [B, 1, Hkv, G, D]
-    parts = by_group.expand(-1, splits, -1, -1, -1).reshape(-1, *by_group.shape[2:])
+) -> tuple[Tensor, Tensor]:
+    """Each part for itself: [B * splits, Hkv, G, D] and log-sum-exp [B * splits, Hkv, G]."""
+    batch, _, head_dim = query.shape
+    by_group = query.view(batch, 1, keys.shape[1], -1, head_dim)  # [B, 1, Hkv, G, D]
+    parts = by_group.expand(-1, plan.splits, -1, -1, -1).reshape(-1, *by_group.shape[2:])
     out, aux = flex_attention(
         parts,
         keys,
@@ -251,13 +266,26 @@ def _split(
         kernel_options=plan.options(beyond_32_bits=keys.numel() >= 2**31),
     )
     assert aux.lse is not None
-    by_part = out.view(batch, splits, *by_group.shape[2:]).float()
-    logsumexp = aux.lse.view(batch, splits, kv_heads, -1, 1)
-    highest = logsumexp.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weight = (logsumexp - highest).exp()  # a part without pages has -inf: 0
+    return out, aux.lse
+
+
+def combined(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
+    """Parts of rows put together again, each weighed by its share of the row's softmax.
+
+    Args:
+        parts: [B * splits, Hkv, G, D].
+        logsumexp: [B * splits, Hkv, G] float32; -inf for a part without pages.
+        splits: parts a row.
+
+    Returns:
+        [B, Hq, D] in parts' dtype; zeros where no part has pages.
+    """
+    by_part = parts.reshape(-1, splits, logsumexp[0].numel(), parts.shape[-1]).float()
+    shares = logsumexp.reshape(*by_part.shape[:-1], 1)
+    highest = shares.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weight = (shares - highest).exp()
     total = weight.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    combined = (by_part * weight).sum(dim=1) / total
-    return combined.to(query.dtype).view(batch, query_heads, head_dim)
+    return ((by_part * weight).sum(dim=1) / total).to(parts.dtype)
 
 
 # -- compiled -----------------------------------------------------------------------------------
@@ -318,18 +346,19 @@ def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOp
     }
 
 
-def _call_compiled(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def _call_compiled(function: Callable[..., _T], *args: Any) -> _T:
     """Compiled once for every shape, which callers keep to few (`bucket`).
 
     Never with dynamic shapes: once page or group sizes have varied in a process, dynamo makes them
     symbols too, and FlexAttention then fails, or answers wrongly (seen with torch 2.11).
     """
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-        return _compiled(function)(*args)
+        compiled: Callable[..., _T] = _compiled(function)
+        return compiled(*args)
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., _T]) -> Callable[..., _T]:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 

@@ -94,15 +94,8 @@ class KernelCase:
     def paged(self) -> Tensor:
         """[B, Hq, 1, D] through the pages, as a runner's decode step goes."""
         if self._plan is not None:
-            out = split_attention(
-                self._query[:, :, 0],
-                self._keys,
-                self._values,
-                self._block_mask,
-                scale=self._scale,
-                plan=self._plan,
-            )
-            return out[:, :, None]
+            pools, mask = (self._keys, self._values), self._block_mask
+            return self._split_call(self._plan, pools, mask)()[:, :, None]
         return paged_attention(
             self._query,
             self._keys,
@@ -115,11 +108,15 @@ class KernelCase:
     def split_calls(self, plan: DecodePlan, pools: Sequence[Pools]) -> list[Callable[[], Tensor]]:
         """The paged call laid out by `plan`, over each of these K and V."""
         mask = self._split_mask(self._table, self._newest, plan.splits)
+        return [self._split_call(plan, pool, mask) for pool in pools]
+
+    def _split_call(self, plan: DecodePlan, pool: Pools, mask: BlockMask) -> Callable[[], Tensor]:
+        from granite_paged.kernels.pages import combine_parts
+
         query, scale = self._query[:, :, 0], self._scale
-        return [
-            functools.partial(split_attention, query, *pool, mask, scale=scale, plan=plan)
-            for pool in pools
-        ]
+        return functools.partial(
+            split_attention, query, *pool, mask, scale=scale, plan=plan, combine=combine_parts
+        )
 
     def copies(self, count: int) -> list[Pools]:
         """K and V over again, so many times, each in memory of its own."""

@@ -241,7 +241,13 @@ class KernelForms(PlainForms):
         if step.plan is not None:
             heads = query.view(len(query), -1, attention.head_dim)
             out = split_attention(
-                heads, pool.keys, pool.values, step.block_mask, scale=scale, plan=step.plan
+                heads,
+                pool.keys,
+                pool.values,
+                step.block_mask,
+                scale=scale,
+                plan=step.plan,
+                combine=pages.combine_parts,
             )
             return out.view(query.shape)
         heads = by_head(query.view(*step.positions.shape, -1), attention.head_dim)

@@ -22,8 +22,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.attention import (
     DecodePlan,
-    _split,
+    _attend_parts,
     bucket,
+    combined,
     decode_plan,
     fitting,
     kernel_options,
@@ -340,8 +341,8 @@ def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
         slots=total * page_size,
     )
     plan = DecodePlan(splits=splits, block=page_size, warps=4, stages=3)
-    run = torch.compile(_split, backend="eager", fullgraph=True, dynamic=False)
-    out = run(query, keys, values, mask, 0.25, plan)
+    run = torch.compile(_attend_parts, backend="eager", fullgraph=True, dynamic=False)
+    out = combined(*run(query, keys, values, mask, 0.25, plan), splits)
     for place, (row, n) in enumerate(zip(rows.tolist(), lengths, strict=True)):
         if n == 0:
             assert not out[place].any()

@@ -32,6 +32,7 @@ from granite_paged.errors import InvalidRequest
 
 NAMES = {
     "_write_pages": "attention",
+    "_combine_parts": "attention",
     "_step": "mamba",
     "_pass_on": "mamba",
     "_few_rows": "matmul",
