@@ -63,8 +63,13 @@ Prompt = str | Sequence[int]
 Preemption = Literal["auto", "recompute", "swap"]
 """What becomes of a preempted job's pages: computed again, copied to the host, or the cheaper."""
 
-PREFILL_TOKENS_A_SECOND = 1e5
-"""granite-4.0-h-1b on an H200: 2,048 tokens in 19.4 ms."""
+PREFILL_TOKENS_A_SECOND = 1.6e5
+"""granite-4.0-h-1b on an H200: 2,048 tokens in 12.7 ms (`golden/perf/nvidia-h200.json`)."""
+
+PROMPT_TOKENS_A_ROW = 12
+"""granite-4.0-h-1b on an H200 decodes 32 rows in 3.0 ms and computes 256 tokens of a prompt in 3.7,
+128 rows in 6.5 and 1,024 tokens in 7.3 (`golden/perf/nvidia-h200.json`): from 8 rows on, a step
+with prompts takes 2 to 2.7 times as long as one without."""
 
 HOST_BYTES_A_SECOND = 50e9
 """Pinned memory over PCIe 5.0 x16, one way."""
@@ -97,6 +102,9 @@ class Engine:
         runner: instead of one made for `model` and `config`.
         step_tokens: most tokens computed a step, decoded ones included; fewer make long prompts
             stall others less. None: every row's, and a whole chunk of prompts.
+        prompt_tokens_a_row: of prompts in a step, for each row that decodes in it, one chunk at
+            least: so a long prompt stalls nobody for much longer than a step takes. None: no such
+            bound, for the most tokens a second.
         queue: sequences that may wait.
         state_bytes: memory for Mamba states that prompts share; 0 turns prefix sharing off.
         swap_bytes: host memory for preempted sequences.
@@ -114,6 +122,7 @@ class Engine:
         tokenizer: Any | None = None,
         runner: Runner | None = None,
         step_tokens: int | None = None,
+        prompt_tokens_a_row: int | None = PROMPT_TOKENS_A_ROW,
         queue: int = QUEUE,
         state_bytes: int = STATE_BYTES,
         swap_bytes: int = SWAP_BYTES,
@@ -136,7 +145,7 @@ class Engine:
             self.runner,
             self._allocator,
             self._prefix,
-            self._limits(step_tokens, queue, swap_bytes),
+            self._limits(step_tokens, prompt_tokens_a_row, queue, swap_bytes),
             self._answers.failed,
         )
         self._answers.scheduler = self._scheduler
@@ -522,12 +531,15 @@ class Engine:
         tokens: list[int] = self.tokenizer(prompt, add_special_tokens=context)["input_ids"]
         return tokens
 
-    def _limits(self, step_tokens: int | None, queue: int, swap_bytes: int) -> Limits:
+    def _limits(
+        self, step_tokens: int | None, prompt_tokens_a_row: int | None, queue: int, swap_bytes: int
+    ) -> Limits:
         runner = self.runner
         return Limits(
             rows=runner.rows,
             longest=runner.longest,
             step_tokens=step_tokens or runner.chunk_tokens + runner.rows,
+            prompt_tokens_a_row=prompt_tokens_a_row,
             chunk_tokens=runner.chunk_tokens,
             alignment=min(runner.alignment, runner.chunk_tokens),
             queue=queue,

@@ -188,14 +188,21 @@ class Scheduler:
         step = Step()
         decodes = self._decodes()
         step.decodes = calls(decodes, lambda job: job)
-        budget = max(self._limits.step_tokens - len(decodes), self._limits.alignment)
-        budget = min(budget, self._limits.chunk_tokens)
+        budget = self._prompt_tokens(len(decodes))
         budget -= self._plan_scores(step, budget)
         self._admit_waiting(step, budget)
         while budget > 0 and (spans := self._spans(budget)):
             budget -= sum(span.end - span.start for span in spans)
             step.prefills += calls(spans, lambda span: span.job)
         return step
+
+    def _prompt_tokens(self, decodes: int) -> int:
+        """Most tokens of prompts beside so many decoded ones."""
+        limits = self._limits
+        most = min(limits.step_tokens - decodes, limits.chunk_tokens)
+        if decodes and limits.prompt_tokens_a_row is not None:
+            most = min(most, decodes * limits.prompt_tokens_a_row)
+        return max(most, limits.alignment)
 
     def prefilled(self, span: Span) -> list[Job]:
         """The prompt's last chunk was launched: fork its other samples. Returns who draws now."""

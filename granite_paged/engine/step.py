@@ -61,6 +61,8 @@ class Limits:
         rows: jobs that may run.
         longest: most tokens of one sequence.
         step_tokens: tokens of a step, decoded ones included.
+        prompt_tokens_a_row: of prompts in a step, for each row that decodes in it, so that those
+            are not held up for long; at least one chunk. None: as many as a step takes.
         chunk_tokens: most tokens of one prefill or score call.
         alignment: chunks start at multiples of it.
         queue: jobs that may wait.
@@ -72,6 +74,7 @@ class Limits:
     rows: int
     longest: int
     step_tokens: int
+    prompt_tokens_a_row: int | None
     chunk_tokens: int
     alignment: int
     queue: int

@@ -86,6 +86,27 @@ def test_a_step_keeps_to_its_tokens() -> None:
         before = desk.runner.computed
 
 
+@pytest.mark.parametrize(
+    ("running", "a_row", "most"), [(1, 5, 8), (1, 12, 8), (3, 12, 32), (3, None, 64)]
+)
+def test_prompts_beside_rows_that_decode_are_cut_to_what_those_can_bear(
+    running: int, a_row: int | None, most: int
+) -> None:
+    """In whole chunks, here of 8, and one at least."""
+    desk = office({"prompt_tokens_a_row": a_row}, pages=200, rows=8, chunk_tokens=64)
+    for number in range(running):
+        ask(desk, [number], new=40)
+    desk.step()
+    assert desk.runner.computed == running, "nobody decodes yet: as many as there are"
+    ask(desk, list(range(90)) * 2, new=1)
+    largest = 0
+    for _ in range(3):
+        before = desk.runner.computed
+        desk.step()
+        largest = max(largest, desk.runner.computed - before - running)
+    assert largest == most
+
+
 # -- pages --------------------------------------------------------------------------------------
 
 
