@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
+from granite_paged.engine.plan import MemoryPlan
 
 BLANK, POISON = None, -1
 
@@ -119,7 +120,7 @@ class PaperRunner:
             bytes_per_page=10,
             pages_for=lambda tokens: -(-tokens // page_size),
         )
-        self.plan = SimpleNamespace(total=1000, rows=100 * (rows + 1))
+        self.plan = MemoryPlan(0, rows=100 * (rows + 1), pages=0, workspace=0, logits=0, graphs=0)
         self.longest = (pages - 1) * page_size
         self.chunk_tokens, self.alignment = chunk_tokens, alignment
         self.tokens = torch.zeros(rows + 1, dtype=torch.int64)

@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ from granite_paged.allocator import PageAllocator
 from granite_paged.engine.answers import Answers
 from granite_paged.engine.beams import BeamKeeper, BeamRequest, beam_params
 from granite_paged.engine.launch import Flight, Launcher
+from granite_paged.engine.plan import MemoryPlan
 from granite_paged.engine.prefix import PrefixCache
 from granite_paged.engine.request import (
     Job,
@@ -398,6 +400,12 @@ class Engine:
     # -- numbers --------------------------------------------------------------------------------
 
     @property
+    def plan(self) -> MemoryPlan:
+        """The runner's, and what the prefix cache may keep beside it."""
+        kept = self._prefix.budget if self._prefix.stateful else 0
+        return replace(self.runner.plan, prefixes=kept)
+
+    @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is still to be read."""
         return not self._open and not self._flights
@@ -434,7 +442,7 @@ class Engine:
                 tokens=self._answers.tokens,
                 tokens_per_second=self._answers.tokens / self._seconds if self._seconds else 0.0,
                 schedule_ms=1000 * self._schedule_seconds / max(1, counts.steps),
-                planned_bytes=self.runner.plan.total,
+                planned_bytes=self.plan.total,
                 device_bytes=self._device_bytes(),
             )
 

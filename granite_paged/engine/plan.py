@@ -8,6 +8,7 @@
     workspace   what the layers of the largest step hold at once
     logits      of the rows of a step
     graphs      workspaces of the matrix library, one a stream, and of our own products
+    prefixes    Mamba states that an engine keeps for prompts that begin alike, at most
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class MemoryPlan:
     workspace: int
     logits: int
     graphs: int
+    prefixes: int = 0
 
     @property
     def total(self) -> int:

@@ -117,7 +117,7 @@ class PrefixCache:
         self.state_bytes = 0
         self._allocator = allocator
         self.stateful = stateful
-        self._budget = budget
+        self.budget = budget
         self._forget = forget
         self._root = Node((), None, 0)
         # least recently used first; a parent is touched after its children, so it comes later
@@ -244,7 +244,7 @@ class PrefixCache:
         require(with_state <= with_pages, "prefix: a state without pages")
         counted = sum(node.state.nbytes for node in nodes if node.state is not None)
         require(counted == self.state_bytes, "prefix: bytes of states")
-        require(self.state_bytes <= max(self._budget, 0), "prefix: states over budget")
+        require(self.state_bytes <= max(self.budget, 0), "prefix: states over budget")
         for node in nodes:
             require(not node.idle, "prefix: a node that nothing needs")
             require(node.interest >= 0 and node.promises >= 0, "prefix: a count below zero")
@@ -281,9 +281,9 @@ class PrefixCache:
             at = at.parent
 
     def _keep_state(self, node: Node, state: RowState | None) -> None:
-        if state is None or node.state is not None or state.nbytes > self._budget:
+        if state is None or node.state is not None or state.nbytes > self.budget:
             return
-        while self.state_bytes + state.nbytes > self._budget:
+        while self.state_bytes + state.nbytes > self.budget:
             self._drop_state(next(iter(self._with_state)))
             self.stats.evicted_states += 1
         node.state = state

@@ -14,6 +14,7 @@ from paper_runner import ModelOracle
 from tiny import EOS, FLAVOURS, VOCABULARY, tiny_model
 
 from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged.engine.engine import STATE_BYTES
 from granite_paged.engine.request import Output
 from granite_paged.errors import (
     BrokenInvariant,
@@ -370,7 +371,7 @@ def test_stats_say_what_was_done(engine: Engine) -> None:
     assert stats.prefix_hits == 2
     assert (stats.rows, stats.rows_held, stats.waiting, stats.running) == (4, 0, 0, 0)
     assert stats.pages_held == stats.pages_cached > 0
-    assert stats.planned_bytes == engine.runner.plan.total
+    assert stats.planned_bytes == engine.plan.total == engine.runner.plan.total + STATE_BYTES
     assert set(stats.to_json()) == set(type(stats).__dataclass_fields__)
 
 
