@@ -44,8 +44,16 @@ from granite_paged.mamba import MambaSizes, MambaState
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
 
-SHORTEST_CHUNK = 128
+SHORTEST_CHUNK = 32
 """Least tokens a captured prefill computes for a chunk."""
+
+FEW_TOKENS, SHORT = 512, 128
+"""Chunks of up to `SHORT` tokens also have a graph for so many tokens together: what a question's
+answers need, or a few prompts that come at once."""
+
+STEP_TOKENS = 450
+"""Tokens that take as long as a prefill's launches and weights do: 128 tokens of granite-4.0-h-1b
+take 3.0 ms on an H200, 2,048 take 12.7 (`golden/perf/nvidia-h200.json`)."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of such things are done, and how many there are."""
@@ -231,7 +239,7 @@ class Runner:
         return program.logits[: len(rows)]
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether one call, of one graph, takes them."""
+        """Whether one call takes them."""
         longest = max((len(chunk.tokens) for chunk in chunks), default=0)
         return len(chunks) * self._length(longest) <= self.chunk_tokens
 
@@ -389,7 +397,7 @@ class Runner:
     def _arranged(self, chunks: Sequence[Chunk]) -> list[tuple[list[int], int, int]]:
         """Shares chunks out over graphs: (which chunks, batch, length) of each.
 
-        Chunks of one length share a graph; a few of them go one by one where that computes less.
+        Chunks of one length share graphs, of those batches that take the least time a chunk.
         """
         self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
         by_length: dict[int, list[int]] = {}
@@ -401,11 +409,10 @@ class Runner:
             return [(list(range(len(chunks))), len(chunks), longest)]
         arranged = []
         for length, places in by_length.items():
-            most = max(1, self.chunk_tokens // length)
-            while most > 1 and len(places) > most // 2:
-                arranged.append((places[:most], most, length))
-                del places[:most]
-            arranged += [([place], 1, length) for place in places]
+            while places:
+                batch = cheapest_batch(length, len(places), self.chunk_tokens)
+                arranged.append((places[:batch], batch, length))
+                del places[:batch]
         return arranged
 
     def _all_shapes(self) -> Iterator[tuple[int, int]]:
@@ -417,8 +424,9 @@ class Runner:
             lengths.append(2 * lengths[-1])
         yield from ((1, length) for length in lengths)
         yield from ((1 << i, 1) for i in range(most_rows(self.rows).bit_length()))
-        for length in lengths[:-1]:
-            yield self.chunk_tokens // length, length
+        for length in lengths:
+            batches = prefill_batches(length, self.chunk_tokens)
+            yield from ((batch, length) for batch in batches if batch > 1)
 
     def _run_chunks(
         self, chunks: Sequence[Chunk], members: list[int], batch: int, length: int
@@ -479,6 +487,22 @@ def _forms(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> 
     from granite_paged.engine.kernel_forms import KernelForms  # needs Triton
 
     return KernelForms(model, storage, config.backend)
+
+
+def prefill_batches(length: int, chunk_tokens: int) -> list[int]:
+    """Batches that a captured prefill of so many tokens a row has graphs for, ascending."""
+    whole, few = chunk_tokens // length, min(FEW_TOKENS, chunk_tokens) // length
+    batches = {1, few} if length < SHORT else {1, few, whole} if length == SHORT else {1, whole}
+    return sorted(batches - {0})
+
+
+def cheapest_batch(length: int, chunks: int, chunk_tokens: int) -> int:
+    """The batch that takes the least time a chunk, where so many of that length are to be run."""
+
+    def cost(batch: int) -> float:
+        return (STEP_TOKENS + batch * length) / min(batch, chunks)
+
+    return min(prefill_batches(length, chunk_tokens), key=cost)
 
 
 def _mixers(model: Any) -> dict[int, Any]:
