@@ -1,0 +1,131 @@
+"""What paging is for, in numbers that an engine keeps on a data-centre GPU.
+
+Times are ratios of one run. Alone on the device: nothing else may run beside these.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged.engine.plan import RunnerSizes, make_plan
+from granite_paged.engine.runner import Runner
+from granite_paged.engine.serving import serve, summary
+from granite_paged.engine.workload import Workload, arrivals
+from granite_paged.errors import OutOfMemory
+from granite_paged.geometry import CacheGeometry
+from granite_paged.models import load
+
+NEEDED_GB = 100
+"""Of device memory, for a thousand sequences and their states."""
+
+PREFIX, CONTINUATIONS, SCORED = 4096, 64, 32
+"""Tokens of a prefix; how many continuations it has, and tokens of each."""
+
+SEQUENCES, TOKENS = 1000, 1024
+"""Held at once, and how long each of them becomes."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    if torch.cuda.get_device_properties(0).total_memory < NEEDED_GB * 1e9:
+        pytest.skip(f"a thousand sequences need a GPU of {NEEDED_GB} GB")
+    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
+
+
+def text(count: int, seed: int) -> list[int]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 100_000, (count,), generator=draw).tolist()
+
+
+def seconds_to_score(engine: Engine, items: Sequence[tuple[list[int], list[list[int]]]]) -> float:
+    began = time.perf_counter()
+    engine.score(items, progress=False)
+    return time.perf_counter() - began
+
+
+def test_continuations_of_one_prefix_are_scored_20_times_faster_than_each_with_its_own(
+    model: Any,
+) -> None:
+    together = [text(SCORED, seed) for seed in range(CONTINUATIONS)]
+    rows = CONTINUATIONS + 2
+    sizes = PagedConfig(max_sequences=rows, max_tokens=rows * (PREFIX + 128))
+    found = {}
+    for shared, state_bytes in ((True, 2**30), (False, 0)):
+        with Engine(model, sizes, state_bytes=state_bytes) as engine:
+            times = []
+            for seed in (1, 2, 3):  # the first compiles; each prefix is new to the engine
+                prefix = text(PREFIX, 100 + seed)
+                apart = [(prefix, [one]) for one in together]
+                times.append(seconds_to_score(engine, [(prefix, together)] if shared else apart))
+        found[shared] = min(times)
+    print(f"shared {1e3 * found[True]:.1f} ms, each alone {1e3 * found[False]:.1f} ms")
+    assert found[False] >= 20 * found[True]
+
+
+def test_a_thousand_sequences_are_held_and_stepped(model: Any) -> None:
+    sizes = PagedConfig(max_sequences=SEQUENCES, max_tokens=SEQUENCES * TOKENS)
+    half = TOKENS // 2
+    most, began = 0, time.perf_counter()
+    with Engine(model, sizes) as engine:
+        wishes = SamplingParams(max_new_tokens=half, stop_tokens=())
+        requests = [engine.submit(text(half, seed), wishes) for seed in range(SEQUENCES)]
+        while engine.step():
+            most = max(most, engine.stats().running)
+        stats = engine.stats()
+    seconds = time.perf_counter() - began
+    print(f"{most} at once; {stats.tokens / seconds:,.0f} tokens/s, compiling included; {stats}")
+    assert most == SEQUENCES
+    assert all(len(request.outputs[0].tokens) == half for request in requests)
+    assert stats.preempted == 0
+
+
+def test_as_many_sequences_fit_as_the_plan_promises_give_or_take_five_per_cent(model: Any) -> None:
+    geometry = CacheGeometry.from_config(model.config, page_size=128, dtype=model.dtype)
+    promised = 300
+
+    def sizes(sequences: int) -> PagedConfig:
+        return PagedConfig(max_sequences=sequences, max_tokens=sequences * TOKENS)
+
+    pages = 1 + promised * geometry.pages_for(TOKENS)
+    plan = make_plan(model, sizes(promised), geometry, RunnerSizes(promised, pages, TOKENS))
+    torch.cuda.empty_cache()
+    _, whole = torch.cuda.mem_get_info()
+    fewer, more = int(0.95 * promised), int(1.05 * promised)
+    try:
+        torch.cuda.set_per_process_memory_fraction(plan.total / whole)
+        with Engine(model, sizes(fewer), state_bytes=0) as engine:
+            wishes = SamplingParams(max_new_tokens=2, stop_tokens=())
+            prompts = [text(TOKENS - 2, seed) for seed in range(fewer)]
+            outputs = engine.generate(prompts, wishes, progress=False)
+        assert [output.error for output in outputs] == [None] * fewer
+        with pytest.raises(OutOfMemory):
+            Runner.for_model(model, sizes(more)).warm_up()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_long_prompts_hold_nobody_up(model: Any) -> None:
+    """Tokens come at most three times as far apart as usual while prompts of 8,192 come in."""
+    workload = Workload(
+        requests=256,
+        rate=30,
+        prompt_tokens=(32, 512),
+        new_tokens=(256, 512),
+        long_every=16,
+        long_tokens=8192,
+    )
+    coming = arrivals(workload, model.config.vocab_size, seed=0)
+    tokens = 16 * (8192 + 512) + 240 * 1024
+    sizes = PagedConfig(max_sequences=256, max_tokens=tokens)
+    with Engine(model, sizes, queue=len(coming)) as engine:
+        engine.runner.warm_up()
+        found = summary(serve(engine, coming, lambda who, done: None))
+    print(found)
+    median, slowest = found.between_tokens_ms
+    assert slowest <= 3 * median
