@@ -26,7 +26,7 @@ from granite_paged.options import (
 
 if TYPE_CHECKING:
     from granite_paged.bench.gate import GateReport
-    from granite_paged.bench.profile import Profile
+    from granite_paged.bench.profiler import Profile
     from granite_paged.bench.results import Result, Row
     from granite_paged.bench.session import Plan, Session
     from granite_paged.bench.tune import Group, Outcome, Trial

@@ -27,7 +27,7 @@ from granite_paged.bench.measure import (
     released,
 )
 from granite_paged.bench.modes import make_mode
-from granite_paged.bench.profile import Profile, profile_step
+from granite_paged.bench.profiler import Profile, profile_step
 from granite_paged.bench.results import Latency, Result, Row
 from granite_paged.errors import InvalidRequest
 from granite_paged.geometry import CacheGeometry, PagedConfig

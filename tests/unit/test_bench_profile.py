@@ -14,11 +14,11 @@ from tiny import FLAVOURS, tiny_model
 from torch.autograd import DeviceType
 
 from granite_paged import kernels
-from granite_paged.bench import profile
+from granite_paged.bench import profiler
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock
 from granite_paged.bench.modes import Default
-from granite_paged.bench.profile import (
+from granite_paged.bench.profiler import (
     KERNEL_RULES,
     KernelCost,
     Profile,
@@ -90,7 +90,7 @@ def test_our_own_kernels_are_all_told_apart() -> None:
 @pytest.mark.parametrize("place", range(len(KERNEL_RULES)))
 def test_every_rule_is_needed_by_a_name(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     others = KERNEL_RULES[:place] + KERNEL_RULES[place + 1 :]
-    monkeypatch.setattr(profile, "KERNEL_RULES", others)
+    monkeypatch.setattr(profiler, "KERNEL_RULES", others)
     assert {name: kernel_kind(name) for name in NAMES} != NAMES
 
 

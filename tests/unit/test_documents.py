@@ -72,3 +72,9 @@ def test_the_readmes_measurements_are_the_recorded_ones(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == README
     for figure in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
         assert (ROOT / figure).stat().st_size > 0
+
+
+def test_no_module_hides_one_of_the_standard_library() -> None:
+    """A notebook runs in its own folder, whose modules come first: cProfile imports `profile`."""
+    names = {path.stem for path in (ROOT / "granite_paged").rglob("*.py")}
+    assert names & sys.stdlib_module_names == set()
