@@ -405,9 +405,14 @@ class Scheduler:
         return None
 
     def _row_for(self, job: Job) -> bool:
-        """Scoring jobs fork into a row that nobody may take, if there are two at all."""
-        forks = job.forks or any(other.forks for other in self._contexts())
-        return len(self._rows) > (1 if forks and self._limits.rows > 1 else 0)
+        """Whether one is free beside those that contexts fork into.
+
+        They keep as many as the one with the most continuations needs, and half of all at most:
+        with fewer, all contexts would wait for each other's.
+        """
+        contexts = (other for other in (job, *self._contexts()) if other.forks)
+        forks = max((len(other.pending) - 1 for other in contexts), default=0)
+        return len(self._rows) > min(forks, self._limits.rows // 2)
 
     def _contexts(self) -> list[Job]:
         return [job for job in (*self.scoring, *self.prefilling) if job.scoring]
@@ -625,12 +630,13 @@ class Scheduler:
             jobs.pop(job, None)
         cuts, job.cuts = job.cuts, {}
         self._prefix.unpromise(list(cuts.values()))
-        if job.row > 0:
-            self._rows.append(job.row)
-        if job.handle >= 0:
-            self._release(job.handle)
-        job.row = job.handle = -1
+        row, handle = job.row, job.handle
+        job.row = job.handle = -1  # first: interrupted from here on, they are given back once
         job.stored = job.reserved = 0
+        if row > 0:
+            self._rows.append(row)
+        if handle >= 0:
+            self._release(handle)
 
     def _drop_swapped(self, job: Job) -> None:
         if job.swapped:

@@ -18,7 +18,7 @@ MODES = ("default", "static", "paged")
 ENGINE = "engine"
 
 ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
-_SPARE_SEQUENCES = 3  # a shared prefix, its context, and a fork of that
+_SPARE_SEQUENCES = 1  # what a context forks into
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from granite_paged.geometry import PagedConfig
 
 _MODULE = "granite_paged.engine.engine"
 
+_KEPT, _KEPT_ALONE = 4, 2  # states of beginnings, where questions come together or one by one
+
 
 class EngineScorer:
     """`Engine.score`, in the form of a `Scorer`.
@@ -30,8 +32,15 @@ class EngineScorer:
     def for_model(
         cls, model: Any, config: PagedConfig | None = None, batch: int = 1
     ) -> EngineScorer:
-        """Make an engine for a model that is not patched."""
-        return cls(importlib.import_module(_MODULE).Engine(model, config), batch)
+        """Make an engine for a model that is not patched.
+
+        It keeps few states: questions come by subject, and peaks of memory are compared.
+        """
+        from granite_paged.engine.plan import row_bytes  # noqa: PLC0415  # as the engine itself
+
+        kept = (_KEPT_ALONE if batch == 1 else _KEPT) * max(1, row_bytes(model))
+        engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=kept)
+        return cls(engine, batch)
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:
         """See `Scorer`."""

@@ -11,6 +11,7 @@ import torch
 from evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
 
 from granite_paged import PagedConfig, is_patched
+from granite_paged.engine.plan import row_bytes
 from granite_paged.errors import OutOfPages, PromptError
 from granite_paged.evaluate import batch_size, modes, scorer_engine
 from granite_paged.evaluate.modes import Needs, make_scorer
@@ -228,8 +229,8 @@ def test_paged_is_the_forked_cache_without_an_engine(monkeypatch: pytest.MonkeyP
 class EngineDouble:
     """Answers as `Engine.score` is documented to."""
 
-    def __init__(self, model: Any, config: PagedConfig) -> None:
-        self.config = config
+    def __init__(self, model: Any, config: PagedConfig, *, state_bytes: int = 0) -> None:
+        self.config, self.state_bytes = config, state_bytes
         self.asked: list[Any] = []
 
     def stats(self) -> Any:
@@ -259,7 +260,8 @@ def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
     assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
     assert scorer.engine.config.max_tokens >= needs.longest
-    assert scorer.engine.config.max_sequences > 1
+    assert scorer.engine.config.max_sequences == 2, "a context, and what it forks into"
+    assert scorer.engine.state_bytes == 2 * row_bytes(tiny_loaded().model)
 
 
 def test_what_an_engine_reused_is_counted_once() -> None:

@@ -189,6 +189,20 @@ def test_a_context_is_computed_once_for_all_its_continuations() -> None:
     assert desk.runner.forked == 3, "the last one takes the context's own row"
 
 
+def test_contexts_leave_rows_for_the_continuations_of_those_that_are_there() -> None:
+    """Eight contexts in eight rows would fork into none, and score one continuation a step each."""
+    desk = office({"state_bytes": 0}, rows=8, pages=200, chunk_tokens=64)
+    for number in range(8):
+        desk.score([number] * 13, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]])
+    desk.step()
+    assert desk.engine.stats().running == 4, "half of all rows at most are kept for forks"
+    steps = 1
+    while desk.step():
+        steps += 1
+    assert desk.met["scored"] == 8 * 5
+    assert steps <= 14
+
+
 def test_choices_of_one_token_are_answered_by_the_context_itself() -> None:
     desk = office({"state_bytes": 0}, rows=1)
     desk.score([7] * 13, [[1], [3], [8], [9]])
