@@ -378,6 +378,11 @@ class Engine:
         """End a request where it is; what it has so far stays. Nothing, if it is finished."""
         self._end(request, RequestCancelled(request.number))
 
+    def forget_prefixes(self) -> None:
+        """Drop what is kept for prompts that begin alike; what a waiting prompt needs, too."""
+        with self._lock:
+            self._prefix.clear()
+
     def close(self) -> None:
         """End every request and give the memory back. Closing twice is nothing."""
         with self._lock:

@@ -208,11 +208,8 @@ class _Bench:
                     )
 
     def _warm_up(self, parts: Sequence[Sequence[Question]]) -> None:
-        """Compilers and allocators meet some of what comes, and the longest of it, untimed."""
-        sample = [parts[0]]
-        if self._model.device.type == "cuda":
-            longest = max(parts, key=lambda part: max(q.request.tokens for q in part))
-            sample += [longest, parts[len(parts) // 2], parts[-1]]
+        """Compilers and allocators meet the first, and on a GPU some of each size, untimed."""
+        sample = _one_of_each_size(parts) if self._model.device.type == "cuda" else parts[:1]
         for mode, scorer in self._scorers.items():
             with self._peaks.of(mode):
                 for part in sample:
@@ -238,6 +235,18 @@ class _Bench:
     def _synchronize(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
+
+
+def _one_of_each_size(parts: Sequence[Sequence[Question]]) -> list[Sequence[Question]]:
+    """Alike are parts whose longest lengths lie between the same powers of two."""
+    found: dict[tuple[int, ...], Sequence[Question]] = {}
+    for part in parts:
+        requests = [question.request for question in part]
+        own = max(len(request.context) - request.shared for request in requests)
+        answer = max(len(tokens) for request in requests for tokens in request.continuations)
+        lengths = (max(request.tokens for request in requests), own, answer)
+        found.setdefault(tuple(length.bit_length() for length in lengths), part)
+    return list(found.values())
 
 
 def _answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer | str]:

@@ -54,7 +54,8 @@ class EngineScorer:
         return list(map(_answer, requests, found, reused))
 
     def forget(self) -> None:
-        """What the engine keeps is its own affair."""
+        """See `Scorer`."""
+        self.engine.forget_prefixes()
 
     def close(self) -> None:
         """Give its memory back."""

@@ -363,6 +363,19 @@ def test_contexts_that_begin_alike_share_even_if_scored_at_once_after_they_were_
     assert engine.stats().tokens_hit == len(stem)
 
 
+def test_prefixes_are_forgotten_while_others_run(model: Any, engine: Engine) -> None:
+    engine.generate([PROMPTS[3]] * 2, SamplingParams(max_new_tokens=2))
+    wishes = SamplingParams(max_new_tokens=NEW, stop_tokens=())
+    running = engine.submit(PROMPTS[3], wishes)
+    engine.step()
+    engine.forget_prefixes()
+    assert engine.stats().pages_cached == engine.stats().state_bytes == 0
+    engine.check_valid()
+    while engine.step():
+        engine.check_valid()
+    assert running.outputs[0].tokens == alone(ModelOracle(model), PROMPTS[3], wishes)
+
+
 def test_stats_say_what_was_done(engine: Engine) -> None:
     engine.generate([PROMPTS[3]] * 3, SamplingParams(max_new_tokens=4, stop_tokens=()))
     stats = engine.stats()

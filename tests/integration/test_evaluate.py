@@ -427,3 +427,15 @@ def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:
 
 def test_needs_are_those_of_the_longest_sequence() -> None:
     assert Needs.of([*requests(5), Request([1] * 200, [[1], [1, 2]])]) == Needs(longest=202)
+
+
+def test_one_part_of_each_size_is_met_before_the_clock_starts() -> None:
+    def part(*sizes: tuple[int, int, int]) -> list[Question]:
+        return [
+            Question("", "", Request([5] * context, [[6] * answer], shared), (1,))
+            for context, shared, answer in sizes
+        ]
+
+    alike = [part((40, 0, 1)), part((60, 0, 1))]
+    others = [part((70, 0, 1)), part((60, 32, 1)), part((58, 0, 3)), part((40, 0, 1), (400, 0, 1))]
+    assert run._one_of_each_size([*alike, *others, *alike]) == [alike[0], *others]

@@ -239,6 +239,9 @@ class EngineDouble:
     def close(self) -> None:
         pass
 
+    def forget_prefixes(self) -> None:
+        self.asked.append("forget")
+
     def score(self, pairs: list[Any], *, progress: bool | None = None) -> list[list[Any]]:
         assert progress is False, "a bar of its own within ours"
         self.asked += pairs
@@ -259,6 +262,8 @@ def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     (answer,) = scorer.score([Request([1, 2], [[3], [4, 5]], shared=1)])
     assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
     assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
+    scorer.forget()
+    assert scorer.engine.asked[1:] == ["forget"]
     assert scorer.engine.config.max_tokens >= needs.longest
     assert scorer.engine.config.max_sequences == 2, "a context, and what it forks into"
     assert scorer.engine.state_bytes == 2 * row_bytes(tiny_loaded().model)
