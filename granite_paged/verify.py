@@ -7,7 +7,9 @@ float64 copy as the reference. The laws are in `laws.py`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.metadata
 import platform
 import random
 from collections.abc import Callable, Iterator
@@ -199,12 +201,20 @@ def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
+    """Of everything that a result depends on, where it is installed.
+
+    transformers' modes run Mamba on mamba_ssm and causal_conv1d where they are; ours never do.
+    """
+    optional = {}
+    for name in ("triton", "mamba_ssm", "causal_conv1d"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            optional[name] = importlib.metadata.version(name)
     return {
         "granite_paged": granite_paged.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        **optional,
     }
 
 
