@@ -1,0 +1,49 @@
+"""Kernels compile for every kind of GPU they are meant for, on a machine without one.
+
+Elsewhere on a CPU they are interpreted, which knows neither layouts nor registers nor assembly.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+
+ROOT = Path(__file__).parents[2]
+
+SHARED = {80: 163, 89: 99, 90: 227}
+"""Compute capability -> KiB that a program may have (CUDA C++ programming guide, section 16.2)."""
+
+
+def launched() -> set[str]:
+    """Names of the kernels that Python calls; the others are called by kernels."""
+    found: set[str] = set()
+    for path in (ROOT / "granite_paged" / "kernels").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+        launches = [call.value for call in calls if isinstance(call, ast.Subscript)]
+        found |= {kernel.id for kernel in launches if isinstance(kernel, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_kernel_compiles_and_fits(capability: int) -> None:
+    limit = SHARED[capability] * 1024
+    script = ROOT / "tests" / "compile_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), str(limit)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == launched()
+    assert {name: size for name, size in found.items() if size > limit} == {}
