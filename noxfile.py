@@ -92,7 +92,7 @@ def eval_parity(session: nox.Session) -> None:
     data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
     if not (data / "mmlu_test.jsonl").exists():
         session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
-    session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb]")
+    session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb,tensorboard]")
     extras = ("tests/integration/test_lm_eval.py", "tests/integration/test_report.py")
     asked = {"GRANITE_PAGED_DATA": str(data), "GRANITE_PAGED_PARITY": "all"}
     session.run("python", "-m", "pytest", "--durations=5", *extras, *session.posargs, env=asked)

@@ -92,6 +92,12 @@ def _task_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _result_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where answers and results go."""
     for option in (
+        click.option(
+            "--tensorboard",
+            metavar="DIR",
+            type=click.Path(file_okay=False),
+            help="Log to TensorBoard, in this folder.",
+        ),
         click.option("--wandb", "project", metavar="PROJECT", help="Log to Weights & Biases."),
         click.option(
             "--bench",
@@ -179,6 +185,10 @@ def evaluate(
         from granite_paged.evaluate.wandb_run import log_to_wandb
 
         click.echo(f"wandb: {log_to_wandb(options['project'], evaluation, figures)}", err=True)
+    if options["tensorboard"]:
+        from granite_paged.evaluate.tensorboard_run import log_to_tensorboard
+
+        log_to_tensorboard(options["tensorboard"], evaluation, figures)
     return OK if evaluation["passed"] else FAILED
 
 
@@ -221,11 +231,14 @@ def _check_before_the_work(tasks: tuple[str, ...], options: dict[str, Any]) -> t
     """Refuse now what would fail when hours of work are done. Returns the tasks' names."""
     from granite_paged.evaluate.report import prepare_folder
     from granite_paged.evaluate.tasks import task_names
+    from granite_paged.evaluate.tensorboard_run import writer_class
     from granite_paged.evaluate.wandb_run import wandb_module
 
     names = task_names(tasks)
     if options["project"]:
         wandb_module()
+    if options["tensorboard"]:
+        writer_class()
     if options["folder"]:
         prepare_folder(options["folder"])
     return names

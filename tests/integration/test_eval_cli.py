@@ -57,7 +57,16 @@ def test_help_of_eval_names_tasks_modes_and_defaults(capsys: Capture) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     for word in ("recall", "mmlu", "truthfulqa_mc1", "[default|static|paged|both|all]", "auto"):
         assert word in shown
-    for option in ("num-fewshot", "limit", "subjects", "data", "report", "bench", "wandb"):
+    for option in (
+        "num-fewshot",
+        "limit",
+        "subjects",
+        "data",
+        "report",
+        "bench",
+        "wandb",
+        "tensorboard",
+    ):
         assert f"--{option}" in shown
 
 
@@ -181,11 +190,15 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, capsys: Capture)
 
 
 @pytest.mark.usefixtures("unanswered")
-@pytest.mark.parametrize(("option", "extra"), [("--report", "plot"), ("--wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("option", "extra"),
+    [("--report", "plot"), ("--wandb", "wandb"), ("--tensorboard", "tensorboard")],
+)
 def test_a_missing_extra_is_named_before_the_work(
     option: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name in ("wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert evaluate(option, str(tmp_path / "x")) == USAGE
     assert_one_line(capsys, f"pip install 'granite-paged[{extra}]' brings it")

@@ -254,3 +254,39 @@ def test_wandb_offline_keeps_metrics_tables_and_figures(
     summary = next((where.parent).glob("*.wandb")).read_bytes()
     assert b"mmlu/paged/accuracy" in summary
     assert b"mmlu/paged/latency_ratio" in summary
+
+
+# -- TensorBoard --------------------------------------------------------------------------------
+
+
+def test_tensorboard_keeps_metrics_tables_and_figures(
+    evaluation: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
+    from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415
+        EventAccumulator,
+    )
+
+    from granite_paged.evaluate.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
+
+    figures = write_report(str(tmp_path / "report"), [evaluation])
+    log_to_tensorboard(str(tmp_path / "board"), evaluation, figures)
+    kept = EventAccumulator(str(tmp_path / "board"))
+    kept.Reload()
+    (accuracy,) = kept.Scalars("mmlu/paged/accuracy")
+    assert accuracy.value == pytest.approx(evaluation["tasks"]["mmlu"]["modes"]["paged"]["accuracy"])
+    assert set(kept.Tags()["images"]) == {figure.stem for figure in figures}
+    (table,) = kept.Tensors("metrics/text_summary")
+    assert b"| task | mode | questions |" in table.tensor_proto.string_val[0]
+
+
+def test_tensorboard_refuses_a_folder_that_is_none(
+    evaluation: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")
+    from granite_paged.evaluate.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultsError, match="cannot write"):
+        log_to_tensorboard(str(tmp_path / "file" / "board"), evaluation)
