@@ -275,7 +275,8 @@ def test_tensorboard_keeps_metrics_tables_and_figures(
     kept = EventAccumulator(str(tmp_path / "board"))
     kept.Reload()
     (accuracy,) = kept.Scalars("mmlu/paged/accuracy")
-    assert accuracy.value == pytest.approx(evaluation["tasks"]["mmlu"]["modes"]["paged"]["accuracy"])
+    metrics = evaluation["tasks"]["mmlu"]["modes"]["paged"]
+    assert accuracy.value == pytest.approx(metrics["accuracy"])
     assert set(kept.Tags()["images"]) == {figure.stem for figure in figures}
     (table,) = kept.Tensors("metrics/text_summary")
     assert b"| task | mode | questions |" in table.tensor_proto.string_val[0]
