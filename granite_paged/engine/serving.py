@@ -177,11 +177,11 @@ class Batches:
     def _generate(self, records: Sequence[Record], started: float) -> None:
         sized_by = self._coming if self._static else [record.arrival for record in records]
         width = max(len(arrival.prompt) for arrival in sized_by)
-        rows = self._batch if self._static else len(records)
-        ids = torch.zeros(rows, width, dtype=torch.int64)
+        missing = self._batch - len(records) if self._static else 0
+        rows = [*records, *[records[-1]] * missing]  # some are there for the shape only
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        mask[:, -1] = 1  # of rows that are there for the shape only
-        for row, record in enumerate(records):
+        for row, record in enumerate(rows):
             length = len(record.arrival.prompt)
             ids[row, width - length :] = torch.tensor(record.arrival.prompt)
             mask[row, width - length :] = 1

@@ -190,15 +190,17 @@ def test_the_gate_is_the_formula() -> None:
 def test_parts_are_combined_as_the_formula_does(splits: int, head_dim: int) -> None:
     torch.manual_seed(splits)
     parts = torch.randn(3 * splits, 2, 3, head_dim, device=DEVICE)
-    logsumexp = 20 * torch.randn(3 * splits, 2, 3, device=DEVICE)
+    logsumexp = 200 * torch.randn(3 * splits, 2, 3, device=DEVICE)
     logsumexp[:splits] = -torch.inf  # padding has no pages
     logsumexp[splits + 1] = -torch.inf
     parts[logsumexp == -torch.inf] = 0
-    expected = combined(parts, logsumexp, splits)
-    actual = pages.combine_parts(parts, logsumexp, splits)
-    assert actual.shape == (3, 6, head_dim)
-    assert not actual[0].any()
-    assert error(actual, expected) <= FLOAT32
+    shares = logsumexp.view(3, splits, 6, 1).double().softmax(dim=1).nan_to_num(0.0)
+    expected = (parts.view(3, splits, 6, head_dim).double() * shares).sum(dim=1)
+    for combine in (combined, pages.combine_parts):
+        actual = combine(parts, logsumexp, splits)
+        assert actual.shape == (3, 6, head_dim)
+        assert not actual[0].any()
+        assert error(actual.double(), expected) <= FLOAT32
 
 
 # -- Mamba --------------------------------------------------------------------------------------

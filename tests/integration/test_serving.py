@@ -1,0 +1,41 @@
+"""transformers in batches, beside the engine: as much work as was asked for, and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from granite_paged.engine.serving import Batches, percentile
+from granite_paged.engine.workload import Arrival
+
+PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12), (13,)]
+NEW = (2, 5, 3)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_batch_takes_as_many_steps_as_its_longest_answer(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    shapes: list[tuple[int, ...]] = []
+    forward = model.forward
+
+    def noted(input_ids: Any, **others: Any) -> Any:
+        shapes.append(tuple(input_ids.shape))
+        return forward(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(model, "forward", noted)
+    coming = [Arrival(0.0, prompt, new) for prompt, new in zip(PROMPTS, NEW, strict=True)]
+    records = Batches(model, coming, 2, static=static).serve(lambda done: None)
+    assert [len(record.tokens) for record in records] == list(NEW)
+    assert [len(record.times) for record in records] == list(NEW)
+    last = (2, 5) if static else (1, 1)  # of one shape, or as long as it is
+    assert shapes == [(2, 5), *[(2, 1)] * 4, last, *[(last[0], 1)] * 2]
+
+
+def test_percentiles_of_few_numbers() -> None:
+    assert percentile([], 50) == 0.0
+    assert percentile([3.0], 99) == 3.0
+    assert percentile([1.0, 2.0, 3.0], 50) == 2.0
