@@ -27,12 +27,13 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def page_part(result: Result, figures: str) -> str:
-    """What the README shows of a record: tables of batch and context, and two figures.
+    """What the README shows of a record: tables of its steps and of attention, and two figures.
 
     figures: folder of the figures, as the page names it.
     """
-    head = f"{result.device}, {result.model}, {result.dtype}; medians of one run, modes in turn."
-    tables = [f"{_TITLES[case]}:\n\n{table(result, case)}" for case in ("batch", "context")]
+    head = f"{result.device}, {result.model}, {result.dtype}; medians, the modes of a row in turn."
+    found = {case: table(result, case) for case in ("batch", "context", "decode", "kernel")}
+    tables = [f"{_TITLES[case]}:\n\n{text}" for case, text in found.items() if text]
     shown = [f"![{name}]({figures}/{name}.png)" for name in ("latency-context", "memory-batch")]
     return "\n".join([head, "", *tables, *shown])
 
