@@ -100,6 +100,11 @@ class Session:
             rows=rows,
         )
 
+    def floor(self, case: Case, shape: Shape) -> float | None:
+        """Seconds that a step takes at least on this device; None where it is not of a model."""
+        work = case.work(self.sizes, shape)
+        return work.seconds(self.rates) if work else None
+
     # -- rows -----------------------------------------------------------------------------------
 
     def rows(self, case: Case, shape: Shape, modes: Sequence[str]) -> list[Row]:
@@ -116,8 +121,8 @@ class Session:
 
     def _row(self, case: Case, shape: Shape, mode: str, part: Measured) -> Row:
         base = Row(case.name, mode, shape.batch, shape.context, error=part.samples.error)
-        work = case.work(self.sizes, shape)
-        floor_ms = 1e3 * work.seconds(self.rates) if work else None
+        floor = self.floor(case, shape)
+        floor_ms = None if floor is None else 1e3 * floor
         if base.error:
             return replace(base, floor_ms=floor_ms)
         latency = part.samples.latency()

@@ -294,7 +294,7 @@ def recorded(folder: Path, model: str, ratio: float) -> None:
             "latency_ms": {"median": ms},
             "peak_bytes": 9 * 10**8,
         }
-        for case, batch, context in (("decode", 1, 512), ("context", 1, 512))
+        for case, batch, context in (("decode", 8, 512), ("context", 1, 512))
         for mode, ms in (("default", 100.0), ("paged", 100.0 * ratio))
     ]
     head = {"device": "cpu", "model": model, "dtype": "float32", "versions": {}, "seed": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,6 +240,44 @@ def test_ten_per_cent_slower_breaks_the_record_alone() -> None:
     assert [law for law, verdict in found.items() if verdict != "passed"] == [TIME_RECORD]
 
 
+FLOOR = 0.001  # seconds
+FLOOR_RECORD = "times the floor as recorded"
+
+
+@pytest.mark.parametrize("host", [0.8, 1.0, 1.5])
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "passed"), (1.10, "failed")])
+def test_where_default_is_bound_by_the_host_the_floor_is_what_counts(
+    host: float, factor: float, verdict: str
+) -> None:
+    """A slower processor slows default, and must hide nothing; a faster one must show nothing."""
+    parts = measured(factor=factor)
+    slowed = [host * seconds for seconds in parts["default"].samples.seconds]
+    parts["default"] = replace(parts["default"], samples=Samples(slowed))
+    recorded = record()
+    rows = [replace(row, floor_ms=1e3 * FLOOR) for row in recorded.rows]
+    found = verdicts(checks_of(CASE, SHAPE, parts, Against(replace(recorded, rows=rows)), FLOOR))
+    assert found == {
+        **dict.fromkeys([SLOWER, LARGER, MEMORY_RECORD], "passed"),
+        FLOOR_RECORD: verdict,
+    }
+
+
+def test_a_device_of_other_rates_is_held_against_its_own_floor() -> None:
+    recorded = record()
+    rows = [replace(row, floor_ms=1e3 * FLOOR) for row in recorded.rows]
+    against = Against(replace(recorded, rows=rows))
+    assert (
+        verdicts(checks_of(CASE, SHAPE, measured(factor=1.2), against, 1.2 * FLOOR))[FLOOR_RECORD]
+        == "passed"
+    )
+
+
+def test_long_prompts_are_held_against_default() -> None:
+    assert not gate._bound_by_the_host(CASES["batch"], Shape(8, 512))
+    assert gate._bound_by_the_host(CASES["context"], Shape(1, 512))
+    assert gate._bound_by_the_host(CASES["decode"], Shape(128, 1024))
+
+
 def test_three_per_cent_more_memory_breaks_the_record_alone() -> None:
     found = verdicts(checks_of(CASE, SHAPE, measured(memory=1.03), Against(record())))
     assert [law for law, verdict in found.items() if verdict != "passed"] == [MEMORY_RECORD]
@@ -308,6 +347,9 @@ class FakeSession:
         self.pairs.append(repeats.least)
         assert repeats.least == repeats.most
         return measured(noise=self.noises.pop(0), seed=7, pair_count=repeats.least)
+
+    def floor(self, case: Any, shape: Any) -> float:
+        return FLOOR
 
 
 def test_noise_is_measured_again_with_twice_the_pairs_until_it_is_narrow() -> None:
