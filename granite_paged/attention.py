@@ -24,8 +24,14 @@ from torch.nn.attention.flex_attention import (
 )
 
 from granite_paged.errors import GeometryError
-from granite_paged.geometry import Backend
-from granite_paged.kernels import cannot_compile, shared_memory, stages_that_fit, warn_slow
+from granite_paged.geometry import Backend, CacheGeometry
+from granite_paged.kernels import (
+    cannot_compile,
+    multiprocessors,
+    shared_memory,
+    stages_that_fit,
+    warn_slow,
+)
 from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
 
 _T = TypeVar("_T")
@@ -202,6 +208,12 @@ def planned(
         warps=constants.warps,
         stages=constants.stages,
     )
+
+
+def plan_for(geometry: CacheGeometry, batch: int, pages: int, device: torch.device) -> DecodePlan:
+    """`decode_plan` for rows of at most so many pages on this GPU, cut to what fits there."""
+    plan = decode_plan(batch, geometry.kv_heads, pages, geometry.page_size, multiprocessors(device))
+    return fitting(plan, geometry.head_dim, geometry.dtype.itemsize, shared_memory(device))
 
 
 def fitting(plan: DecodePlan, head_dim: int, itemsize: int, memory: int) -> DecodePlan:

@@ -20,15 +20,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from granite_paged.allocator import PageAllocator
 from granite_paged.attention import (
     DecodePlan,
-    decode_plan,
-    fitting,
     paged_attention,
+    plan_for,
     split_attention,
 )
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.kernels import shared_memory, unavailable
+from granite_paged.kernels import unavailable
 from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.page_table import PageTable
 
@@ -160,12 +159,10 @@ class KernelCase:
 
     def _split_plan(self, table: PageTable) -> DecodePlan | None:
         """How a runner would split the rows; None where it would not."""
-        g, (rows, width) = self._geometry, table.physical.shape
-        if self._backend == "eager" or unavailable(self._device, g.dtype):
+        rows, width = table.physical.shape
+        if self._backend == "eager" or unavailable(self._device, self._geometry.dtype):
             return None
-        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        plan = decode_plan(rows, g.kv_heads, width, g.page_size, processors)
-        return fitting(plan, g.head_dim, g.dtype.itemsize, shared_memory(self._device))
+        return plan_for(self._geometry, rows, width, self._device)
 
     def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
         from granite_paged.kernels.pages import split_pages

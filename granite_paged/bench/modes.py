@@ -273,9 +273,12 @@ def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:
     stretch = min(ids.shape[1], -(-STRETCH // page_size) * page_size)
     runner.prefill([Chunk(1, 0, ids[0, :stretch].tolist())])
     source = pages[: runner.geometry.pages_for(stretch)]
+    copied: list[int] = []
     for targets in _groups(pages[len(source) :], _COPIED_TOGETHER * len(source)):
-        repeated = (source * _COPIED_TOGETHER)[: len(targets)]
-        runner.load_pages(targets, runner.save_pages(repeated))
+        if len(targets) != len(copied):  # at first, and where the last are fewer
+            copied = (source * _COPIED_TOGETHER)[: len(targets)]
+            contents = runner.save_pages(copied)
+        runner.load_pages(targets, contents)
     state = runner.save_row(1)
     for row in sequences.rows[1:]:
         runner.load_row(row, state)

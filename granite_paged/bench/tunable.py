@@ -33,6 +33,7 @@ from granite_paged.bench.tune import Group, Layout, Timer, TunedShape
 from granite_paged.engine.forms import why_not
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.kernels import multiprocessors
 from granite_paged.masks import paged_block_mask
 from granite_paged.page_table import PageTable
 from granite_paged.tuned import ROW_TILES, TUNED, Constants, FewRowsConstants, OneRowConstants
@@ -98,9 +99,7 @@ class Bench:
     @property
     def multiprocessors(self) -> int:
         """Of the device; 1 on the CPU."""
-        if not self.clock.gpu:
-            return 1
-        return torch.cuda.get_device_properties(self.clock.device).multi_processor_count
+        return multiprocessors(self.clock.device)
 
     def random(self, *shape: int) -> Tensor:
         """Numbers of the model's dtype, on its device."""

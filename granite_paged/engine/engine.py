@@ -298,9 +298,7 @@ class Engine:
         with self._lock:
             self._check_open()
             self._scheduler.check_fits(len(tokens) + wishes.max_new_tokens - 1)
-            stops = wishes.stop_tokens
-            stop_tokens = self._stop_tokens if stops is None else frozenset(stops)
-            request = Request(self._numbers, tokens, wishes, stop_tokens, on_token)
+            request = Request(self._numbers, tokens, wishes, self._stops(wishes), on_token)
             jobs = [self._job(request, index) for index in range(wishes.n)]
             leader, *leader.followers = jobs
             self._scheduler.submit([leader], followers=len(leader.followers))
@@ -341,8 +339,7 @@ class Engine:
         """Let a beam search wait. Raises as `submit` does."""
         wishes = params or SamplingParams()
         tokens = check_tokens(self._tokens(prompt), self.runner.vocabulary, "prompt")
-        stops = wishes.stop_tokens
-        stop_tokens = self._stop_tokens if stops is None else frozenset(stops)
+        stop_tokens = self._stops(wishes)
         wanted = beam_params(wishes, beams, len(stop_tokens))
         with self._lock:
             self._check_open()
@@ -535,6 +532,10 @@ class Engine:
         job.seed = (wishes.seed + index * _SAMPLE_STRIDE) % 2**63
         job.greedy = wishes.greedy
         return job
+
+    def _stops(self, wishes: SamplingParams) -> frozenset[int]:
+        stops = wishes.stop_tokens
+        return self._stop_tokens if stops is None else frozenset(stops)
 
     def _tokens(self, prompt: Prompt, *, context: bool = True) -> Sequence[int]:
         if not isinstance(prompt, str):

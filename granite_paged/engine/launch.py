@@ -14,7 +14,7 @@ import torch
 
 from granite_paged.engine.prefix import RowState
 from granite_paged.engine.request import Job, Request, Scoring, State
-from granite_paged.engine.runner import Chunk, Runner
+from granite_paged.engine.runner import Chunk, Runner, Scores, scores_of
 from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import Part, Span, Step
@@ -130,13 +130,7 @@ class Launcher:
                 places.append(place)
                 tokens.append(job.continuation(number)[0])
         at, wanted = self._upload(places), self._upload(tokens)
-        fetch = Fetch(
-            self._runner.device,
-            logprobs=logits.float().log_softmax(dim=-1)[at, wanted],
-            greedy=logits.argmax(dim=-1)[at] == wanted,
-            bad=self._runner.nonfinite[self._upload([part.row for part in parts])],
-        )
-        return Flight(fetch, parts=parts)
+        return self._answered(scores_of(logits, wanted, at), parts)
 
     def _score(self, parts: Sequence[Part]) -> list[Flight]:
         chunks, targets = [], []
@@ -145,15 +139,7 @@ class Launcher:
             start = len(part.job.tokens) - 1 + part.start
             chunks.append(Chunk(part.row, start, fed))
             targets.append(wanted)
-        scores = self._runner.score(chunks, targets)
-        rows = self._upload([part.row for part in parts])
-        fetch = Fetch(
-            self._runner.device,
-            logprobs=scores.logprobs,
-            greedy=scores.greedy,
-            bad=self._runner.nonfinite[rows],
-        )
-        return [Flight(fetch, parts=list(parts))]
+        return [self._answered(self._runner.score(chunks, targets), parts)]
 
     # -- details --------------------------------------------------------------------------------
 
@@ -162,6 +148,15 @@ class Launcher:
             return None
         state: RowState = self._runner.save_row(span.job.row)
         return state
+
+    def _answered(self, scores: Scores, parts: Sequence[Part]) -> Flight:
+        fetch = Fetch(
+            self._runner.device,
+            logprobs=scores.logprobs,
+            greedy=scores.greedy,
+            bad=self._runner.nonfinite[self._upload([part.row for part in parts])],
+        )
+        return Flight(fetch, parts=list(parts))
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         return upload(numbers, torch.int64, self._runner.device)

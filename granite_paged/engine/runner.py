@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
-from granite_paged.attention import DecodePlan, decode_plan, fitting
+from granite_paged.attention import DecodePlan, plan_for
 from granite_paged.cache import free_memory, to_device
 from granite_paged.engine.forms import PlainForms, Storage, why_not
 from granite_paged.engine.plan import (
@@ -39,7 +39,7 @@ from granite_paged.engine.plan import (
 from granite_paged.engine.program import NULL_ROW, Program
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.kernels import shared_memory, warn_slow
+from granite_paged.kernels import warn_slow
 from granite_paged.mamba import MambaSizes, MambaState
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
@@ -457,15 +457,8 @@ class Runner:
         """How a decode step of so many rows splits them; None where it does not."""
         if not self._captures:
             return None
-        geometry = self.geometry
-        plan = decode_plan(
-            batch,
-            geometry.kv_heads,
-            self._storage.table.physical.shape[1],
-            self.config.page_size,
-            torch.cuda.get_device_properties(self.device).multi_processor_count,
-        )
-        return fitting(plan, geometry.head_dim, self.dtype.itemsize, shared_memory(self.device))
+        pages = self._storage.table.physical.shape[1]
+        return plan_for(self.geometry, batch, pages, self.device)
 
     @torch.inference_mode()
     def _scored(self, hidden: Tensor, targets: Tensor) -> Scores:
@@ -474,11 +467,18 @@ class Runner:
         for part, wanted in zip(
             torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True
         ):
-            logits = self._forms.logits(part).float()
-            chosen = logits.gather(1, wanted[:, None])[:, 0]
-            logprobs.append(chosen - logits.logsumexp(dim=1))
-            greedy.append(logits.argmax(dim=1) == wanted)
+            scores = scores_of(self._forms.logits(part), wanted)
+            logprobs.append(scores.logprobs)
+            greedy.append(scores.greedy)
         return Scores(torch.cat(logprobs), torch.cat(greedy))
+
+
+def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Scores:
+    """Of targets [n] after logits [n, V], or each after the row of logits that `rows` [n] names."""
+    logits = logits.float()
+    at = torch.arange(len(targets), device=targets.device) if rows is None else rows
+    logprobs = logits[at, targets] - logits.logsumexp(dim=1)[at]
+    return Scores(logprobs, logits.argmax(dim=1)[at] == targets)
 
 
 def _forms(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> PlainForms:

@@ -53,6 +53,14 @@ def shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_multiprocessor) - 1024
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
     """Stages of a pipeline, fewer where the device's programs have less shared memory."""
     return max(1, min(stages, memory // stage_bytes))

@@ -42,6 +42,7 @@ from torch import Tensor
 from granite_paged.kernels import (
     SCRATCH_NUMBERS,
     SCRATCH_TILES,
+    multiprocessors,
     shared_memory,
     stages_that_fit,
 )
@@ -491,13 +492,6 @@ def early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that may start before the last one has ended."""
     can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": can, "launch_pdl": True} if can else {"EARLY": False}
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 under the interpreter."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
