@@ -491,8 +491,11 @@ def _forms(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> 
 
 def prefill_batches(length: int, chunk_tokens: int) -> list[int]:
     """Batches that a captured prefill of so many tokens a row has graphs for, ascending."""
-    whole, few = chunk_tokens // length, min(FEW_TOKENS, chunk_tokens) // length
-    batches = {1, few} if length < SHORT else {1, few, whole} if length == SHORT else {1, whole}
+    batches = {1}
+    if length <= SHORT:
+        batches.add(min(FEW_TOKENS, chunk_tokens) // length)
+    if length >= SHORT:
+        batches.add(chunk_tokens // length)
     return sorted(batches - {0})
 
 

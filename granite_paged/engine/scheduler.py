@@ -410,12 +410,9 @@ class Scheduler:
         They keep as many as the one with the most continuations needs, and half of all at most:
         with fewer, all contexts would wait for each other's.
         """
-        contexts = (other for other in (job, *self._contexts()) if other.forks)
-        forks = max((len(other.pending) - 1 for other in contexts), default=0)
+        asking = (job, *self.scoring, *self.prefilling)
+        forks = max((len(other.pending) - 1 for other in asking if other.forks), default=0)
         return len(self._rows) > min(forks, self._limits.rows // 2)
-
-    def _contexts(self) -> list[Job]:
-        return [job for job in (*self.scoring, *self.prefilling) if job.scoring]
 
     def _admit(self, job: Job, hit: Hit) -> bool:
         """Give a waiting job its row and the pages of its prompt, or leave it waiting."""
