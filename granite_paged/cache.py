@@ -44,6 +44,7 @@ from granite_paged.mamba import MambaRows
 from granite_paged.masks import PADDING, paged_block_mask
 from granite_paged.page_table import PageTable
 from granite_paged.pool import KVPool
+from granite_paged.transfer import to_device
 
 _GROWTH = 1.5  # a pool that is too small grows by half, so a long decode reallocates rarely
 
@@ -562,14 +563,6 @@ def _positions(lengths: list[int], new: NewColumns) -> Tensor:
     if new.tokens is None:
         return start + torch.arange(new.count)
     return (start + new.tokens.cumsum(dim=1) - 1).where(new.tokens, PADDING)
-
-
-def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
-    """Move 1-D integer tensors to the device in one copy."""
-    packed = torch.cat([part.long() for part in parts])
-    if device.type == "cuda":
-        packed = packed.pin_memory()
-    return list(torch.split(packed.to(device, non_blocking=True), [len(part) for part in parts]))
 
 
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:

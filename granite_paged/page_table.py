@@ -10,20 +10,60 @@ to share pages only by forking; so one inverse map serves all rows. Whether a pa
 both maps: `logical[p] >= 0 and physical[row, logical[p]] == p`.
 
 Every change of these tensors is made in this file, from host data that crosses in one copy a step.
+A caller that decides page by page gathers what it decided in `PendingEntries`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from granite_paged.allocator import NULL_PAGE, PageAllocator
 from granite_paged.errors import BrokenInvariant
+from granite_paged.transfer import to_device
 
 NOBODY = -1
 """Logical page of a physical page that no sequence holds."""
+
+
+class PendingEntries:
+    """Entries of a `PageTable` that are to be set, gathered on the host.
+
+    The last word on an entry counts, as if each had been set when it was given.
+    """
+
+    def __init__(self) -> None:
+        self._physical: dict[tuple[int, int], int] = {}
+        self._logical: dict[int, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._physical or self._logical)
+
+    def write(self, row: int, logical_page: int, physical_page: int) -> None:
+        """As `PageTable.write`, of one entry."""
+        self._physical[row, logical_page] = physical_page
+        self._logical[physical_page] = logical_page
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """As `PageTable.forget`."""
+        self._logical.update(dict.fromkeys(pages, NOBODY))
+
+    def drop_rows(self, rows: Iterable[int]) -> None:
+        """These rows are new: what was to be written there is not their owners'."""
+        gone = set(rows)
+        self._physical = {at: page for at, page in self._physical.items() if at[0] not in gone}
+
+    def clear(self) -> None:
+        """They are set."""
+        self._physical.clear()
+        self._logical.clear()
+
+    def columns(self, width: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Places in a flat `physical` of that width, what goes there; the same of `logical`."""
+        places = [row * width + logical for row, logical in self._physical]
+        return places, [*self._physical.values()], [*self._logical], [*self._logical.values()]
 
 
 class PageTable:
@@ -65,6 +105,15 @@ class PageTable:
     def forget(self, pages: Tensor) -> None:
         """Pages [n] that nobody holds any more."""
         self.logical[pages] = NOBODY
+
+    def settle(self, pending: PendingEntries) -> None:
+        """Set what is pending, in one copy; nothing is afterwards."""
+        if pending:
+            columns = map(torch.tensor, pending.columns(self.physical.shape[1]))
+            places, physical, pages, logical = to_device(self.physical.device, *columns)
+            self.physical.view(-1).index_copy_(0, places, physical.int())
+            self.logical.index_copy_(0, pages, logical.int())
+            pending.clear()
 
     def slots(self, positions: Tensor, page_size: int) -> Tensor:
         """[B, S] int64: the slot of each position; padding (-1) goes to the null page's first."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from granite_paged.allocator import AppendPlan
 from granite_paged.bench import modes
 from granite_paged.engine.runner import Chunk
+from granite_paged.engine.shapes import Shapes
 from granite_paged.geometry import CacheGeometry, PagedConfig
 
 
@@ -21,6 +22,7 @@ class Runner:
 
     chunk_tokens = 64
     alignment = 16
+    shapes = Shapes(chunk_tokens, captured=False)
     fallback = ""
     made: list[Runner]
 
@@ -76,11 +78,8 @@ class Runner:
         assert len(pages) == contents
         self.filled |= set(pages)
 
-    def fits(self, chunks: Sequence[Chunk]) -> bool:
-        return len(chunks) * max(len(chunk.tokens) for chunk in chunks) <= self.chunk_tokens
-
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        assert self.fits(chunks)
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks])
         self.calls.append(("prefill", [(c.row, c.start, len(c.tokens)) for c in chunks]))
         for row, start, tokens in chunks:
             assert start == self.lengths[row], "a chunk that does not go on where its row stopped"

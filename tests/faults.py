@@ -22,18 +22,23 @@ from granite_paged.pool import KVPool
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def _after_table_write(
-    spoil: Callable[[PageTable], None],
-) -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def after_table_write(spoil: Callable[[PageTable], None]) -> Iterator[None]:
     """Spoil the device's page table whenever it was written."""
-    write = PageTable.write
 
-    def spoiled(self: PageTable, *args: Tensor) -> None:
-        write(self, *args)
-        if self.physical.shape[1] > 2:
-            spoil(self)
+    def spoiling(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(self: PageTable, *args: Any) -> None:
+            change(self, *args)
+            if self.physical.shape[1] > 2:
+                spoil(self)
 
-    return mock.patch.object(PageTable, "write", spoiled)
+        return changed
+
+    with (
+        mock.patch.object(PageTable, "write", spoiling(PageTable.write)),
+        mock.patch.object(PageTable, "settle", spoiling(PageTable.settle)),
+    ):
+        yield
 
 
 def foreign_page() -> contextlib.AbstractContextManager[Any]:
@@ -42,7 +47,7 @@ def foreign_page() -> contextlib.AbstractContextManager[Any]:
     def spoil(table: PageTable) -> None:
         table.physical[0, 1] = table.physical[-1, 1]
 
-    return _after_table_write(spoil)
+    return after_table_write(spoil)
 
 
 def dropped_page() -> contextlib.AbstractContextManager[Any]:
@@ -51,7 +56,7 @@ def dropped_page() -> contextlib.AbstractContextManager[Any]:
     def spoil(table: PageTable) -> None:
         table.logical[table.physical[0, 1].long()] = NOBODY
 
-    return _after_table_write(spoil)
+    return after_table_write(spoil)
 
 
 def duplicated_page() -> contextlib.AbstractContextManager[Any]:
@@ -60,7 +65,7 @@ def duplicated_page() -> contextlib.AbstractContextManager[Any]:
     def spoil(table: PageTable) -> None:
         table.physical[0, 1] = table.physical[0, 0]
 
-    return _after_table_write(spoil)
+    return after_table_write(spoil)
 
 
 def crossed_values() -> contextlib.AbstractContextManager[Any]:

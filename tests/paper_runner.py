@@ -19,6 +19,7 @@ from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
 from granite_paged.engine.plan import MemoryPlan
+from granite_paged.engine.shapes import Shapes
 
 BLANK, POISON = None, -1
 
@@ -123,6 +124,7 @@ class PaperRunner:
         self.plan = MemoryPlan(0, rows=100 * (rows + 1), pages=0, workspace=0, logits=0, graphs=0)
         self.longest = (pages - 1) * page_size
         self.chunk_tokens, self.alignment = chunk_tokens, alignment
+        self.shapes = Shapes(chunk_tokens, captured=False)
         self.tokens = torch.zeros(rows + 1, dtype=torch.int64)
         self.nonfinite = torch.zeros(rows + 1, dtype=torch.bool)
         self.mismatches: list[str] = []
@@ -195,18 +197,15 @@ class PaperRunner:
 
     # -- computing ------------------------------------------------------------------------------
 
-    def fits(self, chunks: Sequence[Any]) -> bool:
-        return len(chunks) * max(len(chunk.tokens) for chunk in chunks) <= self.chunk_tokens
-
     def prefill(self, chunks: Sequence[Any]) -> Tensor:
         self._called("prefill", [chunk.row for chunk in chunks])
-        assert self.fits(chunks), "more than one call takes"
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), "more than one call takes"
         assert all(chunk.start % self.alignment == 0 for chunk in chunks), "a chunk out of line"
         return torch.stack([self._last(c.row, c.start, c.tokens) for c in chunks])
 
     def score(self, chunks: Sequence[Any], targets: Sequence[Sequence[int]]) -> PaperScores:
         self._called("score", [chunk.row for chunk in chunks])
-        assert self.fits(chunks), "more than one call takes"
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), "more than one call takes"
         rows = [self._all(c.row, c.start, c.tokens)[-len(c.tokens) :] for c in chunks]
         wanted = torch.tensor([target for each in targets for target in each])
         logits = torch.cat(rows)

@@ -299,9 +299,10 @@ def prefill_calls(runner: Runner, prompts: Sequence[Sequence[int]]) -> list[list
             if start >= len(prompt):
                 continue
             chunk = Chunk(row, start, prompt[start : start + piece])
-            if not runner.fits([chunk]):
+            if not runner.shapes.fits([len(chunk.tokens)]):
                 raise Unsupported(f"a chunk of {len(chunk.tokens)} tokens")
-            if not runner.fits([*calls[-1], chunk]):
+            lengths = [len(each.tokens) for each in (*calls[-1], chunk)]
+            if not runner.shapes.fits(lengths):
                 calls.append([])
             calls[-1].append(chunk)
         calls.append([])  # a sequence's next piece needs the one before

@@ -43,7 +43,7 @@ from granite_paged.engine.request import (
     Scoring,
     check_tokens,
 )
-from granite_paged.engine.runner import Chunk, Runner
+from granite_paged.engine.runner import Runner
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.step import Limits
@@ -68,10 +68,13 @@ Preemption = Literal["auto", "recompute", "swap"]
 PREFILL_TOKENS_A_SECOND = 1.6e5
 """granite-4.0-h-1b on an H200: 2,048 tokens in 12.7 ms (`golden/perf/nvidia-h200.json`)."""
 
-PROMPT_TOKENS_A_ROW = 12
-"""granite-4.0-h-1b on an H200 decodes 32 rows in 3.0 ms and computes 256 tokens of a prompt in 3.7,
-128 rows in 6.5 and 1,024 tokens in 7.3 (`golden/perf/nvidia-h200.json`): from 8 rows on, a step
-with prompts takes 2 to 2.7 times as long as one without."""
+LONGEST_STEP = 2.0
+"""Times a step's decodes. Tokens then come at most three times as far apart as usual: a step with
+prompts also decodes more rows than the usual one, and its calls have costs of their own."""
+
+LEAST_CHUNK = 256
+"""Tokens that are worth a call: what a prompt that could be cut anywhere, since its model has no
+Mamba layers, is cut into beside few rows. With Mamba layers it is their chunk, 256 for Granite."""
 
 HOST_BYTES_A_SECOND = 50e9
 """Pinned memory over PCIe 5.0 x16, one way."""
@@ -104,8 +107,8 @@ class Engine:
         runner: instead of one made for `model` and `config`.
         step_tokens: most tokens computed a step, decoded ones included; fewer make long prompts
             stall others less. None: every row's, and a whole chunk of prompts.
-        prompt_tokens_a_row: of prompts in a step, for each row that decodes in it, one chunk at
-            least: so a long prompt stalls nobody for much longer than a step takes. None: no such
+        longest_step: most that prompts may make of a step, times what its decodes alone take, one
+            short chunk always allowed: so a long prompt stalls nobody for long. `math.inf`: no such
             bound, for the most tokens a second.
         queue: sequences that may wait.
         state_bytes: memory for Mamba states that prompts share; 0 turns prefix sharing off.
@@ -124,7 +127,7 @@ class Engine:
         tokenizer: Any | None = None,
         runner: Runner | None = None,
         step_tokens: int | None = None,
-        prompt_tokens_a_row: int | None = PROMPT_TOKENS_A_ROW,
+        longest_step: float = LONGEST_STEP,
         queue: int = QUEUE,
         state_bytes: int = STATE_BYTES,
         swap_bytes: int = SWAP_BYTES,
@@ -147,7 +150,7 @@ class Engine:
             self.runner,
             self._allocator,
             self._prefix,
-            self._limits(step_tokens, prompt_tokens_a_row, queue, swap_bytes),
+            self._limits(step_tokens, longest_step, queue, swap_bytes),
             self._answers.failed,
         )
         self._answers.scheduler = self._scheduler
@@ -546,19 +549,23 @@ class Engine:
         return tokens
 
     def _limits(
-        self, step_tokens: int | None, prompt_tokens_a_row: int | None, queue: int, swap_bytes: int
+        self, step_tokens: int | None, longest_step: float, queue: int, swap_bytes: int
     ) -> Limits:
         runner = self.runner
+        stateful = bool(runner.geometry.mamba_layers)
+        alignment = runner.alignment if stateful else LEAST_CHUNK
         return Limits(
             rows=runner.rows,
             longest=runner.longest,
             step_tokens=step_tokens or runner.chunk_tokens + runner.rows,
-            prompt_tokens_a_row=prompt_tokens_a_row,
+            longest_step=longest_step,
             chunk_tokens=runner.chunk_tokens,
-            alignment=min(runner.alignment, runner.chunk_tokens),
+            alignment=min(alignment, runner.chunk_tokens),
             queue=queue,
             swap_bytes=swap_bytes,
-            fits=lambda lengths: runner.fits([Chunk(1, 0, range(n)) for n in lengths]),
+            fits=runner.shapes.fits,
+            prefill_cost=runner.shapes.prefill_cost,
+            decode_cost=runner.shapes.decode_cost,
             swap=self._swap_is_cheaper,
         )
 

@@ -18,7 +18,7 @@ from granite_paged.engine.runner import Chunk, Runner, Scores, scores_of
 from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import Part, Span, Step
-from granite_paged.engine.transfer import Fetch, upload
+from granite_paged.transfer import Fetch, upload
 
 
 @dataclass(slots=True)

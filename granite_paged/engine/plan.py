@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from granite_paged.cache import free_memory
+from granite_paged.engine.shapes import next_power_of_two
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.kernels import SCRATCH_NUMBERS, SCRATCH_TILES
@@ -133,7 +134,7 @@ def make_plan(
     """The plan for a runner of these sizes."""
     width = geometry.pages_for(sizes.longest)
     tables = 4 * ((sizes.rows + 1) * width + sizes.pages)
-    logits = max(most_rows(sizes.rows), SCORED_AT_ONCE)
+    logits = max(next_power_of_two(sizes.rows), SCORED_AT_ONCE)
     on_gpu = model.device.type == "cuda"
     return MemoryPlan(
         weights=weights_bytes(model),
@@ -143,11 +144,6 @@ def make_plan(
         logits=logits * model.config.vocab_size * model.dtype.itemsize,
         graphs=2 * _MATRIX_WORKSPACE + 4 * (SCRATCH_NUMBERS + SCRATCH_TILES) if on_gpu else 0,
     )
-
-
-def most_rows(rows: int) -> int:
-    """Rows of the largest decode step: a power of two."""
-    return int(1 << (rows - 1).bit_length())
 
 
 @contextmanager

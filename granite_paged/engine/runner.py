@@ -2,6 +2,7 @@
 
 A runner owns device memory and no policy: who owns which page is its caller's `PageAllocator`,
 which row a sequence has is its caller's too. Pages, rows and tables are allocated when it is made.
+What callers say of pages is gathered on the host, and crosses in one copy when a step needs it.
 
 ::
 
@@ -18,7 +19,7 @@ Rows are named by every step, so running sequences need not be moved to be dense
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
 from granite_paged.attention import DecodePlan, plan_for
-from granite_paged.cache import free_memory, to_device
+from granite_paged.cache import free_memory
 from granite_paged.engine.forms import PlainForms, Storage, why_not
 from granite_paged.engine.plan import (
     SCORED_AT_ONCE,
@@ -34,26 +35,16 @@ from granite_paged.engine.plan import (
     choose_sizes,
     make_plan,
     memory_refused,
-    most_rows,
 )
-from granite_paged.engine.program import NULL_ROW, Program
+from granite_paged.engine.program import NULL_ROW, Inputs, Program
+from granite_paged.engine.shapes import Batch, Shapes
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.kernels import warn_slow
 from granite_paged.mamba import MambaSizes, MambaState
-from granite_paged.page_table import PageTable
+from granite_paged.page_table import PageTable, PendingEntries
 from granite_paged.pool import KVPool
-
-SHORTEST_CHUNK = 32
-"""Least tokens a captured prefill computes for a chunk."""
-
-FEW_TOKENS, SHORT = 512, 128
-"""Chunks of up to `SHORT` tokens also have a graph for so many tokens together: what a question's
-answers need, or a few prompts that come at once."""
-
-STEP_TOKENS = 450
-"""Tokens that take as long as a prefill's launches and weights do: 128 tokens of granite-4.0-h-1b
-take 3.0 ms on an H200, 2,048 take 12.7 (`golden/perf/nvidia-h200.json`)."""
+from granite_paged.transfer import to_device
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of such things are done, and how many there are."""
@@ -109,6 +100,7 @@ class Runner:
         pages: of each pool, the null page included: a `PageAllocator`'s `pages`.
         longest: most tokens a sequence may hold.
         chunk_tokens: most tokens a prefill computes at once.
+        shapes: of its steps, and what they take.
         alignment: chunks that start at its multiples are computed as one long prompt is.
         plan: of memory.
         fallback: why steps run without kernels and graphs; empty where they do not.
@@ -124,6 +116,7 @@ class Runner:
         self.vocabulary = int(model.config.vocab_size)
         self.fallback = fallback
         self.chunk_tokens = config.chunk_tokens
+        self.shapes = Shapes(config.chunk_tokens, captured=not fallback)
         sizes = choose_sizes(model, config, geometry, free_memory(self.device))
         self.plan: MemoryPlan = make_plan(model, config, geometry, sizes)
         self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
@@ -131,6 +124,7 @@ class Runner:
         self.alignment = max((mixer.chunk_size for mixer in mixers.values()), default=1)
         with memory_refused(self.device, "the pools and rows"):
             self._storage = self._make_storage(mixers)
+        self._pending = PendingEntries()
         self.tokens = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.device)
         self._forms = _forms(model, self._storage, fallback, config)
         self._programs: dict[tuple[int, int, bool], Program] = {}
@@ -165,6 +159,7 @@ class Runner:
     @property
     def storage(self) -> Storage:
         """Page tables, pools and states, for tests and profilers."""
+        self._settle()
         return self._storage
 
     # -- steps ----------------------------------------------------------------------------------
@@ -181,12 +176,12 @@ class Runner:
         """
         parts = self._arranged(chunks)
         if len(parts) == 1:
-            return self._run_chunks(chunks, *parts[0]).logits[: len(chunks)]
+            return self._run_chunks(chunks, parts[0]).logits[: len(chunks)]
         logits = torch.empty(len(chunks), self.vocabulary, dtype=self.dtype, device=self.device)
-        for members, batch, length in parts:
-            done = self._run_chunks(chunks, members, batch, length)
-            (place,) = to_device(self.device, torch.tensor(members))
-            logits.index_copy_(0, place, done.logits[: len(members)])
+        for part in parts:
+            done = self._run_chunks(chunks, part)
+            (place,) = to_device(self.device, torch.tensor(part.members))
+            logits.index_copy_(0, place, done.logits[: len(part.members)])
         return logits
 
     def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> Scores:
@@ -202,15 +197,15 @@ class Runner:
         if [len(chunk.tokens) for chunk in chunks] != [len(each) for each in targets]:
             raise InvalidRequest("score needs one target for each token of each chunk")
         found: dict[int, Scores] = {}
-        for members, batch, length in self._arranged(chunks):
-            counts = [len(targets[member]) for member in members]
-            places = [place * length + i for place, n in enumerate(counts) for i in range(n)]
-            wanted = [target for member in members for target in targets[member]]
+        for part in self._arranged(chunks):
+            counts = [len(targets[member]) for member in part.members]
+            places = [place * part.length + i for place, n in enumerate(counts) for i in range(n)]
+            wanted = [target for member in part.members for target in targets[member]]
             at, after = to_device(self.device, torch.tensor(places), torch.tensor(wanted))
-            hidden = self._run_chunks(chunks, members, batch, length).hidden
+            hidden = self._run_chunks(chunks, part).hidden
             scores = self._scored(hidden.flatten(0, 1).index_select(0, at), after)
-            by_chunk = (torch.split(part, counts) for part in scores)
-            found.update(zip(members, map(Scores, *by_chunk), strict=True))
+            by_chunk = (torch.split(numbers, counts) for numbers in scores)
+            found.update(zip(part.members, map(Scores, *by_chunk), strict=True))
         in_order = [found[i] for i in range(len(chunks))]
         return Scores(*(torch.cat(parts) for parts in zip(*in_order, strict=True)))
 
@@ -230,22 +225,16 @@ class Runner:
             raise InvalidRequest(
                 f"positions are 0 to {self.longest - 1}, {min(positions)} to {max(positions)} given"
             )
-        batch = most_rows(len(rows)) if self._captures else len(rows)
-        program = self._program(batch, 1, decodes=True)
+        program = self._program(self.shapes.decode_batch(len(rows)), 1, decodes=True)
         inputs = program.padding()
         inputs.rows[: len(rows)] = rows
         inputs.positions[: len(rows), 0] = positions
-        program.run(inputs)
+        self._run(program, inputs)
         return program.logits[: len(rows)]
-
-    def fits(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether one call takes them."""
-        longest = max((len(chunk.tokens) for chunk in chunks), default=0)
-        return len(chunks) * self._length(longest) <= self.chunk_tokens
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile and capture every shape now; otherwise each waits for its first use."""
-        shapes = list(self._all_shapes())
+        shapes = list(self.shapes.all(self.rows))
         for done, (batch, length) in enumerate(shapes):
             if progress is not None:
                 what = "decode" if length == 1 else "prefill"
@@ -274,36 +263,31 @@ class Runner:
 
         Nothing is scrubbed: a pool holds finite numbers only, and what a mask leaves out weighs 0.
         """
-        rows, logical, physical, sources, targets = to_device(
-            self.device,
-            torch.tensor([row_of[write.sequence] for write in plan.writes]),
-            torch.tensor([write.logical_page for write in plan.writes]),
-            torch.tensor([write.physical_page for write in plan.writes]),
-            torch.tensor([copy.source for copy in plan.copies]),
-            torch.tensor([copy.target for copy in plan.copies]),
-        )
-        if plan.writes:
-            self._storage.table.write(rows, logical, physical)
+        for write in plan.writes:
+            self._pending.write(row_of[write.sequence], write.logical_page, write.physical_page)
         if plan.copies:
+            sources, targets = to_device(
+                self.device,
+                torch.tensor([copy.source for copy in plan.copies]),
+                torch.tensor([copy.target for copy in plan.copies]),
+            )
             for pool in self._storage.pools.values():
                 pool.copy_pages(sources, targets)
 
     def forget_pages(self, pages: Sequence[int]) -> None:
         """Pages that nobody holds any more: what `PageAllocator.release` returned."""
-        if pages:
-            (freed,) = to_device(self.device, torch.tensor(pages))
-            self._storage.table.forget(freed)
+        self._pending.forget(pages)
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         """The row's first logical pages become these."""
         self._check_rows([row])
-        (physical,) = to_device(self.device, torch.tensor(pages, dtype=torch.int64))
-        logical = torch.arange(len(pages), device=self.device)
-        self._storage.table.write(torch.full_like(logical, row), logical, physical)
+        for logical, physical in enumerate(pages):
+            self._pending.write(row, logical, physical)
 
     def fork_row(self, source: int, *targets: int) -> None:
         """Each target becomes a copy of the source: its pages' names, its states, its token."""
         self._check_rows([source, *targets])
+        self._settle()
         (index,) = to_device(self.device, torch.tensor(targets))
         for tensor in self._by_row():
             tensor[index] = tensor[source].clone()
@@ -314,6 +298,7 @@ class Runner:
         """Make rows as new, before they are given to other sequences."""
         if rows:
             self._check_rows(rows)
+            self._pending.drop_rows(rows)
             (index,) = to_device(self.device, torch.tensor(rows))
             for tensor in self._by_row():
                 tensor.index_fill_(0, index, 0)
@@ -366,6 +351,10 @@ class Runner:
             nonfinite=torch.zeros(rows, dtype=torch.uint8, device=device),
         )
 
+    def _settle(self) -> None:
+        """What follows reads the page table."""
+        self._storage.table.settle(self._pending)
+
     def _by_row(self) -> list[Tensor]:
         """Everything whose first dimension is the row, the null row first."""
         return [self._storage.table.physical, self._storage.nonfinite, self.tokens]
@@ -388,49 +377,15 @@ class Runner:
                 f"{self.longest} at most"
             )
 
-    def _length(self, tokens: int) -> int:
-        """The length that chunks of so many tokens are computed at."""
-        if not self._captures:
-            return tokens
-        return max(min(SHORTEST_CHUNK, self.chunk_tokens), most_rows(tokens))
-
-    def _arranged(self, chunks: Sequence[Chunk]) -> list[tuple[list[int], int, int]]:
-        """Shares chunks out over graphs: (which chunks, batch, length) of each.
-
-        Chunks of one length share graphs, of those batches that take the least time a chunk.
-        """
+    def _arranged(self, chunks: Sequence[Chunk]) -> list[Batch]:
+        """Share checked chunks out over steps."""
         self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
-        by_length: dict[int, list[int]] = {}
-        for place, chunk in enumerate(chunks):
+        for chunk in chunks:
             self._check_chunk(chunk)
-            by_length.setdefault(self._length(len(chunk.tokens)), []).append(place)
-        if not self._captures:
-            longest = max(by_length)
-            return [(list(range(len(chunks))), len(chunks), longest)]
-        arranged = []
-        for length, places in by_length.items():
-            while places:
-                batch = cheapest_batch(length, len(places), self.chunk_tokens)
-                arranged.append((places[:batch], batch, length))
-                del places[:batch]
-        return arranged
+        return self.shapes.arrange([len(chunk.tokens) for chunk in chunks])
 
-    def _all_shapes(self) -> Iterator[tuple[int, int]]:
-        """Those whose first token is soonest first."""
-        if not self._captures:
-            return
-        lengths = [self._length(1)]
-        while lengths[-1] < self.chunk_tokens:
-            lengths.append(2 * lengths[-1])
-        yield from ((1, length) for length in lengths)
-        yield from ((1 << i, 1) for i in range(most_rows(self.rows).bit_length()))
-        for length in lengths:
-            batches = prefill_batches(length, self.chunk_tokens)
-            yield from ((batch, length) for batch in batches if batch > 1)
-
-    def _run_chunks(
-        self, chunks: Sequence[Chunk], members: list[int], batch: int, length: int
-    ) -> Program:
+    def _run_chunks(self, chunks: Sequence[Chunk], arranged: Batch) -> Program:
+        members, batch, length = arranged
         program = self._program(batch, length)
         inputs = program.padding()
         for place, member in enumerate(members):
@@ -440,8 +395,12 @@ class Runner:
             inputs.positions[place, :count] = range(start, start + count)
             inputs.tokens[place, :count] = tokens
             inputs.last[place] = place * length + count - 1
-        program.run(inputs)
+        self._run(program, inputs)
         return program
+
+    def _run(self, program: Program, inputs: Inputs) -> None:
+        self._settle()
+        program.run(inputs)
 
     def _program(self, batch: int, length: int, *, decodes: bool = False) -> Program:
         shape = (batch, length, decodes)
@@ -487,25 +446,6 @@ def _forms(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> 
     from granite_paged.engine.kernel_forms import KernelForms  # needs Triton
 
     return KernelForms(model, storage, config.backend)
-
-
-def prefill_batches(length: int, chunk_tokens: int) -> list[int]:
-    """Batches that a captured prefill of so many tokens a row has graphs for, ascending."""
-    batches = {1}
-    if length <= SHORT:
-        batches.add(min(FEW_TOKENS, chunk_tokens) // length)
-    if length >= SHORT:
-        batches.add(chunk_tokens // length)
-    return sorted(batches - {0})
-
-
-def cheapest_batch(length: int, chunks: int, chunk_tokens: int) -> int:
-    """The batch that takes the least time a chunk, where so many of that length are to be run."""
-
-    def cost(batch: int) -> float:
-        return (STEP_TOKENS + batch * length) / min(batch, chunks)
-
-    return min(prefill_batches(length, chunk_tokens), key=cost)
 
 
 def _mixers(model: Any) -> dict[int, Any]:

@@ -22,6 +22,7 @@ Host only and without torch: what happens on the device is asked of a `Device`.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,21 +189,27 @@ class Scheduler:
         step = Step()
         decodes = self._decodes()
         step.decodes = calls(decodes, lambda job: job)
-        budget = self._prompt_tokens(len(decodes))
+        beside = self._time_beside(len(decodes))
+        budget = self._prompt_tokens(len(decodes), beside)
         budget -= self._plan_scores(step, budget)
         self._admit_waiting(step, budget)
-        while budget > 0 and (spans := self._spans(budget)):
-            budget -= sum(span.end - span.start for span in spans)
+        while budget > 0 and (spans := self._spans(budget, beside, first=not step.prefills)):
+            lengths = [span.end - span.start for span in spans]
+            budget -= sum(lengths)
+            beside -= self._limits.prefill_cost(lengths)
             step.prefills += calls(spans, lambda span: span.job)
         return step
 
-    def _prompt_tokens(self, decodes: int) -> int:
-        """Most tokens of prompts beside so many decoded ones."""
+    def _time_beside(self, decodes: int) -> float:
+        """What prompts may take beside so many decoded rows, in the unit of the limits' costs."""
+        limits = self._limits
+        return (limits.longest_step - 1) * limits.decode_cost(decodes) if decodes else math.inf
+
+    def _prompt_tokens(self, decodes: int, time: float) -> int:
+        """Most tokens of prompts and continuations beside so many decoded ones, in that time."""
         limits = self._limits
         most = min(limits.step_tokens - decodes, limits.chunk_tokens)
-        if decodes and limits.prompt_tokens_a_row is not None:
-            most = min(most, decodes * limits.prompt_tokens_a_row)
-        return max(most, limits.alignment)
+        return max(int(min(most, time)), limits.alignment)
 
     def prefilled(self, span: Span) -> list[Job]:
         """The prompt's last chunk was launched: fork its other samples. Returns who draws now."""
@@ -311,13 +318,21 @@ class Scheduler:
 
     # -- prompts --------------------------------------------------------------------------------
 
-    def _spans(self, budget: int) -> list[Span]:
-        """Chunks of one call, in order of rank. Their jobs go on as if it was made."""
+    def _spans(self, budget: int, time: float, *, first: bool) -> list[Span]:
+        """Chunks of one call, in order of rank. Their jobs go on as if it was made.
+
+        The step's first chunk is cut to what fits; whoever comes after it and does not fit waits
+        for the next step, whose first chunk may be longer.
+        """
         spans: list[Span] = []
         lengths: list[int] = []
         for job in sorted(self.prefilling, key=_rank):
             length = self._chunk(job, budget)
-            if length < 1 or not self._limits.fits([*lengths, length]):
+            if first and not spans:
+                length = self._cut(length, time)
+            elif not self._affords([*lengths, length], time):
+                break
+            if length < 1:
                 break
             lengths.append(length)
             end = job.stored + length
@@ -334,11 +349,17 @@ class Scheduler:
         most = min(budget, self._limits.chunk_tokens)
         ends = [end for end in job.cuts if end > job.stored]
         length = min([job.target, *ends]) - job.stored
-        if length > most:
-            length = most - most % self._limits.alignment
-        while length > self._limits.alignment and not self._limits.fits([length]):
-            length = (length // 2) - (length // 2) % self._limits.alignment
+        return length if length <= most else most - most % self._limits.alignment
+
+    def _cut(self, length: int, time: float) -> int:
+        """The most of a chunk that fits into one call and the time; `alignment` always does."""
+        while length > self._limits.alignment and not self._affords([length], time):
+            shorter = 1 << (length - 1).bit_length() - 1
+            length = max(shorter - shorter % self._limits.alignment, self._limits.alignment)
         return length
+
+    def _affords(self, lengths: Sequence[int], time: float) -> bool:
+        return self._limits.fits(lengths) and self._limits.prefill_cost(lengths) <= time
 
     def _prompt_done(self, job: Job) -> None:
         del self.prefilling[job]

@@ -61,25 +61,30 @@ class Limits:
         rows: jobs that may run.
         longest: most tokens of one sequence.
         step_tokens: tokens of a step, decoded ones included.
-        prompt_tokens_a_row: of prompts in a step, for each row that decodes in it, so that those
-            are not held up for long; at least one chunk. None: as many as a step takes.
+        longest_step: most that prompts may make of a step, times what its decodes alone take; a
+            chunk of `alignment` at least is computed. infinity: as many as a step takes.
         chunk_tokens: most tokens of one prefill or score call.
-        alignment: chunks start at multiples of it.
+        alignment: chunks are multiples of it, but for the last of a prompt.
         queue: jobs that may wait.
         swap_bytes: most host memory of preempted jobs.
         fits: whether one call takes chunks of these lengths.
+        prefill_cost: device time of a call for chunks of these lengths.
+        decode_cost: device time of a call that decodes so many rows, in the same unit: the time
+            that one more token of a prompt takes.
         swap: whether so many stored tokens are better copied to the host than computed again.
     """
 
     rows: int
     longest: int
     step_tokens: int
-    prompt_tokens_a_row: int | None
+    longest_step: float
     chunk_tokens: int
     alignment: int
     queue: int
     swap_bytes: int
     fits: Callable[[Sequence[int]], bool]
+    prefill_cost: Callable[[Sequence[int]], float]
+    decode_cost: Callable[[int], float]
     swap: Callable[[int], bool]
 
 

@@ -21,6 +21,7 @@ from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
 from granite_paged.bench.session import Plan, Session, first_steps, plan_of, run
+from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import InvalidRequest, Unsupported
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
@@ -158,7 +159,7 @@ def test_a_released_runner_is_closed(runner: Any) -> None:
 def test_a_runner_that_refuses_a_shape_is_closed(
     runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "fits", lambda self, chunks: False)
+    monkeypatch.setattr(runner, "shapes", Shapes(chunk_tokens=10, captured=False))
     with pytest.raises(Unsupported, match="a chunk of 20 tokens"):
         Paged(tiny_model(), CONFIG, 0).prepare("prefill", Shape(1, 20))
     assert runner.made[0].closed
@@ -171,7 +172,7 @@ def test_calls_hold_every_prompt_in_order_and_fit(lengths: list[int]) -> None:
         calls = prefill_calls(made, [list(range(length)) for length in lengths])
     tokens: dict[int, list[int]] = {row: [] for row in range(1, len(lengths) + 1)}
     for chunks in calls:
-        assert made.fits(chunks)
+        assert made.shapes.fits([len(chunk.tokens) for chunk in chunks])
         assert len({chunk.row for chunk in chunks}) == len(chunks)
         for row, start, part in chunks:
             assert start == len(tokens[row])

@@ -13,8 +13,8 @@ from granite_paged.allocator import PageAllocator
 from granite_paged.engine import launch
 from granite_paged.engine.prefix import PrefixCache
 from granite_paged.engine.request import Request, SamplingParams
-from granite_paged.engine.transfer import Fetch
 from granite_paged.errors import StepFailed
+from granite_paged.transfer import Fetch
 
 DEVICE = (
     "write_pages", "forget_pages", "fork_row", "clear_rows", "set_pages", "save_row", "load_row",

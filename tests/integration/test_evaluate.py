@@ -126,7 +126,7 @@ def duplicated_pages(table: PageTable) -> None:
 def test_a_wrong_page_table_lowers_recall_and_agreement(
     spoil: Any, embedded: LoadedModel, recall: Task
 ) -> None:
-    with faults._after_table_write(spoil):
+    with faults.after_table_write(spoil):
         paged, found = evaluate_recall(embedded, recall)
     assert paged.accuracy < 0.95
     assert len(found.differing) > 0.05 * found.questions

@@ -57,9 +57,10 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 def test_padding_of_a_prefill_leaves_no_trace(model: Any) -> None:
     exact, padded = kernels(model), kernels(model)
     expected = exact.prefill(PROMPTS)
+    chunks = padded.chunks(PROMPTS)
     program = larger(padded, 4, 32, decodes=False)
     inputs = program.padding()
-    for place, chunk in enumerate(padded.chunks(PROMPTS)):
+    for place, chunk in enumerate(chunks):
         inputs.rows[place] = chunk.row
         inputs.positions[place, : len(chunk.tokens)] = range(len(chunk.tokens))
         inputs.tokens[place, : len(chunk.tokens)] = chunk.tokens

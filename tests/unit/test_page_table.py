@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import CPU, Paged, make_geometry
 
 from granite_paged.allocator import NULL_PAGE, PageAllocator
-from granite_paged.page_table import NOBODY, PageTable
+from granite_paged.page_table import NOBODY, PageTable, PendingEntries
 
 
 def index(*values: int) -> torch.Tensor:
@@ -125,3 +127,42 @@ def test_a_page_at_two_places_of_a_row_is_refused() -> None:
     allocator._sequences[sequence].pages[1] = allocator._sequences[sequence].pages[0]
     with pytest.raises(AssertionError):
         allocator.check_valid()
+
+
+# -- entries that wait --------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_entries_gathered_and_set_at_once_are_as_if_set_one_by_one(data: st.DataObject) -> None:
+    rows, width, pages = 3, 4, 6
+    at_once, one_by_one = (PageTable(rows, width, pages, CPU) for _ in range(2))
+    pending = PendingEntries()
+    row, place, page = (st.integers(0, most - 1) for most in (rows, width, pages))
+    for _ in range(data.draw(st.integers(0, 12))):
+        match data.draw(st.sampled_from(["write", "forget", "new row", "settle"])):
+            case "write":
+                entry = data.draw(st.tuples(row, place, page))
+                pending.write(*entry)
+                one_by_one.write(*map(index, entry))
+            case "forget":
+                freed = data.draw(st.lists(page, unique=True))
+                pending.forget(freed)
+                one_by_one.forget(index(*freed))
+            case "new row":
+                cleared = data.draw(row)
+                pending.drop_rows([cleared])
+                at_once.physical[cleared] = one_by_one.physical[cleared] = NULL_PAGE
+            case "settle":
+                at_once.settle(pending)
+                assert not pending
+    at_once.settle(pending)
+    assert torch.equal(at_once.physical, one_by_one.physical)
+    assert torch.equal(at_once.logical, one_by_one.logical)
+
+
+def test_what_could_not_be_set_stays_pending() -> None:
+    table, pending = PageTable(1, 1, 3, CPU), PendingEntries()
+    pending.write(0, 0, 7)
+    with pytest.raises(IndexError):
+        table.settle(pending)
+    assert pending

@@ -12,6 +12,7 @@ from paper_runner import HashOracle, PaperRunner
 
 from granite_paged.engine import scheduler
 from granite_paged.engine.request import Request, SamplingParams, State
+from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import QueueFull, RequestTooLarge
 
 STEP_SECONDS = 0.3e-3
@@ -86,25 +87,48 @@ def test_a_step_keeps_to_its_tokens() -> None:
         before = desk.runner.computed
 
 
-@pytest.mark.parametrize(
-    ("running", "a_row", "most"), [(1, 5, 8), (1, 12, 8), (3, 12, 32), (3, None, 64)]
-)
+@pytest.mark.parametrize(("time", "most"), [(0, 8), (470, 16), (500, 32), (520, 64)])
 def test_prompts_beside_rows_that_decode_are_cut_to_what_those_can_bear(
-    running: int, a_row: int | None, most: int
+    time: float, most: int
 ) -> None:
-    """In whole chunks, here of 8, and one at least."""
-    desk = office({"prompt_tokens_a_row": a_row}, pages=200, rows=8, chunk_tokens=64)
-    for number in range(running):
+    """To a power of two of tokens, and 8 at least. A prompt's call takes as long as 450 tokens
+    beside its own."""
+    rows = 3
+    longest = 1 + time / Shapes(64, captured=False).decode_cost(rows)
+    desk = office({"longest_step": longest}, pages=200, rows=8, chunk_tokens=64)
+    for number in range(rows):
         ask(desk, [number], new=40)
     desk.step()
-    assert desk.runner.computed == running, "nobody decodes yet: as many as there are"
+    assert desk.runner.computed == rows, "nobody decodes yet: as many as there are"
     ask(desk, list(range(90)) * 2, new=1)
     largest = 0
     for _ in range(3):
         before = desk.runner.computed
         desk.step()
-        largest = max(largest, desk.runner.computed - before - running)
+        largest = max(largest, desk.runner.computed - before - rows)
     assert largest == most
+
+
+def test_a_prompt_that_could_be_cut_anywhere_is_not_cut_to_pieces() -> None:
+    desk = office(pages=200, rows=8, chunk_tokens=64, stateful=False, alignment=1)
+    ask(desk, [1], new=40)
+    desk.step()
+    long = ask(desk, list(range(90)) * 2, new=1)
+    desk.step()
+    assert long.jobs[0].stored == 64
+
+
+def test_who_comes_second_and_does_not_fit_waits_instead_of_being_cut() -> None:
+    desk = office({"longest_step": 3.0}, pages=200, rows=8, chunk_tokens=64)
+    for number in range(3):
+        ask(desk, [number], new=40)
+    desk.step()
+    first, second = ask(desk, [1] * 20, new=9), ask(desk, [2] * 60, new=9)
+    desk.step()
+    assert states(first, second) == [State.DECODE, State.PREFILL]
+    assert second.jobs[0].stored == 0
+    desk.step()
+    assert states(second) == [State.DECODE], "whole"
 
 
 # -- pages --------------------------------------------------------------------------------------

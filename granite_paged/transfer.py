@@ -16,6 +16,14 @@ def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> 
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
+    """Move 1-D integer tensors to the device in one copy."""
+    packed = torch.cat([part.long() for part in parts])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return list(torch.split(packed.to(device, non_blocking=True), [len(part) for part in parts]))
+
+
 class Fetch:
     """Tensors on their way to the host; `read` waits until they are there."""
 
