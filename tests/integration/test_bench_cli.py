@@ -258,6 +258,7 @@ def judged(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(gate, "refuse_where_blind", lambda session: None)
     monkeypatch.setattr(Session, "measure", measure)
+    monkeypatch.setattr(Session, "floor", lambda self, case, shape: 0.1)
     return run(["gate", "--device", "cpu", "--records", str(records), *options])
 
 
@@ -292,6 +293,7 @@ def recorded(folder: Path, model: str, ratio: float) -> None:
             "batch": batch,
             "context": context,
             "latency_ms": {"median": ms},
+            "floor_ms": 10.0,
             "peak_bytes": 9 * 10**8,
         }
         for case, batch, context in (("decode", 8, 512), ("context", 1, 512))
@@ -302,13 +304,13 @@ def recorded(folder: Path, model: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize(("ratio", "status"), [(0.5, OK), (0.45, FAILED)])
-def test_the_gate_holds_the_ratio_against_the_record(
+def test_the_gate_holds_time_over_the_floor_against_the_record(
     ratio: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     recorded(tmp_path, "tiny-recall", ratio)
     assert judged(monkeypatch, tmp_path) == status
     shown = capsys.readouterr().out
-    assert shown.count("ratio as recorded") == 2
+    assert shown.count("time as recorded") == 2
     assert "perf_record" not in shown
 
 
