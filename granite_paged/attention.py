@@ -36,8 +36,6 @@ from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
 
 _T = TypeVar("_T")
 
-Combine = Callable[[Tensor, Tensor, int], Tensor]
-
 SMALLEST_KERNEL_BLOCK = 16
 """Triton's matrix product needs 16 on every side: tokens of a page, elements of a head."""
 
@@ -240,9 +238,11 @@ def split_attention(
     *,
     scale: float,
     plan: DecodePlan,
-    combine: Combine | None = None,
 ) -> Tensor:
     """One token a row over its own pages, in `plan.splits` parts that are then combined.
+
+    Two kernels, FlexAttention's and one for what comes after it; before it, queries of several rows
+    are copied to their parts.
 
     Args:
         query: [B, Hq, D].
@@ -250,35 +250,27 @@ def split_attention(
         mask: of `split_block_mask`, for B * splits rows.
         scale: factor on the scores.
         plan: of `decode_plan`.
-        combine: a kernel that does what `combined` does, or None for that.
 
     Returns:
         [B, Hq, D]; zeros for padding.
     """
-    parts, logsumexp = _call_compiled(_attend_parts, query, keys, values, mask, scale, plan)
-    if plan.splits == 1:
-        return parts.reshape(query.shape)
-    return (combine or combined)(parts, logsumexp, plan.splits)
+    return _call_compiled(_attend_split, query, keys, values, mask, scale, plan)
 
 
-def _attend_parts(
+def _attend_split(
     query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float, plan: DecodePlan
-) -> tuple[Tensor, Tensor]:
-    """Each part for itself: [B * splits, Hkv, G, D] and log-sum-exp [B * splits, Hkv, G]."""
+) -> Tensor:
     batch, _, head_dim = query.shape
     by_group = query.view(batch, 1, keys.shape[1], -1, head_dim)  # [B, 1, Hkv, G, D]
     parts = by_group.expand(-1, plan.splits, -1, -1, -1).reshape(-1, *by_group.shape[2:])
-    out, aux = flex_attention(
-        parts,
-        keys,
-        values,
-        block_mask=mask,
-        scale=scale,
-        return_aux=AuxRequest(lse=True),
-        kernel_options=plan.options(beyond_32_bits=keys.numel() >= 2**31),
+    options = plan.options(beyond_32_bits=keys.numel() >= 2**31)
+    attend = functools.partial(
+        flex_attention, parts, keys, values, block_mask=mask, scale=scale, kernel_options=options
     )
-    assert aux.lse is not None
-    return out, aux.lse
+    if plan.splits == 1:
+        return attend().reshape(query.shape)
+    out, aux = attend(return_aux=AuxRequest(lse=True))
+    return combined(out, aux.lse, plan.splits)
 
 
 def combined(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
@@ -292,8 +284,10 @@ def combined(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
     Returns:
         [B, Hq, D] in parts' dtype; zeros where no part has pages.
     """
-    by_part = parts.reshape(-1, splits, logsumexp[0].numel(), parts.shape[-1]).float()
-    shares = logsumexp.reshape(*by_part.shape[:-1], 1)
+    rows, kv_heads, group, head_dim = parts.shape
+    by_part = parts.reshape(rows // splits, splits, kv_heads * group, head_dim).float()
+    # as wide as the parts: Inductor makes one kernel of reductions over the same elements
+    shares = logsumexp.reshape(*by_part.shape[:-1], 1).expand(by_part.shape)
     highest = shares.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weight = (shares - highest).exp()
     total = weight.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)

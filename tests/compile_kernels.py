@@ -81,7 +81,6 @@ def compile_all() -> None:
     pages.write_pages(key, key, pool, rows, newest[:, None], table, bad, 128)
     counts, listed = torch.zeros(2 * 33, dtype=torch.int32), torch.zeros(66, 9, dtype=torch.int32)
     pages.split_pages(rows, newest, table, (counts, listed, counts, listed), 33, 128)
-    pages.combine_parts(random(66, 4, 3, 128), torch.zeros(66, 4, 3), 33)
     pointwise.rms_norm(key, norm[:512], 1e-5)
     pointwise.silu_mul(random(2, 8192))
 

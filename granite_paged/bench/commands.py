@@ -624,6 +624,7 @@ def _kernel_table(found: Profile) -> Table:
 def _profile_first_shapes(session: Session, plan: Plan, folder: Path) -> None:
     """A trace for the first shape of each case with steps, in each mode; one table of kernels."""
     from granite_paged.bench.report import format_table, write_text
+    from granite_paged.bench.results import writable_folder
     from granite_paged.bench.session import first_steps
 
     lines = []
@@ -633,4 +634,4 @@ def _profile_first_shapes(session: Session, plan: Plan, folder: Path) -> None:
             cost = (kernel.kind, kernel.name, str(kernel.calls), f"{kernel.microseconds:.1f}")
             lines.append((f"{case.name}, {mode}", *cost))
     header = ("case", "kind", "kernel", "calls", "µs a step")
-    write_text(folder / "kernels.md", format_table(header, lines))
+    write_text(writable_folder(folder) / "kernels.md", format_table(header, lines))

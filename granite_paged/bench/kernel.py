@@ -110,12 +110,8 @@ class KernelCase:
         return [self._split_call(plan, pool, mask) for pool in pools]
 
     def _split_call(self, plan: DecodePlan, pool: Pools, mask: BlockMask) -> Callable[[], Tensor]:
-        from granite_paged.kernels.pages import combine_parts
-
         query, scale = self._query[:, :, 0], self._scale
-        return functools.partial(
-            split_attention, query, *pool, mask, scale=scale, plan=plan, combine=combine_parts
-        )
+        return functools.partial(split_attention, query, *pool, mask, scale=scale, plan=plan)
 
     def copies(self, count: int) -> list[Pools]:
         """K and V over again, so many times, each in memory of its own."""

@@ -25,7 +25,7 @@ from granite_paged.bench.results import writable_folder
 from granite_paged.errors import InvalidRequest
 
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
-    ("attention", r"^_(write_pages|split_pages|combine_parts)$"),
+    ("attention", r"^_(write_pages|split_pages)$"),
     ("mamba", r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs)$"),
     ("matmul", r"^_(few_rows|one_row)$"),
     ("attention", r"flex|attention|flash|fmha|sdpa|_attn|(?<!log)_softmax|modindex"),

@@ -258,9 +258,15 @@ class Session:
     ) -> Profile:
         """Profile a step of one shape and mode; see `profile_step`."""
         name = name or f"{kind}-{mode}-{shape.batch}x{shape.context}"
-        prepared = make_mode(mode, self.model, self.config, self.seed).prepare(kind, shape)
+        prepared = self._prepared(kind, shape, mode)
         with released({mode: prepared}, self.clock.device):
             return profile_step(prepared, self.model, self.clock, folder, name, memory=memory)
+
+    def _prepared(self, kind: Kind, shape: Shape, mode: str) -> Prepared:
+        if kind != "kernel":
+            return make_mode(mode, self.model, self.config, self.seed).prepare(kind, shape)
+        kernels = KernelCase(self.model, self.config, shape, self.seed, self.clock.device)
+        return Prepared(torch.inference_mode()(kernels.paged))
 
 
 # -- a whole run --------------------------------------------------------------------------------
@@ -322,10 +328,10 @@ def run(
 
 
 def first_steps(plan: Plan) -> Iterator[tuple[Case, Shape, str]]:
-    """The first shape of each case that has steps of a model, with each mode that can run it."""
+    """The first shape of each case that has steps to repeat, with each mode that can run it."""
     seen: set[str] = set()
     for case, shape in plan.shapes:
-        if case.kind in ("prefill", "decode") and case.name not in seen:
+        if case.kind in ("prefill", "decode", "kernel") and case.name not in seen:
             seen.add(case.name)
             yield from ((case, shape, mode) for mode in case.modes if mode in plan.modes)
 

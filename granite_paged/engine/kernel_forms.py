@@ -247,7 +247,6 @@ class KernelForms(PlainForms):
                 step.block_mask,
                 scale=scale,
                 plan=step.plan,
-                combine=pages.combine_parts,
             )
             return out.view(query.shape)
         heads = by_head(query.view(*step.positions.shape, -1), attention.head_dim)

@@ -1,14 +1,10 @@
-"""New K and V into pages; which pages each part of a decode step's attention reads; the parts put
-together again.
-"""
+"""New K and V into pages; which pages each part of a decode step's attention reads."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from granite_paged.kernels.linear import early, wait
 
 
 @triton.jit
@@ -127,36 +123,3 @@ def split_pages(
         splits, page_size, table.shape[1], wide, W=min(256, triton.next_power_of_2(wide)),
         num_warps=1,
     )  # fmt: skip
-
-
-@triton.jit
-def _combine_parts(
-    parts_ptr, logsumexp_ptr, out_ptr, splits, head_dim,
-    EARLY: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    batch, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    part, d = tl.arange(0, S), tl.arange(0, D)
-    part_there, d_there = part < splits, d < head_dim
-    at = (batch.to(tl.int64) * splits + part) * heads + head
-    wait(EARLY)
-    logsumexp = tl.load(logsumexp_ptr + at, mask=part_there, other=float("-inf"))
-    weight = tl.exp(logsumexp - tl.maximum(tl.max(logsumexp, axis=0), -3.0e38))
-    there = part_there[:, None] & d_there[None, :]
-    parts = tl.load(parts_ptr + at[:, None] * head_dim + d[None, :], mask=there, other=0.0)
-    total = tl.maximum(tl.sum(weight, axis=0), 1.0e-30)
-    out = tl.sum(parts.to(tl.float32) * weight[:, None], axis=0) / total
-    place = (batch.to(tl.int64) * heads + head) * head_dim + d
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=d_there)
-
-
-def combine_parts(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
-    """`granite_paged.attention.combined` in one kernel."""
-    heads, head_dim = logsumexp[0].numel(), parts.shape[-1]
-    batch = len(parts) // splits
-    out = parts.new_empty(batch, heads, head_dim)
-    _combine_parts[(batch, heads)](
-        parts.contiguous(), logsumexp.contiguous(), out, splits, head_dim,
-        S=triton.next_power_of_2(splits), D=triton.next_power_of_2(head_dim), num_warps=4,
-        **early(parts.device),
-    )  # fmt: skip
-    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -9,8 +10,14 @@ import pytest
 import torch
 from paged_case import PagedCase
 from tolerance import SDPA_RATIO
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
+from granite_paged.bench.cases import Shape
+from granite_paged.bench.kernel import KernelCase
 from granite_paged.errors import GeometryError
+from granite_paged.geometry import PagedConfig
+from granite_paged.models import geometry_config
 
 HALF = torch.bfloat16
 RAGGED = (700, 1, 257, 130)
@@ -53,6 +60,25 @@ def test_a_pool_beyond_32_bit_offsets_is_read_and_written_right(queries: int) ->
     assert case.keys.numel() > 2**31
     ours, sdpa = case.errors()
     assert ours <= SDPA_RATIO * sdpa
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "kernels"), [(1, 4096, 2), (8, 4096, 3), (32, 4096, 2)]
+)
+def test_a_decode_step_attends_in_as_few_kernels_as_it_can(
+    batch: int, context: int, kernels: int
+) -> None:
+    """FlexAttention's, and one for what comes after it; before it, several rows' queries are copied
+    to their parts."""
+    shape = SimpleNamespace(config=geometry_config("granite-4.0-h-1b"), dtype=HALF)
+    case = KernelCase(shape, PagedConfig(), Shape(batch, context), 0, torch.device("cuda"))
+    with torch.inference_mode():
+        case.paged()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            case.paged()
+            torch.cuda.synchronize()
+    launched = [e.name for e in recorded.events() if e.device_type == DeviceType.CUDA]
+    assert len(launched) == kernels, launched
 
 
 def test_foreign_and_free_pages_full_of_nan_reach_no_output() -> None:

@@ -155,6 +155,18 @@ def test_bench_profiles_the_first_shape_of_each_case(tmp_path: Path) -> None:
     assert "| batch, default | mamba |" in (folder / "kernels.md").read_text()
 
 
+def test_bench_profiles_attention_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "profiles"
+    assert bench("--case", "kernel", "--profile", str(folder)) == OK
+    assert {path.name for path in folder.iterdir()} == {"kernel-paged.trace.json", "kernels.md"}
+
+
+def test_bench_without_steps_to_profile_says_so_in_an_empty_table(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "profiles"
+    assert bench("--case", "memory", "--budget", "0", "--profile", str(folder)) == OK
+    assert len((folder / "kernels.md").read_text().splitlines()) == 2
+
+
 # -- cold start ---------------------------------------------------------------------------------
 
 

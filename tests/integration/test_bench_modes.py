@@ -303,4 +303,5 @@ def test_first_steps_are_one_shape_a_case_in_every_mode() -> None:
         ("decode", (1, 64), "paged"),
         ("batch", (1, 64), "default"),
         ("batch", (1, 64), "paged"),
+        ("kernel", (1, 128), "paged"),
     ]

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.attention import (
     DecodePlan,
-    _attend_parts,
+    _attend_split,
     bucket,
     combined,
     decode_plan,
@@ -341,8 +341,8 @@ def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
         slots=total * page_size,
     )
     plan = DecodePlan(splits=splits, block=page_size, warps=4, stages=3)
-    run = torch.compile(_attend_parts, backend="eager", fullgraph=True, dynamic=False)
-    out = combined(*run(query, keys, values, mask, 0.25, plan), splits)
+    run = torch.compile(_attend_split, backend="eager", fullgraph=True, dynamic=False)
+    out = run(query, keys, values, mask, 0.25, plan)
     for place, (row, n) in enumerate(zip(rows.tolist(), lengths, strict=True)):
         if n == 0:
             assert not out[place].any()
@@ -352,3 +352,21 @@ def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
             query[place][:, None], keys[0][:, slots], values[0][:, slots], n - 1, 0.25
         )
         assert relative_error(out[place], exact[:, 0]) <= 1e-6
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 33])
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_parts_are_combined_as_the_formula_does(splits: int, head_dim: int) -> None:
+    torch.manual_seed(splits)
+    parts = torch.randn(3 * splits, 2, 3, head_dim)
+    logsumexp = 200 * torch.randn(3 * splits, 2, 3)
+    logsumexp[:splits] = -torch.inf  # padding has no pages
+    if splits > 1:
+        logsumexp[splits + 1] = -torch.inf
+    parts[logsumexp == -torch.inf] = 0
+    shares = logsumexp.view(3, splits, 6, 1).double().softmax(dim=1).nan_to_num(0.0)
+    expected = (parts.view(3, splits, 6, head_dim).double() * shares).sum(dim=1)
+    actual = combined(parts, logsumexp, splits)
+    assert actual.shape == (3, 6, head_dim)
+    assert not actual[0].any()
+    assert relative_error(actual, expected) <= 1e-6

@@ -32,7 +32,7 @@ from granite_paged.errors import InvalidRequest
 
 NAMES = {
     "_write_pages": "attention",
-    "_combine_parts": "attention",
+    "triton_per_fused_amax_exp_flex_attention_mul_sum_view_1": "attention",
     "_step": "mamba",
     "_pass_on": "mamba",
     "_few_rows": "matmul",

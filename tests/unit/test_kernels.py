@@ -19,7 +19,7 @@ from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, mix
 pytest.importorskip("triton")
 
 from granite_paged import kernels
-from granite_paged.attention import combined, resolve_backend
+from granite_paged.attention import resolve_backend
 from granite_paged.kernels import linear as few_rows
 from granite_paged.kernels import mamba, pages, pointwise
 
@@ -180,27 +180,6 @@ def test_the_gate_is_the_formula() -> None:
     x = torch.randn(4, 2 * 75, device=DEVICE)
     expected = silu(x[:, :75]) * x[:, 75:]
     assert error(pointwise.silu_mul(x), expected) <= FLOAT32
-
-
-# -- pages --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("splits", [2, 3, 33])
-@pytest.mark.parametrize("head_dim", [16, 24])
-def test_parts_are_combined_as_the_formula_does(splits: int, head_dim: int) -> None:
-    torch.manual_seed(splits)
-    parts = torch.randn(3 * splits, 2, 3, head_dim, device=DEVICE)
-    logsumexp = 200 * torch.randn(3 * splits, 2, 3, device=DEVICE)
-    logsumexp[:splits] = -torch.inf  # padding has no pages
-    logsumexp[splits + 1] = -torch.inf
-    parts[logsumexp == -torch.inf] = 0
-    shares = logsumexp.view(3, splits, 6, 1).double().softmax(dim=1).nan_to_num(0.0)
-    expected = (parts.view(3, splits, 6, head_dim).double() * shares).sum(dim=1)
-    for combine in (combined, pages.combine_parts):
-        actual = combine(parts, logsumexp, splits)
-        assert actual.shape == (3, 6, head_dim)
-        assert not actual[0].any()
-        assert error(actual.double(), expected) <= FLOAT32
 
 
 # -- Mamba --------------------------------------------------------------------------------------
