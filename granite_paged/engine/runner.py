@@ -116,12 +116,12 @@ class Runner:
         self.vocabulary = int(model.config.vocab_size)
         self.fallback = fallback
         self.chunk_tokens = config.chunk_tokens
-        self.shapes = Shapes(config.chunk_tokens, captured=not fallback)
         sizes = choose_sizes(model, config, geometry, free_memory(self.device))
         self.plan: MemoryPlan = make_plan(model, config, geometry, sizes)
         self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
         mixers = _mixers(model)
         self.alignment = max((mixer.chunk_size for mixer in mixers.values()), default=1)
+        self.shapes = Shapes(config.chunk_tokens, captured=not fallback, alignment=self.alignment)
         with memory_refused(self.device, "the pools and rows"):
             self._storage = self._make_storage(mixers)
         self._pending = PendingEntries()
@@ -174,14 +174,22 @@ class Runner:
             InvalidRequest: for a chunk that is too long, or a row or position that is not there.
             PromptError: for an empty chunk.
         """
-        parts = self._arranged(chunks)
-        if len(parts) == 1:
-            return self._run_chunks(chunks, parts[0]).logits[: len(chunks)]
+        aligned = all(chunk.start % self.alignment == 0 for chunk in chunks)
+        steps = self._arranged(chunks, cut=aligned)
+        if len(steps) == 1:
+            return self._run_chunks(chunks, steps[0]).logits[: len(chunks)]
         logits = torch.empty(len(chunks), self.vocabulary, dtype=self.dtype, device=self.device)
-        for part in parts:
-            done = self._run_chunks(chunks, part)
-            (place,) = to_device(self.device, torch.tensor(part.members))
-            logits.index_copy_(0, place, done.logits[: len(part.members)])
+        for step in steps:
+            done = self._run_chunks(chunks, step)
+            ended = {
+                piece.chunk: place
+                for place, piece in enumerate(step.pieces)
+                if piece.end == len(chunks[piece.chunk].tokens)
+            }
+            if ended:
+                which, places = map(torch.tensor, (list(ended), list(ended.values())))
+                to, source = to_device(self.device, which, places)
+                logits.index_copy_(0, to, done.logits.index_select(0, source))
         return logits
 
     def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> Scores:
@@ -197,15 +205,16 @@ class Runner:
         if [len(chunk.tokens) for chunk in chunks] != [len(each) for each in targets]:
             raise InvalidRequest("score needs one target for each token of each chunk")
         found: dict[int, Scores] = {}
-        for part in self._arranged(chunks):
-            counts = [len(targets[member]) for member in part.members]
-            places = [place * part.length + i for place, n in enumerate(counts) for i in range(n)]
-            wanted = [target for member in part.members for target in targets[member]]
+        for step in self._arranged(chunks, cut=False):
+            members = [piece.chunk for piece in step.pieces]
+            counts = [len(targets[member]) for member in members]
+            places = [place * step.length + i for place, n in enumerate(counts) for i in range(n)]
+            wanted = [target for member in members for target in targets[member]]
             at, after = to_device(self.device, torch.tensor(places), torch.tensor(wanted))
-            hidden = self._run_chunks(chunks, part).hidden
+            hidden = self._run_chunks(chunks, step).hidden
             scores = self._scored(hidden.flatten(0, 1).index_select(0, at), after)
-            by_chunk = (torch.split(numbers, counts) for numbers in scores)
-            found.update(zip(part.members, map(Scores, *by_chunk), strict=True))
+            by_chunk = (torch.split(part, counts) for part in scores)
+            found.update(zip(members, map(Scores, *by_chunk), strict=True))
         in_order = [found[i] for i in range(len(chunks))]
         return Scores(*(torch.cat(parts) for parts in zip(*in_order, strict=True)))
 
@@ -232,9 +241,12 @@ class Runner:
         self._run(program, inputs)
         return program.logits[: len(rows)]
 
-    def warm_up(self, progress: Progress | None = None) -> None:
-        """Compile and capture every shape now; otherwise each waits for its first use."""
-        shapes = list(self.shapes.all(self.rows))
+    def warm_up(self, progress: Progress | None = None, *, decodes: bool = True) -> None:
+        """Compile and capture every shape now; otherwise each waits for its first use.
+
+        decodes: those of decode steps as well; scoring needs none.
+        """
+        shapes = [shape for shape in self.shapes.all(self.rows) if decodes or shape[1] > 1]
         for done, (batch, length) in enumerate(shapes):
             if progress is not None:
                 what = "decode" if length == 1 else "prefill"
@@ -377,24 +389,23 @@ class Runner:
                 f"{self.longest} at most"
             )
 
-    def _arranged(self, chunks: Sequence[Chunk]) -> list[Batch]:
+    def _arranged(self, chunks: Sequence[Chunk], *, cut: bool) -> list[Batch]:
         """Share checked chunks out over steps."""
         self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
         for chunk in chunks:
             self._check_chunk(chunk)
-        return self.shapes.arrange([len(chunk.tokens) for chunk in chunks])
+        return self.shapes.arrange([len(chunk.tokens) for chunk in chunks], cut=cut)
 
-    def _run_chunks(self, chunks: Sequence[Chunk], arranged: Batch) -> Program:
-        members, batch, length = arranged
-        program = self._program(batch, length)
+    def _run_chunks(self, chunks: Sequence[Chunk], step: Batch) -> Program:
+        program = self._program(step.batch, step.length)
         inputs = program.padding()
-        for place, member in enumerate(members):
-            row, start, tokens = chunks[member]
-            count = len(tokens)
+        for place, piece in enumerate(step.pieces):
+            row, start, tokens = chunks[piece.chunk]
+            count = piece.end - piece.start
             inputs.rows[place] = row
-            inputs.positions[place, :count] = range(start, start + count)
-            inputs.tokens[place, :count] = tokens
-            inputs.last[place] = place * length + count - 1
+            inputs.positions[place, :count] = range(start + piece.start, start + piece.end)
+            inputs.tokens[place, :count] = tokens[piece.start : piece.end]
+            inputs.last[place] = place * step.length + count - 1
         self._run(program, inputs)
         return program
 

@@ -196,7 +196,7 @@ class Scheduler:
         while budget > 0 and (spans := self._spans(budget, beside, first=not step.prefills)):
             lengths = [span.end - span.start for span in spans]
             budget -= sum(lengths)
-            beside -= self._limits.prefill_cost(lengths)
+            beside -= self._limits.prefill_cost(lengths) if beside < math.inf else 0
             step.prefills += calls(spans, lambda span: span.job)
         return step
 
@@ -207,9 +207,8 @@ class Scheduler:
 
     def _prompt_tokens(self, decodes: int, time: float) -> int:
         """Most tokens of prompts and continuations beside so many decoded ones, in that time."""
-        limits = self._limits
-        most = min(limits.step_tokens - decodes, limits.chunk_tokens)
-        return max(int(min(most, time)), limits.alignment)
+        most = min(self._limits.step_tokens - decodes, time)
+        return max(int(most), self._limits.alignment)
 
     def prefilled(self, span: Span) -> list[Job]:
         """The prompt's last chunk was launched: fork its other samples. Returns who draws now."""
@@ -359,7 +358,8 @@ class Scheduler:
         return length
 
     def _affords(self, lengths: Sequence[int], time: float) -> bool:
-        return self._limits.fits(lengths) and self._limits.prefill_cost(lengths) <= time
+        in_time = time == math.inf or self._limits.prefill_cost(lengths) <= time
+        return in_time and self._limits.fits(lengths)
 
     def _prompt_done(self, job: Job) -> None:
         del self.prefilling[job]

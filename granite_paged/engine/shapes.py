@@ -2,7 +2,8 @@
 
 A captured step has a fixed shape, and every shape is a CUDA graph to compile and to keep. So there
 are few: a decode step for each power of two of rows, and a prefill for each power of two of tokens,
-alone and in one batch or two. Chunks are computed at the next larger shape.
+alone and in one batch or two. Chunks are computed at the next larger shape, or, where that takes
+less time, in pieces one after the other: 300 tokens as 256 and 44.
 
 ::
 
@@ -16,6 +17,7 @@ Costs are times in a unit of the device: what one more token of a long prompt ta
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,24 +38,35 @@ DECODE_TOKENS, DECODE_TOKENS_A_ROW = 290, 7.7
 rows 6.4."""
 
 
-class Batch(NamedTuple):
-    """Chunks that one step computes: their places among those given, and the step's shape."""
+class Piece(NamedTuple):
+    """Tokens `start` to `end` of a chunk, which is named by its place among those given."""
 
-    members: list[int]
+    chunk: int
+    start: int
+    end: int
+
+
+class Batch(NamedTuple):
+    """Pieces that one step computes, of different chunks, and the step's shape."""
+
+    pieces: list[Piece]
     batch: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Of a runner that takes so many tokens in one prefill.
+    """Of a runner.
 
     Attributes:
+        chunk_tokens: most tokens of a chunk, and of a step.
         captured: whether steps are graphs. If not, a step has the shape of what it is given.
+        alignment: a chunk may be cut at multiples of it, where it starts at one.
     """
 
     chunk_tokens: int
     captured: bool
+    alignment: int = 1
 
     def decode_batch(self, rows: int) -> int:
         """Rows that a decode step for so many computes."""
@@ -66,28 +79,74 @@ class Shapes:
         return max(min(SHORTEST_CHUNK, self.chunk_tokens), next_power_of_two(tokens))
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether one call takes chunks of these lengths."""
-        if self.captured:
-            return sum(map(self.length, lengths)) <= self.chunk_tokens
-        return len(lengths) * max(lengths, default=0) <= self.chunk_tokens
-
-    def arrange(self, lengths: Sequence[int]) -> list[Batch]:
-        """Share chunks of these lengths out over steps.
-
-        Chunks of one length share steps, of those batches that take the least time a chunk.
+        """Whether one call takes chunks of these lengths: it makes as many steps as it needs, but
+        where steps are not captured, one.
         """
+        at_once = 1 if self.captured else len(lengths)
+        return at_once * max(lengths, default=0) <= self.chunk_tokens
+
+    def arrange(self, lengths: Sequence[int], *, cut: bool = True) -> list[Batch]:
+        """Share chunks of these lengths out over steps, which are made in the order given.
+
+        Pieces of one length share steps, of those batches that take the least time a piece.
+
+        cut: whether chunks may be cut.
+        """
+        whole = {place: [Piece(place, 0, tokens)] for place, tokens in enumerate(lengths)}
         if not self.captured:
-            return [Batch(list(range(len(lengths))), len(lengths), max(lengths))]
-        places: dict[int, list[int]] = {}
-        for place, tokens in enumerate(lengths):
-            places.setdefault(self.length(tokens), []).append(place)
+            return [Batch([piece for (piece,) in whole.values()], len(lengths), max(lengths))]
+        pieces = self._cut(whole) if cut else whole
+        by_length: dict[int, list[Piece]] = {}
+        for piece in (piece for chunk in pieces.values() for piece in chunk):
+            by_length.setdefault(self.length(piece.end - piece.start), []).append(piece)
         arranged = []
-        for length, left in places.items():
-            while left:
-                batch = cheapest_batch(length, len(left), self.chunk_tokens)
+        for length in sorted(by_length, reverse=True):  # a chunk's pieces, in their order
+            left = by_length[length]
+            for batch in self._batches(length, len(left)):
                 arranged.append(Batch(left[:batch], batch, length))
                 del left[:batch]
         return arranged
+
+    def _cut(self, chunks: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
+        """The same chunks, of every length all those cut that can be, if that takes less time."""
+        lengths = {self.length(piece.end) for (piece,) in chunks.values()}
+        for length in sorted(lengths, reverse=True):
+            same = {at: own for at, own in chunks.items() if self.length(own[-1].end) == length}
+            cut = {at: self._pieces(own[0].chunk, own[0].end) for at, own in same.items()}
+            other = {**chunks, **cut}
+            if self._time(other) < self._time(chunks):
+                chunks = other
+        return chunks
+
+    def _pieces(self, chunk: int, tokens: int) -> list[Piece]:
+        """Each of a smaller length than the one before, so that steps of falling length keep their
+        order.
+        """
+        pieces: list[Piece] = []
+        start, length = 0, self.length(tokens)
+        while True:
+            half, rest = length // 2, tokens - start - length // 2
+            if half % self.alignment or rest < 1 or self.length(rest) >= half:
+                return [*pieces, Piece(chunk, start, tokens)]
+            pieces.append(Piece(chunk, start, start + half))
+            start, length = start + half, self.length(rest)
+
+    def _time(self, chunks: dict[int, list[Piece]]) -> float:
+        counts = Counter(
+            self.length(piece.end - piece.start) for own in chunks.values() for piece in own
+        )
+        return sum(
+            STEP_TOKENS + batch * length
+            for length, count in counts.items()
+            for batch in self._batches(length, count)
+        )
+
+    def _batches(self, length: int, count: int) -> Iterator[int]:
+        """Of steps for so many pieces of a length."""
+        while count > 0:
+            batch = cheapest_batch(length, count, self.chunk_tokens)
+            yield batch
+            count -= batch
 
     def prefill_cost(self, lengths: Sequence[int]) -> float:
         """What chunks of these lengths take."""

@@ -40,6 +40,8 @@ class EngineScorer:
 
         kept = (_KEPT_ALONE if batch == 1 else _KEPT) * max(1, row_bytes(model))
         engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=kept)
+        if batch > 1:  # which shapes questions meet depends on their company
+            engine.runner.warm_up(decodes=False)
         return cls(engine, batch)
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:

@@ -69,6 +69,23 @@ def test_golden_logits(name: str, work: str) -> None:
     assert found <= LOGITS_FLOAT32
 
 
+def test_prompts_cut_into_pieces_err_no_more_than_sdpas(
+    driver: Driver, text: Tensor, references: tuple[Tensor, Tensor]
+) -> None:
+    """16 of 600 tokens: 512 of each in graphs of 4, then the rest in one of 16."""
+    exact, sdpa = references
+    prompts = dict.fromkeys(range(1, 17), text[:PROMPT].tolist())
+    steps = driver.runner.shapes.arrange([PROMPT] * len(prompts))
+    assert (steps[-1].batch, steps[-1].length, steps[-1].pieces[0].start) == (16, 128, 512)
+    for row in prompts:
+        driver.open(row)
+    logits = driver.prefill(prompts)
+    for row in prompts:
+        driver.close(row)
+    worst = SDPA_RATIO * relative_error(sdpa[0], exact[0])
+    assert max(relative_error(one, exact[0]) for one in logits) <= worst
+
+
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 100])
 @pytest.mark.parametrize("chunk", [256, 2048])
 def test_logits_err_no_more_than_sdpas(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from granite_paged import PagedConfig
 from granite_paged.engine.plan import weights_bytes
 from granite_paged.engine.runner import Chunk, Runner
+from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import InvalidRequest, OutOfMemory, PromptError
 
 CONFIG = PagedConfig(page_size=16, max_tokens=512, max_sequences=4, chunk_tokens=32)
@@ -76,6 +78,22 @@ def test_chunks_of_different_lengths_share_a_call_and_leave_no_trace_in_each_oth
     logits = driver.decode(fed)
     for place, (row, token) in enumerate(fed.items()):
         assert_same(logits[place], sdpa(model, [*prompts[row], token])[-1])
+
+
+def test_a_chunk_that_starts_anywhere_is_not_cut(driver: Driver) -> None:
+    calls: list[bool] = []
+    arrange = Shapes.arrange
+
+    def spied(self: Shapes, lengths: list[int], *, cut: bool = True) -> Any:
+        calls.append(cut)
+        return arrange(self, lengths, cut=cut)
+
+    driver.open(1)
+    with mock.patch.object(Shapes, "arrange", spied):
+        driver.prefill({1: tokens(driver.runner.alignment)})
+        driver.prefill({1: tokens(3)})
+        driver.prefill({1: tokens(3)})
+    assert calls == [True, True, driver.runner.alignment in (1, 3)]
 
 
 def test_a_fork_continues_by_itself(model: Any, driver: Driver) -> None:

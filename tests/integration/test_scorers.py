@@ -232,6 +232,8 @@ class EngineDouble:
     def __init__(self, model: Any, config: PagedConfig, *, state_bytes: int = 0) -> None:
         self.config, self.state_bytes = config, state_bytes
         self.asked: list[Any] = []
+        self.warmed: list[dict[str, bool]] = []
+        self.runner = SimpleNamespace(warm_up=lambda **how: self.warmed.append(how))
 
     def stats(self) -> Any:
         return SimpleNamespace(tokens_hit=100 * len(self.asked))
@@ -267,6 +269,9 @@ def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     assert scorer.engine.config.max_tokens >= needs.longest
     assert scorer.engine.config.max_sequences == 2, "a context, and what it forks into"
     assert scorer.engine.state_bytes == 2 * row_bytes(tiny_loaded().model)
+    assert not scorer.engine.warmed, "each question alone meets its own shapes only"
+    many: Any = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs, 8)
+    assert many.engine.warmed == [{"decodes": False}]
 
 
 def test_what_an_engine_reused_is_counted_once() -> None:

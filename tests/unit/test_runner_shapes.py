@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from granite_paged.engine.shapes import (
     SHORTEST_CHUNK,
     STEP_TOKENS,
+    Batch,
+    Piece,
+    Shapes,
     cheapest_batch,
     prefill_batches,
 )
@@ -59,3 +62,64 @@ def test_no_other_batch_is_cheaper_a_chunk(length: int, chunks: int) -> None:
 
     chosen = cheapest_batch(length, chunks, 2048)
     assert cost(chosen) == min(map(cost, prefill_batches(length, 2048)))
+
+
+# -- sharing out --------------------------------------------------------------------------------
+
+CAPTURED = Shapes(2048, captured=True, alignment=256)
+CHUNKS = st.lists(st.integers(1, 2048), min_size=1, max_size=40)
+
+
+def cost(steps: list[Batch]) -> int:
+    return sum(STEP_TOKENS + step.batch * step.length for step in steps)
+
+
+@given(CHUNKS, st.booleans())
+def test_every_token_is_computed_once_and_after_those_before_it(
+    lengths: list[int], cut: bool
+) -> None:
+    done = dict.fromkeys(range(len(lengths)), 0)
+    for step in CAPTURED.arrange(lengths, cut=cut):
+        assert step.batch in prefill_batches(step.length, 2048)
+        assert len(step.pieces) <= step.batch
+        assert len({piece.chunk for piece in step.pieces}) == len(step.pieces)
+        for chunk, start, end in step.pieces:
+            assert start == done[chunk] < end <= start + step.length
+            done[chunk] = end
+    assert list(done.values()) == lengths
+
+
+@given(CHUNKS)
+def test_chunks_are_cut_where_a_prompt_may_be_and_only_to_save_time(lengths: list[int]) -> None:
+    cut = CAPTURED.arrange(lengths)
+    assert all(piece.start % 256 == 0 for step in cut for piece in step.pieces)
+    assert cost(cut) <= cost(CAPTURED.arrange(lengths, cut=False))
+    assert CAPTURED.prefill_cost(lengths) == cost(cut)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "steps"),
+    [
+        ([300], [(1, 512)]),
+        ([384] * 16, [(8, 256), (8, 256), (16, 128)]),
+        ([500] * 8, [(4, 512), (4, 512)]),  # what is left of 256 is as long again
+        ([700], [(1, 1024)]),
+        ([20] * 4 + [300], [(1, 512), (16, 32)]),
+    ],
+)
+def test_many_chunks_that_end_shortly_after_a_boundary_are_cut_there(
+    lengths: list[int], steps: list[tuple[int, int]]
+) -> None:
+    assert [(step.batch, step.length) for step in CAPTURED.arrange(lengths)] == steps
+
+
+def test_steps_that_are_not_captured_have_the_shape_of_their_chunks() -> None:
+    plain = Shapes(64, captured=False)
+    assert plain.arrange([3, 20, 7]) == [
+        Batch([Piece(0, 0, 3), Piece(1, 0, 20), Piece(2, 0, 7)], 3, 20)
+    ]
+    assert plain.fits([20, 3, 7])
+    assert not plain.fits([20, 3, 7, 1])
+    assert CAPTURED.fits([2048] * 9)
+    assert not CAPTURED.fits([2049])
+    assert list(plain.all(8)) == []
