@@ -15,7 +15,6 @@ pages hold tokens: see `columns.py`.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from granite_paged.allocator import AppendPlan, PageAllocator
 from granite_paged.attention import bucket, resolve_backend
 from granite_paged.columns import Columns, NewColumns
+from granite_paged.device_memory import free_memory
 from granite_paged.errors import (
     CacheReleased,
     GeometryError,
@@ -577,11 +577,3 @@ def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.devi
             f"of K and V, {memory / 1e9:.1f} GB are there"
         )
     return pages
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be had: free ones of a GPU, all of the host's."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from granite_paged.bench.results import Latency
+from granite_paged.device_memory import graph_bytes
 from granite_paged.errors import GranitePagedError
 
 FAILURES = (RuntimeError, MemoryError, GranitePagedError)
@@ -238,16 +239,6 @@ def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
-
-
-def graph_bytes(device: torch.device) -> int:
-    """Private memory of CUDA graphs that is not a live tensor: what replays compute in."""
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return sum(
-        segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
-    )
 
 
 def free_memory(device: torch.device) -> None:

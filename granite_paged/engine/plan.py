@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.cache import free_memory
+from granite_paged.device_memory import free_memory
 from granite_paged.engine.shapes import next_power_of_two
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from granite_paged.allocator import AppendPlan
 from granite_paged.attention import DecodePlan, plan_for
-from granite_paged.cache import free_memory
+from granite_paged.device_memory import free_memory
 from granite_paged.engine.forms import PlainForms, Storage, why_not
 from granite_paged.engine.plan import (
     SCORED_AT_ONCE,

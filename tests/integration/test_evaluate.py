@@ -24,7 +24,7 @@ from tiny import VOCABULARY
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, ResultsError
-from granite_paged.evaluate import modes, run
+from granite_paged.evaluate import modes, peaks, run
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.judge import judged as judged_differences
 from granite_paged.evaluate.metrics import (
@@ -330,9 +330,10 @@ def test_progress_counts_every_answer_once_finished_ones_too(finished: int) -> N
 
 
 def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = {"now": 1000, "peak": 0}  # weights
+    held = {"now": 1000, "peak": 0, "graphs": 0}  # weights
 
-    def use(kept: int, passing: int) -> None:
+    def use(kept: int, passing: int, graphs: int = 0) -> None:
+        held["graphs"] += graphs
         held["now"] += kept
         held["peak"] = max(held["peak"], held["now"] + passing)
 
@@ -340,18 +341,20 @@ def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.Monkey
         "reset_peak_memory_stats": lambda device: held.update(peak=held["now"]),
         "memory_allocated": lambda device: held["now"],
         "max_memory_allocated": lambda device: held["peak"],
+        "memory_reserved": lambda device: held["now"] + held["graphs"],
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(peaks, "graph_bytes", lambda device: held["graphs"])
     memory = Peaks(torch.device("cuda"))
     with memory.of("paged"):
-        use(kept=300, passing=20)
-    assert memory.peak("paged") == 1320
+        use(kept=300, passing=20, graphs=40)
+    assert memory.peak("paged") == 1360
     with memory.of("default"):
         use(kept=0, passing=50)
     assert memory.peak("default") == 1050
     with memory.of("paged"):
         use(kept=7, passing=0)
-    assert memory.peak("paged") == 1307
+    assert memory.peak("paged") == 1347
 
 
 # -- what cannot be answered --------------------------------------------------------------------
