@@ -32,6 +32,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from granite_paged.attention import paged_attention
 from granite_paged.cache import PagedCache, Step
+from granite_paged.compat import CACHE, rename_cache
 from granite_paged.errors import (
     AlreadyPatched,
     GeometryError,
@@ -168,20 +169,21 @@ def _mix(
     mixer: Any,
     otherwise: Any,
     hidden_states: Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """In place of a Mamba layer's `forward`: the inference form if the step is paged."""
-    if not isinstance(cache_params, PagedCache) or not cache_params.in_step:
-        out: Tensor = otherwise(hidden_states, cache_params, attention_mask, **kwargs)
+    cache = kwargs.pop("cache_params", cache)  # its name up to transformers 5.23
+    if not isinstance(cache, PagedCache) or not cache.in_step:
+        out: Tensor = otherwise(hidden_states, cache, attention_mask, **kwargs)
         return out
-    rows: MambaRows = cache_params.layers[mixer.layer_idx]
+    rows: MambaRows = cache.layers[mixer.layer_idx]
     state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
-    step = cache_params.step
+    step = cache.step
     # padding before a row's first token needs no mask: it has no position
     mask = step.columns.mask if step.columns.before else None
-    backend, device, dtype = cache_params.config.backend, hidden_states.device, hidden_states.dtype
+    backend, device, dtype = cache.config.backend, hidden_states.device, hidden_states.dtype
     if mask is None and not refusal(backend, mixer.activation, device, dtype):
         from granite_paged.kernels import mamba  # needs Triton
 
@@ -194,11 +196,12 @@ def _open_step(
 ) -> tuple[tuple[()], dict[str, Any]]:
     """Before the decoder runs: allocate, and hand it the step's masks."""
     kwargs = {**dict(zip(_parameters(decoder.__class__), args, strict=False)), **kwargs}
+    rename_cache(kwargs)
     _check_inference(decoder)
     state: _Patch = getattr(decoder, _PATCH)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if cache is None and _wants_cache(decoder, kwargs):
-        cache = kwargs["past_key_values"] = PagedCache.for_model(decoder, state.paged_config)
+        cache = kwargs[CACHE] = PagedCache.for_model(decoder, state.paged_config)
     if isinstance(cache, PagedCache):
         _check_same_model(decoder, cache)
         batch, columns = _check_tokens(decoder, kwargs, cache)
@@ -209,7 +212,7 @@ def _open_step(
 
 def _close_step(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After the decoder ran, or failed to (`output` is None then)."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, PagedCache) or not cache.in_step:
         return
     if output is None:
@@ -229,13 +232,13 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> None:
     """In place of `generate()`'s own: the user's cache wins, else ours instead of DynamicCache."""
-    user_cache = model_kwargs.get("past_key_values") is not None
+    user_cache = model_kwargs.get(CACHE) is not None
     dynamic = generation_config.cache_implementation in (None, "dynamic")
     if user_cache or not dynamic or generation_config.use_cache is False:
         otherwise(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     else:
-        model_kwargs["past_key_values"] = PagedCache.for_model(model, config)
-    cache = model_kwargs.get("past_key_values")
+        model_kwargs[CACHE] = PagedCache.for_model(model, config)
+    cache = model_kwargs.get(CACHE)
     if isinstance(cache, PagedCache):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache.reserve(_tokens_expected(model_kwargs, batch_size * copies, max_cache_length))

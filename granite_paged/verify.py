@@ -25,6 +25,7 @@ import granite_paged
 from granite_paged import laws
 from granite_paged.allocator import PageAllocator
 from granite_paged.cache import PagedCache
+from granite_paged.compat import with_cache
 from granite_paged.errors import BrokenInvariant, DeviceError, InvalidRequest
 from granite_paged.evaluate.recall import recall_accuracy, recall_batch, usual_pairs
 from granite_paged.geometry import CacheGeometry, PagedConfig
@@ -285,7 +286,7 @@ class _Bench:
         cache = DynamicCache(config=self.model.config)
         moves: list[Move] = []
         for _ in range(steps):
-            logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+            logits = self.model(ids, **with_cache(cache), logits_to_keep=1).logits
             ids = logits[:, -1:].argmax(dim=-1)
             moves.append(Feed(ids))
         return moves
@@ -361,7 +362,7 @@ def play(model: Any, moves: list[Move], cache: Any) -> Tensor:
             move.input_ids,
             attention_mask=move.attention_mask,
             position_ids=_position_ids(move),
-            past_key_values=cache,
+            **with_cache(cache),
             logits_to_keep=keep,
         ).logits
         kept.append(logits[_is_token(move)[:, -keep:]])

@@ -22,6 +22,7 @@ from transformers import DynamicCache, GraniteMoeHybridConfig, GraniteMoeHybridF
 
 from granite_paged import PagedCache, PagedConfig, paged
 from granite_paged.checkpoints import TINY_RECALL
+from granite_paged.compat import with_cache
 
 PAGE_SIZE = 8  # prompts of a few pages, the last one partly filled
 KEPT = 4  # last positions whose logits are kept: they attend to all others
@@ -224,7 +225,7 @@ def _forward(model: Any, cache: Any, tokens: Tokens, columns: slice, keep: int) 
     logits: Tensor = model(
         tokens.ids[:, columns],
         attention_mask=tokens.mask[:, : columns.stop],
-        past_key_values=cache,
+        **with_cache(cache),
         logits_to_keep=keep,
     ).logits
     return logits

@@ -21,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 from granite_paged.allocator import PageAllocator
 from granite_paged.bench.cases import Kind, Shape
 from granite_paged.bench.measure import Prepared
+from granite_paged.compat import with_cache
 from granite_paged.engine.runner import Chunk, Runner
 from granite_paged.errors import Unsupported
 from granite_paged.geometry import PagedConfig
@@ -80,7 +81,7 @@ class Default:
         @torch.no_grad()
         def step() -> Any:
             cache = DynamicCache(config=model.config)
-            return model(ids, past_key_values=cache, logits_to_keep=1).logits
+            return model(ids, **with_cache(cache), logits_to_keep=1).logits
 
         return Prepared(step)
 
@@ -131,7 +132,7 @@ class Static:
 
 def _next_token(model: Any, token: Tensor, cache: Any) -> Tensor:
     """[B, 1] -> [B]: feed one token a row, take the likeliest next."""
-    logits: Tensor = model(token, past_key_values=cache, logits_to_keep=1).logits
+    logits: Tensor = model(token, **with_cache(cache), logits_to_keep=1).logits
     return logits[:, -1].argmax(dim=-1)
 
 
@@ -146,7 +147,7 @@ def _fill(model: Any, cache: Any, ids: Tensor) -> str:
     """Have the cache hold ids.shape[1] tokens. Returns what is to be said about it."""
     context = ids.shape[1]
     stretch = min(context, STRETCH)
-    model(ids[:, :stretch], past_key_values=cache, logits_to_keep=1)
+    model(ids[:, :stretch], **with_cache(cache), logits_to_keep=1)
     for layer in _attention_layers(cache):
         if layer.is_compileable:  # static: room for all is there already
             for states in (layer.keys, layer.values):

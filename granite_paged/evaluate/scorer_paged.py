@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.cache import PagedCache, Parked
+from granite_paged.compat import with_cache
 from granite_paged.errors import OutOfPages
 from granite_paged.evaluate.scorer import (
     Answer,
@@ -162,7 +163,7 @@ class PagedScorer:
         Returns the logits of the last `keep` columns (0: all), [n, keep, V].
         """
         ids = padded(rows, self._model.device)
-        logits: Tensor = self._model(ids, past_key_values=self.cache, logits_to_keep=keep).logits
+        logits: Tensor = self._model(ids, **with_cache(self.cache), logits_to_keep=keep).logits
         return logits
 
 

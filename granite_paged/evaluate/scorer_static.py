@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from granite_paged.compat import with_cache
 from granite_paged.errors import OutOfPages
 from granite_paged.evaluate.scorer import Answer, Request, Tally, Wanted, padded
 
@@ -63,7 +64,7 @@ class StaticScorer:
     def _run(self, forward: Any, tokens: Sequence[int]) -> Tensor:
         """Logits of the last one, [1, 1, V]."""
         ids = padded([tokens], self._model.device)
-        logits: Tensor = forward(ids, past_key_values=self._cache, logits_to_keep=1).logits
+        logits: Tensor = forward(ids, **with_cache(self._cache), logits_to_keep=1).logits
         return logits
 
     def _states(self) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from granite_paged.compat import with_cache
 from granite_paged.evaluate.recall import SLOT, RecallBatch
 
 Swap = Callable[[DynamicCache], None]
@@ -56,9 +57,9 @@ def answers_after_facts(model: PreTrainedModel, batch: RecallBatch, swap: Swap) 
     """Read the facts, swap, then read all the queries: chosen tokens [B, S]."""
     cache = DynamicCache(config=model.config)
     facts, queries = batch.input_ids.tensor_split([batch.query_start], dim=1)
-    model(input_ids=facts, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=facts, **with_cache(cache), logits_to_keep=1)
     swap(cache)
-    answers = model(input_ids=queries, past_key_values=cache).logits.argmax(dim=-1)
+    answers = model(input_ids=queries, **with_cache(cache)).logits.argmax(dim=-1)
     return torch.cat([torch.full_like(facts, UNANSWERED), answers], dim=1)
 
 
@@ -72,10 +73,10 @@ def answers_at_ask(model: PreTrainedModel, batch: RecallBatch, swap: Swap, *, sl
     answers = torch.full_like(batch.input_ids, UNANSWERED)
     read = 0
     for ask in range(batch.query_start + 1, batch.query_start + SLOT * slots, SLOT):
-        model(input_ids=batch.input_ids[:, read:ask], past_key_values=cache, logits_to_keep=1)
+        model(input_ids=batch.input_ids[:, read:ask], **with_cache(cache), logits_to_keep=1)
         swapped = copy.deepcopy(cache)
         swap(swapped)
-        logits = model(input_ids=batch.input_ids[:, ask : ask + 1], past_key_values=swapped).logits
+        logits = model(input_ids=batch.input_ids[:, ask : ask + 1], **with_cache(swapped)).logits
         answers[:, ask] = logits[:, -1].argmax(dim=-1)
         read = ask
     return answers

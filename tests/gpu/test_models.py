@@ -12,6 +12,7 @@ from tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, relative_error
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged, verify
+from granite_paged.compat import with_cache
 from granite_paged.models import LoadedModel, load
 
 PAGES = PagedConfig(page_size=16)
@@ -45,7 +46,7 @@ def test_a_prompt_of_32768_tokens_errs_no_more_than_sdpa(one_b: LoadedModel) -> 
     def last(model: Any, cache: Any) -> torch.Tensor:
         with torch.inference_mode():
             kept = [
-                model(move.input_ids, past_key_values=cache, logits_to_keep=64).logits.double()
+                model(move.input_ids, **with_cache(cache), logits_to_keep=64).logits.double()
                 for move in moves[-8:]
                 if isinstance(move, verify.Feed)
             ]
@@ -55,7 +56,7 @@ def test_a_prompt_of_32768_tokens_errs_no_more_than_sdpa(one_b: LoadedModel) -> 
         with torch.inference_mode():
             for move in moves[:-8]:
                 assert isinstance(move, verify.Feed)
-                model(move.input_ids, past_key_values=cache, logits_to_keep=1)
+                model(move.input_ids, **with_cache(cache), logits_to_keep=1)
         return cache
 
     default = last(model, fill(model, DynamicCache(config=model.config)))
@@ -84,13 +85,13 @@ def test_nothing_recompiles_over_200_decode_steps_across_pages() -> None:
     with paged(model, PAGES), torch.inference_mode():
         cache = PagedCache.for_model(model, PAGES)
         cache.reserve([300] * 3)
-        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        logits = model(ids, attention_mask=mask, **with_cache(cache)).logits
         for step in range(208):
             warm = step >= 8
             with torch._dynamo.config.patch(error_on_recompile=warm):
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 token = logits[:, -1:].argmax(dim=-1)
-                logits = model(token, attention_mask=mask, past_key_values=cache).logits
+                logits = model(token, attention_mask=mask, **with_cache(cache)).logits
         cache.check_valid()
     assert cache.allocator.length(cache.sequences[0]) == 21 + 208
 
@@ -111,10 +112,10 @@ def test_pages_that_held_nan_are_clean_for_their_next_owner() -> None:
     model = load(device="cuda").model
     ids = prompts((37, 21))[0].cuda()
     with paged(model, PAGES), torch.inference_mode():
-        clean = model(ids[:1], past_key_values=PagedCache.for_model(model, PAGES)).logits
+        clean = model(ids[:1], **with_cache(PagedCache.for_model(model, PAGES))).logits
         cache = PagedCache.for_model(model, PAGES)
         cache.reserve([64])
         for pool in cache.pools.values():
             pool.keys.fill_(torch.nan)
             pool.values.fill_(torch.nan)
-        assert torch.equal(model(ids[:1], past_key_values=cache).logits, clean)
+        assert torch.equal(model(ids[:1], **with_cache(cache)).logits, clean)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged, verify
+from granite_paged.compat import with_cache
 from granite_paged.engine.plan import weights_bytes
 from granite_paged.engine.runner import Runner
 from granite_paged.errors import OutOfMemory
@@ -53,7 +54,7 @@ def driver(model: Any) -> Driver:
 def _played(model: Any, text: Tensor, cache: Any) -> Tensor:
     ids = text[None].to(model.device)
     feeds = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
-    logits = [model(feed, past_key_values=cache, logits_to_keep=1).logits[0] for feed in feeds]
+    logits = [model(feed, **with_cache(cache), logits_to_keep=1).logits[0] for feed in feeds]
     return torch.cat(logits)
 
 

@@ -13,6 +13,7 @@ from tolerance import LOGITS_FLOAT32
 from torch import Tensor
 
 from granite_paged import PagedCache, PagedConfig, is_patched, paged, patch
+from granite_paged.compat import with_cache
 from granite_paged.errors import (
     CacheReleased,
     GeometryError,
@@ -46,7 +47,7 @@ def fresh(model: Any, **options: Any) -> PagedCache:
 def filled(model: Any, **options: Any) -> PagedCache:
     own = fresh(model, **options)
     ids, mask = prompts(LENGTHS)
-    model(ids, attention_mask=mask, past_key_values=own)
+    model(ids, attention_mask=mask, **with_cache(own))
     return own
 
 
@@ -69,7 +70,7 @@ def refused(
     """Run a step that has to be refused in one line, with the cache as before."""
     before = state(own)
     with pytest.raises(kind, match=match) as caught:
-        model(past_key_values=own, **inputs)
+        model(**with_cache(own), **inputs)
     assert "\n" not in str(caught.value)
     assert state(own) == before
     return caught.value
@@ -83,8 +84,8 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 def assert_goes_on(model: Any, own: PagedCache) -> None:
     """The next step is answered as if nothing had been refused."""
     mask = more(prompts(LENGTHS)[1])
-    actual = model(NEXT, attention_mask=mask, past_key_values=own).logits
-    expected = model(NEXT, attention_mask=mask, past_key_values=filled(model)).logits
+    actual = model(NEXT, attention_mask=mask, **with_cache(own)).logits
+    expected = model(NEXT, attention_mask=mask, **with_cache(filled(model))).logits
     assert_same(actual, expected)
 
 
@@ -133,7 +134,7 @@ def test_a_prompt_longer_than_the_pool_is_refused_and_a_shorter_one_runs(model: 
     own = fresh(model, max_tokens=20)
     refused(OutOfPages, "6 needed, 5 free", model, own, input_ids=prompts((21,))[0])
     assert not own.is_initialized
-    out = model(prompts((20,))[0], past_key_values=own)
+    out = model(prompts((20,))[0], **with_cache(own))
     assert out.logits.isfinite().all()
 
 
@@ -154,7 +155,7 @@ def test_a_batch_larger_than_max_sequences_is_refused_with_both_numbers(model: A
     )
     assert isinstance(error, OutOfRows)
     assert (error.needed, error.rows) == (3, 2)
-    assert model(ids[:2], past_key_values=own).logits.shape[0] == 2
+    assert model(ids[:2], **with_cache(own)).logits.shape[0] == 2
 
 
 def test_more_forks_than_max_sequences_are_refused_and_nothing_changes(model: Any) -> None:
@@ -300,13 +301,13 @@ def test_nan_in_keys_or_values_names_the_layer_and_releases_the_cache(
     with paged(poisoned, PAGES):
         own = fresh(poisoned)
         with pytest.raises(NonFinite, match=f"attention layer {layer}") as caught:
-            poisoned(prompts((9,))[0], past_key_values=own)
+            poisoned(prompts((9,))[0], **with_cache(own))
         assert caught.value.layers[0] == layer
         assert "\n" not in str(caught.value)
         own.check_valid()
         assert own.allocator.held == 0
         with pytest.raises(CacheReleased, match=r"reset\(\)"):
-            poisoned(NEXT[:1], past_key_values=own)
+            poisoned(NEXT[:1], **with_cache(own))
 
 
 def test_after_nan_and_reset_the_cache_is_as_new(poisoned: Any) -> None:
@@ -317,11 +318,11 @@ def test_after_nan_and_reset_the_cache_is_as_new(poisoned: Any) -> None:
         own = fresh(poisoned)
         weight[:] = torch.nan
         with pytest.raises(NonFinite):
-            poisoned(ids, attention_mask=mask, past_key_values=own)
+            poisoned(ids, attention_mask=mask, **with_cache(own))
         weight[:] = healthy
         own.reset()
-        again = poisoned(ids, attention_mask=mask, past_key_values=own).logits
-        expected = poisoned(ids, attention_mask=mask, past_key_values=fresh(poisoned)).logits
+        again = poisoned(ids, attention_mask=mask, **with_cache(own)).logits
+        expected = poisoned(ids, attention_mask=mask, **with_cache(fresh(poisoned))).logits
     assert_same(again[mask.bool()], expected[mask.bool()])
 
 
@@ -336,9 +337,9 @@ def test_our_cache_on_a_model_that_is_not_patched_fails_clearly(flavour: str, st
     own = fresh(model)
     if step == "decode":  # the cache is used after its model was unpatched
         with paged(model, PAGES):
-            model(ids, past_key_values=own)
+            model(ids, **with_cache(own))
     with pytest.raises(NotPatched, match="patched model only: use `with paged") as caught:
-        model(ids if step == "prefill" else ids[:, :1], past_key_values=own)
+        model(ids if step == "prefill" else ids[:, :1], **with_cache(own))
     assert "\n" not in str(caught.value)
     own.check_valid()
 
@@ -346,7 +347,7 @@ def test_our_cache_on_a_model_that_is_not_patched_fails_clearly(flavour: str, st
 def test_generate_with_our_cache_on_a_model_that_is_not_patched_fails_clearly() -> None:
     model = tiny_model()
     with pytest.raises(NotPatched):
-        model.generate(prompts((9,))[0], past_key_values=fresh(model), max_new_tokens=2)
+        model.generate(prompts((9,))[0], **with_cache(fresh(model)), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("other", ["geometry", "dtype"])
@@ -399,5 +400,5 @@ def test_a_config_is_checked_when_it_is_made_not_when_it_is_used() -> None:
 def test_padding_ids_without_a_mask_are_ordinary_tokens(model: Any) -> None:
     """Nothing is guessed: what is not masked counts, as under SDPA."""
     own = fresh(model)
-    model(torch.full((1, 6), PAD), past_key_values=own)
+    model(torch.full((1, 6), PAD), **with_cache(own))
     assert own.allocator.tokens == 6

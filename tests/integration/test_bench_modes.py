@@ -21,6 +21,7 @@ from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
 from granite_paged.bench.session import Plan, Session, first_steps, plan_of, run
+from granite_paged.compat import CACHE, with_cache
 from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import InvalidRequest, Unsupported
 from granite_paged.geometry import PagedConfig
@@ -40,7 +41,7 @@ def seen_by_model(model: Any) -> list[tuple[tuple[int, ...], int]]:
     seen: list[tuple[tuple[int, ...], int]] = []
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:
-        before = int(kwargs["past_key_values"].get_seq_length(layer_idx=1))
+        before = int(kwargs[CACHE].get_seq_length(layer_idx=1))
         seen.append((tuple(args[0].shape), before))
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
@@ -76,8 +77,8 @@ def test_a_short_context_is_really_run() -> None:
     prepared = Default(model, 3).prepare("decode", Shape(2, 40))
     cache, ids = DynamicCache(config=model.config), token_ids(model, 2, 40, 3)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        expected = model(ids[:, :1], past_key_values=cache).logits[:, -1].argmax(-1)
+        model(ids, **with_cache(cache))
+        expected = model(ids[:, :1], **with_cache(cache)).logits[:, -1].argmax(-1)
     assert prepared.step().tolist() == expected.tolist()
     assert prepared.note == ""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, cache, paged
+from granite_paged.compat import with_cache
 from granite_paged.errors import CacheReleased, InvalidRequest, OutOfPages
 
 PAGE = 4
@@ -43,7 +44,7 @@ def run(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tens
     positions = None
     if mask is not None:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    out = model(ids, attention_mask=mask, position_ids=positions, **with_cache(cache))
     logits: Tensor = out.logits
     return logits
 
@@ -409,7 +410,7 @@ def test_a_released_cache_refuses_everything_until_reset(
     with pytest.raises(CacheReleased):
         own.reorder_cache(torch.tensor([0, 0, 0]))
     with pytest.raises(CacheReleased):
-        model.generate(prompts((9,))[0], past_key_values=own, max_new_tokens=2)
+        model.generate(prompts((9,))[0], **with_cache(own), max_new_tokens=2)
     own.reset()
     ids, mask = prompts(LENGTHS)
     assert_same(run(model, own, ids, mask), run(model, fresh(model), ids, mask))

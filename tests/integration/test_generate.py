@@ -12,6 +12,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from granite_paged import PagedCache, PagedConfig, paged
+from granite_paged.compat import cache_of, with_cache
 
 PAGES = PagedConfig(page_size=4)  # small, so that every case crosses many pages
 
@@ -44,8 +45,8 @@ def test_generate_on_a_left_padded_batch_gives_sdpas_tokens(model: Any, way: str
     with paged(model, PAGES):
         actual = generate(model, ids, mask, **WAYS[way])
     assert actual.sequences.tolist() == expected.sequences.tolist()
-    assert isinstance(actual.past_key_values, PagedCache)
-    actual.past_key_values.check_valid()
+    assert isinstance(cache_of(actual), PagedCache)
+    cache_of(actual).check_valid()
 
 
 def test_logits_of_every_step_agree(model: Any) -> None:
@@ -91,7 +92,7 @@ def test_a_filled_cache_is_continued_over_several_turns(model: Any) -> None:
             ids = torch.cat([turn.sequences, more], dim=1)
             turn = model.generate(
                 ids,
-                past_key_values=turn.past_key_values,
+                **with_cache(cache_of(turn)),
                 max_new_tokens=6,
                 do_sample=False,
                 return_dict_in_generate=True,
@@ -108,7 +109,7 @@ def continued(model: Any, turn: Any, ids: torch.Tensor, mask: torch.Tensor) -> l
     last = model.generate(
         ids,
         attention_mask=mask,
-        past_key_values=turn.past_key_values,
+        **with_cache(cache_of(turn)),
         max_new_tokens=6,
         do_sample=False,
     )
@@ -189,9 +190,11 @@ def test_a_later_turn_may_hide_what_finished_rows_were_fed(model: Any) -> None:
 def test_beams_share_the_pages_of_their_prompt() -> None:
     model, ids = tiny_model(), prompts((40,))[0]
     with paged(model, PAGES):
-        cache = model.generate(
-            ids, num_beams=4, max_new_tokens=8, do_sample=False, return_dict_in_generate=True
-        ).past_key_values
+        cache = cache_of(
+            model.generate(
+                ids, num_beams=4, max_new_tokens=8, do_sample=False, return_dict_in_generate=True
+            )
+        )
     alone = cache.geometry.pages_for(47)
     assert cache.allocator.held < 2 * alone, "four beams hold less than two sequences would"
 
@@ -215,7 +218,7 @@ def test_the_users_own_cache_wins() -> None:
             return_dict_in_generate=True,
         )
         uncached = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
-    assert not isinstance(out.past_key_values, PagedCache)
+    assert not isinstance(cache_of(out), PagedCache)
     assert out.sequences.tolist() == uncached.tolist() == expected
 
 

@@ -11,6 +11,7 @@ from tiny import EOS, PAD, VOCABULARY, tiny_model
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged
+from granite_paged.compat import cache_of
 
 LENGTHS = (500, 40, 7, 260, 90, 3, 120, 33)
 
@@ -50,9 +51,9 @@ def caches() -> tuple[DynamicCache, PagedCache]:
     model = tiny_model("dense")
     ids, mask = ragged()
     options = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
-    default = model.generate(ids, attention_mask=mask, **options).past_key_values
+    default = cache_of(model.generate(ids, attention_mask=mask, **options))
     with paged(model, PagedConfig(page_size=16)):
-        ours = model.generate(ids, attention_mask=mask, **options).past_key_values
+        ours = cache_of(model.generate(ids, attention_mask=mask, **options))
     gc.collect()
     return default, ours
 

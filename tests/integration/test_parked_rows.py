@@ -7,6 +7,7 @@ import torch
 from tiny import VOCABULARY, tiny_model
 
 from granite_paged import PagedCache, PagedConfig, paged
+from granite_paged.compat import with_cache
 from granite_paged.errors import InvalidRequest
 
 CONFIG = PagedConfig(page_size=8)
@@ -25,15 +26,15 @@ def test_resumed_rows_go_on_any_number_of_times(flavour: str) -> None:
     expected = model(prompt).logits[:, 48:]
     with paged(model, CONFIG):
         cache = PagedCache.for_model(model, CONFIG)
-        model(prompt[:, :48], past_key_values=cache)
+        model(prompt[:, :48], **with_cache(cache))
         parked = cache.park()
         for _ in range(3):
             cache.resume(parked)
             cache.check_valid()
-            model(ids(20, seed=1), past_key_values=cache)  # somebody else's continuation
+            model(ids(20, seed=1), **with_cache(cache))  # somebody else's continuation
             cache.resume(parked)
             cache.batch_repeat_interleave(2)
-            logits = model(prompt[:, 48:].expand(2, -1), past_key_values=cache).logits
+            logits = model(prompt[:, 48:].expand(2, -1), **with_cache(cache)).logits
             cache.check_valid()
             assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -43,7 +44,7 @@ def test_parked_pages_are_held_until_they_are_discarded() -> None:
     model = tiny_model()
     with paged(model, CONFIG):
         cache = PagedCache.for_model(model, CONFIG)
-        model(ids(), past_key_values=cache)
+        model(ids(), **with_cache(cache))
         parked = cache.park()
         cache.reset()
         cache.check_valid()
@@ -63,12 +64,12 @@ def test_a_failed_step_leaves_what_is_parked() -> None:
     expected = model(ids()).logits[:, -1:]
     with paged(model, CONFIG):
         cache = PagedCache.for_model(model, CONFIG)
-        model(ids()[:, :64], past_key_values=cache)
+        model(ids()[:, :64], **with_cache(cache))
         parked = cache.park()
         cache.begin_step(1, 3)
         cache.fail_step("a step was made to fail")
         cache.resume(parked)
-        logits = model(ids()[:, 64:], past_key_values=cache).logits[:, -1:]
+        logits = model(ids()[:, 64:], **with_cache(cache)).logits[:, -1:]
     assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
@@ -78,7 +79,7 @@ def test_what_cannot_be_parked_or_resumed_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="no rows to park"):
         cache.park()
     with paged(model, CONFIG), torch.inference_mode():
-        model(ids(), past_key_values=cache)
+        model(ids(), **with_cache(cache))
         parked = cache.park()
         cache.discard(parked)
         for use in (cache.resume, cache.discard, PagedCache.for_model(model, CONFIG).resume):

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from granite_paged import PagedCache, PagedConfig, is_patched, paged, patch, unpatch
+from granite_paged.compat import cache_of, with_cache
 from granite_paged.errors import (
     AlreadyPatched,
     GeometryError,
@@ -89,7 +90,7 @@ def test_a_second_model_with_the_same_config_object_is_untouched(model: Any) -> 
     before = logits(other)
     with paged(model, PAGES):
         out = other.generate(prompts((9,))[0], max_new_tokens=2, return_dict_in_generate=True)
-        assert type(out.past_key_values) is DynamicCache
+        assert type(cache_of(out)) is DynamicCache
         assert other.config._attn_implementation == "sdpa"
         assert torch.equal(logits(other), before)
 
@@ -102,7 +103,7 @@ def test_two_models_are_patched_and_unpatched_independently(model: Any) -> None:
         assert is_patched(model)
         assert not is_patched(other)
         out = model.generate(prompts((9,))[0], max_new_tokens=2, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, PagedCache)
+    assert isinstance(cache_of(out), PagedCache)
 
 
 def test_a_forward_pass_without_a_cache_makes_a_paged_one(model: Any) -> None:
@@ -111,16 +112,30 @@ def test_a_forward_pass_without_a_cache_makes_a_paged_one(model: Any) -> None:
         ids, mask = prompts()
         with torch.inference_mode():
             out = model(ids, attention_mask=mask)
-    assert isinstance(out.past_key_values, PagedCache)
+    assert isinstance(cache_of(out), PagedCache)
     token = mask.bool()
     torch.testing.assert_close(out.logits[token], expected[token])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_decoder_is_handed_the_cache_under_either_name(model: Any, name: str) -> None:
+    """transformers 5.24 renamed it, and its decorators see a call only after our hook did."""
+    ids, _ = prompts((9,))
+    with paged(model, PAGES), torch.inference_mode():
+        own = PagedCache.for_model(model, PAGES)
+        by_name = model.base_model(ids, **{name: own}).last_hidden_state
+        assert own.get_seq_length() == 9
+        own = PagedCache.for_model(model, PAGES)
+        in_place = model.base_model(ids, None, None, own).last_hidden_state
+        assert own.get_seq_length() == 9
+    assert torch.equal(by_name, in_place)
 
 
 @pytest.mark.parametrize("cache", ["none", "dynamic"])
 def test_a_patched_model_answers_as_before_without_our_cache(model: Any, cache: str) -> None:
     def run() -> torch.Tensor:
         own = DynamicCache(config=model.config) if cache == "dynamic" else None
-        return logits(model, past_key_values=own, use_cache=cache == "dynamic")
+        return logits(model, **with_cache(own), use_cache=cache == "dynamic")
 
     expected = run()
     with paged(model, PAGES):
@@ -133,7 +148,7 @@ def test_a_patched_model_can_be_copied(model: Any) -> None:
         twin = copy.deepcopy(model)
         expected = model.generate(ids, max_new_tokens=5, do_sample=False)
     out = twin.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(out.past_key_values, PagedCache)
+    assert isinstance(cache_of(out), PagedCache)
     assert out.sequences.tolist() == expected.tolist()
 
 

@@ -18,6 +18,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, attention, paged
+from granite_paged.compat import with_cache
 from granite_paged.errors import CacheReleased, NonFinite, PaddingError
 from granite_paged.mamba import MambaRows
 
@@ -54,7 +55,7 @@ def test_right_padded_prefill_is_refused_before_it_spoils_a_mamba_state(model: A
     ids, mask = prompts((12, 7))
     own = fresh(model)
     with pytest.raises(PaddingError, match="on the right of row 1"):
-        model(ids.flip(1), attention_mask=mask.flip(1), past_key_values=own)
+        model(ids.flip(1), attention_mask=mask.flip(1), **with_cache(own))
     assert not own.is_initialized
     assert sum(layer.nbytes for layer in own.layers if isinstance(layer, MambaRows)) == 0
 
@@ -64,17 +65,17 @@ def test_what_is_refused_would_have_been_wrong() -> None:
     model = tiny_model().requires_grad_(False)
     ids, token = draw(1, 12), torch.tensor([[7]])
     alone = DynamicCache(config=model.config)
-    model(ids, past_key_values=alone)
-    expected = model(token, past_key_values=alone).logits
+    model(ids, **with_cache(alone))
+    expected = model(token, **with_cache(alone)).logits
     padded, mask = DynamicCache(config=model.config), torch.ones(1, 18, dtype=torch.long)
     mask[:, 12:] = 0
-    model(torch.nn.functional.pad(ids, (0, 6)), attention_mask=mask, past_key_values=padded)
+    model(torch.nn.functional.pad(ids, (0, 6)), attention_mask=mask, **with_cache(padded))
     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     actual = model(
         token,
         attention_mask=mask,
         position_ids=torch.tensor([[12]]),
-        past_key_values=padded,
+        **with_cache(padded),
     ).logits
     assert difference(actual, expected) > 0.01
 
@@ -89,23 +90,23 @@ def test_prefill_in_chunks_keeps_mamba_states_between_them(
     model, ids, token = tiny_model(flavour).requires_grad_(False), draw(2, 96), draw(2, 1, seed=1)
     with paged(model, PAGES):
         whole, parts = fresh(model), fresh(model)
-        expected = [model(ids, past_key_values=whole).logits]
-        actual = [model(part, past_key_values=parts).logits for part in ids.split(chunks, dim=1)]
-        expected.append(model(token, past_key_values=whole).logits)
-        actual.append(model(token, past_key_values=parts).logits)
+        expected = [model(ids, **with_cache(whole)).logits]
+        actual = [model(part, **with_cache(parts)).logits for part in ids.split(chunks, dim=1)]
+        expected.append(model(token, **with_cache(whole)).logits)
+        actual.append(model(token, **with_cache(parts)).logits)
     assert difference(torch.cat(actual, dim=1), torch.cat(expected, dim=1)) <= LOGITS_FLOAT32
 
 
 def test_states_that_are_lost_between_chunks_are_seen(model: Any) -> None:
     """The teeth of the above."""
     ids = draw(2, 96)
-    expected = model(ids, past_key_values=fresh(model)).logits[:, 48:]
+    expected = model(ids, **with_cache(fresh(model))).logits[:, 48:]
     own = fresh(model)
-    model(ids[:, :48], past_key_values=own)
+    model(ids[:, :48], **with_cache(own))
     for layer in own.layers:
         if isinstance(layer, MambaRows):
             layer.recurrent_states[0].zero_()
-    actual = model(ids[:, 48:], past_key_values=own).logits
+    actual = model(ids[:, 48:], **with_cache(own)).logits
     assert difference(actual, expected) > 100 * LOGITS_FLOAT32
 
 
@@ -113,26 +114,26 @@ def test_states_that_are_lost_between_chunks_are_seen(model: Any) -> None:
 def test_a_reset_cache_starts_the_next_sequence_from_zero_states(model: Any, first: str) -> None:
     """vLLM PR #56524: the slot's last owner lived on in the next one's state."""
     own = fresh(model)
-    model(draw(3, 40, seed=1), past_key_values=own)
-    model(draw(3, 1, seed=2), past_key_values=own)
+    model(draw(3, 40, seed=1), **with_cache(own))
+    model(draw(3, 1, seed=2), **with_cache(own))
     own.reset()
     columns = [1] * 9 if first == "tokens" else [9]
     ids, new = draw(3, 9, seed=3), fresh(model)
     parts = ids.split(columns, dim=1)
-    actual = torch.cat([model(part, past_key_values=own).logits for part in parts], dim=1)
-    expected = torch.cat([model(part, past_key_values=new).logits for part in parts], dim=1)
+    actual = torch.cat([model(part, **with_cache(own)).logits for part in parts], dim=1)
+    expected = torch.cat([model(part, **with_cache(new)).logits for part in parts], dim=1)
     assert difference(actual, expected) <= LOGITS_FLOAT32
 
 
 def test_states_that_survive_a_reset_are_seen(model: Any) -> None:
     """The teeth of the above."""
     own = fresh(model)
-    model(draw(3, 40, seed=1), past_key_values=own)
+    model(draw(3, 40, seed=1), **with_cache(own))
     with mock.patch.object(MambaRows, "reset", return_value=None):
         own.reset()
     token = draw(3, 1, seed=3)
-    actual = model(token, past_key_values=own).logits
-    expected = model(token, past_key_values=fresh(model)).logits
+    actual = model(token, **with_cache(own)).logits
+    expected = model(token, **with_cache(fresh(model))).logits
     assert difference(actual, expected) > 100 * LOGITS_FLOAT32
 
 
@@ -147,7 +148,7 @@ def test_cached_and_uncached_logits_agree_at_every_position(flavour: str) -> Non
     with paged(model, PAGES):
         own = fresh(model)
         parts = ids.split([CHUNK, 2 * CHUNK, *[1] * 5], dim=1)
-        actual = torch.cat([model(part, past_key_values=own).logits for part in parts], dim=1)
+        actual = torch.cat([model(part, **with_cache(own)).logits for part in parts], dim=1)
     assert difference(actual, expected) <= LOGITS_FLOAT32
 
 
@@ -160,7 +161,7 @@ def test_at_a_tie_tokens_may_flip_and_logits_may_not() -> None:
     with paged(model, PAGES):
         own = fresh(model)
         parts = ids.split([CHUNK, CHUNK, 5], dim=1)
-        actual = torch.cat([model(part, past_key_values=own).logits for part in parts], dim=1)
+        actual = torch.cat([model(part, **with_cache(own)).logits for part in parts], dim=1)
     first, second = expected[0, -1].topk(2).values
     assert first - second <= LOGITS_FLOAT32 * first.abs(), "no tie"
     assert difference(actual, expected) <= LOGITS_FLOAT32
@@ -179,9 +180,9 @@ def test_past_the_recompile_limit_a_compiled_step_raises_instead_of_falling_back
     with paged(model, config):
         own = PagedCache.for_model(model, config)
         with pytest.raises(FailOnRecompileLimitHit):
-            model(draw(1, 23), past_key_values=own)
+            model(draw(1, 23), **with_cache(own))
         with pytest.raises(CacheReleased):
-            model(draw(1, 23), past_key_values=own)
+            model(draw(1, 23), **with_cache(own))
 
 
 def test_the_compiled_call_allows_no_graph_break_and_no_symbolic_shape() -> None:
@@ -199,24 +200,24 @@ def test_a_sequence_that_produced_nan_poisons_no_later_owner_of_its_pages() -> N
     with paged(model, PAGES):
         own = fresh(model)
         with pytest.raises(NonFinite):
-            model(inputs_embeds=torch.full((3, 14, 48), torch.nan), past_key_values=own)
+            model(inputs_embeds=torch.full((3, 14, 48), torch.nan), **with_cache(own))
         assert any(pool.values.isnan().any() for pool in own.pools.values()), "nothing to inherit"
         own.reset()
         ids, mask = prompts((9, 5, 2))
-        actual = model(ids, attention_mask=mask, past_key_values=own).logits
-        expected = model(ids, attention_mask=mask, past_key_values=fresh(model)).logits
+        actual = model(ids, attention_mask=mask, **with_cache(own)).logits
+        expected = model(ids, attention_mask=mask, **with_cache(fresh(model))).logits
     assert difference(actual[mask.bool()], expected[mask.bool()]) <= LOGITS_FLOAT32
 
 
 def test_releasing_twice_frees_nothing_twice(model: Any) -> None:
     """torch 2.15 `erase`, transformers `free_blocks`: a page freed twice has two owners."""
     own = fresh(model)
-    model(draw(3, 10), past_key_values=own)
+    model(draw(3, 10), **with_cache(own))
     own.reorder_cache(torch.tensor([0, 0, 1]))
     own.reset()
     own.reset()
     own.check_valid()
-    model(draw(5, 9), past_key_values=own)
+    model(draw(5, 9), **with_cache(own))
     own.check_valid()
     pages = [page for s in own.sequences for page in own.allocator.pages_of(s)]
     assert len(pages) == len(set(pages)) == own.allocator.held

@@ -76,7 +76,7 @@ class Theirs:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         with torch.inference_mode():
-            return self.mixer(hidden, cache_params=self.cache)
+            return self.mixer(hidden, self.cache)
 
     @property
     def ssm(self) -> Tensor:
