@@ -323,11 +323,12 @@ def _needs_gpu(command: Callable[..., Any]) -> Callable[..., Any]:
 def gate(loaded: Any, config: Any, seed: int, records: Path, json_file: str | None) -> int:
     """Judge speed and memory on this GPU: has paged slipped, or is default better?
 
-    Paged and default run in interleaved pairs. Their ratio is held against the one recorded for
-    this GPU and model, peak memory against the recorded bytes; where nothing is recorded, only the
-    laws that hold anywhere count: not slower than default, not more memory. Exit status 1 when a
-    check fails or noise leaves it open after three tries; 2 where there is nothing to judge: no
-    GPU, or the runner has fallen back to a slower path.
+    Paged and default run in interleaved pairs. Paged's time, over the floor that this GPU shows
+    now, is held against what was recorded for the GPU and model, peak memory against the recorded
+    bytes; where nothing is recorded, only the laws that hold anywhere count: not slower than
+    default, not more memory. Exit status 1 when a check fails or noise leaves it open after three
+    tries; 2 where there is nothing to judge: no GPU, or the runner has fallen back to a slower
+    path.
 
     \b
     granite-paged gate --random-weights granite-4.0-h-1b --dtype bfloat16
