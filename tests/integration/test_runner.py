@@ -108,6 +108,21 @@ def test_a_fork_continues_by_itself(model: Any, driver: Driver) -> None:
     driver.check_valid()
 
 
+def test_a_fork_has_the_pages_that_were_given_since_the_last_step(driver: Driver) -> None:
+    driver.open(1)
+    driver.chunks({1: tokens(20)})  # pages, and no step that needs them
+    driver.fork(1, 2)
+    driver.check_valid()
+
+
+def test_a_cleared_row_has_none_of_the_pages_given_to_its_last_owner(driver: Driver) -> None:
+    driver.open(1)
+    driver.chunks({1: tokens(20)})
+    driver.close(1)
+    driver.runner.clear_rows([1])
+    assert not driver.runner.storage.table.physical[1].any()
+
+
 def test_a_row_given_to_the_next_sequence_holds_nothing_of_the_last(
     model: Any, driver: Driver
 ) -> None:
