@@ -556,8 +556,7 @@ class Engine:
         self, step_tokens: int | None, longest_step: float, queue: int, swap_bytes: int
     ) -> Limits:
         runner = self.runner
-        stateful = bool(runner.geometry.mamba_layers)
-        alignment = runner.alignment if stateful else LEAST_CHUNK
+        alignment = runner.alignment if self._prefix.stateful else LEAST_CHUNK
         return Limits(
             rows=runner.rows,
             longest=runner.longest,

@@ -30,6 +30,7 @@ from typing import Any
 from granite_paged.allocator import AppendPlan, PageAllocator
 from granite_paged.engine.prefix import Hit, PrefixCache, RowState
 from granite_paged.engine.request import Job, State, Swapped
+from granite_paged.engine.shapes import next_power_of_two
 from granite_paged.engine.step import Device, Limits, Part, Span, Step, calls
 from granite_paged.errors import QueueFull, RequestTooLarge, require
 
@@ -353,7 +354,7 @@ class Scheduler:
     def _cut(self, length: int, time: float) -> int:
         """The most of a chunk that fits into one call and the time; `alignment` always does."""
         while length > self._limits.alignment and not self._affords([length], time):
-            shorter = 1 << (length - 1).bit_length() - 1
+            shorter = next_power_of_two(length) // 2
             length = max(shorter - shorter % self._limits.alignment, self._limits.alignment)
         return length
 

@@ -17,8 +17,7 @@ Costs are times in a unit of the device: what one more token of a long prompt ta
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,40 +87,42 @@ class Shapes:
     def arrange(self, lengths: Sequence[int], *, cut: bool = True) -> list[Batch]:
         """Share chunks of these lengths out over steps, which are made in the order given.
 
-        Pieces of one length share steps, of those batches that take the least time a piece.
+        Of every length, all chunks that can be cut are, if that takes less time.
 
         cut: whether chunks may be cut.
         """
-        whole = {place: [Piece(place, 0, tokens)] for place, tokens in enumerate(lengths)}
+        chunks = [[Piece(place, 0, tokens)] for place, tokens in enumerate(lengths)]
         if not self.captured:
-            return [Batch([piece for (piece,) in whole.values()], len(lengths), max(lengths))]
-        pieces = self._cut(whole) if cut else whole
-        by_length: dict[int, list[Piece]] = {}
-        for piece in (piece for chunk in pieces.values() for piece in chunk):
-            by_length.setdefault(self.length(piece.end - piece.start), []).append(piece)
-        arranged = []
-        for length in sorted(by_length, reverse=True):  # a chunk's pieces, in their order
-            left = by_length[length]
-            for batch in self._batches(length, len(left)):
-                arranged.append(Batch(left[:batch], batch, length))
-                del left[:batch]
-        return arranged
+            return [Batch([piece for (piece,) in chunks], len(lengths), max(lengths))]
+        steps = self._steps(chunks)
+        classes = sorted({self.length(tokens) for tokens in lengths}, reverse=True)
+        for length in classes if cut else ():
+            others = [
+                self._pieces(place, tokens) if self.length(tokens) == length else chunks[place]
+                for place, tokens in enumerate(lengths)
+            ]
+            if _cost(found := self._steps(others)) < _cost(steps):
+                chunks, steps = others, found
+        return steps
 
-    def _cut(self, chunks: dict[int, list[Piece]]) -> dict[int, list[Piece]]:
-        """The same chunks, of every length all those cut that can be, if that takes less time."""
-        lengths = {self.length(piece.end) for (piece,) in chunks.values()}
-        for length in sorted(lengths, reverse=True):
-            same = {at: own for at, own in chunks.items() if self.length(own[-1].end) == length}
-            cut = {at: self._pieces(own[0].chunk, own[0].end) for at, own in same.items()}
-            other = {**chunks, **cut}
-            if self._time(other) < self._time(chunks):
-                chunks = other
-        return chunks
+    def _steps(self, chunks: Iterable[Sequence[Piece]]) -> list[Batch]:
+        """Pieces of one length share steps, of those batches that take the least time a piece.
+
+        The longest first: a chunk's pieces are in their order then (`_pieces`).
+        """
+        by_length: dict[int, list[Piece]] = {}
+        for piece in (piece for chunk in chunks for piece in chunk):
+            by_length.setdefault(self.length(piece.end - piece.start), []).append(piece)
+        steps = []
+        for length, left in sorted(by_length.items(), reverse=True):
+            while left:
+                batch = cheapest_batch(length, len(left), self.chunk_tokens)
+                steps.append(Batch(left[:batch], batch, length))
+                del left[:batch]
+        return steps
 
     def _pieces(self, chunk: int, tokens: int) -> list[Piece]:
-        """Each of a smaller length than the one before, so that steps of falling length keep their
-        order.
-        """
+        """Of a chunk that is cut as far as it can be: each of a smaller length than the last."""
         pieces: list[Piece] = []
         start, length = 0, self.length(tokens)
         while True:
@@ -131,26 +132,9 @@ class Shapes:
             pieces.append(Piece(chunk, start, start + half))
             start, length = start + half, self.length(rest)
 
-    def _time(self, chunks: dict[int, list[Piece]]) -> float:
-        counts = Counter(
-            self.length(piece.end - piece.start) for own in chunks.values() for piece in own
-        )
-        return sum(
-            STEP_TOKENS + batch * length
-            for length, count in counts.items()
-            for batch in self._batches(length, count)
-        )
-
-    def _batches(self, length: int, count: int) -> Iterator[int]:
-        """Of steps for so many pieces of a length."""
-        while count > 0:
-            batch = cheapest_batch(length, count, self.chunk_tokens)
-            yield batch
-            count -= batch
-
     def prefill_cost(self, lengths: Sequence[int]) -> float:
         """What chunks of these lengths take."""
-        return sum(STEP_TOKENS + batch * length for _, batch, length in self.arrange(lengths))
+        return _cost(self.arrange(lengths))
 
     def decode_cost(self, rows: int) -> float:
         """What a decode step for so many rows takes."""
@@ -192,6 +176,14 @@ def cheapest_batch(length: int, chunks: int, chunk_tokens: int) -> int:
     """The batch that takes the least time a chunk, where so many of that length are to be run."""
 
     def cost(batch: int) -> float:
-        return (STEP_TOKENS + batch * length) / min(batch, chunks)
+        return _step_cost(batch, length) / min(batch, chunks)
 
     return min(prefill_batches(length, chunk_tokens), key=cost)
+
+
+def _step_cost(batch: int, length: int) -> float:
+    return STEP_TOKENS + batch * length
+
+
+def _cost(steps: Iterable[Batch]) -> float:
+    return sum(_step_cost(step.batch, step.length) for step in steps)
