@@ -159,7 +159,7 @@ class DecodePlan:
     """How a decode step's attention is laid out on a GPU.
 
     `splits`: parts a row's pages are shared out over; the rest are options of FlexAttention's
-    decode kernel: tokens a block, warps, stages of its pipeline.
+    kernels: tokens a block, warps, stages of the pipeline.
     """
 
     splits: int
@@ -168,14 +168,18 @@ class DecodePlan:
     stages: int
 
     def options(self, *, beyond_32_bits: bool) -> FlexKernelOptions:
-        """For `flex_attention(kernel_options=...)`."""
+        """For `flex_attention(kernel_options=...)`.
+
+        FlexAttention's decode kernel is followed by one that divides its sums, where parts are
+        combined anyway. Rows that are whole are left finished by its main kernel.
+        """
         options: dict[str, Any] = {
             "BLOCK_M": SMALLEST_KERNEL_BLOCK,
             "BLOCK_N": self.block,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
-        if beyond_32_bits:
+        if beyond_32_bits or self.splits == 1:
             options["FORCE_USE_FLEX_ATTENTION"] = True
         else:
             options["SPLIT_KV"] = 1  # works, though torch's own list of options leaves it out
@@ -241,8 +245,8 @@ def split_attention(
 ) -> Tensor:
     """One token a row over its own pages, in `plan.splits` parts that are then combined.
 
-    Two kernels, FlexAttention's and one for what comes after it; before it, queries of several rows
-    are copied to their parts.
+    FlexAttention's kernel, and where rows are split one that combines their parts; before it,
+    queries of several rows are copied to those.
 
     Args:
         query: [B, Hq, D].
