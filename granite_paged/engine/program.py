@@ -11,6 +11,7 @@ One copy takes the inputs over; nothing in the step depends on the host.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,8 +71,11 @@ class Program:
         self._forms, self._storage, self._tokens = forms, storage, tokens
         self._batch, self._length, self._decodes = batch, length, decodes
         self._device = tokens.device
-        self._parts = [batch, batch * length, *([] if decodes else [batch * length, batch])]
-        self._inputs = torch.zeros(sum(self._parts), dtype=torch.int64, device=self._device)
+        of_prefill = [0, 0] if decodes else [batch * length, batch]
+        self._parts = [batch, batch * length, *of_prefill]
+        ends = list(accumulate(self._parts))
+        self._spans = list(pairwise([0, *ends]))
+        self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._plan = plan if decodes else None
         self._lists = self._make_lists(plan) if decodes and plan is not None else None
@@ -79,11 +83,10 @@ class Program:
     def padding(self) -> Inputs:
         """Inputs that are padding everywhere, for the caller to fill."""
         pinned = self._graph is not None
-        flat = torch.zeros(sum(self._parts), dtype=torch.int64, pin_memory=pinned)
-        rows, positions, *of_prefill = np.split(flat.numpy(), np.cumsum(self._parts)[:-1])
-        positions[:] = PADDING
-        tokens, last = of_prefill or (rows[:0], rows[:0])
-        shape = (self._batch, -1)
+        flat = torch.zeros(len(self._inputs), dtype=torch.int64, pin_memory=pinned)
+        numbers, shape = flat.numpy(), (self._batch, -1)
+        rows, positions, tokens, last = (numbers[start:end] for start, end in self._spans)
+        positions.fill(PADDING)
         return Inputs(flat, rows, positions.reshape(shape), tokens.reshape(shape), last)
 
     def run(self, inputs: Inputs) -> None:
@@ -114,14 +117,13 @@ class Program:
         self._graph = graph
 
     def _compute(self) -> None:
-        rows, positions, *of_prefill = torch.split(self._inputs, self._parts)
+        rows, positions, tokens, last = torch.split(self._inputs, self._parts)
         positions = positions.view(self._batch, self._length).int()
         step = Step(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
         if self._decodes:
-            tokens = self._tokens.index_select(0, rows)
-            self.logits = self._forms.decode(tokens[:, None], step)
+            fed = self._tokens.index_select(0, rows)
+            self.logits = self._forms.decode(fed[:, None], step)
             return
-        tokens, last = of_prefill
         self.hidden = self._forms.forward(tokens.view(self._batch, self._length), step)
         self.logits = self._forms.logits(self.hidden.flatten(0, 1).index_select(0, last))
 
