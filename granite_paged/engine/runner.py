@@ -19,6 +19,7 @@ Rows are named by every step, so running sequences need not be moved to be dense
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,9 @@ from granite_paged.transfer import to_device
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of such things are done, and how many there are."""
+
+Wanted = Callable[[int, int], bool]
+"""Whether a step of so many rows and tokens of each is wanted."""
 
 
 class Chunk(NamedTuple):
@@ -129,9 +133,7 @@ class Runner:
         self._forms = _forms(model, self._storage, fallback, config)
         self._programs: dict[tuple[int, int, bool], Program] = {}
         self._graphs = torch.cuda.graph_pool_handle() if self._captures else None
-        # one for all graphs: the matrix library keeps a workspace for every stream
-        make_stream: Any = torch.cuda.Stream
-        self._stream = make_stream(self.device) if self._captures else None
+        self._stream = _capture_stream(self.device) if self._captures else None
 
     @classmethod
     def for_model(cls, model: Any, config: PagedConfig | None = None) -> Runner:
@@ -241,12 +243,14 @@ class Runner:
         self._run(program, inputs)
         return program.logits[: len(rows)]
 
-    def warm_up(self, progress: Progress | None = None, *, decodes: bool = True) -> None:
-        """Compile and capture every shape now; otherwise each waits for its first use.
+    def warm_up(
+        self, progress: Progress | None = None, *, wanted: Wanted = lambda batch, length: True
+    ) -> None:
+        """Compile and capture shapes now; otherwise each waits for its first use.
 
-        decodes: those of decode steps as well; scoring needs none.
+        wanted: which, by rows and tokens of each; 1 token: a decode step.
         """
-        shapes = [shape for shape in self.shapes.all(self.rows) if decodes or shape[1] > 1]
+        shapes = [shape for shape in self.shapes.all(self.rows) if wanted(*shape)]
         for done, (batch, length) in enumerate(shapes):
             if progress is not None:
                 what = "decode" if length == 1 else "prefill"
@@ -304,7 +308,8 @@ class Runner:
         for tensor in self._by_row():
             tensor[index] = tensor[source].clone()
         for states in self._storage.stacked:
-            states[:, index - 1] = states[:, source - 1 : source].clone()
+            for target in targets:  # one by one: no copy of the source beside it
+                states[:, target - 1].copy_(states[:, source - 1])
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         """Make rows as new, before they are given to other sequences."""
@@ -449,6 +454,13 @@ def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Sc
     at = torch.arange(len(targets), device=targets.device) if rows is None else rows
     logprobs = logits[at, targets] - logits.logsumexp(dim=1)[at]
     return Scores(logprobs, logits.argmax(dim=1)[at] == targets)
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """One for all graphs: the matrix library keeps a workspace for every stream, for ever."""
+    make_stream: Any = torch.cuda.Stream
+    return make_stream(device)
 
 
 def _forms(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> PlainForms:

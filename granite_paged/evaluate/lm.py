@@ -19,8 +19,8 @@ import torch
 
 from granite_paged.errors import InvalidRequest, MissingExtra
 from granite_paged.evaluate.encoding import common_tokens
-from granite_paged.evaluate.modes import MODES, Needs, make_scorer
-from granite_paged.evaluate.scorer import Request, Score, Scorer, chunked
+from granite_paged.evaluate.modes import MODES, make_scorer
+from granite_paged.evaluate.scorer import Needs, Request, Score, Scorer, chunked
 from granite_paged.geometry import PagedConfig
 from granite_paged.integrate import paged
 from granite_paged.models import load, load_tokenizer
@@ -173,9 +173,9 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
                     bar.update(1)
 
     def _scorer_for(self, requests: Sequence[Request]) -> Scorer:
-        """One for all calls, until something longer is asked."""
-        needs = Needs.of(requests)
-        if self._scorer is not None and needs.longest > self._needs.longest:
+        """One for all calls, until more is asked of it."""
+        needs = self._needs.with_those(Needs.of(requests))
+        if self._scorer is not None and needs != self._needs:
             self._scorer.close()
             self._scorer = None
         if self._scorer is None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from granite_paged.evaluate.scorer import Request, Scorer
+from granite_paged.evaluate.scorer import Needs, Scorer
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.scorer_engine import EngineScorer, has_engine
 from granite_paged.evaluate.scorer_paged import PagedScorer
@@ -18,19 +17,6 @@ MODES = ("default", "static", "paged")
 ENGINE = "engine"
 
 ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
-_SPARE_SEQUENCES = 1  # what a context forks into
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the requests of a run take at most: tokens of one sequence."""
-
-    longest: int
-
-    @classmethod
-    def of(cls, requests: Iterable[Request]) -> Needs:
-        """The most of them. At least one request."""
-        return cls(max(len(r.context) + max(map(len, r.continuations)) for r in requests))
 
 
 def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch: int = 1) -> Scorer:
@@ -52,7 +38,7 @@ def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch:
     if paged_by() != ENGINE:
         return PagedScorer(model, config, batch)
     rows = batch if batch == 1 else max(batch, ENGINE_ROWS)
-    return EngineScorer.for_model(model, engine_config(config, needs, batch), rows)
+    return EngineScorer.for_model(model, engine_config(config, needs, batch), needs, rows)
 
 
 def paged_by() -> str:
@@ -62,7 +48,7 @@ def paged_by() -> str:
 
 def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:
     """Pools of what the run needs instead of a part of the memory: peaks are to be compared."""
-    sequences = config.max_sequences or batch + _SPARE_SEQUENCES
+    sequences = config.max_sequences or batch + needs.forks
     pages = math.ceil(needs.longest / config.page_size) + 1
     tokens = config.max_tokens or sequences * pages * config.page_size
     return replace(config, max_sequences=sequences, max_tokens=tokens)

@@ -19,10 +19,11 @@ from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.judge import judged
 from granite_paged.evaluate.metrics import Agreement, ModeMetrics, agreement, mode_metrics
-from granite_paged.evaluate.modes import Needs, make_scorer, paged_by
+from granite_paged.evaluate.modes import make_scorer, paged_by
 from granite_paged.evaluate.peaks import Peaks
 from granite_paged.evaluate.scorer import (
     Answer,
+    Needs,
     Request,
     Scorer,
     chunked,

@@ -40,6 +40,38 @@ class Request(NamedTuple):
         return len(self.context) + sum(map(len, self.continuations))
 
 
+class Needs(NamedTuple):
+    """What the requests of a run take at most.
+
+    Attributes:
+        longest: tokens of one sequence.
+        shared: tokens with which requests beside each other begin.
+        forks: whether a context forks: the last token of a continuation need not be run.
+    """
+
+    longest: int
+    shared: int = 0
+    forks: bool = False
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> Needs:
+        """The most of them. At least one request."""
+        held = list(requests)
+        return cls(
+            longest=max(len(r.context) + max(map(len, r.continuations)) for r in held),
+            shared=max(r.shared for r in held),
+            forks=any(len(distinct_rows([r])) > 1 for r in held),
+        )
+
+    def with_those(self, other: Needs) -> Needs:
+        """What both take at most."""
+        return Needs(
+            max(self.longest, other.longest),
+            max(self.shared, other.shared),
+            self.forks or other.forks,
+        )
+
+
 class Score(NamedTuple):
     """Of one continuation: its log-likelihood, and whether greedy decoding would write it."""
 

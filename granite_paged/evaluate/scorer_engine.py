@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from granite_paged.evaluate.scorer import Answer, Request, Score
+from granite_paged.engine.shapes import FEW_TOKENS
+from granite_paged.evaluate.scorer import Answer, Needs, Request, Score
 from granite_paged.geometry import PagedConfig
 
 _MODULE = "granite_paged.engine.engine"
@@ -30,18 +32,22 @@ class EngineScorer:
 
     @classmethod
     def for_model(
-        cls, model: Any, config: PagedConfig | None = None, batch: int = 1
+        cls, model: Any, config: PagedConfig, needs: Needs, batch: int = 1
     ) -> EngineScorer:
-        """Make an engine for a model that is not patched.
+        """Make an engine for a model that is not patched, and have it record its graphs.
 
-        It keeps few states: questions come by subject, and peaks of memory are compared.
+        It keeps few states: questions come by subject, and peaks of memory are compared. None at
+        all where questions alone share less than a page.
         """
         from granite_paged.engine.plan import row_bytes  # noqa: PLC0415  # as the engine itself
 
-        kept = (_KEPT_ALONE if batch == 1 else _KEPT) * max(1, row_bytes(model))
-        engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=kept)
-        if batch > 1:  # which shapes questions meet depends on their company
-            engine.runner.warm_up(decodes=False)
+        alone = batch == 1
+        kept = (_KEPT_ALONE if needs.shared >= config.page_size else 0) if alone else _KEPT
+        state_bytes = kept * max(1, row_bytes(model))
+        engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=state_bytes)
+        most = engine.runner.shapes.length(needs.longest) if alone else math.inf
+        most = max(most, FEW_TOKENS)  # what the continuations of a question share
+        engine.runner.warm_up(wanted=lambda rows, length: length > 1 and rows * length <= most)
         return cls(engine, batch)
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:

@@ -35,9 +35,8 @@ from granite_paged.evaluate.metrics import (
     mode_metrics,
     quantile,
 )
-from granite_paged.evaluate.modes import Needs
 from granite_paged.evaluate.peaks import Peaks
-from granite_paged.evaluate.scorer import Answer, Request, Score, choice
+from granite_paged.evaluate.scorer import Answer, Needs, Request, Score, choice
 from granite_paged.evaluate.tasks import Options, Question, Task, make_task
 from granite_paged.models import LoadedModel, load, load_tokenizer
 from granite_paged.page_table import NOBODY, PageTable
@@ -428,8 +427,11 @@ def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:
     assert credit(asked, logprobs, mass=False) == 0.0
 
 
-def test_needs_are_those_of_the_longest_sequence() -> None:
-    assert Needs.of([*requests(5), Request([1] * 200, [[1], [1, 2]])]) == Needs(longest=202)
+def test_needs_are_the_most_that_any_request_has() -> None:
+    letters = Request([1] * 150, [[1], [2]], shared=30)
+    assert Needs.of([letters]) == Needs(longest=151, shared=30, forks=False)
+    forked = Request([1] * 200, [[1], [1, 2]], shared=7)
+    assert Needs.of([letters, forked]) == Needs(longest=202, shared=30, forks=True)
 
 
 def test_one_part_of_each_size_is_met_before_the_clock_starts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,12 @@ from evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
 
 from granite_paged import PagedConfig, is_patched
 from granite_paged.engine.plan import row_bytes
+from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import OutOfPages, PromptError
 from granite_paged.evaluate import batch_size, modes, scorer_engine
-from granite_paged.evaluate.modes import Needs, make_scorer
+from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.scorer import (
+    Needs,
     Request,
     Score,
     Scorer,
@@ -30,7 +33,7 @@ from granite_paged.evaluate.scorer_engine import EngineScorer
 from granite_paged.evaluate.scorer_paged import PagedScorer
 from granite_paged.evaluate.scorer_static import StaticScorer
 
-CLOSE = 1e-4  # of a log-likelihood, what the issue's parity allows; a few dozen roundings of it
+CLOSE = 1e-4  # of a log-likelihood, what parity with lm-eval allows; a few dozen roundings of it
 FLAVOURS = ["hybrid", "rotary", "experts", "dense"]
 
 
@@ -226,14 +229,20 @@ def test_paged_is_the_forked_cache_without_an_engine(monkeypatch: pytest.MonkeyP
     )  # fmt: skip
 
 
+SHAPES = Shapes(2048, captured=True)
+
+
 class EngineDouble:
     """Answers as `Engine.score` is documented to."""
 
     def __init__(self, model: Any, config: PagedConfig, *, state_bytes: int = 0) -> None:
         self.config, self.state_bytes = config, state_bytes
         self.asked: list[Any] = []
-        self.warmed: list[dict[str, bool]] = []
-        self.runner = SimpleNamespace(warm_up=lambda **how: self.warmed.append(how))
+        self.warmed: list[tuple[int, int]] = []
+        self.runner = SimpleNamespace(shapes=SHAPES, warm_up=self.warm_up)
+
+    def warm_up(self, wanted: Callable[[int, int], bool]) -> None:
+        self.warmed += [shape for shape in SHAPES.all(8) if wanted(*shape)]
 
     def stats(self) -> Any:
         return SimpleNamespace(tokens_hit=100 * len(self.asked))
@@ -253,13 +262,18 @@ class EngineDouble:
         ]
 
 
-def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def with_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType(scorer_engine._MODULE)
     module.Engine = EngineDouble  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, scorer_engine._MODULE, module)
     monkeypatch.setattr(modes, "has_engine", lambda: True)
-    needs = Needs.of(requests())
-    scorer: Scorer = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs)
+
+
+@pytest.mark.usefixtures("with_engine")
+def test_paged_is_the_engine_where_there_is_one() -> None:
+    model, needs = tiny_loaded().model, Needs(longest=600, shared=SMALL_PAGES.page_size, forks=True)
+    scorer: Scorer = make_scorer("paged", model, SMALL_PAGES, needs)
     assert isinstance(scorer, EngineScorer)
     (answer,) = scorer.score([Request([1, 2], [[3], [4, 5]], shared=1)])
     assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
@@ -268,10 +282,20 @@ def test_paged_is_the_engine_where_there_is_one(monkeypatch: pytest.MonkeyPatch)
     assert scorer.engine.asked[1:] == ["forget"]
     assert scorer.engine.config.max_tokens >= needs.longest
     assert scorer.engine.config.max_sequences == 2, "a context, and what it forks into"
-    assert scorer.engine.state_bytes == 2 * row_bytes(tiny_loaded().model)
-    assert not scorer.engine.warmed, "each question alone meets its own shapes only"
-    many: Any = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs, 8)
-    assert many.engine.warmed == [{"decodes": False}]
+    assert scorer.engine.state_bytes == 2 * row_bytes(model)
+    alone = [(1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024)]
+    assert set(scorer.engine.warmed) == {*alone, (16, 32), (8, 64), (4, 128)}
+    many: Any = make_scorer("paged", model, SMALL_PAGES, needs, 8)
+    assert set(many.engine.warmed) == {shape for shape in SHAPES.all(8) if shape[1] > 1}
+
+
+@pytest.mark.usefixtures("with_engine")
+def test_questions_alone_that_share_and_fork_nothing_take_one_row() -> None:
+    """What is kept for nobody would count against the peak."""
+    needs = Needs(longest=100, shared=SMALL_PAGES.page_size - 1, forks=False)
+    scorer: Any = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs)
+    assert scorer.engine.config.max_sequences == 1
+    assert scorer.engine.state_bytes == 0
 
 
 def test_what_an_engine_reused_is_counted_once() -> None:
