@@ -112,8 +112,10 @@ def report(session: nox.Session) -> None:
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
+    records = sorted(map(str, Path("golden/perf").glob("nvidia-*.json")))
+    curves = [part for record in records for part in ("--bench", record)]
     pages = ("--to", "golden/figures/evaluation", "--page", "README.md")
-    session.run("granite-paged", "report", *results, *pages)
+    session.run("granite-paged", "report", *results, *curves, *pages)
 
 
 @nox.session

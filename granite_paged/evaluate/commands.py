@@ -172,7 +172,8 @@ def evaluate(
     names = _check_before_the_work(tasks, options)
     bench = [row for path in options["bench"] for row in read_bench(path)]
     made = _make_tasks(names, loaded, config, seed, options)
-    evaluation = _run(loaded, made, config, seed, mode, batch, options).to_json()
+    found = _run(loaded, made, config, seed, mode, batch, options)
+    evaluation = {"command": _command_line(), **found.to_json()}
     report_console(json_file).print(*_tables(evaluation), sep="")
     if json_file:
         write_json(json_file, evaluation)
@@ -180,7 +181,7 @@ def evaluate(
     if options["folder"]:
         from granite_paged.evaluate.report import write_report
 
-        figures = write_report(options["folder"], [evaluation], bench, [_command_line()])
+        figures = write_report(options["folder"], [evaluation], bench)
     if options["project"]:
         from granite_paged.evaluate.wandb_run import log_to_wandb
 
@@ -203,7 +204,7 @@ def evaluate(
     "--page",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="Also put the tables between the results comments of this Markdown page.",
+    help="Also put tables and figures between the results comments of this Markdown page.",
 )
 def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: str | None) -> int:
     """One report of several RESULTS, files that `granite-paged eval --json` wrote.
@@ -219,7 +220,7 @@ def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: 
     rows = [row for path in bench for row in read_bench(path)]
     figures = write_report(folder, evaluations, rows)
     if page:
-        update_page(page, evaluations, rows)
+        update_page(page, evaluations, rows, figures)
     click.echo(f"{folder}/report.md and {len(figures)} figures")
     return OK
 

@@ -178,11 +178,16 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _size(tokens: int) -> str:
+    whole = tokens >= 1024 and tokens % 1024 == 0
+    return f"{tokens // 1024}k" if whole else str(tokens)
+
+
 # -- benchmarks ---------------------------------------------------------------------------------
 
 
 def _curves(pyplot: Any, axis: str, bench: Sequence[BenchRow]) -> Figure | None:
-    """Time and memory along `batch` or `context`; one line for each case and mode."""
+    """Time and memory along `batch` or `context`; one line for what is held fixed and each mode."""
     lines = curves(bench, axis)
     if not lines:
         return None
@@ -203,28 +208,28 @@ def _curves(pyplot: Any, axis: str, bench: Sequence[BenchRow]) -> Figure | None:
     for panel in (times, memory):
         panel.set(xlabel=axis, xscale="log")
         sizes = sorted({getattr(row, axis) for rows in lines.values() for row in rows})
-        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.set_xticks(sizes, [_size(size) for size in sizes])
         panel.xaxis.minorticks_off()
         panel.grid(alpha=0.3)
     _legend_above(figure, [times])
     return figure
 
 
-_PREFILL = {"batch": "prefill", "context": "prefill"}  # cases named after what varies
-
-
 def curves(bench: Sequence[BenchRow], axis: str) -> dict[tuple[str, str], list[BenchRow]]:
-    """(case with what is held fixed, mode) -> rows along `axis`; at least three points each."""
+    """(what is held fixed, mode) -> prefills along `axis`; at least three points each.
+
+    A benchmark's cases `batch` and `context` are named after what varies, as the study's tables.
+    """
     other = {"batch": "context", "context": "batch"}[axis]
     found: dict[tuple[str, str], list[BenchRow]] = {}
     for row in bench:
-        kind = _PREFILL.get(row.case, row.case)
-        fixed = f"{kind}, {other} {getattr(row, other)}, {row.where}"
-        found.setdefault((fixed, row.mode), []).append(row)
+        if row.case == axis:
+            fixed = f"prefill, {other} {getattr(row, other)}, {row.where}"
+            found.setdefault((fixed, row.mode), []).append(row)
     return {
         key: sorted(rows, key=lambda row: int(getattr(row, axis)))
         for key, rows in found.items()
-        if len({getattr(row, axis) for row in rows}) >= 3
+        if len(rows) >= 3
     }
 
 

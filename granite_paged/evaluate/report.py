@@ -20,15 +20,13 @@ def write_report(
     folder: str,
     evaluations: Sequence[Json],
     bench: Sequence[BenchRow] = (),
-    commands: Sequence[str] = (),
 ) -> list[Path]:
     """Write `results.json`, `report.md` and the figures. Returns the figures' paths.
 
     Args:
         folder: made if need be.
-        evaluations: as `Evaluation.to_json` makes them.
+        evaluations: as `granite-paged eval --json` writes them.
         bench: rows of benchmarks, for the curves.
-        commands: what made the results, to be shown.
 
     Raises:
         ResultsError: if the folder cannot be written.
@@ -41,7 +39,7 @@ def write_report(
         figures = draw_all(path, found, bench)
         text = json.dumps({"evaluations": list(evaluations)}, indent=1)
         (path / "results.json").write_text(text + "\n", encoding="utf-8")
-        page = _page(found, bench, figures, commands)
+        page = _page(evaluations, bench, figures)
         (path / "report.md").write_text(page, encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"cannot write the report to {folder}: {error.strerror}") from None
@@ -60,37 +58,42 @@ def prepare_folder(folder: str) -> None:
         raise ResultsError(f"cannot write the report to {folder}: it is write-protected")
 
 
-def update_page(page: str, evaluations: Sequence[Json], bench: Sequence[BenchRow] = ()) -> None:
-    """Put the tables between the two `results` comments of a Markdown page, in place of what is
-    there. Raises DataError where the page has no such comments.
+def update_page(
+    page: str,
+    evaluations: Sequence[Json],
+    bench: Sequence[BenchRow] = (),
+    figures: Sequence[Path] = (),
+) -> None:
+    """Put the tables, and links to the figures, between the two `results` comments of a Markdown
+    page, in place of what is there. Raises DataError where the page has no such comments.
     """
-    put_between(page, "results", "\n\n".join(result_tables(entries(evaluations), bench)))
+    at = Path(page).resolve().parent
+    links = [f"![{path.stem}]({os.path.relpath(path.resolve(), at)})" for path in figures]
+    put_between(page, "results", "\n\n".join([*result_tables(evaluations, bench), *links]))
 
 
-def result_tables(found: Sequence[Entry], bench: Sequence[BenchRow]) -> list[str]:
-    """Ours, the agreement with `default`, and the original study's beside ours."""
-    parts = [_places(found), _metrics(found), _agreement(found)]
+def result_tables(evaluations: Sequence[Json], bench: Sequence[BenchRow]) -> list[str]:
+    """Where and by which commands they were made; ours, the agreement with `default`, and the
+    original study's beside ours.
+    """
+    found = entries(evaluations)
+    commands = [run["command"] for run in evaluations if "command" in run]
+    parts = [_places(found), *_shell(commands), _metrics(found), _agreement(found)]
     return [part for part in [*parts, *_study_tables(found, bench)] if part]
 
 
 # -- the page -----------------------------------------------------------------------------------
 
 
-def _page(
-    found: Sequence[Entry],
-    bench: Sequence[BenchRow],
-    figures: dict[str, str],
-    commands: Sequence[str],
-) -> str:
+def _page(evaluations: Sequence[Json], bench: Sequence[BenchRow], figures: dict[str, str]) -> str:
     parts = [
         "# Evaluation",
         "Does paging keep the answers, and what does it cost or save? Every question was put to "
         "each mode in the same run: `default` is transformers' SDPA on whole sequences, `static` "
         "transformers' StaticCache with its compiled step, `paged` this package.",
-        *_shell(commands),
         "## Results",
-        *result_tables(found, bench),
-        *_differences(found),
+        *result_tables(evaluations, bench),
+        *_differences(entries(evaluations)),
         "## Figures",
         *(f"![{caption}]({name}.png)\n\n{caption}" for name, caption in figures.items()),
         "## How to read it",

@@ -15,7 +15,6 @@ from granite_paged.evaluate.figures import curves
 from granite_paged.evaluate.report import result_tables, update_page, write_report
 from granite_paged.evaluate.results import (
     BenchRow,
-    entries,
     original_study,
     read_bench,
     read_evaluation,
@@ -58,8 +57,7 @@ def evaluation() -> dict[str, Any]:
     )
     for metrics in task["modes"].values():
         metrics["peak_bytes"] = 3_210_000_000
-    result["tasks"] = {"mmlu": task}
-    return result
+    return {**result, "command": "granite-paged eval --seed 3", "tasks": {"mmlu": task}}
 
 
 def bench_file(folder: Path, rows: Any) -> str:
@@ -72,10 +70,11 @@ def bench_file(folder: Path, rows: Any) -> str:
 
 
 def test_the_tables_say_what_where_and_by_how_much(evaluation: dict[str, Any]) -> None:
-    text = "\n".join(result_tables(entries([evaluation]), []))
+    text = "\n".join(result_tables([evaluation], []))
     metrics = evaluation["tasks"]["mmlu"]["modes"]["paged"]
     for said in (
         "cpu; tiny, float32; granite_paged",
+        "```sh\ngranite-paged eval --seed 3\n```",
         f"{metrics['accuracy']:.4f}",
         "3.21",
         "5 of 6 | 1 | 1 |",
@@ -88,7 +87,7 @@ def test_the_original_studys_tables_stand_beside_ours_with_their_gpu(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = read_bench(bench_file(tmp_path, BENCH))
-    text = "\n".join(result_tables(entries([evaluation]), rows))
+    text = "\n".join(result_tables([evaluation], rows))
     assert "HPML Team 13, Columbia University" in text
     assert "| truthfulqa | paged | NVIDIA A100 80 GB, original study | 0.3333 | 1,305 |" in text
     assert "| by batch | mode | 1 | 2 | 4 | 8 | 16 | 32 |" in text
@@ -116,6 +115,8 @@ def test_a_page_gets_the_tables_between_its_comments(
     assert once.startswith("before\n<!-- results: start -->\n- cpu; tiny")
     assert once.endswith("<!-- results: end -->\nafter\n")
     assert "old" not in once
+    update_page(str(page), [evaluation], figures=[tmp_path / "figures" / "latency.png"])
+    assert "![latency](figures/latency.png)\n<!-- results: end -->" in page.read_text()
     update_page(str(page), [evaluation])
     assert page.read_text() == once
 
@@ -130,13 +131,14 @@ def test_a_page_without_the_comments_is_refused(evaluation: dict[str, Any], tmp_
 
 
 def test_curves_need_three_points_and_keep_what_is_fixed() -> None:
-    def row(batch: int, context: int) -> BenchRow:
-        return BenchRow("GPU", "decode", "paged", batch, context, 1.0, 1.0, 1.0, None)
+    def row(case: str, batch: int, context: int) -> BenchRow:
+        return BenchRow("GPU", case, "paged", batch, context, 1.0, 1.0, 1.0, None)
 
-    rows = [row(4, 512), row(1, 512), row(2, 512), row(1, 1024)]
+    rows = [row("batch", batch, 512) for batch in (4, 1, 2)] + [row("batch", 1, 1024)]
+    rows += [row("decode", batch, 512) for batch in (1, 2, 4)] + [row("context", 1, 512)]
     found = curves(rows, "batch")
-    assert list(found) == [("decode, context 512, GPU", "paged")]
-    assert [r.batch for r in found["decode, context 512, GPU", "paged"]] == [1, 2, 4]
+    assert list(found) == [("prefill, context 512, GPU", "paged")]
+    assert [r.batch for r in found["prefill, context 512, GPU", "paged"]] == [1, 2, 4]
     assert curves(rows, "context") == {}
 
 
@@ -181,7 +183,7 @@ def test_a_report_is_a_page_its_results_and_figures(
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     rows = read_bench(bench_file(tmp_path, BENCH))
     folder = tmp_path / "out" / "deeper"
-    figures = write_report(str(folder), [evaluation], rows, ["granite-paged eval --seed 3"])
+    figures = write_report(str(folder), [evaluation], rows)
     names = {figure.stem for figure in figures}
     assert names == {"accuracy", "latency", "throughput", "memory", "context"}
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
