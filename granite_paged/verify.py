@@ -7,21 +7,16 @@ float64 copy as the reference. The laws are in `laws.py`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.metadata
-import platform
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
-import granite_paged
 from granite_paged import laws
 from granite_paged.allocator import PageAllocator
 from granite_paged.cache import PagedCache
@@ -31,6 +26,7 @@ from granite_paged.evaluate.recall import recall_accuracy, recall_batch, usual_p
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.integrate import paged
 from granite_paged.models import EMBEDDED, LoadedModel
+from granite_paged.versions import versions
 
 DECODE_STEPS = 64
 RECALL_CONTEXTS = (128, 1024, 4096)
@@ -199,24 +195,6 @@ def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
         waste_fraction=waste,
         passed=waste <= laws.WASTE,
     )
-
-
-def versions() -> dict[str, str]:
-    """Of everything that a result depends on, where it is installed.
-
-    transformers' modes run Mamba on mamba_ssm and causal_conv1d where they are; ours never do.
-    """
-    optional = {}
-    for name in ("triton", "mamba_ssm", "causal_conv1d"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            optional[name] = importlib.metadata.version(name)
-    return {
-        "granite_paged": granite_paged.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        **optional,
-    }
 
 
 # -- scripts ------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from granite_paged.bench.results import Latency, Result, Row
 from granite_paged.errors import InvalidRequest
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
-from granite_paged.verify import versions
+from granite_paged.versions import versions
 
 _WARM_UP = 3  # CUDA graphs of torch.compile are recorded at the second call, replayed at the third
 _CPU_BUDGET = 2**30  # bytes that the memory case shares out where there is no GPU

@@ -33,7 +33,7 @@ from granite_paged.evaluate.scorer import (
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
-from granite_paged.verify import versions
+from granite_paged.versions import versions
 
 Progress = Callable[[str, int], None]
 """Told the task and how many more answers there are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from typing import Any
 
@@ -138,16 +137,3 @@ def test_a_broken_law_exits_with_1(tmp_path: Any, capsys: pytest.CaptureFixture[
     assert status == FAILED
     assert json.loads(target.read_text())["passed"] is False
     assert "BROKEN" in capsys.readouterr().out
-
-
-def test_versions_name_what_transformers_modes_run_mamba_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    known = importlib.metadata.version
-
-    def version(name: str) -> str:
-        return "2.3.0" if name == "mamba_ssm" else known(name)
-
-    assert "mamba_ssm" not in verify.versions()
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert verify.versions()["mamba_ssm"] == "2.3.0"
