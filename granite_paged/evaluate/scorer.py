@@ -46,7 +46,7 @@ class Needs(NamedTuple):
     Attributes:
         longest: tokens of one sequence.
         shared: tokens with which requests beside each other begin.
-        forks: whether a context forks: the last token of a continuation need not be run.
+        forks: whether a context has several continuations that are run, being longer than a token.
     """
 
     longest: int
@@ -60,7 +60,9 @@ class Needs(NamedTuple):
         return cls(
             longest=max(len(r.context) + max(map(len, r.continuations)) for r in held),
             shared=max(r.shared for r in held),
-            forks=any(len(distinct_rows([r])) > 1 for r in held),
+            forks=any(
+                len(r.continuations) > 1 and max(map(len, r.continuations)) > 1 for r in held
+            ),
         )
 
     def with_those(self, other: Needs) -> Needs:

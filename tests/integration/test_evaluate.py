@@ -430,7 +430,9 @@ def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:
 def test_needs_are_the_most_that_any_request_has() -> None:
     letters = Request([1] * 150, [[1], [2]], shared=30)
     assert Needs.of([letters]) == Needs(longest=151, shared=30, forks=False)
-    forked = Request([1] * 200, [[1], [1, 2]], shared=7)
+    alone = Request([1] * 200, [[1, 2]], shared=7)
+    assert Needs.of([letters, alone]) == Needs(longest=202, shared=30, forks=False)
+    forked = Request([1] * 200, [[1, 2], [1, 3]])
     assert Needs.of([letters, forked]) == Needs(longest=202, shared=30, forks=True)
 
 
