@@ -49,6 +49,7 @@ def paged_by() -> str:
 def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:
     """Pools of what the run needs instead of a part of the memory: peaks are to be compared."""
     sequences = config.max_sequences or batch + needs.forks
+    kept = batch + needs.shares(config.page_size)  # what others begin with takes pages, but no row
     pages = math.ceil(needs.longest / config.page_size) + 1
-    tokens = config.max_tokens or sequences * pages * config.page_size
+    tokens = config.max_tokens or max(sequences, kept) * pages * config.page_size
     return replace(config, max_sequences=sequences, max_tokens=tokens)

@@ -65,6 +65,10 @@ class Needs(NamedTuple):
             ),
         )
 
+    def shares(self, page_size: int) -> bool:
+        """Whether what is shared fills a page: less is not kept."""
+        return self.shared >= page_size
+
     def with_those(self, other: Needs) -> Needs:
         """What both take at most."""
         return Needs(

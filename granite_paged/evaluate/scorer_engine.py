@@ -42,7 +42,7 @@ class EngineScorer:
         from granite_paged.engine.plan import row_bytes  # noqa: PLC0415  # as the engine itself
 
         alone = batch == 1
-        kept = (_KEPT_ALONE if needs.shared >= config.page_size else 0) if alone else _KEPT
+        kept = (_KEPT_ALONE if needs.shares(config.page_size) else 0) if alone else _KEPT
         state_bytes = kept * max(1, row_bytes(model))
         engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=state_bytes)
         most = engine.runner.shapes.length(needs.longest) if alone else math.inf

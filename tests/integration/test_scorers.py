@@ -298,6 +298,17 @@ def test_questions_alone_that_share_and_fork_nothing_take_one_row() -> None:
     assert scorer.engine.state_bytes == 0
 
 
+def test_a_beginning_is_kept_where_questions_alone_take_one_row() -> None:
+    """In pages beside the row's own: without them, every question would push it out."""
+    shared = [20 + i % 70 for i in range(300)]
+    asked = [Request([*shared, 10 + i, 5], [[6], [7]], shared=300) for i in range(4)]
+    scorer = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, Needs.of(asked))
+    reused = [scorer.score([request])[0].reused for request in asked]
+    scorer.close()
+    assert reused[:2] == [0, 0], "the second shows where the first should have left its state"
+    assert min(reused[2:]) >= 256
+
+
 def test_what_an_engine_reused_is_counted_once() -> None:
     scorer = EngineScorer(EngineDouble(None, SMALL_PAGES))
     asked = [Request(list(range(150)), [[3], [4, 5]])] * 3
