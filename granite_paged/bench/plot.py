@@ -1,7 +1,6 @@
 """Figures of results: time and memory against batch and context, with the floor drawn in.
 
 Each line is one mode on one device; grey lines are the original study's, labelled with their GPU.
-matplotlib comes with the extra `plot`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 
 from granite_paged.bench.published import Published, PublishedRow
 from granite_paged.bench.results import Result, Row
-from granite_paged.errors import InvalidRequest, MissingExtra
+from granite_paged.drawing import load_pyplot, short_count
+from granite_paged.errors import InvalidRequest
 
 FORMATS = ("png", "svg")
 
@@ -45,7 +45,7 @@ def draw_all(
         MissingExtra: without matplotlib.
         InvalidRequest: if there is nothing to draw, or the folder cannot be written.
     """
-    _matplotlib()
+    load_pyplot()
     figures = {
         name: figure
         for name, make in _FIGURES.items()
@@ -54,15 +54,6 @@ def draw_all(
     if not figures:
         raise InvalidRequest("nothing to draw: these results have no row without an error")
     return [_save(figure, folder / f"{name}.{form}") for name, figure in figures.items()]
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise MissingExtra("matplotlib", extra="plot") from None
-    mpl.use("Agg")
-    return mpl
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -205,7 +196,7 @@ def _dress(axes: Any, x_label: str, y_label: str, places: set[float]) -> None:
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(sorted(places), [_count(x) for x in sorted(places)])
+    axes.set_xticks(sorted(places), [short_count(x) for x in sorted(places)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
@@ -214,11 +205,6 @@ def _dress(axes: Any, x_label: str, y_label: str, places: set[float]) -> None:
     axes.set_ylabel(y_label)
     axes.grid(which="major", color="#DDDDDD", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _count(number: float) -> str:
-    whole = int(number)
-    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)
 
 
 def _models(results: Sequence[Result]) -> str:
@@ -248,7 +234,7 @@ def _decode(results: Sequence[Result], published: Sequence[Published]) -> Any:
         for line in lines:
             axes.plot(line.x, line.y, label=line.label, **line.style)
         _dress(axes, "batch size", "ms per step", {x for line in lines for x in line.x})
-        axes.set_title(f"{_count(context)} tokens of context", fontsize=10)
+        axes.set_title(f"{short_count(context)} tokens of context", fontsize=10)
     for axes in panels[0][1:]:
         axes.set_ylabel("")
     figure.suptitle(f"One decode step\n{_models(results)}", fontsize=11, x=0.01, ha="left")
@@ -315,7 +301,7 @@ def _kernel(results: Sequence[Result], published: Sequence[Published]) -> Any:
 
 
 def _shape_label(row: Row) -> str:
-    return f"{row.batch} x\n{row.variant.replace(' ', chr(10)) or _count(row.context)}"
+    return f"{row.batch} x\n{row.variant.replace(' ', chr(10)) or short_count(row.context)}"
 
 
 _FIGURES: dict[str, Callable[..., Any]] = {

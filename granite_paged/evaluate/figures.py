@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import MissingExtra
+from granite_paged.drawing import load_pyplot, short_count
 from granite_paged.evaluate.results import BenchRow, Entry
 
 COLOURS = {"default": "#8a8f98", "static": "#d9902f", "paged": "#1f6fb4"}
@@ -23,7 +22,7 @@ def draw_all(folder: Path, entries: Sequence[Entry], bench: Sequence[BenchRow]) 
     Raises:
         MissingExtra: without matplotlib.
     """
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     drawn: dict[str, str] = {}
     for name, (draw, caption) in _FIGURES.items():
         figure = draw(pyplot, entries)
@@ -36,18 +35,6 @@ def draw_all(folder: Path, entries: Sequence[Entry], bench: Sequence[BenchRow]) 
             _save(pyplot, figure, folder / f"{axis}.png")
             drawn[axis] = f"Time a query and peak memory by {axis}; the band is p10 to p90."
     return drawn
-
-
-def check_matplotlib() -> None:
-    """Raises MissingExtra without it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtra("matplotlib", extra="plot")
-
-
-def _pyplot() -> Any:
-    check_matplotlib()
-    importlib.import_module("matplotlib").use("Agg")
-    return importlib.import_module("matplotlib.pyplot")
 
 
 def _save(pyplot: Any, figure: Figure, path: Path) -> None:
@@ -178,11 +165,6 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _size(tokens: int) -> str:
-    whole = tokens >= 1024 and tokens % 1024 == 0
-    return f"{tokens // 1024}k" if whole else str(tokens)
-
-
 # -- benchmarks ---------------------------------------------------------------------------------
 
 
@@ -208,7 +190,7 @@ def _curves(pyplot: Any, axis: str, bench: Sequence[BenchRow]) -> Figure | None:
     for panel in (times, memory):
         panel.set(xlabel=axis, xscale="log")
         sizes = sorted({getattr(row, axis) for rows in lines.values() for row in rows})
-        panel.set_xticks(sizes, [_size(size) for size in sizes])
+        panel.set_xticks(sizes, [short_count(size) for size in sizes])
         panel.xaxis.minorticks_off()
         panel.grid(alpha=0.3)
     _legend_above(figure, [times])

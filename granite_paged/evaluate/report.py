@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from granite_paged.drawing import check_matplotlib
 from granite_paged.errors import ResultsError
-from granite_paged.evaluate.figures import check_matplotlib, curves, draw_all
+from granite_paged.evaluate.figures import curves, draw_all
 from granite_paged.evaluate.results import BenchRow, Entry, Json, entries, original_study
 from granite_paged.page import put_between
 

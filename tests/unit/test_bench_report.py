@@ -13,6 +13,7 @@ from granite_paged.bench.plot import draw_all
 from granite_paged.bench.published import read_published
 from granite_paged.bench.report import markdown, table
 from granite_paged.bench.results import Latency, Result, Row
+from granite_paged.drawing import load_pyplot
 from granite_paged.errors import InvalidRequest, MissingExtra
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +140,7 @@ def test_the_same_results_make_the_same_file(tmp_path: Path) -> None:
 
 
 def lines_of(name: str, *results: Result, published: Any = PUBLISHED) -> dict[str, Any]:
-    plot._matplotlib()
+    load_pyplot()
     figure = plot._FIGURES[name](list(results), published)
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
@@ -171,7 +172,7 @@ def test_two_results_are_told_apart_by_device_and_style() -> None:
 
 
 def test_decode_has_a_panel_for_each_context() -> None:
-    plot._matplotlib()
+    load_pyplot()
     figure = plot._FIGURES["decode"]([result()], [])
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["512 tokens of context", "4k tokens of context"]
