@@ -11,6 +11,8 @@ import pytest
 
 from granite_paged.bench.report import page_part
 from granite_paged.bench.results import read_result
+from granite_paged.evaluate.report import result_tables
+from granite_paged.evaluate.results import read_bench, read_evaluation
 from granite_paged.page import put_between
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,14 @@ def test_the_readmes_measurements_are_the_recorded_ones(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == README
     for figure in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
         assert (ROOT / figure).stat().st_size > 0
+
+
+def test_the_readmes_results_are_the_files_of_evaluations() -> None:
+    files = sorted((ROOT / "golden" / "results").glob("*.json"))
+    evaluations = [read_evaluation(str(path)) for path in files]
+    bench = read_bench(str(ROOT / "golden" / "perf" / "nvidia-h200.json"))
+    for part in result_tables(evaluations, bench):
+        assert part in README
 
 
 def test_no_module_hides_one_of_the_standard_library() -> None:
