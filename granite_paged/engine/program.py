@@ -72,8 +72,7 @@ class Program:
         self._batch, self._length, self._decodes = batch, length, decodes
         self._device = tokens.device
         of_prefill = [0, 0] if decodes else [batch * length, batch]
-        self._parts = [batch, batch * length, *of_prefill]
-        ends = list(accumulate(self._parts))
+        ends = list(accumulate([batch, batch * length, *of_prefill]))
         self._spans = list(pairwise([0, *ends]))
         self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -117,7 +116,7 @@ class Program:
         self._graph = graph
 
     def _compute(self) -> None:
-        rows, positions, tokens, last = torch.split(self._inputs, self._parts)
+        rows, positions, tokens, last = (self._inputs[start:end] for start, end in self._spans)
         positions = positions.view(self._batch, self._length).int()
         step = Step(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
         if self._decodes:

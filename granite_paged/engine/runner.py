@@ -50,9 +50,6 @@ from granite_paged.transfer import to_device
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how many of such things are done, and how many there are."""
 
-Wanted = Callable[[int, int], bool]
-"""Whether a step of so many rows and tokens of each is wanted."""
-
 
 class Chunk(NamedTuple):
     """New tokens of one row, beginning at position `start`."""
@@ -244,7 +241,10 @@ class Runner:
         return program.logits[: len(rows)]
 
     def warm_up(
-        self, progress: Progress | None = None, *, wanted: Wanted = lambda batch, length: True
+        self,
+        progress: Progress | None = None,
+        *,
+        wanted: Callable[[int, int], bool] = lambda batch, length: True,
     ) -> None:
         """Compile and capture shapes now; otherwise each waits for its first use.
 

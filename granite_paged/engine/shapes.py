@@ -3,7 +3,7 @@
 A captured step has a fixed shape, and every shape is a CUDA graph to compile and to keep. So there
 are few: a decode step for each power of two of rows, and a prefill for each power of two of tokens,
 alone and in one batch or two. Chunks are computed at the next larger shape, or, where that takes
-less time, in pieces one after the other: 300 tokens as 256 and 44.
+less time, in pieces one after the other: 16 prompts of 384 tokens as 256 and 128 of each.
 
 ::
 

@@ -39,6 +39,16 @@ class Request(NamedTuple):
         """Tokens to read once: the context and every continuation."""
         return len(self.context) + sum(map(len, self.continuations))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.context) + max(map(len, self.continuations))
+
+    @property
+    def forks(self) -> bool:
+        """Whether several continuations are run, being longer than a token."""
+        return len(self.continuations) > 1 and max(map(len, self.continuations)) > 1
+
 
 class Needs(NamedTuple):
     """What the requests of a run take at most.
@@ -46,7 +56,7 @@ class Needs(NamedTuple):
     Attributes:
         longest: tokens of one sequence.
         shared: tokens with which requests beside each other begin.
-        forks: whether a context has several continuations that are run, being longer than a token.
+        forks: whether any context is forked.
     """
 
     longest: int
@@ -58,11 +68,9 @@ class Needs(NamedTuple):
         """The most of them. At least one request."""
         held = list(requests)
         return cls(
-            longest=max(len(r.context) + max(map(len, r.continuations)) for r in held),
-            shared=max(r.shared for r in held),
-            forks=any(
-                len(r.continuations) > 1 and max(map(len, r.continuations)) > 1 for r in held
-            ),
+            longest=max(request.longest for request in held),
+            shared=max(request.shared for request in held),
+            forks=any(request.forks for request in held),
         )
 
     def shares(self, page_size: int) -> bool:

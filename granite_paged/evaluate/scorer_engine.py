@@ -41,12 +41,12 @@ class EngineScorer:
         """
         from granite_paged.engine.plan import row_bytes  # noqa: PLC0415  # as the engine itself
 
-        alone = batch == 1
-        kept = (_KEPT_ALONE if needs.shares(config.page_size) else 0) if alone else _KEPT
+        kept = _KEPT_ALONE * needs.shares(config.page_size) if batch == 1 else _KEPT
         state_bytes = kept * max(1, row_bytes(model))
         engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=state_bytes)
-        most = engine.runner.shapes.length(needs.longest) if alone else math.inf
-        most = max(most, FEW_TOKENS)  # what the continuations of a question share
+        most = math.inf
+        if batch == 1:  # a question, or what its continuations share
+            most = max(engine.runner.shapes.length(needs.longest), FEW_TOKENS)
         engine.runner.warm_up(wanted=lambda rows, length: length > 1 and rows * length <= most)
         return cls(engine, batch)
 

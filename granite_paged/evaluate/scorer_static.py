@@ -77,9 +77,9 @@ class StaticScorer:
         ]
 
     def _check_fits(self, request: Request) -> None:
-        tokens = len(request.context) + max(map(len, request.continuations))
-        if tokens > self._longest:
-            raise OutOfPages(needed=tokens, free=self._longest, advice="make a longer StaticCache")
+        needed = request.longest
+        if needed > self._longest:
+            raise OutOfPages(needed=needed, free=self._longest, advice="make a longer StaticCache")
 
 
 def _tensors(held: Any) -> list[Tensor]:
