@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from granite_paged.kernels import linear, mamba, pages, pointwise
+from granite_paged.kernels import linear, mamba, pages, pointwise, tokens
 from granite_paged.mamba import MambaSizes, MambaState
 from granite_paged.models import geometry_config
 
@@ -70,9 +70,9 @@ def compile_all() -> None:
         linear.linear(x, random(8192, hidden), eps=1e-5, gated=True)
         held = random(rows, hidden)
         linear.linear(random(rows, 4096), random(hidden, 4096), residual=held, norm=norm, out=held)
-        for tokens in (1, 40, 600):
-            at = torch.arange(tokens, dtype=torch.int32).repeat(rows, 1)
-            whole = random(rows * tokens, sizes.inner + sizes.channels + sizes.heads)
+        for length in (1, 40, 600):
+            at = torch.arange(length, dtype=torch.int32).repeat(rows, 1)
+            whole = random(rows * length, sizes.inner + sizes.channels + sizes.heads)
             mamba.gated_scan(mixer, whole, at, state)
     pool = (random(1, 4, 20 * 128, 128), random(1, 4, 20 * 128, 128))
     table, newest = torch.zeros(3, 9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
@@ -83,6 +83,9 @@ def compile_all() -> None:
     pages.split_pages(rows, newest, table, (counts, listed, counts, listed), 33, 128)
     pointwise.rms_norm(key, norm[:512], 1e-5)
     pointwise.silu_mul(random(2, 8192))
+    fed = torch.zeros(3, dtype=torch.int64)
+    tokens.embed(fed, rows, random(config.vocab_size, hidden), 12.0, norm)
+    tokens.feed_likeliest(random(2, config.vocab_size), rows, fed)
 
 
 def main(capability: int, shared_bytes: int) -> None:
@@ -97,7 +100,7 @@ def main(capability: int, shared_bytes: int) -> None:
     JITFunction.run = compiled
     driver.set_active(AbsentGpu(capability))
     early = {"EARLY": True, "launch_pdl": True} if capability >= 90 else {"EARLY": False}
-    for module in (linear, mamba, pages):
+    for module in (linear, mamba, tokens):
         module.early = lambda device: early
     linear.shared_memory = lambda device: shared_bytes
     with torch.inference_mode():

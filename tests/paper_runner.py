@@ -74,7 +74,7 @@ class PaperState(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return 100
+        return PaperRunner.row_bytes
 
 
 class PaperPages(NamedTuple):
@@ -99,6 +99,7 @@ class PaperRunner:
     """
 
     device, dtype = torch.device("cpu"), torch.float32
+    row_bytes = 100
 
     def __init__(
         self,
@@ -121,7 +122,9 @@ class PaperRunner:
             bytes_per_page=10,
             pages_for=lambda tokens: -(-tokens // page_size),
         )
-        self.plan = MemoryPlan(0, rows=100 * (rows + 1), pages=0, workspace=0, logits=0, graphs=0)
+        self.plan = MemoryPlan(
+            0, rows=self.row_bytes * (rows + 1), pages=0, workspace=0, logits=0, graphs=0
+        )
         self.longest = (pages - 1) * page_size
         self.chunk_tokens, self.alignment = chunk_tokens, alignment
         self.shapes = Shapes(chunk_tokens, captured=False)
@@ -221,7 +224,9 @@ class PaperRunner:
             self._last(row, position, [token])
             for row, position, token in zip(rows, positions, fed, strict=True)
         ]
-        return torch.stack(outputs)
+        logits = torch.stack(outputs)
+        self.tokens[list(rows)] = logits.argmax(dim=-1)
+        return logits
 
     def warm_up(self, progress: Any = None) -> None: ...
 

@@ -258,11 +258,10 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
     sequences.open(context + 1)
     stretch = _fill_pages(runner, sequences, ids)
     rows, positions = sequences.rows, [context] * batch
-    tokens = runner.tokens[1 : batch + 1]
-    tokens.copy_(ids[:, 0])
+    runner.tokens[1 : batch + 1].copy_(ids[:, 0])
 
     def step() -> None:
-        tokens.copy_(runner.decode(rows, positions).argmax(dim=-1))
+        runner.decode(rows, positions)  # which chooses each row's next token as well
 
     note = _note(context, stretch)
     return Prepared(step, close=runner.close, note=note, own_workspace=not runner.fallback)

@@ -28,6 +28,7 @@ KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"^_(write_pages|split_pages)$"),
     ("mamba", r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs)$"),
     ("matmul", r"^_(few_rows|one_row)$"),
+    ("head", r"^_(embed|feed_likeliest)$"),
     ("attention", r"flex|attention|flash|fmha|sdpa|_attn|(?<!log)_softmax|modindex"),
     (
         "mamba",

@@ -85,8 +85,13 @@ class PlainForms:
         return logits
 
     def decode(self, tokens: Tensor, step: Step) -> Tensor:
-        """tokens [B, 1] -> logits [B, vocabulary]"""
-        return self.logits(self.forward(tokens, step).flatten(0, 1))
+        """tokens [rows of all] int64, what each row is fed -> logits [B, vocabulary]"""
+        fed = tokens.index_select(0, step.rows)
+        return self.logits(self.forward(fed[:, None], step).flatten(0, 1))
+
+    def feed_likeliest(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        """`tokens[rows[i]]` becomes the likeliest by logits[i], the first of equals."""
+        tokens.index_copy_(0, rows, logits.argmax(dim=-1))
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self._decoder.rotary_emb is None:

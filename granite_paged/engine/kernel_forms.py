@@ -25,6 +25,7 @@ from granite_paged.kernels.linear import (
     prenorm,
     scratch,
 )
+from granite_paged.kernels.tokens import embed, feed_likeliest
 from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -55,32 +56,45 @@ class KernelForms(PlainForms):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `PlainForms.logits`."""
-        norm, weight = self._decoder.norm, self._head.weight
-        scale = 1 / self._config.logits_scaling
+        norm = self._decoder.norm
         if len(hidden) == 1:
-            before = prenorm(hidden.contiguous(), norm.weight)
-            return linear(before, weight, eps=norm.variance_epsilon, scale=scale)[0]
+            return self._one_row_logits(prenorm(hidden.contiguous(), norm.weight))
         rows = _normalised(hidden.contiguous(), norm)
         unused = rows.new_empty(1, 1)  # beta 0: only alpha is wanted, in the product's own kernel
-        return torch.addmm(unused, rows, weight.T, beta=0, alpha=scale)
+        scale = 1 / self._config.logits_scaling
+        return torch.addmm(unused, rows, self._head.weight.T, beta=0, alpha=scale)
 
     def decode(self, tokens: Tensor, step: Step) -> Tensor:
         """See `PlainForms.decode`."""
-        if len(tokens) > MOST_ROWS:
+        rows = len(step.rows)
+        if rows > MOST_ROWS:
             return super().decode(tokens, step)
-        if len(tokens) > 1 and self._scratch is None:
+        if rows > 1 and self._scratch is None:
             self._scratch = scratch(tokens.device)
         layers, last = list(self._decoder.layers), self._decoder.norm
-        hidden = self._embedded(tokens)
+        hidden, normed = embed(
+            tokens,
+            step.rows,
+            self._decoder.embed_tokens.weight,
+            self._config.embedding_multiplier,
+            layers[0].input_layernorm.weight,
+        )
         rotary = self._rotary(hidden, step.positions)
-        normed = prenorm(hidden, layers[0].input_layernorm.weight)
         norms = [*(layer.input_layernorm for layer in layers[1:]), last]
         for index, (layer, next_norm) in enumerate(zip(layers, norms, strict=True)):
             normed = self._decode_mixer(index, layer, hidden, normed, step, rotary)
             normed = self._decode_mlp(layer, hidden, normed, next_norm.weight)
-        return self.logits(hidden)
+        return self._one_row_logits(normed) if rows == 1 else self.logits(hidden)
+
+    def feed_likeliest(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        """See `PlainForms.feed_likeliest`."""
+        feed_likeliest(logits, rows, tokens)
 
     # -- few rows: each product leaves its result before the next norm ---------------------------
+
+    def _one_row_logits(self, normed: Normed) -> Tensor:
+        eps, scale = self._decoder.norm.variance_epsilon, 1 / self._config.logits_scaling
+        return linear(normed, self._head.weight, eps=eps, scale=scale)[0]
 
     def _decode_mixer(
         self,

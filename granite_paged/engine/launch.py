@@ -94,7 +94,7 @@ class Launcher:
     def _decode(self, jobs: Sequence[Job]) -> list[Flight]:
         positions = [job.stored - 1 for job in jobs]
         logits = self._runner.decode([job.row for job in jobs], positions)
-        flight = self._drawn(logits, jobs)
+        flight = self._drawn(logits, jobs, decoded=True)
         if len(jobs) == 1:
             jobs[0].suspect = False  # it ran alone, and well
         return [flight]
@@ -144,7 +144,7 @@ class Launcher:
     # -- details --------------------------------------------------------------------------------
 
     def _state_after(self, span: Span) -> RowState | None:
-        if not self._scheduler.wants_state(span):
+        if not self._scheduler.wants_state(span, self._runner.row_bytes):
             return None
         state: RowState = self._runner.save_row(span.job.row)
         return state
@@ -161,14 +161,21 @@ class Launcher:
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         return upload(numbers, torch.int64, self._runner.device)
 
-    def _drawn(self, logits: torch.Tensor, jobs: Sequence[Job]) -> Flight:
-        """Draw a token for each job, feed it to its row, and send it to the host."""
+    def _drawn(self, logits: torch.Tensor, jobs: Sequence[Job], *, decoded: bool = False) -> Flight:
+        """Draw a token for each job, feed it to its row, and send it to the host.
+
+        decoded: the logits are those of a decode step, which has fed the likeliest.
+        """
         rows = self._upload([job.row for job in jobs])
-        if all(job.greedy for job in jobs):
+        greedy = all(job.greedy for job in jobs)
+        if greedy and decoded:
+            drawn = Drawn(self._runner.tokens.index_select(0, rows))
+        elif greedy:
             drawn = Drawn(logits.argmax(dim=-1))
         else:
             drawn = draw(logits, [_draw_of(job, logits) for job in jobs])
-        self._runner.tokens.index_copy_(0, rows, drawn.tokens)
+        if not (greedy and decoded):
+            self._runner.tokens.index_copy_(0, rows, drawn.tokens)
         fetch = Fetch(
             self._runner.device,
             tokens=drawn.tokens,

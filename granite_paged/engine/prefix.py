@@ -229,6 +229,15 @@ class PrefixCache:
                     return True
         return False
 
+    def make_room(self, nbytes: int) -> bool:
+        """Drop states used least recently until one of so many bytes fits. Whether one does."""
+        if nbytes > self.budget:
+            return False
+        while self.state_bytes + nbytes > self.budget:
+            self._drop_state(next(iter(self._with_state)))
+            self.stats.evicted_states += 1
+        return True
+
     def clear(self) -> None:
         """Drop everything that no waiting prompt names."""
         for node in list(self._with_pages):
@@ -281,11 +290,8 @@ class PrefixCache:
             at = at.parent
 
     def _keep_state(self, node: Node, state: RowState | None) -> None:
-        if state is None or node.state is not None or state.nbytes > self.budget:
+        if state is None or node.state is not None or not self.make_room(state.nbytes):
             return
-        while self.state_bytes + state.nbytes > self.budget:
-            self._drop_state(next(iter(self._with_state)))
-            self.stats.evicted_states += 1
         node.state = state
         self._with_state[node] = None
         self.state_bytes += state.nbytes

@@ -49,7 +49,8 @@ class Program:
     Args:
         forms: the layers.
         storage: what they read and write.
-        tokens: [rows] int64, what each row is fed by a decode step.
+        tokens: [rows] int64, what each row is fed by a decode step, which leaves the likeliest next
+            token there.
         batch, length: rows, and tokens of each.
         decodes: whether tokens come from `tokens` (length 1) and not from the host.
         plan: how a decode step splits its rows, None where it does not.
@@ -120,8 +121,8 @@ class Program:
         positions = positions.view(self._batch, self._length).int()
         step = Step(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
         if self._decodes:
-            fed = self._tokens.index_select(0, rows)
-            self.logits = self._forms.decode(fed[:, None], step)
+            self.logits = self._forms.decode(self._tokens, step)
+            self._forms.feed_likeliest(self.logits, rows, self._tokens)
             return
         self.hidden = self._forms.forward(tokens.view(self._batch, self._length), step)
         self.logits = self._forms.logits(self.hidden.flatten(0, 1).index_select(0, last))

@@ -7,7 +7,8 @@ What callers say of pages is gathered on the host, and crosses in one copy when 
 ::
 
     row 0, page 0     take padding; never anybody's. Row 0 has no Mamba state
-    tokens[row]       what the row is fed by its next decode step: a sampler writes it there
+    tokens[row]       what the row is fed by its next decode step. The last one left the likeliest
+                      token there; a sampler writes another over it
     nonfinite[row]    whether NaN or infinity was met since the row was cleared
 
 On a GPU every step is the replay of a CUDA graph (`program.py`): a decode step for each power of
@@ -156,6 +157,11 @@ class Runner:
         return self._storage.nonfinite
 
     @property
+    def row_bytes(self) -> int:
+        """Of a row's Mamba states: of what `save_row` copies."""
+        return sum(states.nbytes for states in self._storage.stacked) // self.rows
+
+    @property
     def storage(self) -> Storage:
         """Page tables, pools and states, for tests and profilers."""
         self._settle()
@@ -219,6 +225,8 @@ class Runner:
 
     def decode(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Feed each row its token of `tokens`, at a position whose page was written before.
+
+        The likeliest token by the new logits is left in its place.
 
         Returns:
             [rows, vocabulary] logits; overwritten by the next step.

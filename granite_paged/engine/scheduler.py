@@ -224,9 +224,13 @@ class Scheduler:
                 self._enqueue(follower)
         return drawing
 
-    def wants_state(self, span: Span) -> bool:
-        """Whether the row's state after this span is to be kept for others."""
-        return span.end in span.job.cuts and self._prefix.stateful
+    def wants_state(self, span: Span, nbytes: int) -> bool:
+        """Whether the row's state after this span, of so many bytes, is to be kept for others.
+
+        There is room then: what it takes the place of is gone before it is copied.
+        """
+        is_cut = span.end in span.job.cuts and self._prefix.stateful
+        return is_cut and self._prefix.make_room(nbytes)
 
     def keep(self, span: Span, state: RowState | None) -> None:
         """The span was computed and is sound: others that begin alike may use it."""

@@ -140,6 +140,14 @@ class Shapes:
         """What a decode step for so many rows takes."""
         return DECODE_TOKENS + DECODE_TOKENS_A_ROW * self.decode_batch(rows)
 
+    def alone(self, longest: int) -> set[tuple[int, int]]:
+        """(batch, length) of every step that one chunk after the other takes, of up to so many
+        tokens.
+        """
+        lengths = range(1, min(longest, self.chunk_tokens) + 1)
+        steps = (step for tokens in lengths for step in self.arrange([tokens]))
+        return {(step.batch, step.length) for step in steps}
+
     def all(self, rows: int) -> Iterator[tuple[int, int]]:
         """(batch, length) of every captured step, those whose first token is soonest first.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,10 +43,14 @@ class EngineScorer:
         kept = _KEPT_ALONE * needs.shares(config.page_size) if batch == 1 else _KEPT
         state_bytes = kept * max(1, row_bytes(model))
         engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=state_bytes)
-        most = math.inf
-        if batch == 1:  # a question, or what its continuations share
-            most = max(engine.runner.shapes.length(needs.longest), FEW_TOKENS)
-        engine.runner.warm_up(wanted=lambda rows, length: length > 1 and rows * length <= most)
+        alone = engine.runner.shapes.alone(needs.longest)
+
+        def wanted(rows: int, length: int) -> bool:
+            """Prefills: all; of a question by itself, and of what its continuations share."""
+            few = needs.forks and rows > 1 and rows * length <= FEW_TOKENS
+            return length > 1 and (batch > 1 or few or (rows, length) in alone)
+
+        engine.runner.warm_up(wanted=wanted)
         return cls(engine, batch)
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:

@@ -78,6 +78,8 @@ def test_chunks_of_different_lengths_share_a_call_and_leave_no_trace_in_each_oth
     logits = driver.decode(fed)
     for place, (row, token) in enumerate(fed.items()):
         assert_same(logits[place], sdpa(model, [*prompts[row], token])[-1])
+    assert driver.runner.tokens[list(fed)].tolist() == logits.argmax(1).tolist()
+    assert driver.runner.tokens[3] == 0, "nobody's row is fed nothing"
 
 
 def test_a_chunk_that_starts_anywhere_is_not_cut(driver: Driver) -> None:

@@ -290,6 +290,16 @@ def test_paged_is_the_engine_where_there_is_one() -> None:
 
 
 @pytest.mark.usefixtures("with_engine")
+def test_questions_alone_have_graphs_of_the_pieces_that_they_are_cut_into() -> None:
+    """The workspace of a graph that is never replayed would count against the peak."""
+    needs = Needs(longest=1138)
+    scorer: Any = make_scorer("paged", tiny_loaded().model, PagedConfig(page_size=128), needs)
+    assert SHAPES.length(1138) == 2048
+    assert set(scorer.engine.warmed) == {(1, 32 << i) for i in range(6)}
+    assert max(length for _, length in scorer.engine.warmed) == 1024
+
+
+@pytest.mark.usefixtures("with_engine")
 def test_questions_alone_that_share_and_fork_nothing_take_one_row() -> None:
     """What is kept for nobody would count against the peak."""
     needs = Needs(longest=100, shared=SMALL_PAGES.page_size - 1, forks=False)

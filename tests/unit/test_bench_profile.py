@@ -39,6 +39,8 @@ NAMES = {
     "_silu_mul": "mlp",
     "_rms_norm": "norm",
     "_prenorm": "norm",
+    "_embed": "head",
+    "_feed_likeliest": "head",
     "triton_tem_fused_flex_attention_0": "attention",
     "triton_tem_fused_paged_attention_flex_decoding_1": "attention",
     "void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>": "attention",

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from granite_paged import kernels
 from granite_paged.attention import resolve_backend
 from granite_paged.kernels import linear as few_rows
-from granite_paged.kernels import mamba, pages, pointwise
+from granite_paged.kernels import mamba, pages, pointwise, tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32 = 2e-6
@@ -180,6 +180,58 @@ def test_the_gate_is_the_formula() -> None:
     x = torch.randn(4, 2 * 75, device=DEVICE)
     expected = silu(x[:, :75]) * x[:, 75:]
     assert error(pointwise.silu_mul(x), expected) <= FLOAT32
+
+
+# -- the ends of a decode step ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [64, 75])
+def test_a_token_becomes_its_scaled_embedding_on_its_way_through_a_norm(depth: int) -> None:
+    table, norm = torch.randn(30, depth, device=DEVICE), torch.randn(depth, device=DEVICE)
+    fed = torch.tensor([9, 4, 29, 0], device=DEVICE)
+    rows = torch.tensor([2, 1, 3], device=DEVICE)
+    hidden, normed = tokens.embed(fed, rows, table, 12.0, norm)
+    assert torch.equal(hidden, 12.0 * table[[29, 4, 0]])
+    assert error(normed.values, hidden * norm) <= FLOAT32
+    assert error(normed.squares[0], hidden.square().sum(1)) <= FLOAT32
+
+
+def test_an_embedding_is_rounded_once() -> None:
+    table = torch.randn(8, 64, device=DEVICE).half()
+    fed = torch.arange(8, device=DEVICE)
+    hidden, _ = tokens.embed(fed, fed, table, 12.3, torch.ones(64, device=DEVICE).half())
+    assert torch.equal(hidden, table * 12.3)
+
+
+def likeliest(logits: Tensor, rows: list[int]) -> list[int]:
+    """What the rows, of six, are fed; the others keep -1."""
+    fed = torch.full((6,), -1, device=DEVICE)
+    tokens.feed_likeliest(logits, torch.tensor(rows, device=DEVICE), fed)
+    assert sorted({*range(6)} - set(rows)) == (fed == -1).nonzero().flatten().tolist()
+    return fed[rows].tolist()
+
+
+@pytest.mark.parametrize("columns", [50, 8192, 20000])
+def test_each_row_is_fed_its_likeliest_token(columns: int) -> None:
+    logits = torch.randn(3, columns, device=DEVICE)
+    logits[1, -1] = 100.0  # the last column of the last block
+    assert likeliest(logits, [4, 1, 5]) == logits.argmax(1).tolist()
+
+
+def test_of_equal_logits_the_first_is_fed() -> None:
+    logits = torch.zeros(2, 20000, device=DEVICE)
+    logits[0, [7, 8200, 16391]] = 1.0  # one place in three blocks
+    logits[1, [300, 8195]] = 1.0
+    assert likeliest(logits, [1, 2]) == [7, 300]
+
+
+def test_what_is_fed_is_a_token_whatever_the_logits_are() -> None:
+    logits = torch.full((3, 9000), float("nan"), device=DEVICE)
+    logits[1] = float("-inf")
+    logits[2, 8500] = -3.0
+    fed = likeliest(logits, [1, 2, 3])
+    assert all(0 <= token < 9000 for token in fed)
+    assert fed[2] == 8500
 
 
 # -- Mamba --------------------------------------------------------------------------------------

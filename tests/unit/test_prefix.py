@@ -98,6 +98,19 @@ def test_a_state_is_cut_where_waiting_prompts_part() -> None:
     assert desk.cuts(first) == [BLOCK, 2 * BLOCK]
 
 
+def test_room_for_a_state_is_made_before_it_is_there() -> None:
+    """Whoever copies a state asks first, or the device holds the old and the new at once."""
+    desk = Desk(budget=20)
+    for block in (1, 2):
+        desk.compute(prompt(block)[:-1], state=State())
+    assert desk.cache.make_room(10)
+    assert desk.cache.state_bytes == 10
+    assert desk.find(prompt(1)).tokens == 0
+    assert desk.find(prompt(2)).tokens == BLOCK
+    assert not desk.cache.make_room(21)
+    assert desk.cache.state_bytes == 10, "nothing is dropped for what cannot be kept"
+
+
 def test_a_prompt_alone_cuts_nowhere() -> None:
     desk = Desk()
     assert desk.cuts(desk.cache.announce(prompt(1, 2, 3))) == []

@@ -246,6 +246,22 @@ def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
     assert desk.runner.calls["save_row"] == 1
 
 
+def test_a_state_is_copied_once_there_is_room_for_it() -> None:
+    desk = office({"state_bytes": 200}, pages=200, chunk_tokens=64)
+    held = []
+    desk.runner.fault = lambda call, rows: (
+        held.append(desk.engine.stats().state_bytes) if call == "save_row" else None
+    )
+    for subject in range(4):
+        for number in range(3):
+            desk.score([*range(20 * subject, 20 * subject + 16), *[number] * 9], [[5]])
+            while desk.step():
+                pass
+    assert len(held) == 4
+    assert max(held) <= 100, "two are kept at most, the one that is made included"
+    assert desk.engine.stats().state_bytes == 200
+
+
 def test_a_continuation_longer_than_a_call_is_scored_in_pieces() -> None:
     desk = office(pages=64, chunk_tokens=8)
     desk.score([1, 2, 3], [list(range(30)), [5]])
