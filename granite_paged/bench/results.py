@@ -115,7 +115,7 @@ class Result:
 
 
 def updated(old: Result, new: Result) -> Result:
-    """`new`, and the rows of `old` that it did not measure again.
+    """`old` with the rows of `new` in the places of those that it measured again, or at the end.
 
     Raises:
         InvalidRequest: if they are not of one device, model, dtype, seed and set of versions.
@@ -126,9 +126,22 @@ def updated(old: Result, new: Result) -> Result:
                 f"results of different {name} make no one record: "
                 f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
             )
-    again = {(row.case, row.mode, row.batch, row.context) for row in new.rows}
-    kept = [row for row in old.rows if (row.case, row.mode, row.batch, row.context) not in again]
-    return replace(new, rows=[*kept, *new.rows])
+    rows, added = [], list(new.rows)
+    for row in old.rows:
+        again = [found for found in new.rows if _replaces(found, row)]
+        rows += [found for found in again if found in added] if again else [row]
+        added = [found for found in added if found not in again]
+    return replace(new, rows=[*rows, *added])
+
+
+def _replaces(new: Row, old: Row) -> bool:
+    """Whether both answer the same question. How many sequences fit is an answer, and a failure
+    answers for every variant of its shape.
+    """
+    if (new.case, new.mode, new.context) != (old.case, old.mode, old.context):
+        return False
+    same_batch = new.batch == old.batch or new.case == "memory"
+    return same_batch and (new.variant == old.variant or bool(old.error))
 
 
 def slug(device: str) -> str:

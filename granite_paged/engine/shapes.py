@@ -30,11 +30,11 @@ answers need, or a few prompts that come at once."""
 
 STEP_TOKENS = 450
 """Tokens that take as long as a prefill's launches and weights do: 128 tokens of granite-4.0-h-1b
-take 3.0 ms on an H200, 2,048 take 12.7 (`golden/perf/nvidia-h200.json`)."""
+take 3.1 ms on an H200, 2,048 take 13.3 (`golden/perf/nvidia-h200.json`)."""
 
 DECODE_TOKENS, DECODE_TOKENS_A_ROW = 290, 7.7
-"""What a decode step takes, in such tokens: with a row 1.4 ms there, with 32 rows 3.0, with 128
-rows 6.4."""
+"""What a decode step takes, in such tokens: with a row 1.4 ms there, with 32 rows 2.9, with 128
+rows 6.3."""
 
 
 class Piece(NamedTuple):

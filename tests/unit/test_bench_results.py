@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from granite_paged.bench.results import (
     read_as,
     read_result,
     slug,
+    updated,
     writable_folder,
 )
 from granite_paged.errors import InvalidRequest, ResultFileError
@@ -229,3 +231,45 @@ def test_a_published_file_is_checked_as_well(tmp_path: Path) -> None:
     (tmp_path / "x.published.json").write_text('{"source": "x", "device": 3}')
     with pytest.raises(ResultFileError, match=r"x\.published\.json: device must be text"):
         read_as(Published, tmp_path / "x.published.json")
+
+
+# -- measured again -----------------------------------------------------------------------------
+
+KERNEL = Row("kernel", "paged", 32, 4096, paged_us=1.0)
+MEMORY = Row("memory", "paged", 1005, 4096, peak_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "replaced"),
+    [
+        (KERNEL, {"paged_us": 2.0}, True),
+        (KERNEL, {"variant": "ragged 64-4096"}, False),
+        (KERNEL, {"batch": 8}, False),
+        (KERNEL, {"mode": "default"}, False),
+        (KERNEL, {"case": "decode"}, False),
+        (MEMORY, {"batch": 990}, True),
+        (MEMORY, {"batch": 990, "mode": "default"}, False),
+        (replace(KERNEL, error="out of memory"), {"variant": "warm cache"}, True),
+    ],
+)
+def test_a_row_gives_way_to_the_one_that_answers_the_same_question(
+    old: Row, new: dict[str, Any], replaced: bool
+) -> None:
+    before = Result("GPU", {}, 0, [old])
+    again = replace(old, error="", **new)
+    found = updated(before, replace(before, rows=[again]))
+    assert found.rows == ([again] if replaced else [old, again])
+
+
+def test_rows_measured_again_keep_their_places() -> None:
+    old = Result("GPU", {}, 0, [replace(KERNEL, batch=batch) for batch in (1, 8, 32)])
+    new = [replace(KERNEL, batch=batch, paged_us=3.0) for batch in (64, 8)]
+    found = updated(old, replace(old, rows=new)).rows
+    assert found == [old.rows[0], new[1], old.rows[2], new[0]]
+
+
+@pytest.mark.parametrize("field", ["device", "model", "dtype"])
+def test_results_of_two_kinds_make_no_one_record(field: str) -> None:
+    before = Result("GPU", {}, 0, [KERNEL])
+    with pytest.raises(InvalidRequest, match=f"different {field}"):
+        updated(before, replace(before, **{field: "another"}))
