@@ -343,14 +343,14 @@ def _tables(evaluation: dict[str, Any]) -> list[Any]:
 
 
 def _numbers(found: dict[str, Any]) -> list[str]:
-    peak, hits = found["peak_bytes"], found["hit_rate"]
+    peak = found["peak_bytes"]
     return [
         f"{found['accuracy']:.4f} ± {found['stderr'] or 0:.4f}",
         *(f"{found[f'latency_{name}_ms']:,.1f}" for name in ("mean", "p50", "p99")),
         f"{found['questions_per_second']:,.1f}",
         f"{found['tokens_per_second']:,.0f}",
         f"{peak / 1e9:.2f}" if peak else "-",
-        "-" if hits is None else f"{hits:.1%}",
+        f"{found['hit_rate']:.1%}",
     ]
 
 

@@ -44,8 +44,8 @@ class Record:
     seconds: float = 0.0
     tokens: int = 0
     full: int = 0
-    computed: int | None = None
-    reused: int | None = None
+    computed: int = 0
+    reused: int = 0
     peak: int = 0
     refused: str = ""
 

@@ -38,9 +38,9 @@ class ModeMetrics:
     tokens_per_second: float
     peak_bytes: int | None
     input_tokens: int
-    computed_tokens: int | None
-    saved_tokens: int | None
-    hit_rate: float | None
+    computed_tokens: int
+    saved_tokens: int
+    hit_rate: float
     latency_ms: tuple[float, ...]
 
 
@@ -108,9 +108,8 @@ def mode_metrics(task: Task, records: Records) -> ModeMetrics:
     milliseconds = [1e3 * record.seconds for record in kept]
     seconds = sum(record.seconds for record in kept)
     tokens = sum(record.tokens for record in kept)
-    computed = _total([record.computed for record in kept])
+    computed = sum(record.computed for record in kept)
     contexts = sum(len(question.request.context) for question, _ in answered)
-    reused = _total([record.reused for record in kept])
     return ModeMetrics(
         questions=len(kept),
         refused=len(pairs) - len(kept),
@@ -124,8 +123,8 @@ def mode_metrics(task: Task, records: Records) -> ModeMetrics:
         peak_bytes=max(record.peak for record in kept) or None,
         input_tokens=tokens,
         computed_tokens=computed,
-        saved_tokens=None if computed is None else sum(r.full for r in kept) - computed,
-        hit_rate=None if reused is None else reused / contexts,
+        saved_tokens=sum(record.full for record in kept) - computed,
+        hit_rate=sum(record.reused for record in kept) / contexts,
         latency_ms=tuple(round(value, 4) for value in milliseconds),
     )
 
@@ -195,11 +194,6 @@ def _difference(key: str, default: Sequence[float], other: Sequence[float]) -> D
 
 def _mean_seconds(records: Records) -> float:
     return statistics.fmean(record.seconds for record in records.values() if not record.refused)
-
-
-def _total(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
 
 
 def _signed(a: float, b: float) -> float:

@@ -8,13 +8,10 @@ from typing import Any
 
 from granite_paged.evaluate.scorer import Needs, Scorer
 from granite_paged.evaluate.scorer_default import DefaultScorer
-from granite_paged.evaluate.scorer_engine import EngineScorer, has_engine
-from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.evaluate.scorer_engine import EngineScorer
 from granite_paged.geometry import PagedConfig
 
 MODES = ("default", "static", "paged")
-
-ENGINE = "engine"
 
 ENGINE_ROWS = 256  # rows handed to the engine at once, which batches by itself
 
@@ -23,7 +20,7 @@ def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch:
     """The scorer of a mode, for a model that is not patched.
 
     Args:
-        mode: one of `MODES`; `paged` is the engine where this version has one.
+        mode: one of `MODES`.
         model: the model.
         config: of `paged`. Sizes that it leaves open follow from `needs`.
         needs: what will be asked.
@@ -35,15 +32,8 @@ def make_scorer(mode: str, model: Any, config: PagedConfig, needs: Needs, batch:
         from granite_paged.evaluate.scorer_static import StaticScorer  # noqa: PLC0415  # compiles
 
         return StaticScorer(model, needs.longest)
-    if paged_by() != ENGINE:
-        return PagedScorer(model, config, batch)
     rows = batch if batch == 1 else max(batch, ENGINE_ROWS)
     return EngineScorer.for_model(model, engine_config(config, needs, batch), needs, rows)
-
-
-def paged_by() -> str:
-    """What scores in the mode `paged` here."""
-    return ENGINE if has_engine() else "forked cache"
 
 
 def engine_config(config: PagedConfig, needs: Needs, batch: int) -> PagedConfig:

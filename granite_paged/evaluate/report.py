@@ -156,8 +156,8 @@ def _metrics_row(entry: Entry, mode: str) -> tuple[str, ...]:
         f"{m['questions_per_second']:,.1f}",
         f"{m['tokens_per_second']:,.0f}",
         _gigabytes(m["peak_bytes"]),
-        "-" if m["hit_rate"] is None else f"{m['hit_rate']:.1%}",
-        "-" if m["saved_tokens"] is None else f"{m['saved_tokens']:,}",
+        f"{m['hit_rate']:.1%}",
+        f"{m['saved_tokens']:,}",
     )
 
 

@@ -19,7 +19,7 @@ from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.judge import judged
 from granite_paged.evaluate.metrics import Agreement, ModeMetrics, agreement, mode_metrics
-from granite_paged.evaluate.modes import make_scorer, paged_by
+from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.peaks import Peaks
 from granite_paged.evaluate.scorer import (
     Answer,
@@ -60,7 +60,6 @@ class Evaluation:
     batch: int
     page_size: int
     seed: int
-    paged_by: str
     tasks: dict[str, TaskResult]
     versions: dict[str, str]
 
@@ -110,7 +109,6 @@ def evaluate(
         batch=batch,
         page_size=config.page_size,
         seed=seed,
-        paged_by=paged_by(),
         tasks=results,
         versions=versions(),
     )
@@ -133,7 +131,6 @@ def identity(
         "page size": config.page_size,
         "max tokens": config.max_tokens,
         "backend": config.backend,
-        "paged by": paged_by(),
         "questions": {task.name: _digest(task) for task in tasks},
         "versions": versions(),
     }

@@ -98,13 +98,13 @@ class Answer(NamedTuple):
 
     Attributes:
         scores: one a continuation.
-        computed: tokens run for it, padding left out; None where the scorer cannot tell.
+        computed: tokens run for it, padding left out.
         reused: tokens of the context that an earlier request had run already.
     """
 
     scores: list[Score]
-    computed: int | None
-    reused: int | None
+    computed: int
+    reused: int
 
 
 class Scorer(Protocol):
@@ -196,16 +196,11 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor(filled, device=device)
 
 
-def aligned(tokens: int, unit: int) -> int:
-    """The largest multiple of `unit` up to `tokens`."""
-    return tokens // unit * unit
-
-
 class Tally:
     """Adds up log-probabilities, slot by slot."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        _check(requests)
+        check_requests(requests)
         self._sizes = [len(request.continuations) for request in requests]
         self._logprobs = [0.0] * sum(self._sizes)
         self._greedy = [True] * sum(self._sizes)
@@ -242,7 +237,8 @@ def is_finite(answer: Answer) -> bool:
     return all(math.isfinite(score.logprob) for score in answer.scores)
 
 
-def _check(requests: Sequence[Request]) -> None:
+def check_requests(requests: Sequence[Request]) -> None:
+    """Raises PromptError where there is nothing to score, or nothing before it."""
     for i, request in enumerate(requests):
         if not request.context:
             raise PromptError(f"request {i} has an empty context: give it at least one token")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from granite_paged.engine.engine import Engine
+from granite_paged.engine.plan import row_bytes
 from granite_paged.engine.shapes import FEW_TOKENS
-from granite_paged.evaluate.scorer import Answer, Needs, Request, Score
+from granite_paged.evaluate.scorer import Answer, Needs, Request, Score, check_requests
 from granite_paged.geometry import PagedConfig
-
-_MODULE = "granite_paged.engine.engine"
 
 _KEPT, _KEPT_ALONE = 4, 2  # states of beginnings, where questions come together or one by one
 
@@ -20,12 +18,11 @@ class EngineScorer:
     """`Engine.score`, in the form of a `Scorer`.
 
     Args:
-        engine: a `granite_paged.Engine`. Where its `stats()` count `tokens_hit`, so do answers: the
-            first of those asked together says what all of them reused.
+        engine: what answers. Of those asked together, the first says what all of them reused.
         batch: requests to hand over at once.
     """
 
-    def __init__(self, engine: Any, batch: int = 1) -> None:
+    def __init__(self, engine: Engine, batch: int = 1) -> None:
         self.batch = batch
         self.engine = engine
 
@@ -38,11 +35,9 @@ class EngineScorer:
         It keeps few states: questions come by subject, and peaks of memory are compared. None at
         all where questions alone share less than a page.
         """
-        from granite_paged.engine.plan import row_bytes  # noqa: PLC0415  # as the engine itself
-
         kept = _KEPT_ALONE * needs.shares(config.page_size) if batch == 1 else _KEPT
         state_bytes = kept * max(1, row_bytes(model))
-        engine = importlib.import_module(_MODULE).Engine(model, config, state_bytes=state_bytes)
+        engine = Engine(model, config, state_bytes=state_bytes)
         alone = engine.runner.shapes.alone(needs.longest)
 
         def wanted(rows: int, length: int) -> bool:
@@ -55,14 +50,12 @@ class EngineScorer:
 
     def score(self, requests: Sequence[Request]) -> list[Answer]:
         """See `Scorer`."""
+        check_requests(requests)
         pairs = [(request.context, request.continuations) for request in requests]
-        before = self._tokens_hit()
+        before = self.engine.stats().tokens_hit
         found = self.engine.score(pairs, progress=False)
-        after = self._tokens_hit()
-        hit = None if before is None or after is None else after - before
-        others = None if hit is None else 0
-        reused = [hit, *[others] * (len(pairs) - 1)]
-        return list(map(_answer, requests, found, reused))
+        hit = self.engine.stats().tokens_hit - before
+        return list(map(_answer, requests, found, [hit, *[0] * (len(pairs) - 1)]))
 
     def forget(self) -> None:
         """See `Scorer`."""
@@ -72,24 +65,9 @@ class EngineScorer:
         """Give its memory back."""
         self.engine.close()
 
-    def _tokens_hit(self) -> int | None:
-        """Of prompts, so far, found instead of computed; None where it does not count them."""
-        count: int | None = getattr(self.engine.stats(), "tokens_hit", None)
-        return count
 
-
-def _answer(request: Request, scores: Sequence[Any], reused: int | None) -> Answer:
-    computed = None
-    if reused is not None:
-        forks = {tuple(tokens[:-1]) for tokens in request.continuations}
-        computed = len(request.context) + sum(map(len, forks)) - reused
+def _answer(request: Request, scores: Sequence[Any], reused: int) -> Answer:
+    forks = {tuple(tokens[:-1]) for tokens in request.continuations}
+    computed = len(request.context) + sum(map(len, forks)) - reused
     read = [Score(float(score.logprob), bool(score.greedy)) for score in scores]
     return Answer(read, computed, reused)
-
-
-def has_engine() -> bool:
-    """Whether this version of the package has one."""
-    try:
-        return importlib.util.find_spec(_MODULE) is not None
-    except ModuleNotFoundError:
-        return False

@@ -24,7 +24,7 @@ from tiny import VOCABULARY
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, ResultsError
-from granite_paged.evaluate import modes, peaks, run
+from granite_paged.evaluate import peaks, run
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.judge import judged as judged_differences
 from granite_paged.evaluate.metrics import (
@@ -56,15 +56,6 @@ def recall(embedded: LoadedModel) -> Task:
     return dataclasses.replace(task, questions=tuple(short))
 
 
-@pytest.fixture(params=["forked cache", "engine"])
-def scored_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the paged mode scores by."""
-    engine = request.param == "engine"
-    if engine and not modes.has_engine():
-        pytest.skip("this version of the package has no engine")
-    monkeypatch.setattr(modes, "has_engine", lambda: engine)
-
-
 def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement]:
     """The paged mode's metrics, and its agreement with default."""
     config = PagedConfig(page_size=16)
@@ -75,7 +66,6 @@ def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement
 # -- the same answers ---------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("scored_by")
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("flavour", ["hybrid", "dense"])
 def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch: int) -> None:
@@ -87,7 +77,6 @@ def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch:
     assert evaluation.passed
 
 
-@pytest.mark.usefixtures("scored_by")
 def test_recall_is_answered_right_by_both(embedded: LoadedModel, recall: Task) -> None:
     paged, found = evaluate_recall(embedded, recall)
     assert paged.accuracy == 1.0
@@ -120,7 +109,6 @@ def duplicated_pages(table: PageTable) -> None:
     table.physical[:, 1] = table.physical[:, 0]
 
 
-@pytest.mark.usefixtures("scored_by")
 @pytest.mark.parametrize("spoil", [dropped_pages, duplicated_pages])
 def test_a_wrong_page_table_lowers_recall_and_agreement(
     spoil: Any, embedded: LoadedModel, recall: Task
@@ -208,11 +196,8 @@ def test_a_gap_beyond_sdpas_own_error_is_a_mistake() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_every_difference_in_bfloat16_is_a_near_tie(
-    batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_difference_in_bfloat16_is_a_near_tie(batch: int) -> None:
     """Of forty choices a token long, whose best two are often the same number in bfloat16."""
-    monkeypatch.setattr(modes, "has_engine", lambda: False)  # it takes ten times as long here
     loaded, draw = tiny_loaded("dense", initializer_range=0.144), random.Random(5)
     loaded.model.to(torch.bfloat16)
     many = [
@@ -359,7 +344,6 @@ def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.Monkey
 # -- what cannot be answered --------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("scored_by")
 @pytest.mark.parametrize("batch", [1, 4])
 def test_contexts_longer_than_the_pool_are_counted_and_the_others_answered(batch: int) -> None:
     long = Request(list(range(3, 93)), [[5], [6], [7], [8]])

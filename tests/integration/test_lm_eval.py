@@ -5,7 +5,6 @@ Runs where lm-eval is installed: `nox -s eval_parity` installs it and asks every
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -17,8 +16,8 @@ import pytest
 from evaluation import data_folder, tiny_loaded
 
 from granite_paged import PagedConfig
-from granite_paged.evaluate.scorer import Answer, choice
-from granite_paged.evaluate.scorer_paged import PagedScorer
+from granite_paged.evaluate.modes import make_scorer
+from granite_paged.evaluate.scorer import Answer, Needs, Request, choice
 from granite_paged.evaluate.tasks import Options, Task, make_task
 from granite_paged.models import LoadedModel, load_tokenizer
 
@@ -90,10 +89,13 @@ def lm_eval_scores(hflm: Any, task: Task) -> list[list[float]]:
     return [[next(found)[0] for _ in q.labels] for q in task.questions]
 
 
-def shortest_first(task: Task) -> Task:
-    """Attention on the CPU is dense over the pool, which grows with the longest context so far."""
-    questions = sorted(task.questions, key=lambda question: question.request.tokens)
-    return dataclasses.replace(task, questions=tuple(questions))
+def paged_answers(loaded: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
+    """As `granite-paged eval --mode paged` answers one by one."""
+    scorer = make_scorer("paged", loaded.model, PAGES, Needs.of(requests))
+    try:
+        return [scorer.score([request])[0] for request in requests]
+    finally:
+        scorer.close()
 
 
 def choices(scores: Sequence[Sequence[float]]) -> list[int]:
@@ -107,12 +109,9 @@ def choices(scores: Sequence[Sequence[float]]) -> list[int]:
 def test_log_likelihoods_are_hflms_and_choices_the_same(
     name: str, tasks: dict[str, Task], loaded: LoadedModel, hflm: Any
 ) -> None:
-    task = shortest_first(tasks[name])
+    task = tasks[name]
     expected = lm_eval_scores(hflm, task)
-    answers: list[Answer] = []
-    scorer = PagedScorer(loaded.model, PAGES)
-    for question in task.questions:
-        answers += scorer.score([question.request])
+    answers = paged_answers(loaded, [question.request for question in task.questions])
     ours = [[score.logprob for score in answer.scores] for answer in answers]
     differences = [
         abs(a - b)
@@ -127,12 +126,12 @@ def test_log_likelihoods_are_hflms_and_choices_the_same(
 def test_greedy_is_hflms(tasks: dict[str, Task], loaded: LoadedModel, hflm: Any) -> None:
     """With continuations that greedy decoding would write, and others."""
     request = tasks["truthfulqa_mc1"].questions[0].request
-    (first,) = PagedScorer(loaded.model, PAGES).score([request])
+    (first,) = paged_answers(loaded, [request])
     greedy = _greedy(loaded, request.context, 3)
     asked = request._replace(continuations=[greedy, [*greedy[:2], greedy[2] ^ 1]])
     pairs = [(("", ""), list(asked.context), list(tokens)) for tokens in asked.continuations]
     expected = [found[1] for found in hflm._loglikelihood_tokens(pairs, disable_tqdm=True)]
-    (answer,) = PagedScorer(loaded.model, PAGES).score([asked])
+    (answer,) = paged_answers(loaded, [asked])
     assert [score.greedy for score in answer.scores] == expected == [True, False]
     assert not any(score.greedy for score in first.scores)
 
@@ -266,8 +265,7 @@ def test_accuracy_is_lm_evals(theirs: dict[str, Any], loaded: LoadedModel, token
             loaded,
             tokenizer,
         )
-        scorer = PagedScorer(loaded.model, PAGES)
-        answers = scorer.score([q.request for q in ours.questions[:12]])
+        answers = paged_answers(loaded, [q.request for q in ours.questions[:12]])
         right = [
             credit(q, [s.logprob for s in a.scores], mass=ours.mass)
             for q, a in zip(ours.questions, answers, strict=False)

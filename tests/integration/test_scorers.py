@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+import contextlib
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +15,10 @@ from granite_paged import PagedConfig, is_patched
 from granite_paged.engine.plan import row_bytes
 from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import OutOfPages, PromptError
-from granite_paged.evaluate import batch_size, modes, scorer_engine
+from granite_paged.evaluate import batch_size, scorer_engine
 from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.scorer import (
+    Answer,
     Needs,
     Request,
     Score,
@@ -30,7 +31,6 @@ from granite_paged.evaluate.scorer import (
 )
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.scorer_engine import EngineScorer
-from granite_paged.evaluate.scorer_paged import PagedScorer
 from granite_paged.evaluate.scorer_static import StaticScorer
 
 CLOSE = 1e-4  # of a log-likelihood, what parity with lm-eval allows; a few dozen roundings of it
@@ -64,81 +64,85 @@ def test_default_in_batches_scores_as_one_by_one() -> None:
     ) < CLOSE  # fmt: skip
 
 
+def paged(model: Any, asked: Sequence[Request], batch: int = 1) -> EngineScorer:
+    """The scorer of the mode `paged`, with what these requests need."""
+    scorer = make_scorer("paged", model, SMALL_PAGES, Needs.of(asked), batch)
+    assert isinstance(scorer, EngineScorer)
+    return scorer
+
+
+def one_by_one(scorer: Scorer, asked: Sequence[Request]) -> list[Answer]:
+    return [scorer.score([request])[0] for request in asked]
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_paged_scores_as_default(flavour: str, batch: int) -> None:
     model = tiny_loaded(flavour).model
     default = DefaultScorer(model).score(requests())
-    scorer = PagedScorer(model, SMALL_PAGES, batch)
-    paged = scorer.score(requests())
-    assert largest_difference(paged, default) < CLOSE
-    assert [choice([s.logprob for s in a.scores]) for a in paged] == [
+    scorer = paged(model, requests(), batch)
+    found = one_by_one(scorer, requests()) if batch == 1 else scorer.score(requests())
+    assert largest_difference(found, default) < CLOSE
+    assert [choice([s.logprob for s in a.scores]) for a in found] == [
         choice([s.logprob for s in a.scores]) for a in default
     ]
-    assert [[s.greedy for s in a.scores] for a in paged] == [
+    assert [[s.greedy for s in a.scores] for a in found] == [
         [s.greedy for s in a.scores] for a in default
     ]
-    scorer.cache.check_valid()
+    scorer.close()
 
 
-def test_a_shared_prefix_is_run_once_and_ends_at_a_boundary_of_page_and_chunk() -> None:
-    scorer = PagedScorer(tiny_loaded(mamba_chunk_size=16).model, SMALL_PAGES)
-    first, *others = scorer.score(requests(prefix=40))
-    assert first.reused == 0
+def test_a_shared_beginning_is_run_once_and_ends_at_a_boundary_of_page_and_chunk() -> None:
+    asked = requests(prefix=40)
+    scorer = paged(tiny_loaded(mamba_chunk_size=16).model, asked)
+    first, second, *others = one_by_one(scorer, asked)
+    assert first.reused == second.reused == 0, "the second shows where the first parts from others"
     assert {answer.reused for answer in others} == {32}
 
 
-def test_what_was_computed_and_reused_adds_up() -> None:
+@pytest.mark.parametrize("batch", [1, 7])
+def test_what_was_computed_and_reused_adds_up(batch: int) -> None:
     asked = requests()
-    answers = PagedScorer(tiny_loaded().model, SMALL_PAGES).score(asked)
-    for request, answer in zip(asked, answers, strict=True):
-        forks = {tuple(tokens[:-1]) for tokens in request.continuations if len(tokens) > 1}
-        assert answer.computed is not None
-        assert answer.computed + answer.reused == len(request.context) + sum(map(len, forks))
-        assert answer.computed < full_length(request)
-
-
-def test_a_prefix_of_a_prefix_is_kept_beside_it() -> None:
-    scorer = PagedScorer(tiny_loaded().model, SMALL_PAGES)
-    (long,) = requests(1, prefix=70)
-    short = long._replace(context=[*long.context[:40], 5, 6], shared=40)
-    answers = scorer.score([short, long, long])
-    assert [answer.reused for answer in answers] == [0, 32, 64]
+    scorer = paged(tiny_loaded().model, asked, batch)
+    found = one_by_one(scorer, asked) if batch == 1 else scorer.score(asked)
+    forks = [{tuple(tokens[:-1]) for tokens in request.continuations} for request in asked]
+    whole = [len(r.context) + sum(map(len, f)) for r, f in zip(asked, forks, strict=True)]
+    computed, reused = (sum(getattr(a, name) for a in found) for name in ("computed", "reused"))
+    assert computed + reused == sum(whole)
+    assert reused > 0
+    assert computed < sum(map(full_length, asked))
 
 
 def test_scoring_leaves_the_model_as_it_was() -> None:
     model = tiny_loaded().model
-    config = model.config
-    PagedScorer(model, SMALL_PAGES).score(requests(2))
+    config, before = model.config, [parameter.data_ptr() for parameter in model.parameters()]
+    with contextlib.closing(paged(model, requests(2))) as scorer:
+        scorer.score(requests(2))
     assert not is_patched(model)
     assert model.config is config
+    assert [parameter.data_ptr() for parameter in model.parameters()] == before
 
 
-def test_the_twin_shares_every_weight() -> None:
-    model = tiny_loaded().model
-    before = {parameter.data_ptr() for parameter in model.parameters()}
-    scorer = PagedScorer(model, SMALL_PAGES)
-    assert {parameter.data_ptr() for parameter in scorer._model.parameters()} == before
-
-
-def test_a_full_pool_lets_go_of_its_prefixes_before_it_gives_up() -> None:
+def test_a_full_pool_lets_go_of_what_it_keeps_before_it_gives_up() -> None:
     first, second = requests(1, seed=3)[0], requests(1, seed=4)[0]
-    longest = max(len(request.context) for request in (first, second))
-    scorer = PagedScorer(tiny_loaded().model, PagedConfig(page_size=8, max_tokens=longest + 48))
-    alone = PagedScorer(tiny_loaded().model, SMALL_PAGES).score([second])
-    assert largest_difference(scorer.score([first, second])[1:], alone) < CLOSE
+    longest = max(request.longest for request in (first, second))
+    small = PagedConfig(page_size=8, max_tokens=longest + 48)
+    scorer = make_scorer("paged", tiny_loaded().model, small, Needs.of([first, second]))
+    alone = paged(tiny_loaded().model, [second]).score([second])
+    assert largest_difference(one_by_one(scorer, [first, second])[1:], alone) < CLOSE
 
 
 def test_a_context_longer_than_the_pool_is_refused_and_the_next_is_scored() -> None:
-    scorer = PagedScorer(tiny_loaded().model, PagedConfig(page_size=8, max_tokens=64))
     long = Request(list(range(3, 93)), [[5], [6]])
+    small = PagedConfig(page_size=8, max_tokens=64)
+    scorer = make_scorer("paged", tiny_loaded().model, small, Needs.of([long]))
     with pytest.raises(OutOfPages):
         scorer.score([long])
     (answer,) = scorer.score([Request([5, 6, 7], [[5], [6]])])
     assert len(answer.scores) == 2
 
 
-@pytest.mark.parametrize("scorer", [DefaultScorer, PagedScorer])
+@pytest.mark.parametrize("mode", ["default", "paged"])
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
@@ -148,9 +152,10 @@ def test_a_context_longer_than_the_pool_is_refused_and_the_next_is_scored() -> N
     ],
     ids=["context", "no continuation", "empty continuation"],
 )
-def test_an_empty_request_is_refused(scorer: Any, request_: Request, reason: str) -> None:
+def test_an_empty_request_is_refused(mode: str, request_: Request, reason: str) -> None:
+    scorer = make_scorer(mode, tiny_loaded().model, SMALL_PAGES, Needs(longest=9))
     with pytest.raises(PromptError, match=reason):
-        scorer(tiny_loaded().model).score([request_])
+        scorer.score([request_])
 
 
 def test_continuations_that_differ_in_the_last_token_share_a_row() -> None:
@@ -221,14 +226,6 @@ def test_the_fastest_batch_that_fits_is_found(
 # -- modes --------------------------------------------------------------------------------------
 
 
-def test_paged_is_the_forked_cache_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "has_engine", lambda: False)
-    needs = Needs.of(requests())
-    assert isinstance(
-        make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs), PagedScorer
-    )  # fmt: skip
-
-
 SHAPES = Shapes(2048, captured=True)
 
 
@@ -263,18 +260,14 @@ class EngineDouble:
 
 
 @pytest.fixture
-def with_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType(scorer_engine._MODULE)
-    module.Engine = EngineDouble  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, scorer_engine._MODULE, module)
-    monkeypatch.setattr(modes, "has_engine", lambda: True)
+def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_engine, "Engine", EngineDouble)
 
 
-@pytest.mark.usefixtures("with_engine")
-def test_paged_is_the_engine_where_there_is_one() -> None:
+@pytest.mark.usefixtures("with_double")
+def test_an_engine_gets_the_sizes_that_the_requests_need() -> None:
     model, needs = tiny_loaded().model, Needs(longest=600, shared=SMALL_PAGES.page_size, forks=True)
-    scorer: Scorer = make_scorer("paged", model, SMALL_PAGES, needs)
-    assert isinstance(scorer, EngineScorer)
+    scorer: Any = make_scorer("paged", model, SMALL_PAGES, needs)
     (answer,) = scorer.score([Request([1, 2], [[3], [4, 5]], shared=1)])
     assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
     assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
@@ -289,7 +282,7 @@ def test_paged_is_the_engine_where_there_is_one() -> None:
     assert set(many.engine.warmed) == {shape for shape in SHAPES.all(8) if shape[1] > 1}
 
 
-@pytest.mark.usefixtures("with_engine")
+@pytest.mark.usefixtures("with_double")
 def test_questions_alone_have_graphs_of_the_pieces_that_they_are_cut_into() -> None:
     """The workspace of a graph that is never replayed would count against the peak."""
     needs = Needs(longest=1138)
@@ -299,7 +292,7 @@ def test_questions_alone_have_graphs_of_the_pieces_that_they_are_cut_into() -> N
     assert max(length for _, length in scorer.engine.warmed) == 1024
 
 
-@pytest.mark.usefixtures("with_engine")
+@pytest.mark.usefixtures("with_double")
 def test_questions_alone_that_share_and_fork_nothing_take_one_row() -> None:
     """What is kept for nobody would count against the peak."""
     needs = Needs(longest=100, shared=SMALL_PAGES.page_size - 1, forks=False)
@@ -320,7 +313,8 @@ def test_a_beginning_is_kept_where_questions_alone_take_one_row() -> None:
 
 
 def test_what_an_engine_reused_is_counted_once() -> None:
-    scorer = EngineScorer(EngineDouble(None, SMALL_PAGES))
+    double: Any = EngineDouble(None, SMALL_PAGES)
+    scorer = EngineScorer(double)
     asked = [Request(list(range(150)), [[3], [4, 5]])] * 3
     answers = scorer.score(asked)
     assert [answer.reused for answer in answers] == [300, 0, 0]
