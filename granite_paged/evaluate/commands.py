@@ -325,6 +325,8 @@ def _tables(evaluation: dict[str, Any]) -> list[Any]:
 
     where = f"{evaluation['model']}, {evaluation['dtype']}, {evaluation['device']}"
     metrics = Table(title=where, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    if evaluation["device"] == "cpu":
+        metrics.caption = "attention over pages is dense on the CPU: its times say nothing of a GPU"
     metrics.add_column("task", no_wrap=True)
     metrics.add_column("mode", no_wrap=True)
     for column in ("accuracy", "mean ms", "p50", "p99", "question/s", "token/s", "GB", "hits"):

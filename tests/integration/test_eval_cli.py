@@ -74,6 +74,12 @@ def test_help_of_eval_names_tasks_modes_and_defaults(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("short_recall")
+def test_times_on_the_cpu_are_said_to_be_no_gpus(capsys: Capture) -> None:
+    assert evaluate("--device", "cpu") == OK
+    assert "its times say nothing of a GPU" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.usefixtures("short_recall")
 def test_the_result_is_one_json_object(capsys: Capture) -> None:
     assert evaluate("--json", "-") == OK
     result = json.loads(capsys.readouterr().out)
