@@ -126,12 +126,10 @@ def updated(old: Result, new: Result) -> Result:
                 f"results of different {name} make no one record: "
                 f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
             )
-    rows, added = [], list(new.rows)
+    rows: list[Row] = []
     for row in old.rows:
-        again = [found for found in new.rows if _replaces(found, row)]
-        rows += [found for found in again if found in added] if again else [row]
-        added = [found for found in added if found not in again]
-    return replace(new, rows=[*rows, *added])
+        rows += [found for found in new.rows if _replaces(found, row)] or [row]
+    return replace(new, rows=list(dict.fromkeys([*rows, *new.rows])))
 
 
 def _replaces(new: Row, old: Row) -> bool:

@@ -575,9 +575,9 @@ class Engine:
     def _swap_is_cheaper(self, tokens: int) -> bool:
         if self._preemption != "auto":
             return self._preemption == "swap"
-        geometry, plan = self.runner.geometry, self.runner.plan
+        geometry = self.runner.geometry
         pages = geometry.pages_for(tokens) * geometry.bytes_per_page
-        both_ways = 2 * (pages + plan.rows // self.runner.rows)
+        both_ways = 2 * (pages + self.runner.row_bytes)
         recompute = tokens / PREFILL_TOKENS_A_SECOND
         cheaper = both_ways / HOST_BYTES_A_SECOND < recompute
         return bool(cheaper) and self.runner.device.type == "cuda"

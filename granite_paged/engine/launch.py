@@ -144,7 +144,7 @@ class Launcher:
     # -- details --------------------------------------------------------------------------------
 
     def _state_after(self, span: Span) -> RowState | None:
-        if not self._scheduler.wants_state(span, self._runner.row_bytes):
+        if not self._scheduler.room_for_state(span, self._runner.row_bytes):
             return None
         state: RowState = self._runner.save_row(span.job.row)
         return state
@@ -166,16 +166,12 @@ class Launcher:
 
         decoded: the logits are those of a decode step, which has fed the likeliest.
         """
-        rows = self._upload([job.row for job in jobs])
-        greedy = all(job.greedy for job in jobs)
-        if greedy and decoded:
-            drawn = Drawn(self._runner.tokens.index_select(0, rows))
-        elif greedy:
-            drawn = Drawn(logits.argmax(dim=-1))
+        rows, fed = self._upload([job.row for job in jobs]), self._runner.tokens
+        if decoded and all(job.greedy for job in jobs):
+            drawn = Drawn(fed.index_select(0, rows))
         else:
             drawn = draw(logits, [_draw_of(job, logits) for job in jobs])
-        if not (greedy and decoded):
-            self._runner.tokens.index_copy_(0, rows, drawn.tokens)
+            fed.index_copy_(0, rows, drawn.tokens)
         fetch = Fetch(
             self._runner.device,
             tokens=drawn.tokens,

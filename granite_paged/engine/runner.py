@@ -37,6 +37,7 @@ from granite_paged.engine.plan import (
     choose_sizes,
     make_plan,
     memory_refused,
+    row_bytes,
 )
 from granite_paged.engine.program import NULL_ROW, Inputs, Program
 from granite_paged.engine.shapes import Batch, Shapes
@@ -105,6 +106,7 @@ class Runner:
         shapes: of its steps, and what they take.
         alignment: chunks that start at its multiples are computed as one long prompt is.
         plan: of memory.
+        row_bytes: of a row's Mamba states, as `save_row` copies them.
         fallback: why steps run without kernels and graphs; empty where they do not.
         tokens: [rows + 1] int64, on the device.
         nonfinite: [rows + 1] uint8, on the device.
@@ -121,6 +123,7 @@ class Runner:
         sizes = choose_sizes(model, config, geometry, free_memory(self.device))
         self.plan: MemoryPlan = make_plan(model, config, geometry, sizes)
         self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
+        self.row_bytes = row_bytes(model)
         mixers = _mixers(model)
         self.alignment = max((mixer.chunk_size for mixer in mixers.values()), default=1)
         self.shapes = Shapes(config.chunk_tokens, captured=not fallback, alignment=self.alignment)
@@ -155,11 +158,6 @@ class Runner:
     def nonfinite(self) -> Tensor:
         """[rows + 1] uint8: whether NaN or infinity was met since the row was cleared."""
         return self._storage.nonfinite
-
-    @property
-    def row_bytes(self) -> int:
-        """Of a row's Mamba states: of what `save_row` copies."""
-        return sum(states.nbytes for states in self._storage.stacked) // self.rows
 
     @property
     def storage(self) -> Storage:

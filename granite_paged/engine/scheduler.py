@@ -224,10 +224,9 @@ class Scheduler:
                 self._enqueue(follower)
         return drawing
 
-    def wants_state(self, span: Span, nbytes: int) -> bool:
-        """Whether the row's state after this span, of so many bytes, is to be kept for others.
-
-        There is room then: what it takes the place of is gone before it is copied.
+    def room_for_state(self, span: Span, nbytes: int) -> bool:
+        """Make room for the row's state after this span, if it is to be kept for others. Whether
+        there is: what it takes the place of is gone before it is copied.
         """
         is_cut = span.end in span.job.cuts and self._prefix.stateful
         return is_cut and self._prefix.make_room(nbytes)

@@ -153,8 +153,8 @@ class Row:
             yield from (Wanted(row, start + i, token, slot) for i, token in enumerate(ending))
 
 
-def distinct_rows(requests: Sequence[Request], skip: int = 0) -> list[Row]:
-    """The sequences that answer the requests, each once; the first `skip` tokens left out.
+def distinct_rows(requests: Sequence[Request]) -> list[Row]:
+    """The sequences that answer the requests, each once.
 
     Continuations that differ in the last token only are read off the same logits, as lm-eval does.
     Slots count continuations through all requests.
@@ -163,7 +163,7 @@ def distinct_rows(requests: Sequence[Request], skip: int = 0) -> list[Row]:
     slot = 0
     for request in requests:
         for continuation in request.continuations:
-            tokens = (*request.context[skip:], *continuation[:-1])
+            tokens = (*request.context, *continuation[:-1])
             row = rows.setdefault(tokens, Row(list(tokens)))
             row.endings.append((slot, continuation))
             slot += 1

@@ -68,6 +68,12 @@ class Normed(NamedTuple):
     values: Tensor
     squares: Tensor
 
+    @classmethod
+    def empty(cls, x: Tensor, parts: int = 1) -> Normed:
+        """For a kernel to write, of rows like x [rows, depth], each in so many parts."""
+        squares = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
+        return cls(torch.empty_like(x), squares)
+
 
 class Convolution(NamedTuple):
     """Which columns of a product are convolved, and with what.
@@ -429,9 +435,7 @@ def linear(
     fitting = tiles(rows, columns, depth, gated, multiprocessors(values.device))
     chosen: dict[str, Any] = {**fitting, **options}
     blocks = int(triton.cdiv(columns, chosen["COLUMNS"]))
-    after = None
-    if norm is not None:
-        after = Normed(torch.empty_like(out), _floats(out, blocks, rows))
+    after = None if norm is None else Normed.empty(out, blocks)
     parts = 0 if squares is None else len(squares)
     chosen |= {
         "SEVERAL": len(widths) > 1,
@@ -481,7 +485,7 @@ def _launch_few_rows(
 def prenorm(x: Tensor, norm: Tensor) -> Normed:
     """The start of an RMS norm of x [rows, depth]: what a product leaves if told of the norm."""
     rows, depth = x.shape
-    after = Normed(torch.empty_like(x), _floats(x, 1, rows))
+    after = Normed.empty(x)
     block = int(triton.next_power_of_2(depth))
     _prenorm[(rows,)](x, norm, *after, depth, DEPTH=block, num_warps=4, **early(x.device))
     return after
@@ -492,10 +496,6 @@ def early(device: torch.device) -> dict[str, bool]:
     """Options of a kernel that may start before the last one has ended."""
     can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": can, "launch_pdl": True} if can else {"EARLY": False}
-
-
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=torch.float32, device=like.device)
 
 
 class Scratch:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,8 +54,7 @@ def embed(
     """
     batch, depth = len(rows), table.shape[1]
     hidden = table.new_empty(batch, depth)
-    squares = torch.empty(1, batch, dtype=torch.float32, device=table.device)
-    normed = Normed(torch.empty_like(hidden), squares)
+    normed = Normed.empty(hidden)
     _embed[(batch,)](
         tokens, rows, table, norm, hidden, *normed, depth, multiplier,
         DEPTH=triton.next_power_of_2(depth), num_warps=4, **early(table.device),

@@ -171,6 +171,7 @@ def test_a_row_saved_and_loaded_elsewhere_goes_on_as_it_was(
     driver.prefill({1: prompt})
     held = driver.allocator.pages_of(driver.sequences[1])
     state, contents = driver.runner.save_row(1, to_host=to_host), driver.runner.save_pages(held)
+    assert state.nbytes == driver.runner.row_bytes
     driver.close(1)
     driver.open(2)
     driver.prefill({2: tokens(32, 9)})  # takes the pages over
