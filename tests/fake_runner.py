@@ -22,7 +22,7 @@ class Runner:
 
     chunk_tokens = 64
     alignment = 16
-    shapes = Shapes(chunk_tokens, captured=False)
+    shapes = Shapes(chunk_tokens, 8, captured=False)
     fallback = ""
     made: list[Runner]
 

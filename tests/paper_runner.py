@@ -127,7 +127,7 @@ class PaperRunner:
         )
         self.longest = (pages - 1) * page_size
         self.chunk_tokens, self.alignment = chunk_tokens, alignment
-        self.shapes = Shapes(chunk_tokens, captured=False)
+        self.shapes = Shapes(chunk_tokens, rows, captured=False)
         self.tokens = torch.zeros(rows + 1, dtype=torch.int64)
         self.nonfinite = torch.zeros(rows + 1, dtype=torch.bool)
         self.mismatches: list[str] = []

@@ -126,7 +126,9 @@ class Runner:
         self.row_bytes = row_bytes(model)
         mixers = _mixers(model)
         self.alignment = max((mixer.chunk_size for mixer in mixers.values()), default=1)
-        self.shapes = Shapes(config.chunk_tokens, captured=not fallback, alignment=self.alignment)
+        self.shapes = Shapes(
+            config.chunk_tokens, self.rows, captured=not fallback, alignment=self.alignment
+        )
         with memory_refused(self.device, "the pools and rows"):
             self._storage = self._make_storage(mixers)
         self._pending = PendingEntries()
@@ -256,7 +258,7 @@ class Runner:
 
         wanted: which, by rows and tokens of each; 1 token: a decode step.
         """
-        shapes = [shape for shape in self.shapes.all(self.rows) if wanted(*shape)]
+        shapes = [shape for shape in self.shapes.all() if wanted(*shape)]
         for done, (batch, length) in enumerate(shapes):
             if progress is not None:
                 what = "decode" if length == 1 else "prefill"
@@ -456,10 +458,9 @@ class Runner:
 
 def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Scores:
     """Of targets [n] after logits [n, V], or each after the row of logits that `rows` [n] names."""
-    logits = logits.float()
     at = torch.arange(len(targets), device=targets.device) if rows is None else rows
-    logprobs = logits[at, targets] - logits.logsumexp(dim=1)[at]
-    return Scores(logprobs, logits.argmax(dim=1)[at] == targets)
+    logprobs = logits.log_softmax(dim=1, dtype=torch.float32)
+    return Scores(logprobs[at, targets], logits.argmax(dim=1)[at] == targets)
 
 
 @functools.cache

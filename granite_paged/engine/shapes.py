@@ -2,13 +2,14 @@
 
 A captured step has a fixed shape, and every shape is a CUDA graph to compile and to keep. So there
 are few: a decode step for each power of two of rows, and a prefill for each power of two of tokens,
-alone and in one batch or two. Chunks are computed at the next larger shape, or, where that takes
-less time, in pieces one after the other: 16 prompts of 384 tokens as 256 and 128 of each.
+alone and in one batch or two, none larger than the rows can fill. Chunks are computed at the next
+larger shape, or, where that takes less time, in pieces one after the other: 16 prompts of 384
+tokens as 256 and 128 of each.
 
 ::
 
     length  32  64  128  256  512  1024  2048     tokens of each chunk
-    batch   1   1   1    1    1    1     1        with 2,048 tokens a call
+    batch   1   1   1    1    1    1     1        with 2,048 tokens a call and 16 rows or more
             16  8   4    8    4    2
                     16
 
@@ -59,11 +60,13 @@ class Shapes:
 
     Attributes:
         chunk_tokens: most tokens of a chunk, and of a step.
+        rows: most chunks of a call.
         captured: whether steps are graphs. If not, a step has the shape of what it is given.
         alignment: a chunk may be cut at multiples of it, where it starts at one.
     """
 
     chunk_tokens: int
+    rows: int
     captured: bool
     alignment: int = 1
 
@@ -116,7 +119,7 @@ class Shapes:
         steps = []
         for length, left in sorted(by_length.items(), reverse=True):
             while left:
-                batch = cheapest_batch(length, len(left), self.chunk_tokens)
+                batch = self.cheapest_batch(length, len(left))
                 steps.append(Batch(left[:batch], batch, length))
                 del left[:batch]
         return steps
@@ -148,10 +151,27 @@ class Shapes:
         steps = (step for tokens in lengths for step in self.arrange([tokens]))
         return {(step.batch, step.length) for step in steps}
 
-    def all(self, rows: int) -> Iterator[tuple[int, int]]:
+    def batches(self, length: int) -> list[int]:
+        """Batches that a captured prefill of so many tokens a row has graphs for, ascending."""
+        batches = {1}
+        if length <= SHORT:
+            batches.add(min(FEW_TOKENS, self.chunk_tokens) // length)
+        if length >= SHORT:
+            batches.add(self.chunk_tokens // length)
+        return sorted({min(batch, next_power_of_two(self.rows)) for batch in batches - {0}})
+
+    def cheapest_batch(self, length: int, chunks: int) -> int:
+        """The batch that takes the least time a chunk, where so many of that length are run."""
+
+        def cost(batch: int) -> float:
+            return _step_cost(batch, length) / min(batch, chunks)
+
+        return min(self.batches(length), key=cost)
+
+    def all(self) -> Iterator[tuple[int, int]]:
         """(batch, length) of every captured step, those whose first token is soonest first.
 
-        rows: the most that decode at once. Length 1: a decode step.
+        Length 1: a decode step.
         """
         if not self.captured:
             return
@@ -159,34 +179,14 @@ class Shapes:
         while lengths[-1] < self.chunk_tokens:
             lengths.append(2 * lengths[-1])
         yield from ((1, length) for length in lengths)
-        yield from ((1 << i, 1) for i in range(next_power_of_two(rows).bit_length()))
+        yield from ((1 << i, 1) for i in range(next_power_of_two(self.rows).bit_length()))
         for length in lengths:
-            batches = prefill_batches(length, self.chunk_tokens)
-            yield from ((batch, length) for batch in batches if batch > 1)
+            yield from ((batch, length) for batch in self.batches(length) if batch > 1)
 
 
 def next_power_of_two(count: int) -> int:
     """The least that is not below `count`, which is at least 1."""
     return int(1 << (count - 1).bit_length())
-
-
-def prefill_batches(length: int, chunk_tokens: int) -> list[int]:
-    """Batches that a captured prefill of so many tokens a row has graphs for, ascending."""
-    batches = {1}
-    if length <= SHORT:
-        batches.add(min(FEW_TOKENS, chunk_tokens) // length)
-    if length >= SHORT:
-        batches.add(chunk_tokens // length)
-    return sorted(batches - {0})
-
-
-def cheapest_batch(length: int, chunks: int, chunk_tokens: int) -> int:
-    """The batch that takes the least time a chunk, where so many of that length are to be run."""
-
-    def cost(batch: int) -> float:
-        return _step_cost(batch, length) / min(batch, chunks)
-
-    return min(prefill_batches(length, chunk_tokens), key=cost)
 
 
 def _step_cost(batch: int, length: int) -> float:

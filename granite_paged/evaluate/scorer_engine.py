@@ -7,7 +7,7 @@ from typing import Any
 
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.plan import row_bytes
-from granite_paged.engine.shapes import FEW_TOKENS
+from granite_paged.engine.shapes import SHORT
 from granite_paged.evaluate.scorer import Answer, Needs, Request, Score, check_requests
 from granite_paged.geometry import PagedConfig
 
@@ -42,7 +42,7 @@ class EngineScorer:
 
         def wanted(rows: int, length: int) -> bool:
             """Prefills: all; of a question by itself, and of what its continuations share."""
-            few = needs.forks and rows > 1 and rows * length <= FEW_TOKENS
+            few = needs.forks and rows > 1 and length <= SHORT
             return length > 1 and (batch > 1 or few or (rows, length) in alone)
 
         engine.runner.warm_up(wanted=wanted)

@@ -160,7 +160,7 @@ def test_a_released_runner_is_closed(runner: Any) -> None:
 def test_a_runner_that_refuses_a_shape_is_closed(
     runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "shapes", Shapes(chunk_tokens=10, captured=False))
+    monkeypatch.setattr(runner, "shapes", Shapes(10, 8, captured=False))
     with pytest.raises(Unsupported, match="a chunk of 20 tokens"):
         Paged(tiny_model(), CONFIG, 0).prepare("prefill", Shape(1, 20))
     assert runner.made[0].closed

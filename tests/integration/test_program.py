@@ -106,7 +106,7 @@ def test_chunks_cut_into_pieces_are_computed_as_whole_ones(model: Any) -> None:
         kernels(model, PagedConfig(page_size=16, max_tokens=1024, chunk_tokens=128), prompts)
         for _ in range(2)
     )
-    shapes = Shapes(128, captured=True, alignment=cut.runner.alignment)
+    shapes = Shapes(128, 6, captured=True, alignment=cut.runner.alignment)
     cut.runner.shapes = shapes
     steps = shapes.arrange(list(lengths.values()))
     assert any(piece.start for step in steps for piece in step.pieces), "nothing is cut"

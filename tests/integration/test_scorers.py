@@ -226,7 +226,6 @@ def test_the_fastest_batch_that_fits_is_found(
 # -- modes --------------------------------------------------------------------------------------
 
 
-SHAPES = Shapes(2048, captured=True)
 
 
 class EngineDouble:
@@ -236,10 +235,11 @@ class EngineDouble:
         self.config, self.state_bytes = config, state_bytes
         self.asked: list[Any] = []
         self.warmed: list[tuple[int, int]] = []
-        self.runner = SimpleNamespace(shapes=SHAPES, warm_up=self.warm_up)
+        self.shapes = Shapes(2048, config.max_sequences or 0, captured=True)
+        self.runner = SimpleNamespace(shapes=self.shapes, warm_up=self.warm_up)
 
     def warm_up(self, wanted: Callable[[int, int], bool]) -> None:
-        self.warmed += [shape for shape in SHAPES.all(8) if wanted(*shape)]
+        self.warmed += [shape for shape in self.shapes.all() if wanted(*shape)]
 
     def stats(self) -> Any:
         return SimpleNamespace(tokens_hit=100 * len(self.asked))
@@ -277,9 +277,9 @@ def test_an_engine_gets_the_sizes_that_the_requests_need() -> None:
     assert scorer.engine.config.max_sequences == 2, "a context, and what it forks into"
     assert scorer.engine.state_bytes == 2 * row_bytes(model)
     alone = [(1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024)]
-    assert set(scorer.engine.warmed) == {*alone, (16, 32), (8, 64), (4, 128)}
+    assert set(scorer.engine.warmed) == {*alone, (2, 32), (2, 64), (2, 128)}
     many: Any = make_scorer("paged", model, SMALL_PAGES, needs, 8)
-    assert set(many.engine.warmed) == {shape for shape in SHAPES.all(8) if shape[1] > 1}
+    assert set(many.engine.warmed) == {shape for shape in many.engine.shapes.all() if shape[1] > 1}
 
 
 @pytest.mark.usefixtures("with_double")
@@ -287,7 +287,7 @@ def test_questions_alone_have_graphs_of_the_pieces_that_they_are_cut_into() -> N
     """The workspace of a graph that is never replayed would count against the peak."""
     needs = Needs(longest=1138)
     scorer: Any = make_scorer("paged", tiny_loaded().model, PagedConfig(page_size=128), needs)
-    assert SHAPES.length(1138) == 2048
+    assert scorer.engine.shapes.length(1138) == 2048
     assert set(scorer.engine.warmed) == {(1, 32 << i) for i in range(6)}
     assert max(length for _, length in scorer.engine.warmed) == 1024
 

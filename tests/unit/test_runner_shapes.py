@@ -12,12 +12,13 @@ from granite_paged.engine.shapes import (
     Batch,
     Piece,
     Shapes,
-    cheapest_batch,
-    prefill_batches,
+    next_power_of_two,
 )
 
 LENGTHS = [SHORTEST_CHUNK << i for i in range(7)]
 """Up to the usual chunk of 2,048 tokens."""
+
+CAPTURED = Shapes(2048, 256, captured=True, alignment=256)
 
 
 @pytest.mark.parametrize(
@@ -27,13 +28,22 @@ LENGTHS = [SHORTEST_CHUNK << i for i in range(7)]
 def test_a_prefill_has_few_graphs_and_none_of_more_than_a_chunk(
     length: int, batches: list[int]
 ) -> None:
-    assert prefill_batches(length, 2048) == batches
+    assert CAPTURED.batches(length) == batches
+
+
+@given(st.sampled_from(LENGTHS), st.integers(1, 20))
+def test_no_graph_is_of_twice_the_rows_there_are(length: int, rows: int) -> None:
+    """Its workspace would be held for rows that nobody can fill."""
+    batches = Shapes(2048, rows, captured=True).batches(length)
+    most = next_power_of_two(rows)
+    assert batches == sorted({min(batch, most) for batch in CAPTURED.batches(length)})
+    assert max(batches) < 2 * rows
 
 
 @pytest.mark.parametrize("chunk_tokens", [16, 32, 64, 256, 2048, 8192])
 def test_a_small_runner_has_graphs_too(chunk_tokens: int) -> None:
     for length in [each for each in (16, *LENGTHS) if each <= chunk_tokens]:
-        batches = prefill_batches(length, chunk_tokens)
+        batches = Shapes(chunk_tokens, 256, captured=True).batches(length)
         assert batches[0] == 1
         assert batches[-1] * length <= chunk_tokens
 
@@ -52,7 +62,7 @@ def test_a_small_runner_has_graphs_too(chunk_tokens: int) -> None:
     ],
 )
 def test_chunks_take_the_batch_that_costs_them_least(length: int, chunks: int, batch: int) -> None:
-    assert cheapest_batch(length, chunks, 2048) == batch
+    assert CAPTURED.cheapest_batch(length, chunks) == batch
 
 
 @given(st.sampled_from(LENGTHS), st.integers(1, 100))
@@ -60,13 +70,12 @@ def test_no_other_batch_is_cheaper_a_chunk(length: int, chunks: int) -> None:
     def cost(batch: int) -> float:
         return (STEP_TOKENS + batch * length) / min(batch, chunks)
 
-    chosen = cheapest_batch(length, chunks, 2048)
-    assert cost(chosen) == min(map(cost, prefill_batches(length, 2048)))
+    chosen = CAPTURED.cheapest_batch(length, chunks)
+    assert cost(chosen) == min(map(cost, CAPTURED.batches(length)))
 
 
 # -- sharing out --------------------------------------------------------------------------------
 
-CAPTURED = Shapes(2048, captured=True, alignment=256)
 CHUNKS = st.lists(st.integers(1, 2048), min_size=1, max_size=40)
 
 
@@ -80,7 +89,7 @@ def test_every_token_is_computed_once_and_after_those_before_it(
 ) -> None:
     done = dict.fromkeys(range(len(lengths)), 0)
     for step in CAPTURED.arrange(lengths, cut=cut):
-        assert step.batch in prefill_batches(step.length, 2048)
+        assert step.batch in CAPTURED.batches(step.length)
         assert len(step.pieces) <= step.batch
         assert len({piece.chunk for piece in step.pieces}) == len(step.pieces)
         for chunk, start, end in step.pieces:
@@ -114,7 +123,7 @@ def test_many_chunks_that_end_shortly_after_a_boundary_are_cut_there(
 
 
 def test_steps_that_are_not_captured_have_the_shape_of_their_chunks() -> None:
-    plain = Shapes(64, captured=False)
+    plain = Shapes(64, 8, captured=False)
     assert plain.arrange([3, 20, 7]) == [
         Batch([Piece(0, 0, 3), Piece(1, 0, 20), Piece(2, 0, 7)], 3, 20)
     ]
@@ -122,4 +131,4 @@ def test_steps_that_are_not_captured_have_the_shape_of_their_chunks() -> None:
     assert not plain.fits([20, 3, 7, 1])
     assert CAPTURED.fits([2048] * 9)
     assert not CAPTURED.fits([2049])
-    assert list(plain.all(8)) == []
+    assert list(plain.all()) == []

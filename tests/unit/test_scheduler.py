@@ -94,7 +94,7 @@ def test_prompts_beside_rows_that_decode_are_cut_to_what_those_can_bear(
     """To a power of two of tokens, and 8 at least. A prompt's call takes as long as 450 tokens
     beside its own."""
     rows = 3
-    longest = 1 + time / Shapes(64, captured=False).decode_cost(rows)
+    longest = 1 + time / Shapes(64, rows, captured=False).decode_cost(rows)
     desk = office({"longest_step": longest}, pages=200, rows=8, chunk_tokens=64)
     for number in range(rows):
         ask(desk, [number], new=40)
