@@ -78,7 +78,7 @@ def result_tables(evaluations: Sequence[Json], bench: Sequence[BenchRow]) -> lis
     original study's beside ours.
     """
     found = entries(evaluations)
-    commands = [run["command"] for run in evaluations if "command" in run]
+    commands = dict.fromkeys(run["command"] for run in evaluations if "command" in run)
     parts = [_places(found), *_shell(commands), _metrics(found), _agreement(found)]
     return [part for part in [*parts, *_study_tables(found, bench)] if part]
 
@@ -117,8 +117,9 @@ _LEGEND = """\
   the same weights in higher precision, on the differing questions and some others."""
 
 
-def _shell(commands: Sequence[str]) -> list[str]:
-    return ["Made by:", "```sh\n" + "\n".join(commands) + "\n```"] if commands else []
+def _shell(commands: Iterable[str]) -> list[str]:
+    lines = "\n".join(commands)
+    return ["Made by:", f"```sh\n{lines}\n```"] if lines else []
 
 
 def _places(found: Sequence[Entry]) -> str:

@@ -20,27 +20,19 @@ class Entry:
     """One task of one evaluation.
 
     Attributes:
+        label: what tells it from the others in a report.
         modes: each mode's `ModeMetrics`, in plain types.
         agreement: each other mode's `Agreement`, in plain types.
     """
 
+    label: str
     task: str
-    fewshot: int
-    batch: int
     model: str
     device: str
     dtype: str
     versions: dict[str, str]
     modes: dict[str, Json]
     agreement: dict[str, Json]
-
-    @property
-    def label(self) -> str:
-        """What tells it from the others in a report."""
-        shots = f" {self.fewshot}-shot" if self.task == "mmlu" else ""
-        return f"{self.task}{shots}, " + (
-            "one by one" if self.batch == 1 else f"batch {self.batch}"
-        )
 
     @property
     def where(self) -> str:
@@ -67,11 +59,11 @@ class BenchRow:
 
 def entries(evaluations: Sequence[Json]) -> list[Entry]:
     """Of several evaluations, as `Evaluation.to_json` makes them."""
+    several_devices = len({run["device"] for run in evaluations}) > 1
     return [
         Entry(
+            label=_label(run, name, with_device=several_devices),
             task=name,
-            fewshot=task["fewshot"],
-            batch=run["batch"],
             model=run["model"],
             device=run["device"],
             dtype=run["dtype"],
@@ -112,6 +104,13 @@ def read_bench(path: str) -> list[BenchRow]:
 def original_study() -> Json:
     """The tables that the original study published."""
     return _read_object(str(_STUDY))
+
+
+def _label(run: Json, task: str, *, with_device: bool) -> str:
+    shots = f" {run['tasks'][task]['fewshot']}-shot" if task == "mmlu" else ""
+    rows = "one by one" if run["batch"] == 1 else f"batch {run['batch']}"
+    device = f", {run['device'].removeprefix('NVIDIA ')}" if with_device else ""
+    return f"{task}{shots}, {rows}{device}"
 
 
 def _bench_row(path: str, device: str, number: int, row: Any) -> BenchRow | None:

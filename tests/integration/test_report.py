@@ -15,6 +15,7 @@ from granite_paged.evaluate.figures import curves
 from granite_paged.evaluate.report import result_tables, update_page, write_report
 from granite_paged.evaluate.results import (
     BenchRow,
+    entries,
     original_study,
     read_bench,
     read_evaluation,
@@ -81,6 +82,21 @@ def test_the_tables_say_what_where_and_by_how_much(evaluation: dict[str, Any]) -
         "0.04 (against float32)",
     ):
         assert said in text
+
+
+def test_results_of_several_gpus_say_which_and_one_command_once(
+    evaluation: dict[str, Any],
+) -> None:
+    assert [entry.label for entry in entries([evaluation])] == ["mmlu 0-shot, one by one"]
+    runs = [{**evaluation, "device": device} for device in ("NVIDIA H200", "NVIDIA L4")]
+    assert [entry.label for entry in entries(runs)] == [
+        "mmlu 0-shot, one by one, H200",
+        "mmlu 0-shot, one by one, L4",
+    ]
+    text = "\n".join(result_tables(runs, []))
+    assert text.count(evaluation["command"]) == 1
+    assert "- NVIDIA H200; tiny" in text
+    assert "- NVIDIA L4; tiny" in text
 
 
 def test_the_original_studys_tables_stand_beside_ours_with_their_gpu(

@@ -226,8 +226,6 @@ def test_the_fastest_batch_that_fits_is_found(
 # -- modes --------------------------------------------------------------------------------------
 
 
-
-
 class EngineDouble:
     """Answers as `Engine.score` is documented to."""
 
