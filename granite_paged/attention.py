@@ -37,7 +37,8 @@ from granite_paged.tuned import TUNED, DecodeConstants, PrefillConstants
 _T = TypeVar("_T")
 
 SMALLEST_KERNEL_BLOCK = 16
-"""Triton's matrix product needs 16 on every side: tokens of a page, elements of a head."""
+"""Triton's matrix product needs 16 on every side: tokens of a page, elements of a head. The CPU's
+kernel computes 16 tokens at once: with AVX2 it wrote past a page of 8 (torch 2.9 to 2.15)."""
 
 WIDEST_TUNED_HEAD = 128
 """Elements; a wider head's blocks may not fit a multiprocessor with the same stages."""
@@ -83,6 +84,7 @@ def paged_attention(
         _check_mask(query, keys, block_mask)
     folded = _fold(query, keys.shape[1], block_mask.shape)
     if torch.compiler.is_compiling():
+        _check_compilable(query, block_mask)
         out = _fused(folded, keys, values, block_mask, scale, options)
     elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
@@ -375,9 +377,10 @@ def _compiled(function: Callable[..., _T]) -> Callable[..., _T]:
 def _check_compilable(query: Tensor, mask: BlockMask) -> None:
     if query.dtype == torch.float64:
         raise GeometryError("float64 has no fused kernel: use backend='eager' (or 'auto')")
-    if not query.is_cuda:
-        return
-    for name, size in (("page_size", mask.BLOCK_SIZE[1]), ("head_dim", query.shape[3])):
+    sizes = {"page_size": mask.BLOCK_SIZE[1]}
+    if query.is_cuda:
+        sizes["head_dim"] = query.shape[3]
+    for name, size in sizes.items():
         if size < SMALLEST_KERNEL_BLOCK:
             raise GeometryError(
                 f"{name} {size} is too small for the fused kernel: "

@@ -237,7 +237,7 @@ def test_compiled_kernels_give_the_same_tokens_and_are_made_once() -> None:
     ids, mask = prompts()
     options = {"do_sample": False, "max_new_tokens": 14, "min_new_tokens": 14}
     expected = generate(model, ids, mask, **options)
-    with paged(model, PagedConfig(page_size=8, backend="compiled")):
+    with paged(model, PagedConfig(page_size=16, backend="compiled")):
         actual = generate(model, ids, mask, **options)
         with torch._dynamo.config.patch(error_on_recompile=True):
             again = generate(model, ids[:, 1:], mask[:, 1:], **options)

@@ -201,6 +201,14 @@ def test_float64_is_refused_when_compiled() -> None:
         step.attend(backend="compiled")
 
 
+@pytest.mark.parametrize("page_size", [1, 8])
+def test_a_page_smaller_than_the_kernels_block_is_refused_when_compiled(page_size: int) -> None:
+    """Seen in torch with AVX2: a block of 8 tokens writes over its neighbours."""
+    _, _, step = make(page_size=page_size, dtype=torch.float32)
+    with pytest.raises(GeometryError, match=f"page_size {page_size} is too small .* at least 16"):
+        step.attend(backend="compiled")
+
+
 # -- backends -----------------------------------------------------------------------------------
 
 

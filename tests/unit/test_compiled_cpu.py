@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from strategies import Paged, Step, assert_right, make_geometry
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
 from granite_paged import attention
 
@@ -74,9 +74,13 @@ def test_a_compiled_bfloat16_decode_is_right() -> None:
     assert_right(paged, step, added, out, roundings=HALF_ROUNDINGS)
 
 
-def test_inside_a_traced_region_attention_is_fused_into_it() -> None:
+def test_narrow_heads_over_the_smallest_pages_are_right() -> None:
+    paged, added, step = make(head_dim=16)
+    assert_right(paged, step, added, step.attend(backend="compiled"))
+
+
+def traced(step: Step) -> torch.Tensor:
     """As a compiled layer calls it: no graph break, and nothing of the host in it."""
-    paged, added, step = make()
     mask = step.mask()
 
     @torch.compile(fullgraph=True, dynamic=False)
@@ -85,4 +89,15 @@ def test_inside_a_traced_region_attention_is_fused_into_it() -> None:
             query, step.keys, step.values, mask, scale=step.scale, backend="eager"
         )
 
-    assert_right(paged, step, added, layer(step.query))
+    return layer(step.query)
+
+
+def test_inside_a_traced_region_attention_is_fused_into_it() -> None:
+    paged, added, step = make()
+    assert_right(paged, step, added, traced(step))
+
+
+def test_inside_a_traced_region_small_pages_are_refused_too() -> None:
+    """With AVX2 the kernel would write past its block."""
+    with pytest.raises(Unsupported, match="GeometryError"):
+        traced(make(page_size=8)[2])
