@@ -16,7 +16,7 @@ from torch import Tensor
 
 from granite_paged import PagedConfig
 from granite_paged.engine.plan import weights_bytes
-from granite_paged.engine.runner import Chunk, Runner
+from granite_paged.engine.runner import Chunk, Runner, scores_of
 from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import InvalidRequest, OutOfMemory, PromptError
 
@@ -80,6 +80,10 @@ def test_chunks_of_different_lengths_share_a_call_and_leave_no_trace_in_each_oth
         assert_same(logits[place], sdpa(model, [*prompts[row], token])[-1])
     assert driver.runner.tokens[list(fed)].tolist() == logits.argmax(1).tolist()
     assert driver.runner.tokens[3] == 0, "nobody's row is fed nothing"
+
+
+def test_no_step_is_of_more_rows_than_the_runner_has(driver: Driver) -> None:
+    assert driver.runner.shapes.rows == driver.runner.rows == CONFIG.max_sequences
 
 
 def test_a_chunk_that_starts_anywhere_is_not_cut(driver: Driver) -> None:
@@ -160,6 +164,22 @@ def test_scores_are_log_probabilities_of_the_targets(model: Any, driver: Driver)
     assert_same(scores.logprobs, chosen)
     likeliest = torch.cat([e.argmax(1) == w for e, w in zip(expected, wanted, strict=True)])
     assert torch.equal(scores.greedy, likeliest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_half_logits_are_single_precision(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(3, 1000, generator=draw)).to(dtype)
+    logits[1, 7], logits[2, 7] = 99, -99
+    rows, targets = torch.tensor([1, 1, 0, 2]), torch.tensor([7, 3, 7, 7])
+    exact = logits.double().log_softmax(1)[rows, targets]
+    found = scores_of(logits, targets, rows)
+    assert found.logprobs.dtype == torch.float32
+    assert_same(found.logprobs, exact)
+    assert found.greedy.tolist() == [True, False, False, False]
+    each = scores_of(logits, targets[:3])
+    assert_same(each.logprobs, logits.double().log_softmax(1)[range(3), targets[:3]])
+    assert each.greedy.tolist() == [False, False, False]
 
 
 @pytest.mark.parametrize("to_host", [False, True])
