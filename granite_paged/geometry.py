@@ -28,7 +28,8 @@ class PagedConfig:
     """What a user may choose about a paged cache.
 
     Attributes:
-        page_size: tokens a page, a power of two. Smaller pages waste less, larger ones run faster.
+        page_size: tokens a page, a power of two, of at least 16 where FlexAttention is compiled.
+            Smaller pages waste less, larger ones run faster.
         memory_fraction: ceiling of all K and V pools, as a fraction of the memory that was free
             when the cache was made. Pages are only taken as sequences need them.
         max_tokens: fixed size of the pools in tokens, made at once and never grown. None: pools

@@ -76,7 +76,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "--page-size",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Tokens a page, a power of two.  [default: 16 for the embedded model, else 128]",
+        help="Tokens a page, a power of two; at least 16 on a GPU.  "
+        "[default: 16 for the embedded model, else 128]",
         show_default=False,
     )
     @click.option(
