@@ -25,7 +25,7 @@ torch.cuda.is_available() or sys.exit("no CUDA device here, so nothing was teste
 """
 PRINT_SLUG = """
 import torch
-from granite_paged.bench.results import slug
+from granite_paged.report.bench_results import slug
 print(slug(torch.cuda.get_device_name()))
 """
 
@@ -145,7 +145,7 @@ def tune(session: nox.Session) -> None:
     """Choose the constants of kernel options anew. Arguments go to tune. Fails without a GPU."""
     session.install(".")
     session.run("python", "-c", REQUIRE_GPU)
-    constants = "granite_paged/kernels/tuned.json"
+    constants = "granite_paged/layers/tuned.json"
     session.run(
         "granite-paged", "tune", *MEASURED_MODEL, "--write", "--out", constants, *session.posargs
     )

@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from granite_paged.cache import PagedCache
     from granite_paged.engine.engine import Engine
     from granite_paged.engine.request import SamplingParams
     from granite_paged.geometry import PagedConfig
-    from granite_paged.integrate import is_patched, paged, patch, unpatch
+    from granite_paged.hf.cache import PagedCache
+    from granite_paged.hf.patching import is_patched, paged, patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -31,13 +31,13 @@ __all__ = [
 
 _HOME = {
     "Engine": "engine.engine",
-    "PagedCache": "cache",
+    "PagedCache": "hf.cache",
     "PagedConfig": "geometry",
     "SamplingParams": "engine.request",
-    "is_patched": "integrate",
-    "paged": "integrate",
-    "patch": "integrate",
-    "unpatch": "integrate",
+    "is_patched": "hf.patching",
+    "paged": "hf.patching",
+    "patch": "hf.patching",
+    "unpatch": "hf.patching",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m granite_paged` is `granite-paged`."""
 
-from granite_paged.cli import main
+from granite_paged.cli.main import main
 
 if __name__ == "__main__":
     main()

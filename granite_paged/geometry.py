@@ -1,4 +1,4 @@
-"""Every size of a paged cache, from the model's config and the user's wishes; validated once.
+"""Every size of a paged cache, from the model's config and the user's params; validated once.
 
 Nothing here is hard-coded for a checkpoint: heads, widths and layer kinds come from the config.
 """

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from granite_paged.checkpoints import TINY_RECALL
+from granite_paged.device import resolve_device
 from granite_paged.errors import CheckpointError, DeviceError, InvalidRequest, UnsupportedModel
 from granite_paged.geometry import MODEL_TYPE
 
@@ -94,22 +95,6 @@ def load(
     except torch.OutOfMemoryError:
         raise DeviceError(f"{loaded.name} does not fit into the memory of {where}") from None
     return loaded
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name, `auto` included. Raises DeviceError."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda:0" if gpus else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise DeviceError(f"{name} is not there: this machine has {gpus} CUDA devices")
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def load_tokenizer(path: str) -> Any:

@@ -2,7 +2,7 @@
 
 Every case is a script of moves (feed tokens, fork rows) that is played three times: by the model as
 transformers runs it (`default`: SDPA and DynamicCache), by the patched model (`paged`), and by a
-float64 copy as the reference. The laws are in `laws.py`.
+float64 copy as the reference. The laws are in `tolerances.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from granite_paged import laws
-from granite_paged.allocator import PageAllocator
-from granite_paged.cache import PagedCache
-from granite_paged.compat import with_cache
+from granite_paged import tolerances
+from granite_paged.checkpoints.recall import recall_accuracy, recall_batch, usual_pairs
+from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, DeviceError, InvalidRequest
-from granite_paged.evaluate.recall import recall_accuracy, recall_batch, usual_pairs
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.integrate import paged
+from granite_paged.hf.cache import PagedCache
+from granite_paged.hf.compat import with_cache
+from granite_paged.hf.patching import paged
 from granite_paged.models import EMBEDDED, LoadedModel
-from granite_paged.versions import versions
+from granite_paged.paging.allocator import PageAllocator
 
 DECODE_STEPS = 64
 RECALL_CONTEXTS = (128, 1024, 4096)
@@ -193,7 +193,7 @@ def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
         bytes_contiguous=len(lengths) * max(lengths) * geometry.bytes_per_token,
         bytes_paged=allocator.held * geometry.bytes_per_page,
         waste_fraction=waste,
-        passed=waste <= laws.WASTE,
+        passed=waste <= tolerances.WASTE,
     )
 
 
@@ -290,12 +290,15 @@ class _Bench:
         errors: tuple[float, float] | None = None
         if self.exact is not None:
             exact = play(self.exact, moves, DynamicCache(config=self.exact.config))
-            errors = laws.relative_error(default, exact), laws.relative_error(ours, exact)
+            errors = (
+                tolerances.relative_error(default, exact),
+                tolerances.relative_error(ours, exact),
+            )
         return _case(name, default, ours, errors, bound=self._bound(), broken=broken)
 
     def _bound(self) -> float | None:
         attention_only = not self.geometry.mamba_layers
-        return laws.logit_bound(self.model.dtype, attention_only=attention_only)
+        return tolerances.logit_bound(self.model.dtype, attention_only=attention_only)
 
     def recall(self, seed: int) -> Recall:
         """Facts in a first feed, questions about them in a second: the history is in pages."""
@@ -323,7 +326,9 @@ class _Bench:
             paged=worst_paged,
             answers_equal=equal,
             questions=questions,
-            passed=equal and default == ours and min(worst_default, worst_paged) >= laws.RECALL,
+            passed=equal
+            and default == ours
+            and min(worst_default, worst_paged) >= tolerances.RECALL,
         )
 
 
@@ -396,8 +401,8 @@ def _case(
         law = f"|diff| <= {bound:g} of the largest logit"
         passed = relative <= bound and near_ties == int(flipped.sum())
     elif ratio is not None:
-        law = f"error <= {laws.SDPA_RATIO:g} x SDPA's"
-        passed = ratio <= laws.SDPA_RATIO
+        law = f"error <= {tolerances.SDPA_RATIO:g} x SDPA's"
+        passed = ratio <= tolerances.SDPA_RATIO
     else:
         law = "not judged: no float64 reference"
         passed = True

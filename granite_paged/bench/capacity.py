@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from granite_paged.allocator import PageAllocator
-from granite_paged.bench.floor import ModelSizes
+from granite_paged.bench.roofline import ModelSizes
 from granite_paged.geometry import CacheGeometry
+from granite_paged.paging.allocator import PageAllocator
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from granite_paged.bench.floor import ModelSizes, Work
+from granite_paged.bench.roofline import ModelSizes, Work
 from granite_paged.errors import InvalidRequest
+from granite_paged.names import MODES
 
 Kind = Literal["prefill", "decode", "kernel", "memory", "coldstart"]
-
-MODES = ("default", "static", "paged")
-"""transformers' SDPA and DynamicCache, eager; StaticCache and torch.compile; ours."""
 
 
 class Shape(NamedTuple):

@@ -45,10 +45,10 @@ import torch
 from granite_paged.bench.cases import CASES, Case, Shape
 from granite_paged.bench.measure import Repeats
 from granite_paged.bench.modes import config_for, make_runner
-from granite_paged.bench.published import Published
-from granite_paged.bench.results import Result, read_result, slug
 from granite_paged.bench.session import Measured, Session, describe
 from granite_paged.errors import CannotJudge
+from granite_paged.report.bench_results import Result, read_result, slug
+from granite_paged.report.published import Published
 
 Verdict = Literal["passed", "failed", "unmeasurable"]
 

@@ -17,19 +17,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from granite_paged.allocator import PageAllocator
-from granite_paged.attention import (
-    DecodePlan,
-    paged_attention,
-    plan_for,
-    split_attention,
-)
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.kernels import unavailable
-from granite_paged.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
-from granite_paged.page_table import PageTable
+from granite_paged.layers.attention import DecodePlan, paged_attention, plan_for, split_attention
+from granite_paged.layers.backend import unavailable
+from granite_paged.paging.allocator import PageAllocator
+from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
+from granite_paged.paging.page_table import PageTable
 
 _FLUSH_BYTES = 2**28  # several times any GPU's cache
 _WARM_UP = 3
@@ -161,7 +156,7 @@ class KernelCase:
         return plan_for(self._geometry, rows, width, self._device)
 
     def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
-        from granite_paged.kernels.pages import split_pages
+        from granite_paged.layers.triton.pages import split_pages
 
         g, (count, width) = self._geometry, table.physical.shape
         rows = torch.arange(count, device=self._device)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from granite_paged.bench.results import Latency
-from granite_paged.device_memory import graph_bytes
+from granite_paged.device import graph_bytes
 from granite_paged.errors import GranitePagedError
+from granite_paged.report.bench_results import Latency
 
 FAILURES = (RuntimeError, MemoryError, GranitePagedError)
 """What one mode may fail with without ending the run: out of memory, a shape without a kernel, a

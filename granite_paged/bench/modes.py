@@ -18,13 +18,13 @@ from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
 from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from transformers import DynamicCache, StaticCache
 
-from granite_paged.allocator import PageAllocator
 from granite_paged.bench.cases import Kind, Shape
 from granite_paged.bench.measure import Prepared
-from granite_paged.compat import with_cache
-from granite_paged.engine.runner import Chunk, Runner
 from granite_paged.errors import Unsupported
 from granite_paged.geometry import PagedConfig
+from granite_paged.hf.compat import with_cache
+from granite_paged.paging.allocator import PageAllocator
+from granite_paged.runner.runner import Chunk, Runner
 
 STRETCH = 64
 """Tokens that are really run to fill a cache of transformers; the rest repeats them."""

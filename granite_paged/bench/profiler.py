@@ -21,14 +21,14 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from granite_paged.bench.measure import Clock, Prepared
-from granite_paged.bench.results import writable_folder
 from granite_paged.errors import InvalidRequest
+from granite_paged.report.bench_results import writable_folder
 
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("attention", r"^_(write_pages|split_pages)$"),
     ("mamba", r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs)$"),
     ("matmul", r"^_(few_rows|one_row)$"),
-    ("head", r"^_(embed|feed_likeliest)$"),
+    ("head", r"^_(embed|write_argmax)$"),
     ("attention", r"flex|attention|flash|fmha|sdpa|_attn|(?<!log)_softmax|modindex"),
     (
         "mamba",

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
-from granite_paged.bench.cases import MODES, Case, Kind, Shape, chosen_cases
+from granite_paged.bench.cases import Case, Kind, Shape, chosen_cases
 from granite_paged.bench.coldstart import in_fresh_processes
-from granite_paged.bench.floor import ModelSizes, measure_rates
 from granite_paged.bench.kernel import KernelCase, time_kernels
 from granite_paged.bench.measure import (
     FAILURES,
@@ -28,11 +27,13 @@ from granite_paged.bench.measure import (
 )
 from granite_paged.bench.modes import make_mode
 from granite_paged.bench.profiler import Profile, profile_step
-from granite_paged.bench.results import Latency, Result, Row
+from granite_paged.bench.roofline import ModelSizes, measure_rates
+from granite_paged.environment import versions
 from granite_paged.errors import InvalidRequest
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
-from granite_paged.versions import versions
+from granite_paged.names import MODES
+from granite_paged.report.bench_results import Latency, Result, Row
 
 _WARM_UP = 3  # CUDA graphs of torch.compile are recorded at the second call, replayed at the third
 _CPU_BUDGET = 2**30  # bytes that the memory case shares out where there is no GPU

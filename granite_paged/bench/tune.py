@@ -19,7 +19,7 @@ import torch
 
 from granite_paged.bench.measure import reason
 from granite_paged.errors import CannotJudge
-from granite_paged.tuned import Constants, Tuned
+from granite_paged.layers.tuning import Constants, Tuned
 
 NOISE = 0.02
 """Of a time: medians of replays repeat to about this."""

@@ -13,13 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import GraniteMoeHybridForCausalLM
 
-from granite_paged.evaluate.recall import (
-    RecallBatch,
-    recall_accuracy,
-    recall_batch,
-    usual_pairs,
-)
-from granite_paged.evaluate.substitution import (
+from granite_paged.checkpoints.ablation import (
     answered,
     answers_after_facts,
     answers_at_ask,
@@ -28,7 +22,8 @@ from granite_paged.evaluate.substitution import (
     swap_history,
     swap_ssm_states,
 )
-from granite_paged.laws import RECALL
+from granite_paged.checkpoints.recall import RecallBatch, recall_accuracy, recall_batch, usual_pairs
+from granite_paged.tolerances import RECALL
 
 WEIGHTS, RECORD = "model.safetensors", "record.json"
 

@@ -34,14 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from granite_paged.checkpoints.record_tiny_recall import (
-    RECORD,
-    WEIGHTS,
-    measure,
-    shortfalls,
-    write_record,
-)
-from granite_paged.evaluate.recall import (
+from granite_paged.checkpoints.recall import (
     BOS,
     EOS,
     FIRST_VALUE,
@@ -56,6 +49,13 @@ from granite_paged.evaluate.recall import (
     VOCABULARY,
     RecallBatch,
     recall_batch,
+)
+from granite_paged.checkpoints.record_tiny_recall import (
+    RECORD,
+    WEIGHTS,
+    measure,
+    shortfalls,
+    write_record,
 )
 
 # --- the model -----------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def beam_params(params: SamplingParams, width: int, stops: int) -> SamplingParam
     """What each beam of a search asks for: so many of the likeliest tokens.
 
     Raises:
-        InvalidSampling: for no beams, or wishes that a search cannot fulfil.
+        InvalidSampling: for no beams, or params that a search cannot fulfil.
     """
     if width < 1:
         raise InvalidSampling(f"beams must be at least 1, {width} given")

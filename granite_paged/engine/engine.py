@@ -27,12 +27,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from granite_paged.allocator import PageAllocator
-from granite_paged.engine.answers import Answers
 from granite_paged.engine.beams import BeamKeeper, BeamRequest, beam_params
-from granite_paged.engine.launch import Flight, Launcher
-from granite_paged.engine.plan import MemoryPlan
-from granite_paged.engine.prefix import PrefixCache
+from granite_paged.engine.executor import Executor, PendingResult
+from granite_paged.engine.outputs import OutputProcessor
+from granite_paged.engine.prefix_cache import PrefixCache
 from granite_paged.engine.request import (
     Job,
     OnToken,
@@ -43,7 +41,6 @@ from granite_paged.engine.request import (
     Scoring,
     check_tokens,
 )
-from granite_paged.engine.runner import Runner
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.step import Limits
@@ -57,7 +54,10 @@ from granite_paged.errors import (
     require,
 )
 from granite_paged.geometry import PagedConfig
-from granite_paged.options import progress_bar
+from granite_paged.paging.allocator import PageAllocator
+from granite_paged.progress import Progress, silent
+from granite_paged.runner.memory_plan import MemoryPlan
+from granite_paged.runner.runner import Runner
 
 Prompt = str | Sequence[int]
 """A text, for an engine with a tokenizer, or tokens."""
@@ -142,7 +142,7 @@ class Engine:
         self._stop_tokens = _end_of_text(model)
         self._preemption = preemption
         self._allocator = PageAllocator(self.runner.pages, self.runner.config.page_size)
-        self._answers = Answers(tokenizer)
+        self._outputs = OutputProcessor(tokenizer)
         self._prefix = PrefixCache(
             self._allocator,
             math.lcm(self._allocator.page_size, self.runner.alignment),
@@ -155,13 +155,13 @@ class Engine:
             self._allocator,
             self._prefix,
             self._limits(step_tokens, longest_step, queue, swap_bytes),
-            self._answers.failed,
+            self._outputs.failed,
         )
-        self._answers.scheduler = self._scheduler
-        self._launcher = Launcher(self.runner, self._scheduler)
-        self._answers.beams = self._beams = BeamKeeper(self._scheduler, self._launcher.feed)
+        self._outputs.scheduler = self._scheduler
+        self._executor = Executor(self.runner, self._scheduler)
+        self._outputs.beams = self._beams = BeamKeeper(self._scheduler, self._executor.feed)
         self._lock = threading.RLock()
-        self._flights: list[Flight] = []
+        self._pending: list[PendingResult] = []
         self._open: dict[Request | Scoring, None] = {}
         self._searches: set[BeamRequest] = set()
         self._numbers = 0
@@ -176,34 +176,34 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        progress: bool | None = None,
+        progress: Progress = silent,
     ) -> list[Output]:
         """Answer prompts, all at once. One output for each sample, in the order of the prompts.
 
         Args:
             prompts: one or several.
             params: of all, or one for each.
-            progress: show a bar; None: on a terminal.
+            progress: called as answers are finished.
 
         A request that is refused or fails has its `error` in its output; others are answered.
         """
         listed = as_prompts(prompts)
-        wishes = matched(params, len(listed))
+        params = matched(params, len(listed))
         outputs: list[list[Output]] = []
-        make = [lambda p=p, w=w: self.submit(p, w) for p, w in zip(listed, wishes, strict=True)]
+        make = [lambda p=p, w=w: self.submit(p, w) for p, w in zip(listed, params, strict=True)]
         for number, asked in enumerate(self._run(make, "generate", progress)):
             if isinstance(asked, Request):
                 outputs.append(asked.outputs)
             else:
                 failure = Output(-1, 0, (), finish="error", error=asked)
-                outputs.append([failure] * wishes[number].n)
+                outputs.append([failure] * params[number].n)
         return [output for samples in outputs for output in samples]
 
     def score(
         self,
         items: Sequence[tuple[Prompt, Sequence[Prompt]]],
         *,
-        progress: bool | None = None,
+        progress: Progress = silent,
     ) -> list[list[Score]]:
         """Log-likelihoods of continuations. A context is computed once, and forked for each.
 
@@ -225,7 +225,7 @@ class Engine:
         *,
         beams: int = 4,
         length_penalty: float = 1.0,
-        progress: bool | None = None,
+        progress: Progress = silent,
     ) -> list[list[Output]]:
         """Beam search: the best `beams` answers of each prompt, the best first.
 
@@ -298,19 +298,19 @@ class Engine:
             RequestTooLarge: it would not fit alone, with the pages needed and there.
             QueueFull, EngineClosed.
         """
-        wishes = params or SamplingParams()
+        params = params or SamplingParams()
         tokens = check_tokens(self._tokens(prompt), self.runner.vocabulary, "prompt")
-        if wishes.stop_strings and self.tokenizer is None:
+        if params.stop_strings and self.tokenizer is None:
             raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
         with self._lock:
             self._check_open()
-            self._scheduler.check_fits(len(tokens) + wishes.max_new_tokens - 1)
-            request = Request(self._numbers, tokens, wishes, self._stops(wishes), on_token)
-            jobs = [self._job(request, index) for index in range(wishes.n)]
+            self._scheduler.check_fits(len(tokens) + params.max_new_tokens - 1)
+            request = Request(self._numbers, tokens, params, self._stops(params), on_token)
+            jobs = [self._job(request, index) for index in range(params.n)]
             leader, *leader.followers = jobs
             self._scheduler.submit([leader], followers=len(leader.followers))
             request.jobs = jobs
-            request.outputs = [Output(request.number, index, tokens) for index in range(wishes.n)]
+            request.outputs = [Output(request.number, index, tokens) for index in range(params.n)]
             return self._opened(request)
 
     def submit_scoring(self, context: Prompt, continuations: Sequence[Prompt]) -> Scoring:
@@ -344,10 +344,10 @@ class Engine:
         length_penalty: float = 1.0,
     ) -> BeamRequest:
         """Let a beam search wait. Raises as `submit` does."""
-        wishes = params or SamplingParams()
+        params = params or SamplingParams()
         tokens = check_tokens(self._tokens(prompt), self.runner.vocabulary, "prompt")
-        stop_tokens = self._stops(wishes)
-        wanted = beam_params(wishes, beams, len(stop_tokens))
+        stop_tokens = self._stops(params)
+        wanted = beam_params(params, beams, len(stop_tokens))
         with self._lock:
             self._check_open()
             self._scheduler.check_fits(len(tokens) + wanted.max_new_tokens - 1)
@@ -368,10 +368,10 @@ class Engine:
             try:
                 busy = self._step()
             except BaseException:  # interrupted: nobody knows how far it came
-                self._flights = []
+                self._pending = []
                 self._scheduler.restart([job for asked in self._open for job in asked.jobs])
                 raise
-            ended, self._answers.ended = self._answers.ended, []
+            ended, self._outputs.ended = self._outputs.ended, []
             for asked in ended:
                 if asked.finished:
                     self._close_request(asked)
@@ -395,7 +395,7 @@ class Engine:
             self._closed = True
             for asked in list(self._open):
                 self._end(asked, EngineClosed("the engine was closed while the request ran"))
-            self._flights = []
+            self._pending = []
             self._open.clear()
             self._prefix.clear()
             self.runner.close()
@@ -417,7 +417,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nothing waits, runs or is still to be read."""
-        return not self._open and not self._flights
+        return not self._open and not self._pending
 
     @property
     def load(self) -> int:
@@ -448,8 +448,8 @@ class Engine:
                 swapped=counts.swapped,
                 swapped_bytes=self._scheduler.swapped_bytes,
                 restarted=counts.restarted,
-                tokens=self._answers.tokens,
-                tokens_per_second=self._answers.tokens / self._seconds if self._seconds else 0.0,
+                tokens=self._outputs.tokens,
+                tokens_per_second=self._outputs.tokens / self._seconds if self._seconds else 0.0,
                 schedule_ms=1000 * self._schedule_seconds / max(1, counts.steps),
                 planned_bytes=self.plan.total,
                 device_bytes=self._device_bytes(),
@@ -470,10 +470,10 @@ class Engine:
             self._beams.make_way(request)
         step = self._scheduler.schedule()
         self._schedule_seconds += time.perf_counter() - started
-        launched = self._launcher.launch(step)
-        landing, self._flights = self._flights, launched
-        for flight in landing:
-            self._answers.read(flight)
+        launched = self._executor.launch(step)
+        landing, self._pending = self._pending, launched
+        for result in landing:
+            self._outputs.read(result)
         self._scheduler.scored([part for parts in step.scores for part in parts])
         return bool(step or landing)
 
@@ -484,18 +484,17 @@ class Engine:
             require(self._stalled < _STALLED, "requests are open, but no step has work")
 
     def _run(
-        self, make: Sequence[Callable[[], _Asked]], what: str, progress: bool | None
+        self, make: Sequence[Callable[[], _Asked]], what: str, progress: Progress
     ) -> list[_Asked | GranitePagedError]:
         """Submit everything, as the queue takes it, and step until all of it is finished."""
         asked: list[_Asked | GranitePagedError] = []
         try:
-            with _bar(progress) as bar:
-                task = bar.add_task(what, total=len(make))
-                asked += (self._submitted(one) for one in make)
-                for one in asked:
-                    while not (isinstance(one, GranitePagedError) or one.finished):
-                        self._drive()
-                    bar.advance(task)
+            asked += (self._submitted(one) for one in make)
+            for done, one in enumerate(asked):
+                progress(what, done, len(make))
+                while not (isinstance(one, GranitePagedError) or one.finished):
+                    self._drive()
+            progress(what, len(make), len(make))
         finally:
             for one in asked:
                 if not isinstance(one, GranitePagedError):
@@ -523,7 +522,7 @@ class Engine:
         with self._lock:
             if not asked.finished:
                 for job in asked.jobs:
-                    self._answers.end(job, "cancelled", error)
+                    self._outputs.end(job, "cancelled", error)
             self._close_request(asked)
 
     def _close_request(self, asked: Request | Scoring) -> None:
@@ -532,16 +531,16 @@ class Engine:
             self._searches.discard(asked)
 
     def _job(self, request: Request, index: int) -> Job:
-        wishes, tokens = request.params, request.prompt
-        most = len(tokens) + wishes.max_new_tokens - 1  # the last token is never fed
-        rank = self._scheduler.rank(wishes.priority)
-        job = Job(request, index, rank, list(tokens), wishes.max_new_tokens, most, len(tokens))
-        job.seed = (wishes.seed + index * _SAMPLE_STRIDE) % 2**63
-        job.greedy = wishes.greedy
+        params, tokens = request.params, request.prompt
+        most = len(tokens) + params.max_new_tokens - 1  # the last token is never fed
+        rank = self._scheduler.rank(params.priority)
+        job = Job(request, index, rank, list(tokens), params.max_new_tokens, most, len(tokens))
+        job.seed = (params.seed + index * _SAMPLE_STRIDE) % 2**63
+        job.greedy = params.greedy
         return job
 
-    def _stops(self, wishes: SamplingParams) -> frozenset[int]:
-        stops = wishes.stop_tokens
+    def _stops(self, params: SamplingParams) -> frozenset[int]:
+        stops = params.stop_tokens
         return self._stop_tokens if stops is None else frozenset(stops)
 
     def _tokens(self, prompt: Prompt, *, context: bool = True) -> Sequence[int]:
@@ -640,10 +639,3 @@ def _scores(asked: Scoring | GranitePagedError) -> list[Score]:
         raise error
     assert isinstance(asked, Scoring)
     return [score for score in asked.scores if score is not None]
-
-
-def _bar(progress: bool | None) -> Any:
-    bar = progress_bar()
-    if progress is not None:
-        bar.disable = not progress
-    return bar

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from granite_paged.device import resolve_device
 from granite_paged.engine.engine import Engine, Prompt, as_prompts, matched
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
 from granite_paged.errors import InvalidRequest
 from granite_paged.geometry import PagedConfig
-from granite_paged.models import resolve_device
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -81,13 +81,13 @@ class EngineGroup:
         """As `Engine.generate`, each engine its share."""
         listed = as_prompts(prompts)
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
-        costs = [len(prompt) + wishes.n * wishes.max_new_tokens for prompt, wishes in pairs]
+        costs = [len(prompt) + params.n * params.max_new_tokens for prompt, params in pairs]
 
         def answer(
             engine: Engine, share: list[tuple[Prompt, SamplingParams]]
         ) -> list[list[Output]]:
             outputs = iter(engine.generate([p for p, _ in share], [w for _, w in share]))
-            return [[next(outputs) for _ in range(wishes.n)] for _, wishes in share]
+            return [[next(outputs) for _ in range(params.n)] for _, params in share]
 
         return [output for samples in self._spread(pairs, costs, answer) for output in samples]
 

@@ -197,14 +197,14 @@ class Job:
         stored: tokens in pages.
         reserved: tokens that its pages were taken for.
         sampled: draws, the last perhaps unread.
-        row, handle: state row and sequence of the allocator; -1 where it has none.
-        epoch: counts restarts; what was launched before one is dropped.
-        suspect: shared a call that raised, so it runs in calls of its own.
+        row, sequence: state row and sequence of the allocator; -1 where it has none.
+        generation: counts restarts; what was launched before one is dropped.
+        isolated: shared a call that raised, so it runs in calls of its own.
         followers: other samples of this prompt, forked when its prefill is done.
         single: scores continuations of one token each, which its last logits answer.
         pending: continuations to launch; partial: what is known of those in pieces.
         ticket: its latest place in the queue.
-        path: prefix nodes of its tokens; cuts: where its state will be kept.
+        path: prefix nodes of its tokens; checkpoints: where its state will be kept.
         swapped: its pages and state in host memory.
         seen: tokens that a repetition penalty falls on, on the device.
         seed: of its draws.
@@ -225,16 +225,16 @@ class Job:
     reserved: int = 0
     sampled: int = 0
     row: int = -1
-    handle: int = -1
-    epoch: int = 0
-    suspect: bool = False
+    sequence: int = -1
+    generation: int = 0
+    isolated: bool = False
     followers: list[Job] = field(default_factory=list)
     single: bool = False
     pending: list[int] = field(default_factory=list)
     partial: dict[int, list[tuple[float, bool]]] = field(default_factory=dict)
     ticket: int = 0
     path: list[Any] = field(default_factory=list)
-    cuts: dict[int, Any] = field(default_factory=dict)
+    checkpoints: dict[int, Any] = field(default_factory=dict)
     swapped: Swapped | None = None
     seen: Any = None
     seed: int = 0

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from granite_paged.device import upload
 from granite_paged.engine.request import SamplingParams
-from granite_paged.transfer import upload
 
 _LOW_32 = 0xFFFFFFFF
 _NOISE_BITS = 23  # of float32: noise in the middle of its 2**23 intervals is never 0 or 1

@@ -27,12 +27,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from granite_paged.allocator import AppendPlan, PageAllocator
-from granite_paged.engine.prefix import Hit, PrefixCache, RowState
+from granite_paged.engine.prefix_cache import Hit, PrefixCache, RowState
 from granite_paged.engine.request import Job, State, Swapped
-from granite_paged.engine.shapes import next_power_of_two
-from granite_paged.engine.step import Device, Limits, Part, Span, Step, calls
+from granite_paged.engine.step import Device, Limits, PrefillChunk, ScoreChunk, Step, calls
 from granite_paged.errors import QueueFull, RequestTooLarge, require
+from granite_paged.paging.allocator import AppendPlan, PageAllocator
+from granite_paged.runner.shapes import next_power_of_two
 
 PRIORITY_WORTH = 1000
 """Arrivals that one step of priority puts a request ahead by."""
@@ -170,7 +170,7 @@ class Scheduler:
             if len(affected) == 1:
                 self._failed(job, error)
             else:
-                job.suspect = True
+                job.isolated = True
                 self._restart(job)
 
     def restart(self, jobs: Iterable[Job]) -> None:
@@ -194,11 +194,11 @@ class Scheduler:
         budget = self._prompt_tokens(len(decodes), beside)
         budget -= self._plan_scores(step, budget)
         self._admit_waiting(step, budget)
-        while budget > 0 and (spans := self._spans(budget, beside, first=not step.prefills)):
-            lengths = [span.end - span.start for span in spans]
+        while budget > 0 and (chunks := self._spans(budget, beside, first=not step.prefills)):
+            lengths = [chunk.end - chunk.start for chunk in chunks]
             budget -= sum(lengths)
             beside -= self._limits.prefill_cost(lengths) if beside < math.inf else 0
-            step.prefills += calls(spans, lambda span: span.job)
+            step.prefills += calls(chunks, lambda chunk: chunk.job)
         return step
 
     def _time_beside(self, decodes: int) -> float:
@@ -211,9 +211,9 @@ class Scheduler:
         most = min(self._limits.step_tokens - decodes, time)
         return max(int(most), self._limits.alignment)
 
-    def prefilled(self, span: Span) -> list[Job]:
+    def prefilled(self, chunk: PrefillChunk) -> list[Job]:
         """The prompt's last chunk was launched: fork its other samples. Returns who draws now."""
-        job = span.job
+        job = chunk.job
         drawing, followers = [job], job.followers
         job.followers = []
         for follower in followers:
@@ -224,34 +224,37 @@ class Scheduler:
                 self._enqueue(follower)
         return drawing
 
-    def room_for_state(self, span: Span, nbytes: int) -> bool:
-        """Make room for the row's state after this span, if it is to be kept for others. Whether
+    def room_for_state(self, chunk: PrefillChunk, nbytes: int) -> bool:
+        """Make room for the row's state after this chunk, if it is to be kept for others. Whether
         there is: what it takes the place of is gone before it is copied.
         """
-        is_cut = span.end in span.job.cuts and self._prefix.stateful
+        is_cut = chunk.end in chunk.job.checkpoints and self._prefix.stateful
         return is_cut and self._prefix.make_room(nbytes)
 
-    def keep(self, span: Span, state: RowState | None) -> None:
-        """The span was computed and is sound: others that begin alike may use it."""
-        if span.job.epoch == span.epoch and span.job.row > 0:  # else its pages went to others
-            self._guarded(span.job, self._keep, span, state)
+    def keep(self, chunk: PrefillChunk, state: RowState | None) -> None:
+        """The chunk was computed and is sound: others that begin alike may use it."""
+        if (
+            chunk.job.generation == chunk.generation and chunk.job.row > 0
+        ):  # else its pages went to others
+            self._guarded(chunk.job, self._keep, chunk, state)
 
-    def _keep(self, span: Span, state: RowState | None) -> bool:
-        job = span.job
-        if span.last or span.end in job.cuts:
-            pages = self._allocator.pages_of(job.handle)
-            self._prefix.keep(job.tokens[: span.end], pages, state)
-        if span.end in job.cuts:
-            self._prefix.unpromise([job.cuts.pop(span.end)])
+    def _keep(self, chunk: PrefillChunk, state: RowState | None) -> bool:
+        job = chunk.job
+        if chunk.last or chunk.end in job.checkpoints:
+            pages = self._allocator.pages_of(job.sequence)
+            self._prefix.keep(job.tokens[: chunk.end], pages, state)
+        if chunk.end in job.checkpoints:
+            self._prefix.unpromise([job.checkpoints.pop(chunk.end)])
         return True
 
-    def scored(self, parts: Sequence[Part]) -> None:
+    def scored(self, parts: Sequence[ScoreChunk]) -> None:
         """A step was made, with these parts: what was taken for them is free.
 
-        Said after the step before was read, for its spans hand over pages that a context still has.
+        Call only after the previous step was read: its chunks may still hand the context's pages to
+        the prefix cache.
         """
-        for handle in list(self._branches):
-            self._end_branch(handle)
+        for sequence in list(self._branches):
+            self._end_branch(sequence)
         used_up = {part.job for part in parts if not part.forked}
         for job in dict.fromkeys(part.job for part in parts):
             if job in self.scoring and (job in used_up or not job.pending):
@@ -279,14 +282,14 @@ class Scheduler:
     def _grow(self, jobs: Sequence[Job]) -> bool:
         """Room up to the end of a page for each, so that most steps ask for nothing."""
         size = self._allocator.page_size
-        growth = {job.handle: 1 if job.exact else size - job.reserved % size for job in jobs}
+        growth = {job.sequence: 1 if job.exact else size - job.reserved % size for job in jobs}
         try:
             if not self._prefix.evict(self._allocator.pages_needed(growth)):
                 return False
             plan = self._allocator.append(growth)
             for job in jobs:
-                job.reserved += growth[job.handle]
-            self._device.write_pages(_clean(plan), {job.handle: job.row for job in jobs})
+                job.reserved += growth[job.sequence]
+            self._device.write_pages(_clean(plan), {job.sequence: job.row for job in jobs})
         except Exception as error:  # whatever it is, it concerns these jobs only
             self.recover(jobs, error)
         return True
@@ -301,14 +304,14 @@ class Scheduler:
         if job.state is State.DECODE and job.sampled == job.limit:
             self.rest(job)
             return
-        if job.state is State.DECODE and not job.suspect and self._limits.swap(job.stored):
+        if job.state is State.DECODE and not job.isolated and self._limits.swap(job.stored):
             self._swap_out(job)
         self._vacate(job)
         self._enqueue(job)
 
     def _swap_out(self, job: Job) -> None:
         try:
-            held = self._allocator.pages_of(job.handle)[: self._pages_for(job.stored)]
+            held = self._allocator.pages_of(job.sequence)[: self._pages_for(job.stored)]
             pages = self._device.save_pages(held)
             state = self._device.save_row(job.row, to_host=True)
         except Exception:
@@ -321,17 +324,17 @@ class Scheduler:
 
     # -- prompts --------------------------------------------------------------------------------
 
-    def _spans(self, budget: int, time: float, *, first: bool) -> list[Span]:
+    def _spans(self, budget: int, time: float, *, first: bool) -> list[PrefillChunk]:
         """Chunks of one call, in order of rank. Their jobs go on as if it was made.
 
         The step's first chunk is cut to what fits; whoever comes after it and does not fit waits
         for the next step, whose first chunk may be longer.
         """
-        spans: list[Span] = []
+        chunks: list[PrefillChunk] = []
         lengths: list[int] = []
         for job in sorted(self.prefilling, key=_rank):
             length = self._chunk(job, budget)
-            if first and not spans:
+            if first and not chunks:
                 length = self._cut(length, time)
             elif not self._affords([*lengths, length], time):
                 break
@@ -339,18 +342,18 @@ class Scheduler:
                 break
             lengths.append(length)
             end = job.stored + length
-            spans.append(Span(job, job.epoch, job.stored, end, end == job.target))
+            chunks.append(PrefillChunk(job, job.generation, job.stored, end, end == job.target))
             budget -= length
-        for span in spans:
-            span.job.stored = span.end
-            if span.last:
-                self._prompt_done(span.job)
-        return spans
+        for chunk in chunks:
+            chunk.job.stored = chunk.end
+            if chunk.last:
+                self._prompt_done(chunk.job)
+        return chunks
 
     def _chunk(self, job: Job, budget: int) -> int:
         """Tokens of the job's next chunk: to where a state is kept, or as many as may be."""
         most = min(budget, self._limits.chunk_tokens)
-        ends = [end for end in job.cuts if end > job.stored]
+        ends = [end for end in job.checkpoints if end > job.stored]
         length = min([job.target, *ends]) - job.stored
         return length if length <= most else most - most % self._limits.alignment
 
@@ -378,9 +381,9 @@ class Scheduler:
             job.sampled += 1
 
     def _fork(self, job: Job, follower: Job) -> bool:
-        follower.handle, follower.row = self._allocator.fork(job.handle), self._rows.pop()
+        follower.sequence, follower.row = self._allocator.fork(job.sequence), self._rows.pop()
         follower.stored, follower.reserved = job.stored, job.reserved
-        follower.target, follower.suspect = job.target, job.suspect
+        follower.target, follower.isolated = job.target, job.isolated
         follower.state, follower.sampled = State.DECODE, 1
         self.decoding[follower] = None
         self._dirty.add(follower.row)
@@ -445,7 +448,7 @@ class Scheduler:
         pages = () if swapped else hit.pages
         job.target = swapped.stored if swapped else job.prefix_tokens
         tokens = max(job.target, min(job.target + 1, job.most))
-        job.handle, job.row = self._allocator.open(pages), self._rows.pop()
+        job.sequence, job.row = self._allocator.open(pages), self._rows.pop()
         if not self._prefix.evict(self._pages_for(tokens) - len(pages)):
             self._vacate(job)
             return False
@@ -475,20 +478,20 @@ class Scheduler:
         self._append(job, job.target - hit.tokens)
         job.stored, job.reserved = hit.tokens, job.target
         self._prefix.used(job.path, hit, job.target)
-        job.cuts = self._prefix.cuts(job.path, hit)
-        self._prefix.promise(list(job.cuts.values()))
+        job.checkpoints = self._prefix.checkpoints(job.path, hit)
+        self._prefix.promise(list(job.checkpoints.values()))
 
     def _swap_in(self, job: Job, swapped: Swapped) -> None:
         self._append(job, swapped.stored)
-        self._device.load_pages(self._allocator.pages_of(job.handle), swapped.pages)
+        self._device.load_pages(self._allocator.pages_of(job.sequence), swapped.pages)
         self._device.load_row(job.row, swapped.state)
         job.stored = job.reserved = swapped.stored
         self._drop_swapped(job)
 
     def _append(self, job: Job, tokens: int) -> None:
         if tokens:
-            plan = self._allocator.append({job.handle: tokens})
-            self._device.write_pages(_clean(plan), {job.handle: job.row})
+            plan = self._allocator.append({job.sequence: tokens})
+            self._device.write_pages(_clean(plan), {job.sequence: job.row})
 
     def _enter(self, job: Job, state: State) -> None:
         if job.scoring and job.stored == job.target:
@@ -505,7 +508,7 @@ class Scheduler:
     def _plan_scores(self, step: Step, budget: int) -> int:
         """Continuations of the contexts that are there, each in a fork. Returns their tokens."""
         spent = 0
-        planned: list[list[Part]] = []
+        planned: list[list[ScoreChunk]] = []
         for job in sorted(self.scoring, key=_rank):
             before = len(planned)
             if job.state is State.SCORE and job.pending and spent < budget:
@@ -514,18 +517,18 @@ class Scheduler:
         step.scores = self._score_calls(planned)
         return spent
 
-    def _plan_continuations(self, job: Job, budget: int, planned: list[list[Part]]) -> bool:
+    def _plan_continuations(self, job: Job, budget: int, planned: list[list[ScoreChunk]]) -> bool:
         """As many of a context's as there is room for; the last of all in the context's own row."""
         numbers = self._affordable(job, budget)
         last = len(numbers) == len(job.pending)
         forks = self._fork_out(job, numbers[:-1] if last else numbers)
-        for number, (handle, row) in zip(numbers, forks, strict=False):
-            planned.append(self._pieces(job, number, row, handle))
+        for number, (sequence, row) in zip(numbers, forks, strict=False):
+            planned.append(self._pieces(job, number, row, sequence))
         done = len(forks)
         alone = self.running == 1 and not self._branches  # nobody else will make room
         own = alone or (last and done == len(numbers) - 1)
         if own and self._grow_own(job, len(job.continuation(numbers[done]))):
-            planned.append(self._pieces(job, numbers[done], job.row, job.handle))
+            planned.append(self._pieces(job, numbers[done], job.row, job.sequence))
             done += 1
         del job.pending[:done]
         return done > 0
@@ -541,12 +544,14 @@ class Scheduler:
             numbers.append(number)
         return numbers
 
-    def _pieces(self, job: Job, number: int, row: int, handle: int) -> list[Part]:
+    def _pieces(self, job: Job, number: int, row: int, sequence: int) -> list[ScoreChunk]:
         """A continuation in pieces that one call can take each."""
         size, tokens = self._limits.chunk_tokens, len(job.continuation(number))
-        forked = handle != job.handle
+        forked = sequence != job.sequence
         return [
-            Part(job, job.epoch, number, start, min(start + size, tokens), row, handle, forked)
+            ScoreChunk(
+                job, job.generation, number, start, min(start + size, tokens), row, sequence, forked
+            )
             for start in range(0, tokens, size)
         ]
 
@@ -558,26 +563,26 @@ class Scheduler:
         """
         growth: dict[int, int] = {}
         for number in numbers[: len(self._rows)]:
-            handle = self._allocator.fork(job.handle)
-            self._branches[handle] = self._rows.pop()
-            growth[handle] = len(job.continuation(number))
+            sequence = self._allocator.fork(job.sequence)
+            self._branches[sequence] = self._rows.pop()
+            growth[sequence] = len(job.continuation(number))
         while growth and not self._room(job, growth, needed=len(growth) == 1):
             self._end_branch(growth.popitem()[0])
         if not growth:
             return []
-        rows = {handle: self._branches[handle] for handle in growth}
+        rows = {sequence: self._branches[sequence] for sequence in growth}
         self._dirty.update(rows.values())
         self._device.fork_row(job.row, *rows.values())
         self._device.write_pages(_clean(self._allocator.append(growth)), rows)
         return list(rows.items())
 
-    def _end_branch(self, handle: int) -> None:
-        self._rows.append(self._branches.pop(handle))
-        self._release(handle)
+    def _end_branch(self, sequence: int) -> None:
+        self._rows.append(self._branches.pop(sequence))
+        self._release(sequence)
 
     def _grow_own(self, job: Job, tokens: int) -> bool:
         """Room in the context's own pages: for its last continuation, or where no fork fits."""
-        if not self._room(job, {job.handle: tokens}, needed=True):
+        if not self._room(job, {job.sequence: tokens}, needed=True):
             return False
         self._append(job, tokens)
         job.reserved += tokens
@@ -593,11 +598,11 @@ class Scheduler:
             self._preempt(self._newest(newer))
         return True
 
-    def _score_calls(self, planned: Sequence[list[Part]]) -> list[list[Part]]:
-        calls: list[list[Part]] = []
-        shared: list[Part] = []
+    def _score_calls(self, planned: Sequence[list[ScoreChunk]]) -> list[list[ScoreChunk]]:
+        calls: list[list[ScoreChunk]] = []
+        shared: list[ScoreChunk] = []
         for pieces in planned:
-            if len(pieces) > 1 or pieces[0].job.suspect:
+            if len(pieces) > 1 or pieces[0].job.isolated:
                 calls += [[piece] for piece in pieces]
                 continue
             lengths = [part.end - part.start for part in (*shared, *pieces)]
@@ -636,7 +641,7 @@ class Scheduler:
 
     def _restart(self, job: Job) -> None:
         self.counts.restarted += 1
-        job.epoch += 1
+        job.generation += 1
         job.sampled = len(job.tokens) - job.prompt_length
         job.pending = job.unscored()
         job.partial.clear()
@@ -650,27 +655,27 @@ class Scheduler:
         """Take back what a job holds, if anything."""
         for jobs in (self.decoding, self.prefilling, self.scoring):
             jobs.pop(job, None)
-        cuts, job.cuts = job.cuts, {}
-        self._prefix.unpromise(list(cuts.values()))
-        row, handle = job.row, job.handle
-        job.row = job.handle = -1  # first: interrupted from here on, they are given back once
+        checkpoints, job.checkpoints = job.checkpoints, {}
+        self._prefix.unpromise(list(checkpoints.values()))
+        row, sequence = job.row, job.sequence
+        job.row = job.sequence = -1  # first: interrupted from here on, they are given back once
         job.stored = job.reserved = 0
         if row > 0:
             self._rows.append(row)
-        if handle >= 0:
-            self._release(handle)
+        if sequence >= 0:
+            self._release(sequence)
 
     def _drop_swapped(self, job: Job) -> None:
         if job.swapped:
             self.swapped_bytes -= job.swapped.nbytes
             job.swapped = None
 
-    def _release(self, handle: int) -> None:
+    def _release(self, sequence: int) -> None:
         """Close a sequence of pages. What raises is done again at the next step, so none leak."""
         try:
-            freed = self._allocator.release(handle)
+            freed = self._allocator.release(sequence)
         except Exception:
-            self._unreleased.append(handle)
+            self._unreleased.append(sequence)
         else:
             self.forget(freed)
 
@@ -684,8 +689,8 @@ class Scheduler:
     def _release_late(self) -> None:
         if self._unreleased:
             handles, self._unreleased = self._unreleased, []
-            for handle in handles:
-                self._release(handle)
+            for sequence in handles:
+                self._release(sequence)
         if self._unforgotten:
             pages, self._unforgotten = self._unforgotten, []
             # one that was issued again belongs to its new owner
@@ -703,16 +708,16 @@ class Scheduler:
         jobs = self.jobs()
         rows = sorted([*(job.row for job in jobs), *self._rows])
         require(rows == list(range(1, self._limits.rows + 1)), "a row is lost, or has two owners")
-        owners = [*(job.handle for job in jobs), *self._unreleased, *self._prefix.handles]
+        owners = [*(job.sequence for job in jobs), *self._unreleased, *self._prefix.handles]
         ours = sorted(self._allocator.sequences)
         require(sorted(owners) == ours, "a sequence without an owner, or with two")
         for job in jobs:
-            require(self._allocator.length(job.handle) == job.reserved, "pages and reservation")
+            require(self._allocator.length(job.sequence) == job.reserved, "pages and reservation")
             require(job.stored <= job.reserved, "tokens without a page")
         live = [job for _, ticket, job in self._queue if job.ticket == ticket]
         waiting = [job for job in live if job.state is State.WAITING]
         require(len(waiting) == self.waiting, "the count of waiting jobs")
-        require(all(job.row == job.handle == -1 for job in waiting), "a waiting job holds a row")
+        require(all(job.row == job.sequence == -1 for job in waiting), "a waiting job holds a row")
         swapped = sum(job.swapped.nbytes for job in waiting if job.swapped)
         require(swapped == self.swapped_bytes, "bytes in host memory")
 

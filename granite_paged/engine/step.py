@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from granite_paged.allocator import AppendPlan
 from granite_paged.engine.request import Job
+from granite_paged.paging.allocator import AppendPlan
 
 
 class Device(Protocol):
@@ -88,40 +88,40 @@ class Limits:
     swap: Callable[[int], bool]
 
 
-class Span(NamedTuple):
+class PrefillChunk(NamedTuple):
     """A job's tokens `start` to `end`, to be computed."""
 
     job: Job
-    epoch: int
+    generation: int
     start: int
     end: int
     last: bool  # the prompt ends here
 
 
-class Part(NamedTuple):
+class ScoreChunk(NamedTuple):
     """Tokens `start` to `end` of one continuation, in a row of their own or in the context's."""
 
     job: Job
-    epoch: int
+    generation: int
     number: int
     start: int
     end: int
     row: int
-    handle: int
+    sequence: int
     forked: bool
 
 
 @dataclass(slots=True)
 class Step:
-    """Calls to make, in this order; a suspect has calls of its own.
+    """Calls to make, in this order; an isolated job has calls of its own.
 
     `resumed` jobs came back from host memory: their last token is fed next. `ready` contexts came
     in with nothing left to compute: their continuations are scored next.
     """
 
     decodes: list[list[Job]] = field(default_factory=list)
-    scores: list[list[Part]] = field(default_factory=list)
-    prefills: list[list[Span]] = field(default_factory=list)
+    scores: list[list[ScoreChunk]] = field(default_factory=list)
+    prefills: list[list[PrefillChunk]] = field(default_factory=list)
     resumed: list[Job] = field(default_factory=list)
     ready: list[Job] = field(default_factory=list)
 
@@ -133,7 +133,7 @@ _Item = TypeVar("_Item")
 
 
 def calls(items: Sequence[_Item], job_of: Callable[[_Item], Job]) -> list[list[_Item]]:
-    """One call for all, but for each suspect its own."""
-    alone = [[item] for item in items if job_of(item).suspect]
-    together = [item for item in items if not job_of(item).suspect] if alone else list(items)
+    """One call for all, but for each isolated job its own."""
+    alone = [[item] for item in items if job_of(item).isolated]
+    together = [item for item in items if not job_of(item).isolated] if alone else list(items)
     return [together, *alone] if together else alone

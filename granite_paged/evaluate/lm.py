@@ -22,7 +22,7 @@ from granite_paged.evaluate.encoding import common_tokens
 from granite_paged.evaluate.modes import MODES, make_scorer
 from granite_paged.evaluate.scorer import Needs, Request, Score, Scorer, chunked
 from granite_paged.geometry import PagedConfig
-from granite_paged.integrate import paged
+from granite_paged.hf.patching import paged
 from granite_paged.models import load, load_tokenizer
 
 try:

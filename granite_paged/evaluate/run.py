@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
-from granite_paged.evaluate.judge import judged
 from granite_paged.evaluate.metrics import Agreement, ModeMetrics, agreement, mode_metrics
 from granite_paged.evaluate.modes import make_scorer
-from granite_paged.evaluate.peaks import Peaks
+from granite_paged.evaluate.near_ties import judged
+from granite_paged.evaluate.peak_memory import Peaks
 from granite_paged.evaluate.scorer import (
     Answer,
     Needs,
@@ -33,7 +34,6 @@ from granite_paged.evaluate.scorer import (
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
-from granite_paged.versions import versions
 
 Progress = Callable[[str, int], None]
 """Told the task and how many more answers there are."""

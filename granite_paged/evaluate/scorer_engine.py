@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from granite_paged.engine.engine import Engine
-from granite_paged.engine.plan import row_bytes
-from granite_paged.engine.shapes import SHORT
 from granite_paged.evaluate.scorer import Answer, Needs, Request, Score, check_requests
 from granite_paged.geometry import PagedConfig
+from granite_paged.runner.memory_plan import row_bytes
+from granite_paged.runner.shapes import SHORT
 
 _KEPT, _KEPT_ALONE = 4, 2  # states of beginnings, where questions come together or one by one
 
@@ -53,7 +53,7 @@ class EngineScorer:
         check_requests(requests)
         pairs = [(request.context, request.continuations) for request in requests]
         before = self.engine.stats().tokens_hit
-        found = self.engine.score(pairs, progress=False)
+        found = self.engine.score(pairs)
         hit = self.engine.stats().tokens_hit - before
         return list(map(_answer, requests, found, [hit, *[0] * (len(pairs) - 1)]))
 

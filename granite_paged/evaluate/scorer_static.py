@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from granite_paged.compat import with_cache
 from granite_paged.errors import OutOfPages
 from granite_paged.evaluate.scorer import Answer, Request, Tally, Wanted, padded
+from granite_paged.hf.compat import with_cache
 
 
 class StaticScorer:

@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from granite_paged.errors import InvalidRequest
-from granite_paged.evaluate import data
-from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
-from granite_paged.evaluate.recall import (
+from granite_paged.checkpoints.recall import (
     ASK,
     FIRST_VALUE,
     MIN_CONTEXT,
@@ -23,6 +20,9 @@ from granite_paged.evaluate.recall import (
     recall_batch,
     usual_pairs,
 )
+from granite_paged.errors import InvalidRequest
+from granite_paged.evaluate import data
+from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
 from granite_paged.evaluate.scorer import Request
 from granite_paged.models import EMBEDDED
 

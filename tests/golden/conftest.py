@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden_extension import FIXTURES, LogitsExtension, TableExtension, claims
 from syrupy.assertion import SnapshotAssertion
+
+from tests.helpers.golden_extension import FIXTURES, LogitsExtension, TableExtension, claims
 
 HERE = Path(__file__).parent
 _CLAIMS = pytest.StashKey[dict[Path, list[str]] | None]()

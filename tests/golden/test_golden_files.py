@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from golden_extension import contested, orphans
+
+from tests.helpers.golden_extension import contested, orphans
 
 LARGEST = 1_000_000
 """Bytes of all logits and tables: they are read in review and cloned with the code."""

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from golden_models import MODELS, chunks_then_decode, golden_model, prefill, three_way, tokens
 from syrupy.assertion import SnapshotAssertion
+
+from tests.helpers.golden_models import (
+    MODELS,
+    chunks_then_decode,
+    golden_model,
+    prefill,
+    three_way,
+    tokens,
+)
 
 every_model = pytest.mark.parametrize("name", MODELS)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tolerance import WASTE
 
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import geometry_config
 from granite_paged.verify import KVMemory, kv_memory
+from tests.helpers.tolerance import WASTE
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MODELS = ("granite-4.0-h-350m", "granite-4.0-h-1b", "granite-4.0-h-small", "granite-4.0-1b")

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_extension import (
+from torch import Tensor
+
+from granite_paged.paging import masks
+from tests.helpers.golden_extension import (
     AGREE,
     INPUTS_CHANGED,
     Comparison,
@@ -17,10 +20,14 @@ from golden_extension import (
     compare,
     difference,
 )
-from golden_models import MODELS, golden_model, prefill, three_way, tiny_weights, tokens
-from torch import Tensor
-
-from granite_paged import masks
+from tests.helpers.golden_models import (
+    MODELS,
+    golden_model,
+    prefill,
+    three_way,
+    tiny_weights,
+    tokens,
+)
 
 Record = Callable[[str], Any]
 LENGTHS = (21, 16, 8, 5)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_models import MODELS
-from golden_runner import decoded, difference, make_driver, prefilled, recorded
-from tolerance import LOGITS_FLOAT32
+
+from tests.helpers.golden_models import MODELS
+from tests.helpers.golden_runner import decoded, difference, make_driver, prefilled, recorded
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 every_model = pytest.mark.parametrize("name", MODELS)
 forms = pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])

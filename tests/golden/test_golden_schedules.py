@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from office import Office
-from paper_runner import HashOracle
 from syrupy.assertion import SnapshotAssertion
 
 from granite_paged.engine.request import SamplingParams
-from granite_paged.engine.step import Part, Span, Step
+from granite_paged.engine.step import PrefillChunk, ScoreChunk, Step
+from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.simulated_runner import HashOracle
 
 
-class Diary(Office):
+class SnapshotRecorder(EngineHarness):
     """An engine on paper that writes down every step. Pages of 4 tokens, states at 8."""
 
     def __init__(self, options: dict[str, Any] | None = None, **sizes: Any) -> None:
@@ -31,8 +31,8 @@ class Diary(Office):
 
         self.engine._scheduler.schedule = noted  # type: ignore[method-assign]
 
-    def ask(self, prompt: list[int], new: int, **wishes: Any) -> None:
-        request = self.submit(prompt, SamplingParams(max_new_tokens=new, **wishes))
+    def ask(self, prompt: list[int], new: int, **params: Any) -> None:
+        request = self.submit(prompt, SamplingParams(max_new_tokens=new, **params))
         assert request is not None
         samples = f", {request.params.n} samples" if request.params.n > 1 else ""
         self.lines.append(
@@ -74,18 +74,18 @@ def _name(job: Any) -> str:
     return f"{job.request.number}" + f".{job.index}" * several
 
 
-def _span(span: Span) -> str:
-    state = ", its state kept" if span.end in span.job.cuts else ""
+def _span(span: PrefillChunk) -> str:
+    state = ", its state kept" if span.end in span.job.checkpoints else ""
     return f"{_name(span.job)} in row {span.job.row}: {span.start}..{span.end - 1}{state}"
 
 
-def _part(part: Part) -> str:
+def _part(part: ScoreChunk) -> str:
     where = f"row {part.row}" + (" forked" if part.forked else " itself")
     return f"{_name(part.job)} continuation {part.number} in {where}, {part.end - part.start}"
 
 
 def test_a_long_prompt_beside_running_requests(golden_table: SnapshotAssertion) -> None:
-    diary = Diary(pages=40, rows=3, chunk_tokens=16)
+    diary = SnapshotRecorder(pages=40, rows=3, chunk_tokens=16)
     diary.ask([1, 2, 3], 9)
     diary.ask([4] * 5, 6)
     diary.step()
@@ -95,7 +95,7 @@ def test_a_long_prompt_beside_running_requests(golden_table: SnapshotAssertion) 
 
 
 def test_a_burst_that_begins_alike(golden_table: SnapshotAssertion) -> None:
-    diary = Diary(pages=60, rows=4, chunk_tokens=32)
+    diary = SnapshotRecorder(pages=60, rows=4, chunk_tokens=32)
     beginning = list(range(20))
     for tail in ([70, 71], [72], [73] * 9):
         diary.ask([*beginning, *tail], 2)
@@ -107,7 +107,7 @@ def test_a_burst_that_begins_alike(golden_table: SnapshotAssertion) -> None:
 
 
 def test_pages_run_out(golden_table: SnapshotAssertion) -> None:
-    diary = Diary({"preemption": "swap", "state_bytes": 0}, pages=10, rows=3)
+    diary = SnapshotRecorder({"preemption": "swap", "state_bytes": 0}, pages=10, rows=3)
     diary.ask([1] * 9, 12)
     diary.ask([2] * 6, 9, priority=1)
     diary.ask([3] * 5, 8)
@@ -115,7 +115,7 @@ def test_pages_run_out(golden_table: SnapshotAssertion) -> None:
 
 
 def test_samples_and_scores_fork(golden_table: SnapshotAssertion) -> None:
-    diary = Diary(pages=40, rows=3)
+    diary = SnapshotRecorder(pages=40, rows=3)
     diary.score([1] * 11, [[2], [3, 4], [5, 6, 7]])
     diary.lines.append("scoring 0: a context of 11 tokens, continuations of 1, 2 and 3")
     diary.ask([8] * 6, 3, n=4, temperature=1.0)

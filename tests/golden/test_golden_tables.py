@@ -13,15 +13,15 @@ from functools import partial
 import pytest
 import torch
 from syrupy.assertion import SnapshotAssertion
-from tiny import FLAVOURS, SIZES
 from torch import Tensor
 from transformers import GraniteMoeHybridConfig
 
 from granite_paged import PagedCache, PagedConfig
-from granite_paged.allocator import NULL_PAGE, AppendPlan, PageAllocator
-from granite_paged.cache import Step
 from granite_paged.errors import GranitePagedError
-from granite_paged.page_table import NOBODY, PageTable
+from granite_paged.hf.cache import Step
+from granite_paged.paging.allocator import NULL_PAGE, AppendPlan, PageAllocator
+from granite_paged.paging.page_table import NOBODY, PageTable
+from tests.helpers.tiny_models import FLAVOURS, SIZES
 
 CPU = torch.device("cpu")
 
@@ -238,7 +238,7 @@ def _random_operation(ledger: Ledger, draw: random.Random) -> Callable[[], None]
 # -- steps of a cache ---------------------------------------------------------------------------
 
 
-class Diary:
+class SnapshotRecorder:
     """Runs a `PagedCache` without a model and writes down what the layers would get."""
 
     def __init__(self, page_size: int, max_tokens: int) -> None:
@@ -326,7 +326,7 @@ def _decoded(mask: Tensor, columns: int = 1) -> Tensor:
 
 
 def test_ragged_prefill_then_decode(golden_table: SnapshotAssertion) -> None:
-    diary = Diary(page_size=4, max_tokens=64)
+    diary = SnapshotRecorder(page_size=4, max_tokens=64)
     mask = _ragged(10, 4, 7, width=10)
 
     diary.step("prefill 10, 4 and 7 tokens", mask, columns=10)
@@ -338,7 +338,7 @@ def test_ragged_prefill_then_decode(golden_table: SnapshotAssertion) -> None:
 
 
 def test_prefill_of_several_query_blocks(golden_table: SnapshotAssertion) -> None:
-    diary = Diary(page_size=16, max_tokens=256)
+    diary = SnapshotRecorder(page_size=16, max_tokens=256)
     mask = _ragged(100, 50, width=100)
 
     diary.step("chunk 1, tokens 0 to 63; row 1 starts at column 50", mask[:, :64], columns=64)
@@ -348,7 +348,7 @@ def test_prefill_of_several_query_blocks(golden_table: SnapshotAssertion) -> Non
 
 
 def test_beams_share_pages_and_copy_the_last(golden_table: SnapshotAssertion) -> None:
-    diary = Diary(page_size=4, max_tokens=64)
+    diary = SnapshotRecorder(page_size=4, max_tokens=64)
     mask = _ragged(6, 5, 9, width=9)
 
     diary.step("prefill 6, 5 and 9 tokens", mask, columns=9)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import faults
 import pytest
 import torch
-from paged_case import PagedCase
-from tolerance import SDPA_RATIO
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,6 +15,9 @@ from granite_paged.bench.kernel import KernelCase
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import geometry_config
+from tests.helpers import faults
+from tests.helpers.paged_case import PagedCase
+from tests.helpers.tolerance import SDPA_RATIO
 
 HALF = torch.bfloat16
 RAGGED = (700, 1, 257, 130)

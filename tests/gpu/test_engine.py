@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FLAVOURS, VOCABULARY, tiny_model
-from tolerance import SDPA_RATIO, relative_error
 
 from granite_paged import Engine, PagedConfig, SamplingParams, verify
 from granite_paged.engine.sampling import gumbel
 from granite_paged.models import load
+from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
+from tests.helpers.tolerance import SDPA_RATIO, relative_error
 
 PROMPTS = [
     [3 + (7 * i + 5 * n) % (VOCABULARY - 3) for i in range(length)]

@@ -6,10 +6,10 @@ import gc
 
 import pytest
 import torch
-from evaluation import tiny_evaluation, tiny_loaded, tiny_task
 
 from granite_paged import PagedConfig
 from granite_paged.evaluate.run import Evaluation
+from tests.helpers.evaluation import tiny_evaluation, tiny_loaded, tiny_task
 
 SIZES = {"hidden_size": 192, "num_attention_heads": 6, "mamba_d_head": 64}  # heads of 32
 CONFIG = PagedConfig(page_size=16, max_tokens=8192)

@@ -13,18 +13,11 @@ from granite_paged import PagedConfig
 from granite_paged.bench import modes
 from granite_paged.bench import session as sessions
 from granite_paged.bench.cases import CASES, Kind, Shape
-from granite_paged.bench.gate import (
-    MEMORY,
-    PAIRS,
-    Against,
-    checks_of,
-    judged,
-    refuse_where_blind,
-)
+from granite_paged.bench.gate import MEMORY, PAIRS, Against, checks_of, judged, refuse_where_blind
 from granite_paged.bench.measure import Prepared, Repeats, interleaved, released
-from granite_paged.bench.results import Result
 from granite_paged.bench.session import Measured, Session
 from granite_paged.models import load
+from granite_paged.report.bench_results import Result
 
 CASE, SHAPE = CASES["batch"], Shape(4, 512)
 """A step that keeps the device busy: its noise is the device's, not the host's."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import faults
 import pytest
 import torch
-from tiny import FLAVOURS, prompts, tiny_model
-from tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, relative_error
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged, verify
-from granite_paged.compat import with_cache
+from granite_paged.hf.compat import with_cache
 from granite_paged.models import LoadedModel, load
+from tests.helpers import faults
+from tests.helpers.tiny_models import FLAVOURS, prompts, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, relative_error
 
 PAGES = PagedConfig(page_size=16)
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from granite_paged import Engine, PagedConfig, SamplingParams
-from granite_paged.engine.plan import RunnerSizes, make_plan
-from granite_paged.engine.runner import Runner
-from granite_paged.engine.serving import serve, summary
-from granite_paged.engine.workload import Workload, arrivals
+from granite_paged.bench.serving import serve, summary
+from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.errors import OutOfMemory
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import load
+from granite_paged.runner.memory_plan import RunnerSizes, make_plan
+from granite_paged.runner.runner import Runner
 
 NEEDED_GB = 100
 """Of device memory, for a thousand sequences and their states."""
@@ -45,7 +45,7 @@ def text(count: int, seed: int) -> list[int]:
 
 def seconds_to_score(engine: Engine, items: Sequence[tuple[list[int], list[list[int]]]]) -> float:
     began = time.perf_counter()
-    engine.score(items, progress=False)
+    engine.score(items)
     return time.perf_counter() - began
 
 
@@ -73,8 +73,8 @@ def test_a_thousand_sequences_are_held_and_stepped(model: Any) -> None:
     half = TOKENS // 2
     most, began = 0, time.perf_counter()
     with Engine(model, sizes) as engine:
-        wishes = SamplingParams(max_new_tokens=half, stop_tokens=())
-        requests = [engine.submit(text(half, seed), wishes) for seed in range(SEQUENCES)]
+        params = SamplingParams(max_new_tokens=half, stop_tokens=())
+        requests = [engine.submit(text(half, seed), params) for seed in range(SEQUENCES)]
         while engine.step():
             most = max(most, engine.stats().running)
         stats = engine.stats()
@@ -100,9 +100,9 @@ def test_as_many_sequences_fit_as_the_plan_promises_give_or_take_five_per_cent(m
     try:
         torch.cuda.set_per_process_memory_fraction(plan.total / whole)
         with Engine(model, sizes(fewer), state_bytes=0) as engine:
-            wishes = SamplingParams(max_new_tokens=2, stop_tokens=())
+            params = SamplingParams(max_new_tokens=2, stop_tokens=())
             prompts = [text(TOKENS - 2, seed) for seed in range(fewer)]
-            outputs = engine.generate(prompts, wishes, progress=False)
+            outputs = engine.generate(prompts, params)
         assert [output.error for output in outputs] == [None] * fewer
         with pytest.raises(OutOfMemory):
             Runner.for_model(model, sizes(more)).warm_up()

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Driver
-from golden_models import MODELS
-from golden_runner import decoded, difference, make_driver, prefilled, recorded
-from tolerance import LOGITS_FLOAT32, SDPA_RATIO, relative_error
 from torch import Tensor
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged, verify
-from granite_paged.compat import with_cache
-from granite_paged.engine.plan import weights_bytes
-from granite_paged.engine.runner import Runner
 from granite_paged.errors import OutOfMemory
+from granite_paged.hf.compat import with_cache
 from granite_paged.models import load
+from granite_paged.runner.memory_plan import weights_bytes
+from granite_paged.runner.runner import Runner
+from tests.helpers.driver import Driver
+from tests.helpers.golden_models import MODELS
+from tests.helpers.golden_runner import decoded, difference, make_driver, prefilled, recorded
+from tests.helpers.tolerance import LOGITS_FLOAT32, SDPA_RATIO, relative_error
 
 CONFIG = PagedConfig(max_tokens=16384, max_sequences=100)  # 100 forks copy their last page
 PROMPT, STEPS = 600, 4

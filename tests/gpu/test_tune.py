@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from granite_paged import PagedConfig
-from granite_paged.bench.tunable import (
+from granite_paged.bench.search_space import (
     FEW_ROWS_CHOICES,
     ONE_ROW_CHOICES,
     SUBJECTS,
@@ -18,8 +18,8 @@ from granite_paged.bench.tunable import (
     groups_of,
 )
 from granite_paged.bench.tune import sweep
+from granite_paged.layers.tuning import TUNED
 from granite_paged.models import load
-from granite_paged.tuned import TUNED
 
 ONE_STEP = 2**-7
 """Of bfloat16, relative: sums in another order may round to the neighbour."""
@@ -43,7 +43,7 @@ def test_candidates_run_and_take_time(bench: Bench, subject: str) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 40])
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_choice_of_a_product_gives_the_same_answer(rows: int, gated: bool) -> None:
-    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    kernels = pytest.importorskip("granite_paged.layers.triton.linear")
     torch.manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16}
     x, weight = torch.randn(rows, 512, **options), torch.randn(384, 512, **options)

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import PAD, VOCABULARY, prompts, tiny_model
-from tolerance import LOGITS_FLOAT32
 from torch import Tensor
 
 from granite_paged import PagedCache, PagedConfig, is_patched, paged, patch
-from granite_paged.compat import with_cache
 from granite_paged.errors import (
     CacheReleased,
     GeometryError,
@@ -26,6 +23,9 @@ from granite_paged.errors import (
     PaddingError,
     PromptError,
 )
+from granite_paged.hf.compat import with_cache
+from tests.helpers.tiny_models import PAD, VOCABULARY, prompts, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 PAGE = 4
 PAGES = PagedConfig(page_size=PAGE)

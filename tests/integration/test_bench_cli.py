@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fake_runner
 import pytest
 import torch
 
 from granite_paged import models
-from granite_paged.bench import coldstart, gate, session, tunable
+from granite_paged.bench import coldstart, gate, search_space, session
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Samples
-from granite_paged.bench.results import Result, Row, read_result
 from granite_paged.bench.session import Measured, Session
 from granite_paged.bench.tune import Group, TunedShape
-from granite_paged.cli import FAILED, INTERRUPTED, OK, USAGE, run
+from granite_paged.cli.main import FAILED, INTERRUPTED, OK, USAGE, run
 from granite_paged.geometry import PagedConfig
-from granite_paged.tuned import PATH, TUNED, read_tuned
+from granite_paged.layers.tuning import PATH, TUNED, read_tuned
+from granite_paged.report.bench_results import Result, Row, read_result
+from tests.helpers import recording_runner
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -31,7 +31,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def runner() -> Iterator[Any]:
-    with fake_runner.installed() as fake:
+    with recording_runner.installed() as fake:
         yield fake
 
 
@@ -357,7 +357,7 @@ def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> i
     groups = [Group((rule, better), (shape,))]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(tunable, "groups_of", lambda *args, **options: groups)
+    monkeypatch.setattr(search_space, "groups_of", lambda *args, **options: groups)
     return run(["tune", "--device", "cpu", *options])
 
 

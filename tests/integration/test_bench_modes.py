@@ -7,12 +7,10 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import fake_runner
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FLAVOURS, tiny_model
 from transformers import DynamicCache
 
 from granite_paged.bench import modes
@@ -21,18 +19,20 @@ from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
 from granite_paged.bench.session import Plan, Session, first_steps, plan_of, run
-from granite_paged.compat import CACHE, with_cache
-from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import InvalidRequest, Unsupported
 from granite_paged.geometry import PagedConfig
+from granite_paged.hf.compat import CACHE, with_cache
 from granite_paged.models import LoadedModel
+from granite_paged.runner.shapes import Shapes
+from tests.helpers import recording_runner
+from tests.helpers.tiny_models import FLAVOURS, tiny_model
 
 CONFIG = PagedConfig(page_size=16)
 
 
 @pytest.fixture
 def runner() -> Iterator[Any]:
-    with fake_runner.installed() as fake:
+    with recording_runner.installed() as fake:
         yield fake
 
 
@@ -168,7 +168,7 @@ def test_a_runner_that_refuses_a_shape_is_closed(
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6))
 def test_calls_hold_every_prompt_in_order_and_fit(lengths: list[int]) -> None:
-    with fake_runner.installed() as fake:
+    with recording_runner.installed() as fake:
         made = fake.for_model(tiny_model(), config_for(CONFIG, Shape(len(lengths), 300)))
         calls = prefill_calls(made, [list(range(length)) for length in lengths])
     tokens: dict[int, list[int]] = {row: [] for row in range(1, len(lengths) + 1)}

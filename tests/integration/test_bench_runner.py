@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_model
 
 from granite_paged import PagedConfig
 from granite_paged.bench import modes
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.modes import Default, Paged
-from granite_paged.bench.results import read_result
-from granite_paged.cli import OK, run
+from granite_paged.cli.main import OK, run
+from granite_paged.report.bench_results import read_result
+from tests.helpers.tiny_models import tiny_model
 
 
 def test_bench_runs_on_the_engines_runner(tmp_path: Path) -> None:

@@ -7,17 +7,18 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import faults
 import pytest
 import torch
-from tiny import EOS, PAD, VOCABULARY, prompts, tiny_model
-from tolerance import LOGITS_FLOAT32
 from torch import Tensor
 from transformers import DynamicCache
 
-from granite_paged import PagedCache, PagedConfig, cache, paged
-from granite_paged.compat import with_cache
+from granite_paged import PagedCache, PagedConfig, paged
 from granite_paged.errors import CacheReleased, InvalidRequest, OutOfPages
+from granite_paged.hf import cache
+from granite_paged.hf.compat import with_cache
+from tests.helpers import faults
+from tests.helpers.tiny_models import EOS, PAD, VOCABULARY, prompts, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 PAGE = 4
 PAGES = PagedConfig(page_size=PAGE)

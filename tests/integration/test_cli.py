@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_model
 
 from granite_paged import __version__, models, verify
-from granite_paged.cli import INTERRUPTED, OK, USAGE, run
-from granite_paged.engine.runner import Runner
-from granite_paged.evaluate.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
+from granite_paged.checkpoints.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
+from granite_paged.cli.main import INTERRUPTED, OK, USAGE, run
+from granite_paged.runner.runner import Runner
+from tests.helpers.tiny_models import tiny_model
 
 Capture = pytest.CaptureFixture[str]
 
@@ -54,7 +54,7 @@ def test_help_of_the_module_comes_without_importing_torch() -> None:
     assert done.returncode == OK
     assert "granite-paged verify" in done.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
-    assert "granite_paged.cli" in imported
+    assert "granite_paged.cli.main" in imported
     assert not {"torch", "transformers"} & imported
 
 

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from office import alone, logprobs_alone
-from paper_runner import ModelOracle
-from tiny import EOS, FLAVOURS, VOCABULARY, tiny_model
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine.engine import STATE_BYTES
@@ -29,6 +26,9 @@ from granite_paged.errors import (
     RequestTooLarge,
 )
 from granite_paged.models import load
+from tests.helpers.engine_harness import alone, logprobs_alone
+from tests.helpers.simulated_runner import ModelOracle
+from tests.helpers.tiny_models import EOS, FLAVOURS, VOCABULARY, tiny_model
 
 SIZES = PagedConfig(page_size=8, max_tokens=160, max_sequences=4, chunk_tokens=32)
 PROMPTS = [
@@ -91,11 +91,11 @@ def test_one_prompt_is_one_prompt_by_what_it_holds(model: Any, engine: Engine) -
 
 
 def test_params_may_be_one_for_each_prompt(engine: Engine) -> None:
-    wishes = [SamplingParams(max_new_tokens=n, stop_tokens=()) for n in (1, 5)]
-    outputs = engine.generate(PROMPTS[:2], wishes)
+    params = [SamplingParams(max_new_tokens=n, stop_tokens=()) for n in (1, 5)]
+    outputs = engine.generate(PROMPTS[:2], params)
     assert [len(output.tokens) for output in outputs] == [1, 5]
     with pytest.raises(InvalidSampling, match="2 params for 3 prompts"):
-        engine.generate(PROMPTS[:3], wishes)
+        engine.generate(PROMPTS[:3], params)
 
 
 def test_samples_are_those_of_the_request_alone(model: Any, engine: Engine) -> None:
@@ -365,15 +365,15 @@ def test_contexts_that_begin_alike_share_even_if_scored_at_once_after_they_were_
 
 def test_prefixes_are_forgotten_while_others_run(model: Any, engine: Engine) -> None:
     engine.generate([PROMPTS[3]] * 2, SamplingParams(max_new_tokens=2))
-    wishes = SamplingParams(max_new_tokens=NEW, stop_tokens=())
-    running = engine.submit(PROMPTS[3], wishes)
+    params = SamplingParams(max_new_tokens=NEW, stop_tokens=())
+    running = engine.submit(PROMPTS[3], params)
     engine.step()
     engine.forget_prefixes()
     assert engine.stats().pages_cached == engine.stats().state_bytes == 0
     engine.check_valid()
     while engine.step():
         engine.check_valid()
-    assert running.outputs[0].tokens == alone(ModelOracle(model), PROMPTS[3], wishes)
+    assert running.outputs[0].tokens == alone(ModelOracle(model), PROMPTS[3], params)
 
 
 def test_stats_say_what_was_done(engine: Engine) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from office import Office
-from paper_runner import HashOracle
-from tiny import EOS, FLAVOURS, VOCABULARY, tiny_model
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.errors import GranitePagedError, InvalidSampling, StepFailed
+from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.simulated_runner import HashOracle
+from tests.helpers.tiny_models import EOS, FLAVOURS, VOCABULARY, tiny_model
 
 PROMPTS = [
     [3 + (7 * i + 5 * n) % (VOCABULARY - 3) for i in range(length)]
@@ -77,7 +77,7 @@ def test_beams_that_do_not_fit_at_once_are_computed_again(rows: int, pages: int)
 
 
 def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
-    office = Office(HashOracle(), pages=80, rows=4)
+    office = EngineHarness(HashOracle(), pages=80, rows=4)
     office.engine.submit_search(list(range(40)), SamplingParams(max_new_tokens=6), beams=4)
     most = 0
     while office.engine.step():
@@ -90,7 +90,7 @@ def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
 @pytest.mark.parametrize("call", ["decode", "fork_row", "write_pages", "prefill"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) -> None:
-    office = Office(HashOracle(), pages=60, rows=6)
+    office = EngineHarness(HashOracle(), pages=60, rows=6)
     office.faulty = True
     params = SamplingParams(max_new_tokens=8, stop_tokens=())
     made = 0
@@ -113,7 +113,7 @@ def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) 
 
 
 def test_a_cancelled_search_leaves_nothing() -> None:
-    office = Office(HashOracle(), pages=60, rows=6)
+    office = EngineHarness(HashOracle(), pages=60, rows=6)
     request = office.engine.submit_search([1, 2, 3], SamplingParams(max_new_tokens=20), beams=3)
     for _ in range(6):
         office.step()

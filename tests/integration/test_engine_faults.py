@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from office import Office
-from paper_runner import HashOracle
 
-from granite_paged.allocator import PageAllocator
-from granite_paged.engine import launch
-from granite_paged.engine.prefix import PrefixCache
+from granite_paged.device import Fetch
+from granite_paged.engine import executor
+from granite_paged.engine.prefix_cache import PrefixCache
 from granite_paged.engine.request import Request, SamplingParams
 from granite_paged.errors import StepFailed
-from granite_paged.transfer import Fetch
+from granite_paged.paging.allocator import PageAllocator
+from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.simulated_runner import HashOracle
 
 DEVICE = (
     "write_pages", "forget_pages", "fork_row", "clear_rows", "set_pages", "save_row", "load_row",
@@ -29,7 +29,7 @@ HOST: dict[str, tuple[Any, str]] = {
     "prefix.keep": (PrefixCache, "keep"),
     "prefix.evict": (PrefixCache, "evict"),
     "prefix.find": (PrefixCache, "find"),
-    "sampler": (launch, "draw"),
+    "sampler": (executor, "draw"),
     "device copy": (Fetch, "read"),
 }
 STEM = list(range(20))
@@ -54,14 +54,14 @@ def raising_at(number: int, call: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def busy_office() -> Office:
+def busy_office() -> EngineHarness:
     """Prefix hits, forks, preemption with swapping, scores: every call site is passed."""
-    office = Office(HashOracle(), {"preemption": "swap"}, pages=19, rows=4)
+    office = EngineHarness(HashOracle(), {"preemption": "swap"}, pages=19, rows=4)
     office.faulty = True
     return office
 
 
-def fill(office: Office) -> list[Request]:
+def fill(office: EngineHarness) -> list[Request]:
     office.score(STEM[:13], [[1, 2], [3], [4, 5, 6]])
     asked = [
         office.submit([*STEM[: 4 * i], 50 + i], SamplingParams(max_new_tokens=9 + i, temperature=t))
@@ -73,8 +73,8 @@ def fill(office: Office) -> list[Request]:
     return [request for request in asked if request is not None]
 
 
-def assert_only_named_failures(office: Office, asked: Sequence[Request]) -> None:
-    """`Office` judged the answers; what failed says so and why."""
+def assert_only_named_failures(office: EngineHarness, asked: Sequence[Request]) -> None:
+    """`EngineHarness` judged the answers; what failed says so and why."""
     for output in (output for request in asked for output in request.outputs):
         if output.error is not None:
             assert isinstance(output.error, StepFailed)

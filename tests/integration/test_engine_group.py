@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tiny import tiny_model
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine.group import EngineGroup
 from granite_paged.errors import DeviceError, InvalidRequest
+from tests.helpers.tiny_models import tiny_model
 
 SIZES = PagedConfig(page_size=8, max_tokens=160, max_sequences=4, chunk_tokens=32)
 PROMPTS = [[3 + n, 5, 7 + n, *range(10, 10 + n)] for n in range(9)]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation import MMLU, tiny_evaluation, write
-from tiny import tiny_model
 
 from granite_paged import models
-from granite_paged.cli import FAILED, OK, USAGE, run
-from granite_paged.evaluate import commands
+from granite_paged.cli import evaluate as command
+from granite_paged.cli.main import FAILED, OK, USAGE, run
 from granite_paged.evaluate import run as evaluation_run
+from tests.helpers.evaluation import MMLU, tiny_evaluation, write
+from tests.helpers.tiny_models import tiny_model
 
 Capture = pytest.CaptureFixture[str]
 
@@ -222,4 +222,4 @@ def test_the_command_line_that_a_report_shows_is_the_one_that_was_typed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/granite-paged", "eval", "--subjects", "a b"])
-    assert commands._command_line() == "granite-paged eval --subjects 'a b'"
+    assert command._command_line() == "granite-paged eval --subjects 'a b'"

@@ -9,24 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faults
 import pytest
 import torch
-from evaluation import (
-    SMALL_PAGES,
-    data_folder,
-    requests,
-    tiny_evaluation,
-    tiny_loaded,
-    tiny_task,
-)
-from tiny import VOCABULARY
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, ResultsError
-from granite_paged.evaluate import peaks, run
+from granite_paged.evaluate import peak_memory, run
 from granite_paged.evaluate.journal import Journal, Record
-from granite_paged.evaluate.judge import judged as judged_differences
 from granite_paged.evaluate.metrics import (
     Agreement,
     agreement,
@@ -35,11 +24,22 @@ from granite_paged.evaluate.metrics import (
     mode_metrics,
     quantile,
 )
-from granite_paged.evaluate.peaks import Peaks
+from granite_paged.evaluate.near_ties import judged as judged_differences
+from granite_paged.evaluate.peak_memory import Peaks
 from granite_paged.evaluate.scorer import Answer, Needs, Request, Score, choice
 from granite_paged.evaluate.tasks import Options, Question, Task, make_task
 from granite_paged.models import LoadedModel, load, load_tokenizer
-from granite_paged.page_table import NOBODY, PageTable
+from granite_paged.paging.page_table import NOBODY, PageTable
+from tests.helpers import faults
+from tests.helpers.evaluation import (
+    SMALL_PAGES,
+    data_folder,
+    requests,
+    tiny_evaluation,
+    tiny_loaded,
+    tiny_task,
+)
+from tests.helpers.tiny_models import VOCABULARY
 
 LONGEST_RECALL = 128  # tokens: attention on the CPU is dense
 
@@ -328,7 +328,7 @@ def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.Monkey
         "memory_reserved": lambda device: held["now"] + held["graphs"],
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(peaks, "graph_bytes", lambda device: held["graphs"])
+    monkeypatch.setattr(peak_memory, "graph_bytes", lambda device: held["graphs"])
     memory = Peaks(torch.device("cuda"))
     with memory.of("paged"):
         use(kept=300, passing=20, graphs=40)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, FLAVOURS, PAD, prompts, tiny_model
-from tolerance import LOGITS_FLOAT32
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from granite_paged import PagedCache, PagedConfig, paged
-from granite_paged.compat import cache_of, with_cache
+from granite_paged.hf.compat import cache_of, with_cache
+from tests.helpers.tiny_models import EOS, FLAVOURS, PAD, prompts, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 PAGES = PagedConfig(page_size=4)  # small, so that every case crosses many pages
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation import data_folder, tiny_loaded
 
 from granite_paged import PagedConfig
 from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.scorer import Answer, Needs, Request, choice
 from granite_paged.evaluate.tasks import Options, Task, make_task
 from granite_paged.models import LoadedModel, load_tokenizer
+from tests.helpers.evaluation import data_folder, tiny_loaded
 
 lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-eval is not installed: `nox -s eval_parity` installs it and runs these"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, PAD, VOCABULARY, tiny_model
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged
-from granite_paged.compat import cache_of
+from granite_paged.hf.compat import cache_of
+from tests.helpers.tiny_models import EOS, PAD, VOCABULARY, tiny_model
 
 LENGTHS = (500, 40, 7, 260, 90, 3, 120, 33)
 

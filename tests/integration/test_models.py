@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import prompts, tiny_model
 from transformers import GraniteMoeHybridForCausalLM
 from transformers.utils import logging
 
@@ -25,6 +24,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.models import GEOMETRIES, geometry_config, load
+from tests.helpers.tiny_models import prompts, tiny_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_model
 
 from granite_paged import PagedCache, PagedConfig, paged
-from granite_paged.compat import with_cache
 from granite_paged.errors import InvalidRequest
+from granite_paged.hf.compat import with_cache
+from tests.helpers.tiny_models import VOCABULARY, tiny_model
 
 CONFIG = PagedConfig(page_size=8)
 FLAVOURS = ["hybrid", "rotary", "experts", "dense"]

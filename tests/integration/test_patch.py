@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import prompts, tiny_model
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -18,7 +17,6 @@ from transformers import (
 )
 
 from granite_paged import PagedCache, PagedConfig, is_patched, paged, patch, unpatch
-from granite_paged.compat import cache_of, with_cache
 from granite_paged.errors import (
     AlreadyPatched,
     GeometryError,
@@ -26,6 +24,8 @@ from granite_paged.errors import (
     NotPatched,
     UnsupportedModel,
 )
+from granite_paged.hf.compat import cache_of, with_cache
+from tests.helpers.tiny_models import prompts, tiny_model
 
 PAGES = PagedConfig(page_size=4)
 

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Driver
-from tiny import FLAVOURS, VOCABULARY, tiny_model
-from tolerance import LOGITS_FLOAT32
 from torch import Tensor
 
 from granite_paged import PagedConfig
-from granite_paged.engine.kernel_forms import KernelForms
-from granite_paged.engine.program import NULL_ROW, Program
-from granite_paged.engine.shapes import Shapes
-from granite_paged.masks import PADDING
+from granite_paged.paging.masks import PADDING
+from granite_paged.runner.graph import NULL_ROW, CapturedStep
+from granite_paged.runner.shapes import Shapes
+from granite_paged.runner.triton_model import TritonModel
+from tests.helpers.driver import Driver
+from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton is not interpreted here: tests/gpu runs padded graphs"
@@ -35,15 +35,15 @@ def kernels(model: Any, config: PagedConfig = CONFIG, rows: Iterable[int] = PROM
     """A runner with the kernels' forms, its sequences open."""
     driver = Driver(model, config)
     runner = driver.runner
-    runner._forms = KernelForms(model, runner.storage, "auto")
+    runner._model = TritonModel(model, runner.storage, "auto")
     for row in rows:
         driver.open(row)
     return driver
 
 
-def larger(driver: Driver, batch: int, length: int, *, decodes: bool) -> Program:
+def larger(driver: Driver, batch: int, length: int, *, decodes: bool) -> CapturedStep:
     runner = driver.runner
-    return Program(runner._forms, runner.storage, runner.tokens, batch, length, decodes, None)
+    return CapturedStep(runner._model, runner.storage, runner.tokens, batch, length, decodes, None)
 
 
 def everything(driver: Driver) -> list[Tensor]:

@@ -11,16 +11,17 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny import FLAVOURS, SIZES, VOCABULARY, prompts, tiny_model
-from tolerance import LOGITS_FLOAT32
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import DynamicCache
 
-from granite_paged import PagedCache, PagedConfig, attention, paged
-from granite_paged.compat import with_cache
+from granite_paged import PagedCache, PagedConfig, paged
 from granite_paged.errors import CacheReleased, NonFinite, PaddingError
-from granite_paged.mamba import MambaRows
+from granite_paged.hf.compat import with_cache
+from granite_paged.layers import attention
+from granite_paged.layers.mamba import MambaRows
+from tests.helpers.tiny_models import FLAVOURS, SIZES, VOCABULARY, prompts, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 PAGES = PagedConfig(page_size=4)
 CHUNK = SIZES["mamba_chunk_size"]

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation import tiny_evaluation
 
-from granite_paged.cli import OK, USAGE, run
+from granite_paged.cli.main import OK, USAGE, run
 from granite_paged.errors import DataError, ResultsError
-from granite_paged.evaluate.figures import curves
-from granite_paged.evaluate.report import result_tables, update_page, write_report
-from granite_paged.evaluate.results import (
+from granite_paged.report.eval_figures import curves
+from granite_paged.report.eval_report import result_tables, update_page, write_report
+from granite_paged.report.eval_results import (
     BenchRow,
     entries,
     original_study,
     read_bench,
     read_evaluation,
 )
+from tests.helpers.evaluation import tiny_evaluation
 
 Capture = pytest.CaptureFixture[str]
 
@@ -256,7 +256,7 @@ def test_wandb_offline_keeps_metrics_tables_and_figures(
 ) -> None:
     pytest.importorskip("wandb", reason="needs the extra granite-paged[wandb]")
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
-    from granite_paged.evaluate.wandb_run import log_to_wandb  # noqa: PLC0415
+    from granite_paged.report.wandb_run import log_to_wandb  # noqa: PLC0415
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -286,7 +286,7 @@ def test_tensorboard_keeps_metrics_tables_and_figures(
         EventAccumulator,
     )
 
-    from granite_paged.evaluate.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
+    from granite_paged.report.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
 
     figures = write_report(str(tmp_path / "report"), [evaluation])
     log_to_tensorboard(str(tmp_path / "board"), evaluation, figures)
@@ -304,7 +304,7 @@ def test_tensorboard_refuses_a_folder_that_is_none(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")
-    from granite_paged.evaluate.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
+    from granite_paged.report.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
 
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsError, match="cannot write"):

@@ -9,16 +9,16 @@ from unittest import mock
 
 import pytest
 import torch
-from driver import Driver
-from tiny import FLAVOURS, VOCABULARY, tiny_model
-from tolerance import LOGITS_FLOAT32
 from torch import Tensor
 
 from granite_paged import PagedConfig
-from granite_paged.engine.plan import weights_bytes
-from granite_paged.engine.runner import Chunk, Runner, scores_of
-from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import InvalidRequest, OutOfMemory, PromptError
+from granite_paged.runner.memory_plan import weights_bytes
+from granite_paged.runner.runner import Chunk, Runner, scores_of
+from granite_paged.runner.shapes import Shapes
+from tests.helpers.driver import Driver
+from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 CONFIG = PagedConfig(page_size=16, max_tokens=512, max_sequences=4, chunk_tokens=32)
 

@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
 
 from granite_paged import PagedConfig, is_patched
-from granite_paged.engine.plan import row_bytes
-from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import OutOfPages, PromptError
 from granite_paged.evaluate import batch_size, scorer_engine
 from granite_paged.evaluate.modes import make_scorer
@@ -32,6 +29,9 @@ from granite_paged.evaluate.scorer import (
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.scorer_engine import EngineScorer
 from granite_paged.evaluate.scorer_static import StaticScorer
+from granite_paged.runner.memory_plan import row_bytes
+from granite_paged.runner.shapes import Shapes
+from tests.helpers.evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
 
 CLOSE = 1e-4  # of a log-likelihood, what parity with lm-eval allows; a few dozen roundings of it
 FLAVOURS = ["hybrid", "rotary", "experts", "dense"]
@@ -248,8 +248,7 @@ class EngineDouble:
     def forget_prefixes(self) -> None:
         self.asked.append("forget")
 
-    def score(self, pairs: list[Any], *, progress: bool | None = None) -> list[list[Any]]:
-        assert progress is False, "a bar of its own within ours"
+    def score(self, pairs: list[Any]) -> list[list[Any]]:
         self.asked += pairs
         return [
             [SimpleNamespace(logprob=-float(len(tokens)), greedy=False) for tokens in continuations]

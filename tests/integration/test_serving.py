@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny import tiny_model
 
-from granite_paged.engine.serving import Batches, percentile
-from granite_paged.engine.workload import Arrival
+from granite_paged.bench.serving import Batches, percentile
+from granite_paged.bench.workload import Arrival
+from tests.helpers.tiny_models import tiny_model
 
 PROMPTS = [(5, 6, 7), (8, 9, 10, 11, 12), (13,)]
 NEW = (2, 5, 3)

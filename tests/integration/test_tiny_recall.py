@@ -12,21 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tolerance import RECALL
 from torch import Tensor
 from transformers import AutoTokenizer, GraniteMoeHybridForCausalLM
 
 from granite_paged.checkpoints import TINY_RECALL
-from granite_paged.checkpoints.record_tiny_recall import MOST_WITHOUT, load
-from granite_paged.evaluate.recall import (
-    ASK,
-    VOCABULARY,
-    RecallBatch,
-    recall_accuracy,
-    recall_batch,
-    usual_pairs,
-)
-from granite_paged.evaluate.substitution import (
+from granite_paged.checkpoints.ablation import (
     answered,
     answers_after_facts,
     answers_at_ask,
@@ -35,6 +25,16 @@ from granite_paged.evaluate.substitution import (
     swap_history,
     swap_ssm_states,
 )
+from granite_paged.checkpoints.recall import (
+    ASK,
+    VOCABULARY,
+    RecallBatch,
+    recall_accuracy,
+    recall_batch,
+    usual_pairs,
+)
+from granite_paged.checkpoints.record_tiny_recall import MOST_WITHOUT, load
+from tests.helpers.tolerance import RECALL
 
 FIRST_ATTENTION, SECOND_ATTENTION = 1, 3
 EVEN, ODD = 0, 1

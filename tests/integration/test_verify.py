@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import faults
 import pytest
 import torch
-from tiny import FLAVOURS, tiny_model
-from tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, WASTE
 
 from granite_paged import PagedConfig, verify
-from granite_paged.cli import FAILED, OK, run
+from granite_paged.cli.main import FAILED, OK, run
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import LoadedModel, load
+from tests.helpers import faults
+from tests.helpers.tiny_models import FLAVOURS, tiny_model
+from tests.helpers.tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, WASTE
 
 PAGES = PagedConfig(page_size=16)
 CASES = ["prefill", "chunked prefill", "decode", "ragged batch", "fork and continue"]

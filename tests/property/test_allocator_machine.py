@@ -17,9 +17,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from strategies import Ledger
 
-from granite_paged.allocator import PageAllocator
 from granite_paged.errors import (
     DoubleFree,
     GeometryError,
@@ -27,6 +25,8 @@ from granite_paged.errors import (
     OutOfPages,
     UnknownSequence,
 )
+from granite_paged.paging.allocator import PageAllocator
+from tests.helpers.strategies import Ledger
 
 DEEP_STEPS = int(os.environ.get("GRANITE_PAGED_DEEP_STEPS", "5000"))
 """Steps of the random walk; `nox -s property` asks for a million."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import (
+
+from tests.helpers.strategies import (
     DTYPES,
     History,
     Paged,

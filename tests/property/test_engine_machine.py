@@ -10,13 +10,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from office import Office, walk
-from paper_runner import HashOracle, ModelOracle, PaperRunner
-from tiny import tiny_model
 
 from granite_paged.engine.request import SamplingParams
-from granite_paged.engine.runner import Runner
 from granite_paged.geometry import PagedConfig
+from granite_paged.runner.runner import Runner
+from tests.helpers.engine_harness import EngineHarness, walk
+from tests.helpers.simulated_runner import HashOracle, ModelOracle, SimulatedRunner
+from tests.helpers.tiny_models import tiny_model
 
 DEEP_STEPS = int(os.environ.get("GRANITE_PAGED_DEEP_STEPS", "6000"))
 """Steps of the random walk; `nox -s property` asks for a million."""
@@ -48,7 +48,7 @@ PARAMS = st.builds(
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests come, step, fork, are cancelled and preempted; after each rule `Office.check`."""
+    """Requests come, step, fork, are cancelled and preempted; then `check()`."""
 
     @initialize(
         pages=st.integers(11, 24),
@@ -59,10 +59,10 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def start(self, preemption: str, state_bytes: int, **sizes: int) -> None:
         options = {"preemption": preemption, "state_bytes": state_bytes}
-        self.office = Office(model_oracle(), options, self.runner(**sizes))
+        self.office = EngineHarness(model_oracle(), options, self.runner(**sizes))
 
     def runner(self, **sizes: int) -> Any:
-        return PaperRunner(model_oracle(), **sizes)
+        return SimulatedRunner(model_oracle(), **sizes)
 
     @rule(prompt=PROMPTS, params=PARAMS)
     def submit(self, prompt: list[int], params: SamplingParams) -> None:
@@ -139,7 +139,7 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", WALKS)
 def test_a_long_random_walk_leaves_every_answer_right_and_nothing_held(kind: str) -> None:
     options, sizes = WALKS[kind]
-    office = Office(HashOracle(), options, **sizes)
+    office = EngineHarness(HashOracle(), options, **sizes)
 
     walk(office, DEEP_STEPS // len(WALKS), seed=len(kind))
 

@@ -6,9 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from strategies import Ledger
 
-from granite_paged.allocator import NULL_PAGE, PageAllocator, PageCopy, PageWrite
 from granite_paged.errors import (
     DoubleFree,
     GeometryError,
@@ -16,6 +14,8 @@ from granite_paged.errors import (
     OutOfPages,
     UnknownSequence,
 )
+from granite_paged.paging.allocator import NULL_PAGE, PageAllocator, PageCopy, PageWrite
+from tests.helpers.strategies import Ledger
 
 
 def make(pages: int = 11, page_size: int = 4) -> tuple[Ledger, PageAllocator]:
@@ -142,7 +142,7 @@ def test_importing_the_allocator_needs_no_torch() -> None:
         "package = types.ModuleType('granite_paged');"
         "package.__path__ = [sys.argv[1]];"
         "sys.modules['granite_paged'] = package;"
-        "import granite_paged.allocator;"
+        "import granite_paged.paging.allocator;"
         "print('torch' in sys.modules)"
     )
     folder = str(__import__("granite_paged").__path__[0])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from granite_paged.allocator import PageAllocator
 from granite_paged.errors import OutOfPages
+from granite_paged.paging.allocator import PageAllocator
 
 OPERATIONS_A_SECOND = 200_000
 SMALL_POOL, LARGE_POOL = 10**3, 10**7

@@ -6,21 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from reference import attention
-from strategies import (
-    DTYPES,
-    GROUPS,
-    HEAD_DIMS,
-    Paged,
-    Step,
-    assert_right,
-    assert_same_outputs,
-    make_geometry,
-)
-from tolerance import ATTENTION_FLOAT64, relative_error
 from torch.nn.attention.flex_attention import BlockMask
 
-from granite_paged.attention import (
+from granite_paged.errors import GeometryError
+from granite_paged.layers.attention import (
     DecodePlan,
     _attend_split,
     bucket,
@@ -31,8 +20,19 @@ from granite_paged.attention import (
     paged_attention,
     resolve_backend,
 )
-from granite_paged.errors import GeometryError
-from granite_paged.masks import split_block_mask, split_mask_mod
+from granite_paged.paging.masks import split_block_mask, split_mask_mod
+from tests.helpers.reference import attention
+from tests.helpers.strategies import (
+    DTYPES,
+    GROUPS,
+    HEAD_DIMS,
+    Paged,
+    Step,
+    assert_right,
+    assert_same_outputs,
+    make_geometry,
+)
+from tests.helpers.tolerance import ATTENTION_FLOAT64, relative_error
 
 
 def make(

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_paged.bench import commands
-from granite_paged.bench.cases import CASES, MODES, Shape, chosen_cases
+from granite_paged.bench.cases import CASES, Shape, chosen_cases
 from granite_paged.bench.gate import GATED
-from granite_paged.bench.plot import FORMATS
+from granite_paged.cli import bench
 from granite_paged.errors import InvalidRequest
+from granite_paged.names import MODES
+from granite_paged.report.bench_figures import FORMATS
 
 
 def shapes(case: str) -> set[tuple[int, int]]:
@@ -76,9 +77,9 @@ def test_an_unknown_case_is_refused_with_the_known_ones() -> None:
 
 
 def test_the_command_line_knows_every_case_mode_and_format() -> None:
-    assert tuple(CASES) == commands.CASE_NAMES
-    assert commands.MODE_NAMES == MODES
-    assert commands.FORMATS == FORMATS
+    assert tuple(CASES) == bench.CASE_NAMES
+    assert bench.MODE_NAMES == MODES
+    assert bench.FORMATS == FORMATS
 
 
 def test_what_is_gated_is_recorded_by_the_benchmark() -> None:

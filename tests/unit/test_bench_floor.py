@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FLAVOURS, tiny_model
 from transformers import GraniteMoeHybridForCausalLM
 
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
-from granite_paged.bench.floor import ModelSizes, Work, measure_rates
-from granite_paged.bench.results import Rates
+from granite_paged.bench.roofline import ModelSizes, Work, measure_rates
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import geometry_config
+from granite_paged.report.bench_results import Rates
+from tests.helpers.tiny_models import FLAVOURS, tiny_model
 
 
 def sizes_of(name: str) -> ModelSizes:

@@ -29,10 +29,10 @@ from granite_paged.bench.gate import (
     paired_ratio,
 )
 from granite_paged.bench.measure import Samples
-from granite_paged.bench.published import Published, PublishedRow
-from granite_paged.bench.results import Latency, Result, Row
 from granite_paged.bench.session import Measured
 from granite_paged.errors import CannotJudge
+from granite_paged.report.bench_results import Latency, Result, Row
+from granite_paged.report.published import Published, PublishedRow
 
 CASE, SHAPE = CASES["decode"], Shape(1, 512)
 DEFAULT, RATIO = 0.075, 0.03  # seconds of a step of default; what paged takes of it

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from granite_paged.bench import plot, report
-from granite_paged.bench.plot import draw_all
-from granite_paged.bench.published import read_published
-from granite_paged.bench.report import markdown, table
-from granite_paged.bench.results import Latency, Result, Row
-from granite_paged.drawing import load_pyplot
 from granite_paged.errors import InvalidRequest, MissingExtra
+from granite_paged.report import bench_figures, bench_tables
+from granite_paged.report.bench_figures import draw_all
+from granite_paged.report.bench_results import Latency, Result, Row
+from granite_paged.report.bench_tables import markdown, table
+from granite_paged.report.plotting import load_pyplot
+from granite_paged.report.published import read_published
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = read_published(ROOT / "golden" / "perf")
@@ -98,11 +98,11 @@ def test_the_page_names_device_model_and_versions_and_every_case() -> None:
     text = markdown([result(), result(device="cpu")])
     assert "**NVIDIA H200** · granite-4.0-h-1b, bf16 · torch 2.11" in text
     assert "**cpu**" in text
-    assert [title for title in report._TITLES.values() if text.count(title) != 2] == []
+    assert [title for title in bench_tables._TITLES.values() if text.count(title) != 2] == []
 
 
 def test_every_table_is_rectangular() -> None:
-    for case in report._TITLES:
+    for case in bench_tables._TITLES:
         lines = cells(table(result(), case))
         assert len({len(line) for line in lines}) == 1, case
 
@@ -113,16 +113,16 @@ def test_no_rows_make_no_table() -> None:
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot write"):
-        report.write_text(tmp_path, "x")
+        bench_tables.write_text(tmp_path, "x")
 
 
 # -- figures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", plot.FORMATS)
+@pytest.mark.parametrize("form", bench_figures.FORMATS)
 def test_every_figure_with_rows_is_written(form: str, tmp_path: Path) -> None:
     files = draw_all([result()], PUBLISHED, tmp_path, form)
-    assert {file.stem for file in files} == set(plot._FIGURES)
+    assert {file.stem for file in files} == set(bench_figures._FIGURES)
     assert all(file.stat().st_size > 5000 for file in files)
 
 
@@ -141,7 +141,7 @@ def test_the_same_results_make_the_same_file(tmp_path: Path) -> None:
 
 def lines_of(name: str, *results: Result, published: Any = PUBLISHED) -> dict[str, Any]:
     load_pyplot()
-    figure = plot._FIGURES[name](list(results), published)
+    figure = bench_figures._FIGURES[name](list(results), published)
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
@@ -173,7 +173,7 @@ def test_two_results_are_told_apart_by_device_and_style() -> None:
 
 def test_decode_has_a_panel_for_each_context() -> None:
     load_pyplot()
-    figure = plot._FIGURES["decode"]([result()], [])
+    figure = bench_figures._FIGURES["decode"]([result()], [])
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["512 tokens of context", "4k tokens of context"]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_paged.bench.published import Published, read_published
-from granite_paged.bench.results import (
+from granite_paged.errors import InvalidRequest, ResultFileError
+from granite_paged.report.bench_results import (
     Latency,
     Rates,
     Result,
@@ -23,7 +23,7 @@ from granite_paged.bench.results import (
     updated,
     writable_folder,
 )
-from granite_paged.errors import InvalidRequest, ResultFileError
+from granite_paged.report.published import Published, read_published
 
 ROOT = Path(__file__).parents[2]
 

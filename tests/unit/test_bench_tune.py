@@ -12,12 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FLAVOURS, tiny_model
 from transformers import GraniteMoeHybridForCausalLM
 
-from granite_paged.bench import kernel, tunable
+from granite_paged.bench import kernel, search_space
 from granite_paged.bench.measure import Clock
-from granite_paged.bench.tunable import (
+from granite_paged.bench.search_space import (
     SUBJECTS,
     Bench,
     DecodeSteps,
@@ -36,11 +35,12 @@ from granite_paged.bench.tune import (
     retuned,
     sweep,
 )
-from granite_paged.engine.runner import Runner
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import PagedConfig
+from granite_paged.layers.tuning import TUNED, OneRowConstants, read_tuned
 from granite_paged.models import geometry_config
-from granite_paged.tuned import TUNED, OneRowConstants, read_tuned
+from granite_paged.runner.runner import Runner
+from tests.helpers.tiny_models import FLAVOURS, tiny_model
 
 CONFIG = PagedConfig(page_size=16)
 HERE = {"device": "a GPU", "torch": "1", "triton": "2"}
@@ -208,9 +208,9 @@ def test_the_first_candidate_of_a_group_is_the_rule_and_all_are_different(
 
 def test_a_quick_look_leaves_the_pipeline_as_it_is() -> None:
     rule = TUNED.few_rows[0]
-    quick = candidates(rule, tunable.FEW_ROWS_CHOICES, quick=True)
+    quick = candidates(rule, search_space.FEW_ROWS_CHOICES, quick=True)
     assert {(c.warps, c.stages) for c in quick} == {(rule.warps, rule.stages)}
-    assert len(quick) < len(candidates(rule, tunable.FEW_ROWS_CHOICES, quick=False)) / 2
+    assert len(quick) < len(candidates(rule, search_space.FEW_ROWS_CHOICES, quick=False)) / 2
 
 
 @pytest.mark.parametrize("rows", [1, 32])
@@ -223,7 +223,7 @@ def test_the_products_of_a_step_are_of_three_kinds(rows: int) -> None:
 
 def test_only_a_single_row_goes_through_the_head() -> None:
     """Its vocabulary is the one product of this model that has many columns."""
-    few_columns = pytest.importorskip("granite_paged.kernels.linear").FEW_COLUMNS
+    few_columns = pytest.importorskip("granite_paged.layers.triton.linear").FEW_COLUMNS
     model = tiny_model("dense")
     widest = max(len(w) for name, w in model.named_parameters() if "proj" in name or "mlp" in name)
     multiprocessors = widest // few_columns + 1
@@ -289,13 +289,13 @@ def test_calls_of_a_graph_are_timed_together() -> None:
 def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    linear = pytest.importorskip("granite_paged.kernels.linear")
-    monkeypatch.setattr(tunable, "STEP_CONTEXT", 20)
-    monkeypatch.setattr(tunable, "_STEPS", 2)
+    linear = pytest.importorskip("granite_paged.layers.triton.linear")
+    monkeypatch.setattr(search_space, "STEP_CONTEXT", 20)
+    monkeypatch.setattr(search_space, "_STEPS", 2)
     met, decode = [], Runner.decode
 
     def decoded(runner: Runner, *arguments: Any) -> Any:
-        met.append((bool(runner._programs), linear.tiles(16, 8, 64, False, 1)["SPLITS"]))
+        met.append((bool(runner._captured), linear.tiles(16, 8, 64, False, 1)["SPLITS"]))
         return decode(runner, *arguments)
 
     monkeypatch.setattr(Runner, "decode", decoded)
@@ -309,8 +309,8 @@ def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
 
 
 def test_prefill_attention_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunable, "PREFILL_TOKENS", 24)
-    monkeypatch.setattr(tunable, "PREFILL_PASTS", (0, 40))
+    monkeypatch.setattr(search_space, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(search_space, "PREFILL_PASTS", (0, 40))
     (group,) = SUBJECTS["prefill"](bench(), False)
     assert [shape.name for shape in group.shapes] == ["prefill 24 of 24", "prefill 24 of 64"]
     for shape in group.shapes:
@@ -320,7 +320,7 @@ def test_prefill_attention_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None
 def test_decode_attention_is_given_the_plan_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     given = []
-    monkeypatch.setattr(tunable, "DECODE_CONTEXTS", {2: (40,)})
+    monkeypatch.setattr(search_space, "DECODE_CONTEXTS", {2: (40,)})
     monkeypatch.setattr(Bench, "multiprocessors", 8)
     monkeypatch.setattr(
         kernel, "split_attention", lambda *args, plan, **options: given.append((args[3], plan))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import Paged, Step, assert_right, make_geometry
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
-from granite_paged import attention
+from granite_paged.layers import attention
+from tests.helpers.strategies import Paged, Step, assert_right, make_geometry
 
 PAST = (37, 5, 16)
 HALF_ROUNDINGS = 2

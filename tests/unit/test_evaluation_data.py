@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from evaluation import MMLU, TARGETS, TRUTHFULQA, data_folder, write
 
 from granite_paged.errors import DataError, MissingExtra
 from granite_paged.evaluate import data
+from tests.helpers.evaluation import MMLU, TARGETS, TRUTHFULQA, data_folder, write
 
 
 def without(row: dict[str, Any], field: str) -> dict[str, Any]:

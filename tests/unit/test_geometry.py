@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from strategies import make_geometry
-from tiny import SIZES
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
 from granite_paged.errors import GeometryError, UnsupportedModel
 from granite_paged.geometry import CacheGeometry, PagedConfig
+from tests.helpers.strategies import make_geometry
+from tests.helpers.tiny_models import SIZES
 
 
 def from_config(**sizes: object) -> CacheGeometry:

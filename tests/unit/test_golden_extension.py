@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import syrupy
 import torch
-from golden_extension import (
+from torch import Tensor
+
+from tests.helpers.golden_extension import (
     AGREE,
     INPUTS_CHANGED,
     VERDICTS,
@@ -21,8 +23,7 @@ from golden_extension import (
     difference,
     fingerprint,
 )
-from tolerance import LOGITS_FLOAT32
-from torch import Tensor
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 pytest_plugins = ["pytester"]
 
@@ -164,7 +165,7 @@ import os
 
 import pytest
 import torch
-from golden_extension import Measured
+from tests.helpers.golden_extension import Measured
 
 
 def logits(side):
@@ -198,7 +199,8 @@ class Suite:
         for variable in ("ADDOPTS", "XDIST_WORKER", "XDIST_WORKER_COUNT", "XDIST_TESTRUNUID"):
             monkeypatch.delenv(f"PYTEST_{variable}", raising=False)
         pytester.makeini(
-            f"[pytest]\npythonpath = {TESTS}\ntestpaths = suite\naddopts = --import-mode=importlib"
+            f"[pytest]\npythonpath = {TESTS.parent}\ntestpaths = suite\n"
+            "addopts = --import-mode=importlib"
         )
         suite = pytester.mkdir("suite")
         for name in ("conftest.py", "test_golden_files.py"):

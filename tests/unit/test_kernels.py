@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_mamba import error, layer
 from torch import Tensor
 from torch.nn.functional import silu
 
-from granite_paged.mamba import MambaSizes, MambaState, ScanWeights, mix
+from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, mix
+from tests.unit.test_mamba import error, layer
 
 pytest.importorskip("triton")
 
-from granite_paged import kernels
-from granite_paged.attention import resolve_backend
-from granite_paged.kernels import linear as few_rows
-from granite_paged.kernels import mamba, pages, pointwise, tokens
+from granite_paged import device
+from granite_paged.layers import backend
+from granite_paged.layers.attention import resolve_backend
+from granite_paged.layers.triton import linear as few_rows
+from granite_paged.layers.triton import mamba, pages, pointwise, tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32 = 2e-6
@@ -39,10 +40,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 @pytest.fixture
 def nothing_known() -> Iterator[None]:
-    for known in (kernels.cannot_compile, kernels.warn_slow):
+    for known in (device.cannot_compile, backend.warn_slow):
         known.cache_clear()
     yield
-    for known in (kernels.cannot_compile, kernels.warn_slow):
+    for known in (device.cannot_compile, backend.warn_slow):
         known.cache_clear()
 
 
@@ -59,7 +60,7 @@ def test_a_gpu_that_cannot_compile_is_slower_and_says_why_once(
 ) -> None:
     monkeypatch.setattr(*missing)
     gpu = torch.device("cuda", 0)
-    assert reason in kernels.unavailable(gpu, torch.bfloat16)
+    assert reason in backend.unavailable(gpu, torch.bfloat16)
     with pytest.warns(UserWarning, match=reason) as told:
         found = [resolve_backend("auto", gpu, torch.bfloat16, 128) for _ in range(2)]
     assert found == ["eager", "eager"]
@@ -71,14 +72,14 @@ def test_an_old_gpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     gpu = torch.device("cuda", 0)
-    assert "7.5 is older than 8.0" in kernels.unavailable(gpu, torch.bfloat16)
-    assert kernels.cannot_compile(gpu) == ""
+    assert "7.5 is older than 8.0" in backend.unavailable(gpu, torch.bfloat16)
+    assert device.cannot_compile(gpu) == ""
 
 
 def test_a_gpu_with_less_shared_memory_gets_fewer_stages() -> None:
-    assert kernels.stages_that_fit(4, 50_000, kernels.TUNED_SHARED_MEMORY) == 4
-    assert kernels.stages_that_fit(4, 50_000, 99 * 1024) == 2
-    assert kernels.stages_that_fit(4, 50_000, 30_000) == 1
+    assert device.stages_that_fit(4, 50_000, device.TUNED_SHARED_MEMORY) == 4
+    assert device.stages_that_fit(4, 50_000, 99 * 1024) == 2
+    assert device.stages_that_fit(4, 50_000, 30_000) == 1
 
 
 # -- products of few rows -----------------------------------------------------------------------
@@ -206,7 +207,7 @@ def test_an_embedding_is_rounded_once() -> None:
 def likeliest(logits: Tensor, rows: list[int]) -> list[int]:
     """What the rows, of six, are fed; the others keep -1."""
     fed = torch.full((6,), -1, device=DEVICE)
-    tokens.feed_likeliest(logits, torch.tensor(rows, device=DEVICE), fed)
+    tokens.write_argmax(logits, torch.tensor(rows, device=DEVICE), fed)
     assert sorted({*range(6)} - set(rows)) == (fed == -1).nonzero().flatten().tolist()
     return fed[rows].tolist()
 

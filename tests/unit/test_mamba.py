@@ -14,7 +14,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     GraniteMoeHybridMambaLayer,
 )
 
-from granite_paged.mamba import MambaSizes, MambaState, mix
+from granite_paged.layers.mamba import MambaSizes, MambaState, mix
 
 FLOAT32 = 2e-6
 """Largest error as a part of the largest value: about 17 roundings of 2**-23."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import (
+
+from granite_paged.paging.allocator import NULL_PAGE
+from granite_paged.paging.masks import PADDING, QUERY_BLOCK, paged_block_mask
+from granite_paged.paging.page_table import NOBODY
+from tests.helpers.strategies import (
     Paged,
     Step,
     allowed_slots,
@@ -13,10 +17,6 @@ from strategies import (
     partial_pages,
     whole_pages,
 )
-
-from granite_paged.allocator import NULL_PAGE
-from granite_paged.masks import PADDING, QUERY_BLOCK, paged_block_mask
-from granite_paged.page_table import NOBODY
 
 # Pages of 4. Row 0 holds pages 3, 1, 5; row 1 holds page 2; page 4 is free.
 PHYSICAL = torch.tensor([[3, 1, 5], [2, NULL_PAGE, NULL_PAGE]], dtype=torch.int32)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import CPU, Paged, make_geometry
 
-from granite_paged.allocator import NULL_PAGE, PageAllocator
-from granite_paged.page_table import NOBODY, PageTable, PendingEntries
+from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
+from granite_paged.paging.page_table import NOBODY, PageTable, PendingEntries
+from tests.helpers.strategies import CPU, Paged, make_geometry
 
 
 def index(*values: int) -> torch.Tensor:

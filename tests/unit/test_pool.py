@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from strategies import CPU, make_geometry
 
-from granite_paged.attention import kernel_options
 from granite_paged.geometry import CacheGeometry
-from granite_paged.masks import paged_block_mask
-from granite_paged.pool import KVPool
+from granite_paged.layers.attention import kernel_options
+from granite_paged.paging.masks import paged_block_mask
+from granite_paged.paging.pool import KVPool
+from tests.helpers.strategies import CPU, make_geometry
 
 GEOMETRY = make_geometry(page_size=4, kv_heads=2, head_dim=3, dtype=torch.float32)
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pytest
 
-from granite_paged.allocator import PageAllocator
-from granite_paged.engine.prefix import Hit, Node, PrefixCache
+from granite_paged.engine.prefix_cache import Hit, Node, PrefixCache
 from granite_paged.errors import BrokenInvariant
+from granite_paged.paging.allocator import PageAllocator
 
 BLOCK, PAGE = 4, 2
 
@@ -49,8 +49,8 @@ class Desk:
         self.cache.check_valid()
         return hit
 
-    def cuts(self, path: Sequence[Node], hit: Hit | None = None) -> list[int]:
-        return list(self.cache.cuts(path, hit or Hit()))
+    def checkpoints(self, path: Sequence[Node], hit: Hit | None = None) -> list[int]:
+        return list(self.cache.checkpoints(path, hit or Hit()))
 
 
 def prompt(*blocks: int) -> list[int]:
@@ -93,9 +93,9 @@ def test_a_state_is_cut_where_waiting_prompts_part() -> None:
     desk = Desk()
     first = desk.cache.announce(prompt(1, 2, 3, 4))
     desk.cache.announce(prompt(1, 2, 5))
-    assert desk.cuts(first) == [2 * BLOCK]
+    assert desk.checkpoints(first) == [2 * BLOCK]
     desk.cache.announce(prompt(1, 7))
-    assert desk.cuts(first) == [BLOCK, 2 * BLOCK]
+    assert desk.checkpoints(first) == [BLOCK, 2 * BLOCK]
 
 
 def test_room_for_a_state_is_made_before_it_is_there() -> None:
@@ -113,30 +113,30 @@ def test_room_for_a_state_is_made_before_it_is_there() -> None:
 
 def test_a_prompt_alone_cuts_nowhere() -> None:
     desk = Desk()
-    assert desk.cuts(desk.cache.announce(prompt(1, 2, 3))) == []
+    assert desk.checkpoints(desk.cache.announce(prompt(1, 2, 3))) == []
 
 
 def test_equal_prompts_cut_at_their_last_block() -> None:
     desk = Desk()
     path = desk.cache.announce(prompt(1, 2, 3))
     desk.cache.announce(prompt(1, 2, 3))
-    assert desk.cuts(path) == [3 * BLOCK]
+    assert desk.checkpoints(path) == [3 * BLOCK]
 
 
 def test_a_state_is_cut_where_a_prompt_parts_from_the_past() -> None:
     desk = Desk()
     desk.compute(prompt(1, 2, 3))
-    assert desk.cuts(desk.cache.announce(prompt(1, 2, 8, 9))) == [2 * BLOCK]
+    assert desk.checkpoints(desk.cache.announce(prompt(1, 2, 8, 9))) == [2 * BLOCK]
 
 
 def test_a_prompt_waits_for_what_a_running_one_will_leave() -> None:
     desk = Desk()
     running, waiting = desk.cache.announce(prompt(1, 2, 3)), desk.cache.announce(prompt(1, 2, 4))
-    cuts = desk.cache.cuts(running, Hit())
+    checkpoints = desk.cache.checkpoints(running, Hit())
     assert not desk.cache.worth_waiting(waiting, Hit())
-    desk.cache.promise(list(cuts.values()))
+    desk.cache.promise(list(checkpoints.values()))
     assert desk.cache.worth_waiting(waiting, Hit())
-    desk.cache.unpromise(list(cuts.values()))
+    desk.cache.unpromise(list(checkpoints.values()))
     assert not desk.cache.worth_waiting(waiting, Hit())
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from granite_paged.bench.workload import Workload, arrivals
+from granite_paged.engine.detokenizer import Detokenizer
 from granite_paged.engine.request import SamplingParams, check_tokens
-from granite_paged.engine.text import TextStream
-from granite_paged.engine.workload import Workload, arrivals
 from granite_paged.errors import InvalidRequest, InvalidSampling, PromptError
 
 WRONG: dict[str, Any] = {
@@ -55,19 +55,19 @@ class Bytes:
 
 @given(st.text(max_size=20))
 def test_pieces_add_up_to_the_text(text: str) -> None:
-    stream = TextStream(Bytes())
+    stream = Detokenizer(Bytes())
     pieces = [stream.push(token) for token in text.encode()]
     assert "".join([*pieces, stream.finish()]) == stream.text == text
 
 
 def test_half_a_character_is_held_back() -> None:
-    stream = TextStream(Bytes())
+    stream = Detokenizer(Bytes())
     assert [stream.push(token) for token in "é!".encode()] == ["", "é", "!"]
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    stream = TextStream(Bytes(), stops)
+    stream = Detokenizer(Bytes(), stops)
     shown = ""
     for token in text.encode():
         shown += stream.push(token)

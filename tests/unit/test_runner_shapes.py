@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_paged.engine.shapes import (
+from granite_paged.runner.shapes import (
     SHORTEST_CHUNK,
     STEP_TOKENS,
     Batch,

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from office import Office
-from paper_runner import HashOracle, PaperRunner
 
 from granite_paged.engine import scheduler
 from granite_paged.engine.request import Request, SamplingParams, State
-from granite_paged.engine.shapes import Shapes
 from granite_paged.errors import QueueFull, RequestTooLarge
+from granite_paged.runner.shapes import Shapes
+from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
 
 STEP_SECONDS = 0.3e-3
 """Most that a decode step of 256 sequences may cost the scheduler."""
 
 
-def office(options: dict[str, Any] | None = None, **sizes: Any) -> Office:
-    return Office(HashOracle(), options, **sizes)
+def office(options: dict[str, Any] | None = None, **sizes: Any) -> EngineHarness:
+    return EngineHarness(HashOracle(), options, **sizes)
 
 
-def ask(office: Office, prompt: Sequence[int], new: int = 4, **wishes: Any) -> Request:
-    request = office.submit(prompt, SamplingParams(max_new_tokens=new, **wishes))
+def ask(office: EngineHarness, prompt: Sequence[int], new: int = 4, **params: Any) -> Request:
+    request = office.submit(prompt, SamplingParams(max_new_tokens=new, **params))
     assert request is not None
     return request
 
@@ -273,7 +273,7 @@ def test_a_continuation_longer_than_a_call_is_scored_in_pieces() -> None:
 # -- cost ---------------------------------------------------------------------------------------
 
 
-class Instant(PaperRunner):
+class Instant(SimulatedRunner):
     """Computes nothing."""
 
     def prefill(self, chunks: Sequence[Any]) -> Any:
@@ -285,7 +285,7 @@ class Instant(PaperRunner):
 
 def test_a_step_of_256_sequences_costs_the_scheduler_little() -> None:
     runner = Instant(HashOracle(), pages=20_000, page_size=128, rows=256, chunk_tokens=2048)
-    engine = Office(runner.oracle, runner=runner).engine
+    engine = EngineHarness(runner.oracle, runner=runner).engine
     for number in range(512):
         engine.submit([number % 90] * 32, SamplingParams(max_new_tokens=600))
     while engine.stats().running < 256:

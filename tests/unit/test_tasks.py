@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation import MMLU, TARGETS, TRUTHFULQA, write
-from tiny import tiny_model
 
+from granite_paged.checkpoints.recall import ASK
 from granite_paged.errors import InvalidRequest
 from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
-from granite_paged.evaluate.recall import ASK
 from granite_paged.evaluate.tasks import (
     RECALL_LONGEST,
     TASKS,
@@ -23,6 +21,8 @@ from granite_paged.evaluate.tasks import (
     truthfulqa_text,
 )
 from granite_paged.models import EMBEDDED, LoadedModel
+from tests.helpers.evaluation import MMLU, TARGETS, TRUTHFULQA, write
+from tests.helpers.tiny_models import tiny_model
 
 
 class Letters:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from granite_paged.attention import DecodePlan, decode_plan, kernel_options, planned
 from granite_paged.errors import TunedFileError
-from granite_paged.tuned import PATH, ROW_TILES, TUNED, read_tuned
+from granite_paged.layers.attention import DecodePlan, decode_plan, kernel_options, planned
+from granite_paged.layers.tuning import PATH, ROW_TILES, TUNED, read_tuned
 
 H200 = 132
 """Multiprocessors."""
@@ -77,7 +77,7 @@ def test_decode_plans_are_those_measured(batch: int, pages: int, splits: int) ->
 
 
 def product_tiles(rows: int, name: str) -> dict[str, int]:
-    tiles = pytest.importorskip("granite_paged.kernels.linear").tiles
+    tiles = pytest.importorskip("granite_paged.layers.triton.linear").tiles
     found: dict[str, int] = tiles(rows, *PRODUCTS[name], H200)
     return found
 
@@ -91,14 +91,14 @@ def test_rows_take_the_least_tile_that_holds_them_or_the_largest(rows: int, tile
 
 
 def test_a_shallow_product_is_not_split_into_parts_of_nothing() -> None:
-    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    kernels = pytest.importorskip("granite_paged.layers.triton.linear")
     constants = replace(TUNED.few_rows[0], DEPTH=256, SPLITS=4)
     found = [kernels.few_rows_tiles(constants, depth)["SPLITS"] for depth in (200, 300, 5000)]
     assert found == [1, 2, 4]
 
 
 def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
-    kernels = pytest.importorskip("granite_paged.kernels.linear")
+    kernels = pytest.importorskip("granite_paged.layers.triton.linear")
     constants = replace(TUNED.one_row[0], COLUMNS=4)
     depths = (4096, 8192, 32768)
     found = [kernels.one_row_tiles(constants, depth)["COLUMNS"] for depth in depths]

@@ -6,7 +6,7 @@ import importlib.metadata
 
 import pytest
 
-from granite_paged.versions import versions
+from granite_paged.environment import versions
 
 
 def test_versions_name_what_transformers_modes_run_mamba_on(

@@ -1,0 +1,165 @@
+"""The floor: the least time that a device could take for a step.
+
+A step must at least read the weights it uses, read or write K, V and the Mamba states once, and
+multiply what it multiplies; the floor is the slower of moving those bytes at the rate of a large
+copy and doing those operations at the rate of a large matrix product, both measured on the device
+at hand. Activations, launches and everything an implementation adds are above the floor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from granite_paged.geometry import CacheGeometry
+from granite_paged.report.bench_results import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Bytes that must cross the memory bus and operations that must be done in one step."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, rates: Rates) -> float:
+        """Least time at these rates."""
+        return max(self.bytes / rates.bytes_per_second, self.flops / rates.flops_per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What of a model a floor depends on, read off its config and parameters.
+
+    Attributes:
+        shared: parameters that every token uses, the head apart.
+        experts: parameters of all experts of all layers; 0 without experts.
+        expert_count, experts_per_token: of one layer.
+        head: parameters of the product with the vocabulary.
+        itemsize: bytes a parameter.
+        kv_bytes: of one token, over all attention layers.
+        attention_width: query heads x head_dim, over all attention layers.
+        state_bytes: Mamba states of one sequence, over all layers.
+        state_size: elements of the recurrent states of one sequence, over all layers.
+    """
+
+    shared: int
+    experts: int
+    expert_count: int
+    experts_per_token: int
+    head: int
+    itemsize: int
+    kv_bytes: int
+    attention_width: int
+    state_bytes: int
+    state_size: int
+
+    @classmethod
+    def of(cls, model: Any) -> ModelSizes:
+        """Read a `GraniteMoeHybridForCausalLM`."""
+        config, dtype = model.config, model.dtype
+        geometry = CacheGeometry.from_config(config, page_size=1, dtype=dtype)
+        conv, recurrent = _state_elements(config) if geometry.mamba_layers else (0, 0)
+        layers = len(geometry.mamba_layers)
+        counts = _parameters(model)
+        return cls(
+            **counts,
+            expert_count=config.num_local_experts or 0,
+            experts_per_token=config.num_experts_per_tok or 0,
+            head=config.vocab_size * config.hidden_size,
+            itemsize=dtype.itemsize,
+            kv_bytes=geometry.bytes_per_token,
+            attention_width=len(geometry.attention_layers)
+            * geometry.query_heads
+            * geometry.head_dim,
+            state_bytes=layers * (conv * dtype.itemsize + recurrent * _FLOAT32),
+            state_size=layers * recurrent,
+        )
+
+    def prefill(self, batch: int, context: int) -> Work:
+        """Floor of `batch` prompts of `context` tokens, logits of the last one only."""
+        tokens = batch * context
+        cache = batch * (context * self.kv_bytes + self.state_bytes)
+        # causal: half of context**2, two products of two operations an element
+        attention = 2 * batch * context**2 * self.attention_width
+        return Work(
+            bytes=self._weight_bytes(tokens) + cache,
+            flops=tokens * self._token_flops() + 2 * batch * self.head + attention,
+        )
+
+    def decode(self, batch: int, context: int) -> Work:
+        """Floor of one more token for each of `batch` sequences of `context` tokens."""
+        cache = batch * (context * self.kv_bytes + 2 * self.state_bytes)
+        attention = 4 * batch * context * self.attention_width
+        return Work(
+            bytes=self._weight_bytes(batch) + cache,
+            flops=batch * (self._token_flops() + 2 * self.head) + attention,
+        )
+
+    def _weight_bytes(self, tokens: int) -> float:
+        touched = min(1.0, tokens * self.experts_per_token / max(1, self.expert_count))
+        return self.itemsize * (self.shared + self.head + touched * self.experts)
+
+    def _token_flops(self) -> float:
+        used = self.experts * self.experts_per_token / max(1, self.expert_count)
+        return 2 * (self.shared + used) + _STATE_FLOPS * self.state_size
+
+
+_FLOAT32 = 4
+_STATE_FLOPS = 5  # an element: decay, outer product and sum; product with C and sum
+
+
+def _state_elements(config: Any) -> tuple[int, int]:
+    """Elements of one layer's convolution window and recurrent state, of one sequence."""
+    inner = config.mamba_expand * config.hidden_size
+    channels = inner + 2 * config.mamba_n_groups * config.mamba_d_state
+    return channels * config.mamba_d_conv, inner * config.mamba_d_state
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    """Parameters of the layers, experts apart; the embedding is looked up or is the head."""
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    layers = [p for p in model.parameters() if id(p) not in embeddings]
+    # experts are stacked, [E, out, in]; the other three-sided weight is conv1d's, [C, 1, width]
+    experts = sum(p.numel() for p in layers if p.dim() == 3 and p.shape[1] > 1)
+    return {"shared": sum(p.numel() for p in layers) - experts, "experts": experts}
+
+
+# -- the device ---------------------------------------------------------------------------------
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Copy one large tensor, multiply two large matrices; the best of several times each."""
+    gpu = device.type == "cuda"
+    count, side = (2**30, 8192) if gpu else (2**24, 384)
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = _best_seconds(lambda: target.copy_(source), device)
+    factor = torch.randn(side, side, device=device).to(dtype)
+    product = torch.empty_like(factor)
+    multiply = _best_seconds(lambda: torch.mm(factor, factor, out=product), device)
+    return Rates(bytes_per_second=2 * count / copy, flops_per_second=2 * side**3 / multiply)
+
+
+_TRIES, _CALLS = 5, 4
+
+
+def _best_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(1 + _TRIES):  # the first one warms up
+        _wait(device)
+        begin = time.perf_counter()
+        for _ in range(_CALLS):
+            call()
+        _wait(device)
+        times.append((time.perf_counter() - begin) / _CALLS)
+    return min(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,339 @@
+"""What is tuned of a model: candidates, and shapes with their tensors.
+
+Attention is timed alone. Each of its shapes has copies of K and V, more than the device's cache
+holds, and a CUDA graph calls them in turn: in a model, too, everything else has passed through the
+cache since a layer was last read. Products are timed in whole decode steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import FlexKernelOptions
+
+from granite_paged.bench.cases import Shape
+from granite_paged.bench.gate import no_gpu
+from granite_paged.bench.kernel import KernelCase
+from granite_paged.bench.measure import Clock, free_memory, quantile
+from granite_paged.bench.modes import Sequences, config_for, make_runner
+from granite_paged.bench.tune import Group, Layout, Timer, TunedShape
+from granite_paged.device import multiprocessors
+from granite_paged.errors import CannotJudge
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.layers.attention import (
+    WIDEST_TUNED_HEAD,
+    DecodePlan,
+    paged_attention,
+    planned,
+    prefill_options,
+)
+from granite_paged.layers.tuning import (
+    ROW_TILES,
+    TUNED,
+    Constants,
+    FewRowsConstants,
+    OneRowConstants,
+)
+from granite_paged.paging.masks import paged_block_mask
+from granite_paged.paging.page_table import PageTable
+from granite_paged.runner.model import why_not
+
+DECODE_CONTEXTS = {1: (512, 16384), 8: (512, 4096), 32: (512, 4096)}
+"""Batches that decode attention is tuned for -> tokens of each sequence."""
+
+PREFILL_TOKENS, PREFILL_PASTS = 2048, (0, 14336)
+"""New tokens, and how many are there before them."""
+
+DECODE_CHOICES: dict[str, tuple[Any, ...]] = {
+    "parts_per_multiprocessor": (0.5, 1.0, 2.0),
+    "block": (64, 128),
+    "warps": (4, 8),
+    "stages": (3, 4),
+}
+PREFILL_CHOICES: dict[str, tuple[Any, ...]] = {
+    "BLOCK_M": (64, 128),
+    "BLOCK_N": (64, 128),
+    "warps": (4, 8),
+    "stages": (2, 3),
+}
+ONE_ROW_CHOICES: dict[str, tuple[Any, ...]] = {"COLUMNS": (1, 2, 4, 8), "warps": (4, 8)}
+FEW_ROWS_CHOICES: dict[str, tuple[Any, ...]] = {
+    "COLUMNS": (64, 128),
+    "DEPTH": (128, 256),
+    "SPLITS": (1, 2, 3, 4, 5),
+    "warps": (4,),
+    "stages": (2, 3, 4),
+}
+LEFT_IF_QUICK = ("warps", "stages")
+"""Constants that a first look leaves as they are."""
+
+STEP_CONTEXT, STEP_NOISE = 512, 0.004
+"""Tokens of each sequence in a step by which products are chosen; noise of its time, relative."""
+
+_STEPS, _STEP_REPEATS = 20, 5
+
+_COLD_BYTES = 2**28  # several times any GPU's cache
+_MOST_COPIES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A model on its device, and how it is paged."""
+
+    model: Any
+    config: PagedConfig
+    seed: int = 0
+
+    @property
+    def clock(self) -> Clock:
+        """Of the model's device."""
+        return Clock(torch.device(self.model.device))
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        """Of its cache."""
+        return CacheGeometry.from_config(
+            self.model.config, page_size=self.config.page_size, dtype=self.model.dtype
+        )
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of the device; 1 on the CPU."""
+        return multiprocessors(self.clock.device)
+
+    def random(self, *shape: int) -> Tensor:
+        """Numbers of the model's dtype, on its device."""
+        draw = torch.Generator(self.clock.device).manual_seed(self.seed)
+        like = {"device": self.clock.device, "dtype": self.model.dtype}
+        return torch.randn(*shape, generator=draw, **like)
+
+    def copies(self, nbytes: int) -> int:
+        """Of so many bytes each, so that no cache holds all."""
+        if not self.clock.gpu:
+            return 1
+        return max(2, min(_MOST_COPIES, -(-_COLD_BYTES // nbytes)))
+
+    def fresh(self) -> None:
+        """Forget the last shape's tensors, and code that was compiled for them."""
+        torch.compiler.reset()
+        free_memory(self.clock.device)
+
+
+def groups_of(bench: Bench, subjects: Sequence[str] = (), *, quick: bool = False) -> list[Group]:
+    """What the rules choose for this model, of these `SUBJECTS` or of all.
+
+    quick: fewer candidates and shapes.
+
+    Raises:
+        CannotJudge: where the kernels do not run.
+    """
+    if not bench.clock.gpu:
+        raise no_gpu("tune")
+    slow = why_not(bench.model, bench.config.backend)
+    if slow:
+        raise CannotJudge(f"nothing to tune, as the kernels do not run here: {slow}")
+    return [group for name in subjects or SUBJECTS for group in SUBJECTS[name](bench, quick)]
+
+
+def environment(bench: Bench) -> dict[str, str]:
+    """Device and versions, as in `Tuned`."""
+    import triton
+
+    device, gpu = bench.clock.device, bench.clock.gpu
+    name = torch.cuda.get_device_name(device) if gpu else str(device)
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def candidates(
+    rule: Constants, choices: dict[str, tuple[Any, ...]], quick: bool
+) -> tuple[Constants, ...]:
+    """The rule's constants, then those with every combination of choices in their place."""
+    if quick:
+        choices = {name: v for name, v in choices.items() if name not in LEFT_IF_QUICK}
+    combined = (
+        replace(rule, **dict(zip(choices, values, strict=True)))
+        for values in itertools.product(*choices.values())
+    )
+    return (rule, *(constants for constants in combined if constants != rule))
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def decode_groups(bench: Bench, quick: bool) -> Iterator[Group]:
+    """One for each batch."""
+    for batch, contexts in DECODE_CONTEXTS.items():
+        rule = replace(TUNED.for_batch(batch), batch=batch)
+        shapes = [Shape(batch, context) for context in (contexts[-1:] if quick else contexts)]
+        yield Group(
+            candidates(rule, DECODE_CHOICES, quick),
+            tuple(_decode_shape(bench, shape) for shape in shapes),
+        )
+
+
+def _decode_shape(bench: Bench, shape: Shape) -> TunedShape:
+    g = bench.geometry
+
+    def layout(constants: Any) -> Layout:
+        pages, programs = g.pages_for(shape.context), shape.batch * g.kv_heads
+        return asdict(planned(constants, programs, pages, g.page_size, bench.multiprocessors))
+
+    def prepare() -> Timer:
+        bench.fresh()
+        case = KernelCase(bench.model, bench.config, shape, bench.seed, bench.clock.device)
+        pools = case.copies(bench.copies(case.kv_bytes))
+        return lambda plan: bench.clock.graph_seconds(case.split_calls(DecodePlan(**plan), pools))
+
+    name = f"decode {shape.batch} x {shape.context}"
+    return TunedShape(name, layout, prepare)
+
+
+def prefill_groups(bench: Bench, quick: bool) -> Iterator[Group]:
+    """Chunks of one prompt; none where `kernel_options` leaves heads so wide to FlexAttention."""
+    if bench.geometry.head_dim > WIDEST_TUNED_HEAD:
+        return
+    pasts = PREFILL_PASTS[-1:] if quick else PREFILL_PASTS
+    shapes = tuple(_prefill_shape(bench, PREFILL_TOKENS, past) for past in pasts)
+    yield Group(candidates(TUNED.prefill, PREFILL_CHOICES, quick), shapes)
+
+
+def _prefill_shape(bench: Bench, tokens: int, past: int) -> TunedShape:
+    def layout(constants: Any) -> Layout:
+        return dict(prefill_options(constants, bench.config.page_size))
+
+    def prepare() -> Timer:
+        bench.fresh()
+        call = _prefill_call(bench, tokens, past)
+        return lambda options: bench.clock.graph_seconds([functools.partial(call, options)])
+
+    return TunedShape(f"prefill {tokens} of {past + tokens}", layout, prepare)
+
+
+def _prefill_call(bench: Bench, tokens: int, past: int) -> Callable[[Layout], Tensor]:
+    """Attention of the last `tokens` of one sequence whose pages lie in any order."""
+    g, device = bench.geometry, bench.clock.device
+    pages = g.pages_for(past + tokens)
+    table = PageTable(1, pages, pages + 1, device)
+    physical = 1 + torch.randperm(pages, device=device)
+    table.write(torch.zeros_like(physical), torch.arange(pages, device=device), physical)
+    positions = past + torch.arange(tokens, device=device)[None]
+    mask = paged_block_mask(
+        table.physical, table.logical, positions.int(), page_size=g.page_size, group=g.group
+    )
+    query = bench.random(1, g.query_heads, tokens, g.head_dim)
+    keys, values = (
+        bench.random(1, g.kv_heads, (pages + 1) * g.page_size, g.head_dim) for _ in "kv"
+    )
+    scale, backend = float(bench.model.config.attention_multiplier), bench.config.backend
+
+    def call(options: Layout) -> Tensor:
+        chosen = cast("FlexKernelOptions", options)
+        return paged_attention(
+            query, keys, values, mask, scale=scale, backend=backend, options=chosen
+        )
+
+    return call
+
+
+# -- products -----------------------------------------------------------------------------------
+#
+# A product alone is timed wrongly: in a step it starts while another kernel ends, with its weights
+# on their way, and what it costs is what the step takes longer.
+
+
+def product_kinds(model: Any, rows: int, multiprocessors: int) -> list[tuple[bool, bool]]:
+    """Which products a decode step of so many rows makes with these kernels: (gated, few columns).
+
+    Only a single row goes through the head.
+    """
+    from granite_paged.layers.triton.linear import has_few_columns
+
+    layers = model.base_model.layers
+    plain = {columns for layer in layers for columns in _plain_columns(layer)}
+    if rows == 1:
+        plain.add(len(model.get_output_embeddings().weight))
+    gated = {len(layer.shared_mlp.input_linear.weight) // 2 for layer in layers}
+    kinds = {(False, has_few_columns(columns, multiprocessors)) for columns in plain}
+    return sorted(kinds | {(True, has_few_columns(columns, multiprocessors)) for columns in gated})
+
+
+def _plain_columns(layer: Any) -> Iterator[int]:
+    """Of each product but the gated one; q, k and v are one."""
+    if layer.mamba is not None:
+        yield from (len(layer.mamba.in_proj.weight), len(layer.mamba.out_proj.weight))
+    else:
+        attention = layer.self_attn
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        yield from (sum(len(part.weight) for part in parts), len(attention.o_proj.weight))
+    yield len(layer.shared_mlp.output_linear.weight)
+
+
+def product_groups(bench: Bench, quick: bool) -> Iterator[Group]:
+    """One for each tile of rows and kind of product."""
+    for rows in (1, *ROW_TILES):
+        steps = DecodeSteps(bench, rows)
+        for gated, few in product_kinds(bench.model, rows, bench.multiprocessors):
+            if rows == 1:
+                one = TUNED.for_one_row(gated=gated, few_columns=few)
+                choices = candidates(one, ONE_ROW_CHOICES, quick)
+            else:
+                several = TUNED.for_few_rows(rows, gated=gated, few_columns=few)
+                choices = candidates(several, FEW_ROWS_CHOICES, quick)
+            name = f"step of {rows}: {'gated' if gated else 'plain'}, {'few' if few else 'many'}"
+            shape = TunedShape(name, asdict, steps.prepare)
+            yield Group(choices, (shape,), noise=STEP_NOISE, settle=steps.settle)
+
+
+class DecodeSteps:
+    """Whole decode steps of so many rows, with other constants in place of those there are.
+
+    What was settled stays, so that the next kind of product is chosen beside it.
+    """
+
+    def __init__(self, bench: Bench, rows: int) -> None:
+        self._bench, self._rows = bench, rows
+        self._tuned = TUNED
+        self._kind = OneRowConstants if rows == 1 else FewRowsConstants
+
+    def settle(self, constants: Constants) -> None:
+        """From now on these."""
+        self._tuned = self._tuned.having(constants)
+
+    def prepare(self) -> Timer:
+        """The timer, which all kinds of product share."""
+        return self._timer
+
+    @functools.cached_property
+    def _timer(self) -> Timer:
+        """Of a step that is recorded anew with the constants of a layout."""
+        from granite_paged.layers.triton.linear import using
+
+        self._bench.fresh()
+        shape, clock = Shape(self._rows, STEP_CONTEXT), self._bench.clock
+        runner = make_runner(self._bench.model, config_for(self._bench.config, shape))
+        sequences = Sequences(runner, self._rows)
+        sequences.open(STEP_CONTEXT + 1)
+        positions = [STEP_CONTEXT] * self._rows
+
+        def steps() -> None:
+            for _ in range(_STEPS):
+                runner.decode(sequences.rows, positions)
+
+        def seconds(layout: Layout) -> float:
+            runner.forget_programs()
+            with using(self._tuned.having(self._kind(**layout))):
+                steps()
+            times = sorted(clock.kernel_seconds(steps, None) for _ in range(_STEP_REPEATS))
+            return quantile(times, 0.5) / _STEPS
+
+        return seconds
+
+
+SUBJECTS = {"decode": decode_groups, "prefill": prefill_groups, "products": product_groups}
+"""What is tuned, by name."""

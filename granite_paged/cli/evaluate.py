@@ -1,0 +1,366 @@
+"""`granite-paged eval` and `granite-paged report`. torch loads when a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE
+from rich.table import Table
+
+from granite_paged.cli.options import (
+    FAILED,
+    OK,
+    SETTINGS,
+    in_a_folder,
+    json_option,
+    model_options,
+    progress_bar,
+    report_console,
+    write_json,
+)
+
+_MODES = {
+    "default": ("default",),
+    "static": ("static",),
+    "paged": ("paged",),
+    "both": ("default", "paged"),
+    "all": ("default", "static", "paged"),
+}
+
+
+def _names(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _batch_size(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """A number, or None for `auto`."""
+    if value == "auto":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value!r} is neither auto nor a number from 1 on")
+    return int(value)
+
+
+def _task_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to ask."""
+    for option in (
+        click.option("--tokenizer", metavar="ID_OR_PATH", help="Where the model brings none."),
+        click.option(
+            "--data",
+            metavar="DIR",
+            type=click.Path(),
+            help="Folder of mmlu_test.jsonl, mmlu_dev.jsonl, truthfulqa_mc.jsonl.  "
+            "[default: the hub]",
+            show_default=False,
+        ),
+        click.option(
+            "--subjects",
+            default="",
+            callback=_names,
+            metavar="A,B",
+            help="Subjects of MMLU.  [default: all]",
+            show_default=False,
+        ),
+        click.option(
+            "--limit", type=click.IntRange(min=1), help="Most questions a task, drawn by --seed."
+        ),
+        click.option(
+            "--num-fewshot",
+            type=click.IntRange(min=0),
+            help="Examples before each question of MMLU.  [default: 5]",
+            show_default=False,
+        ),
+        click.option(
+            "--tasks",
+            default="recall",
+            callback=_names,
+            metavar="A,B",
+            help="Of recall, mmlu, truthfulqa (truthfulqa_mc1 and truthfulqa_mc2).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _result_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where answers and results go."""
+    for option in (
+        click.option(
+            "--tensorboard",
+            metavar="DIR",
+            type=click.Path(file_okay=False),
+            help="Log to TensorBoard, in this folder.",
+        ),
+        click.option("--wandb", "project", metavar="PROJECT", help="Log to Weights & Biases."),
+        click.option(
+            "--bench",
+            multiple=True,
+            metavar="FILE",
+            type=click.Path(),
+            help="JSON of granite-paged bench, for the report's curves. May be repeated.",
+        ),
+        click.option(
+            "--report",
+            "folder",
+            metavar="DIR",
+            type=click.Path(file_okay=False),
+            help="Write results.json, report.md and figures there.",
+        ),
+        click.option(
+            "--output",
+            metavar="FILE",
+            type=click.Path(dir_okay=False),
+            callback=in_a_folder,
+            help="Keep finished answers there; the same command goes on from them.  "
+            "[default: answers.jsonl in the --report folder]",
+            show_default=False,
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("eval", context_settings=SETTINGS)
+@click.option(
+    "--mode",
+    default="both",
+    type=click.Choice(list(_MODES)),
+    help="Who answers; both is default and paged.",
+)
+@_task_options
+@click.option(
+    "--batch-size",
+    "batch",
+    default="1",
+    callback=_batch_size,
+    metavar="N|auto",
+    help="Rows a forward pass; auto finds default's fastest.",
+)
+@_result_options
+@model_options
+@json_option
+def evaluate(
+    loaded: Any,
+    config: Any,
+    seed: int,
+    mode: str,
+    tasks: tuple[str, ...],
+    batch: int | None,
+    json_file: str | None,
+    **options: Any,
+) -> int:
+    """Answer questions with and without paging: same choices, how fast, how much memory.
+
+    Puts every question to each mode in the same run and compares accuracy, choices, latency,
+    throughput and memory. Contexts are prefilled once, and what neighbouring questions share is
+    too. Exits with 1 when two modes differ by more than a near-tie.
+
+    \b
+    granite-paged eval
+    granite-paged eval --tasks mmlu,truthfulqa --model ibm-granite/granite-4.0-h-1b --report out
+    granite-paged eval --tasks mmlu --num-fewshot 0 --limit 1000 --data DIR --batch-size auto
+    """  # noqa: D301
+    from granite_paged.report.eval_results import read_bench
+
+    names = _check_before_the_work(tasks, options)
+    bench = [row for path in options["bench"] for row in read_bench(path)]
+    made = _make_tasks(names, loaded, config, seed, options)
+    found = _run(loaded, made, config, seed, mode, batch, options)
+    evaluation = {"command": _command_line(), **found.to_json()}
+    report_console(json_file).print(*_tables(evaluation), sep="")
+    if json_file:
+        write_json(json_file, evaluation)
+    figures: list[Path] = []
+    if options["folder"]:
+        from granite_paged.report.eval_report import write_report
+
+        figures = write_report(options["folder"], [evaluation], bench)
+    if options["project"]:
+        from granite_paged.report.wandb_run import log_to_wandb
+
+        click.echo(f"wandb: {log_to_wandb(options['project'], evaluation, figures)}", err=True)
+    if options["tensorboard"]:
+        from granite_paged.report.tensorboard_run import log_to_tensorboard
+
+        log_to_tensorboard(options["tensorboard"], evaluation, figures)
+    return OK if evaluation["passed"] else FAILED
+
+
+@click.command("report", context_settings=SETTINGS)
+@click.argument("results", nargs=-1, required=True, type=click.Path())
+@click.option("--bench", multiple=True, metavar="FILE", type=click.Path(), help="As of eval.")
+@click.option(
+    "--to", "folder", default="report", metavar="DIR", type=click.Path(file_okay=False),
+    help="Where results.json, report.md and the figures go.",
+)  # fmt: skip
+@click.option(
+    "--page",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Also put tables and figures between the results comments of this Markdown page.",
+)
+def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: str | None) -> int:
+    """One report of several RESULTS, files that `granite-paged eval --json` wrote.
+
+    \b
+    granite-paged report mmlu.json truthfulqa.json --to report
+    granite-paged report golden/results/*.json --to out --page README.md
+    """  # noqa: D301
+    from granite_paged.report.eval_report import update_page, write_report
+    from granite_paged.report.eval_results import read_bench, read_evaluation
+
+    evaluations = [read_evaluation(path) for path in results]
+    rows = [row for path in bench for row in read_bench(path)]
+    figures = write_report(folder, evaluations, rows)
+    if page:
+        update_page(page, evaluations, rows, figures)
+    click.echo(f"{folder}/report.md and {len(figures)} figures")
+    return OK
+
+
+# -- steps of eval ------------------------------------------------------------------------------
+
+
+def _check_before_the_work(tasks: tuple[str, ...], options: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse now what would fail when hours of work are done. Returns the tasks' names."""
+    from granite_paged.evaluate.tasks import task_names
+    from granite_paged.report.eval_report import prepare_folder
+    from granite_paged.report.tensorboard_run import writer_class
+    from granite_paged.report.wandb_run import wandb_module
+
+    names = task_names(tasks)
+    if options["project"]:
+        wandb_module()
+    if options["tensorboard"]:
+        writer_class()
+    if options["folder"]:
+        prepare_folder(options["folder"])
+    return names
+
+
+def _make_tasks(
+    names: tuple[str, ...], loaded: Any, config: Any, seed: int, options: dict[str, Any]
+) -> list[Any]:
+    from granite_paged.evaluate.tasks import Options, make_task
+    from granite_paged.models import load_tokenizer
+
+    named = options["tokenizer"]
+    tokenizer = load_tokenizer(named) if named else loaded.tokenizer
+    chosen = Options(
+        num_fewshot=options["num_fewshot"],
+        limit=options["limit"],
+        subjects=options["subjects"],
+        data=options["data"],
+        smallest=config.page_size,
+        seed=seed,
+    )
+    return [make_task(name, chosen, loaded, tokenizer) for name in names]
+
+
+def _run(
+    loaded: Any,
+    tasks: list[Any],
+    config: Any,
+    seed: int,
+    mode: str,
+    batch: int | None,
+    options: dict[str, Any],
+) -> Any:
+    from granite_paged.evaluate.journal import Journal, held_run
+    from granite_paged.evaluate.run import evaluate, identity
+
+    path = options["output"] or (options["folder"] and f"{options['folder']}/answers.jsonl")
+    if batch is None:
+        batch = held_run(path).get("batch size") or _find_batch(loaded, tasks, seed)
+    modes = _MODES[mode]
+    journal = Journal(path, identity(loaded, tasks, modes, config, batch))
+    answers = len(modes) * sum(len(task.questions) for task in tasks)
+    try:
+        with _progress(answers) as progress:
+            return evaluate(
+                loaded,
+                tasks,
+                modes,
+                config=config,
+                journal=journal,
+                batch=batch,
+                seed=seed,
+                progress=progress,
+            )
+    finally:
+        journal.close()
+
+
+def _find_batch(loaded: Any, tasks: list[Any], seed: int) -> int:
+    from granite_paged.evaluate.batch_size import best_batch
+
+    batch = best_batch(loaded.model, [q.request for task in tasks for q in task.questions], seed)
+    click.echo(f"default is fastest with {batch} rows a forward pass", err=True)
+    return batch
+
+
+@contextmanager
+def _progress(answers: int) -> Iterator[Callable[[str, int], None]]:
+    with progress_bar(time_left=True) as bar:
+        task = bar.add_task("start", total=answers)
+        yield lambda name, more: bar.update(task, description=name, advance=more)
+
+
+def _command_line() -> str:
+    return shlex.join(["granite-paged", *sys.argv[1:]])
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def _tables(evaluation: dict[str, Any]) -> list[Any]:
+    from granite_paged.report.eval_results import entries
+
+    where = f"{evaluation['model']}, {evaluation['dtype']}, {evaluation['device']}"
+    metrics = Table(title=where, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    if evaluation["device"] == "cpu":
+        metrics.caption = "attention over pages is dense on the CPU: its times say nothing of a GPU"
+    metrics.add_column("task", no_wrap=True)
+    metrics.add_column("mode", no_wrap=True)
+    for column in ("accuracy", "mean ms", "p50", "p99", "question/s", "token/s", "GB", "hits"):
+        metrics.add_column(column, justify="right", no_wrap=True)
+    verdicts = Table(show_header=False, box=SIMPLE)
+    for entry in entries([evaluation]):
+        for mode, found in entry.modes.items():
+            metrics.add_row(entry.task, mode, *_numbers(found))
+            if found["refused"]:
+                verdicts.add_row(entry.task, f"{mode}: {found['refused']} questions refused", "")
+        for mode, found in entry.agreement.items():
+            verdicts.add_row(entry.task, *_verdict(mode, found))
+    if not evaluation["passed"]:
+        verdicts.add_row("verdict", "FAILED", "[red]BROKEN[/]")
+    return [metrics, verdicts] if verdicts.row_count else [metrics]
+
+
+def _numbers(found: dict[str, Any]) -> list[str]:
+    peak = found["peak_bytes"]
+    return [
+        f"{found['accuracy']:.4f} ± {found['stderr'] or 0:.4f}",
+        *(f"{found[f'latency_{name}_ms']:,.1f}" for name in ("mean", "p50", "p99")),
+        f"{found['questions_per_second']:,.1f}",
+        f"{found['tokens_per_second']:,.0f}",
+        f"{peak / 1e9:.2f}" if peak else "-",
+        f"{found['hit_rate']:.1%}",
+    ]
+
+
+def _verdict(mode: str, found: dict[str, Any]) -> tuple[str, str]:
+    differing = found["differing"]
+    near = sum(bool(difference["near_tie"]) for difference in differing)
+    same = f"{found['questions'] - len(differing)} of {found['questions']} choices are default's"
+    ties = f", {near} of the others near-ties" if differing else ""
+    ratio = f"; {found['latency_ratio']:.3f} of its latency"
+    passed = near == len(differing)
+    return f"{mode}: {same}{ties}{ratio}", "[green]ok[/]" if passed else "[red]BROKEN[/]"

@@ -1,0 +1,147 @@
+"""The device: what it can do, how much memory it has, and copies to and from it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from granite_paged.errors import DeviceError
+
+TUNED_SHARED_MEMORY = 227 * 1024
+"""Bytes a program may have on compute capability 9.0, where the constants were chosen."""
+
+
+# -- what it can do -----------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name, `auto` included. Raises DeviceError."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda:0" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise DeviceError(f"{name} is not there: this machine has {gpus} CUDA devices")
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+@functools.cache
+def cannot_compile(device: torch.device) -> str:
+    """Why nothing can be compiled for a CUDA device, Triton or Inductor; empty where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "there is no C compiler (cc, gcc or clang), which Triton needs"
+    return too_old(device, (7, 0))
+
+
+def too_old(device: torch.device, needed: tuple[int, int]) -> str:
+    """Say that a GPU is older than a compute capability; empty where it is not."""
+    if not torch.cuda.is_available():
+        return ""
+    have = torch.cuda.get_device_capability(device)
+    if have >= needed:
+        return ""
+    return f"compute capability {have[0]}.{have[1]} is older than {needed[0]}.{needed[1]}"
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; without a GPU, those of the tuned one.
+
+    A block may have all of its multiprocessor's but 1 KiB (CUDA C++ programming guide, 8.0 on).
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return TUNED_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_multiprocessor) - 1024
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
+    """Stages of a pipeline, fewer where the device's programs have less shared memory."""
+    return max(1, min(stages, memory // stage_bytes))
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be had: free ones of a GPU, all of the host's."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def graph_bytes(device: torch.device) -> int:
+    """Private memory of CUDA graphs that is not a live tensor: what replays compute in."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+
+
+# -- copies -------------------------------------------------------------------------------------
+
+
+def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on the device; on CUDA through pinned memory, so that nobody waits."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
+    """Move 1-D integer tensors to the device in one copy."""
+    packed = torch.cat([part.long() for part in parts])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return list(torch.split(packed.to(device, non_blocking=True), [len(part) for part in parts]))
+
+
+class Fetch:
+    """Tensors on their way to the host; `read` waits until they are there."""
+
+    def __init__(self, device: torch.device, **tensors: Tensor | None) -> None:
+        self._landed: Any = None
+        if device.type == "cuda":
+            self._landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._tensors = {
+            name: self._start(tensor) for name, tensor in tensors.items() if tensor is not None
+        }
+        if self._landed is not None:
+            self._landed.record(torch.cuda.current_stream(device))
+
+    def read(self) -> dict[str, list[Any]]:
+        """Their contents as lists, by name."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        return {name: tensor.tolist() for name, tensor in self._tensors.items()}
+
+    def _start(self, tensor: Tensor) -> Tensor:
+        if self._landed is None:
+            return tensor.clone()  # what it came from is written again before it is read
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)

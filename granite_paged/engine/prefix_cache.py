@@ -1,0 +1,336 @@
+"""Prompts that begin alike are computed once.
+
+A tree of token blocks: a node is one block after all those above it, found by its tokens, so that
+a hit has compared every token and no hash decides. A block is a multiple of the page size and of
+the model's alignment, where its Mamba state can be taken and put back exactly.
+
+::
+
+    root ── block ── block ─┬─ block          pages   K and V of the block, shared by reference
+                     state  └─ block          state   Mamba rows after the block
+
+A prompt can start from a node with pages and, where the model has Mamba layers, a state. States are
+large, so they are kept only where prompts part: a node is worth a state if another waiting prompt
+goes through it and parts there, or if it is the last that this prompt shares with the past.
+
+Invariant: a node with pages has a parent with pages; its pages are one sequence of the allocator,
+so they outlive whoever computed them. A node without pages, state, promise, interest or children
+is gone. Host only and without torch: a state is whatever has `nbytes`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from granite_paged.errors import require
+from granite_paged.paging.allocator import PageAllocator
+
+
+class RowState(Protocol):
+    """Mamba state of one row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory it takes."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One block of tokens after all those above it.
+
+    Attributes:
+        end: tokens up to and with this block.
+        interest: waiting prompts that go through it.
+        pending_states: running prompts that will keep their state here.
+        sequence: sequence of the allocator that holds the block's pages.
+    """
+
+    tokens: tuple[int, ...]
+    parent: Node | None
+    end: int
+    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    interest: int = 0
+    pending_states: int = 0
+    sequence: int | None = None
+    state: RowState | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing depends on it."""
+        return not (
+            self.children or self.interest or self.pending_states or self.sequence is not None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """What a prompt can start from: so many tokens, in these pages, with this state."""
+
+    tokens: int = 0
+    pages: tuple[int, ...] = ()
+    state: RowState | None = None
+
+
+@dataclass(slots=True)
+class PrefixStats:
+    """What the cache did since it was made."""
+
+    hits: int = 0
+    misses: int = 0
+    tokens_hit: int = 0
+    tokens_asked: int = 0
+    evicted_pages: int = 0
+    evicted_states: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that were not computed again."""
+        return self.tokens_hit / self.tokens_asked if self.tokens_asked else 0.0
+
+
+class PrefixCache:
+    """The tree, its pages and its states.
+
+    Args:
+        allocator: of the pages.
+        block: tokens a node; a multiple of the page size.
+        stateful: whether the model has Mamba layers.
+        budget: most bytes of states; 0 turns the cache off.
+        forget: told of pages that nobody holds any more.
+    """
+
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        block: int,
+        *,
+        stateful: bool,
+        budget: int,
+        forget: Callable[[list[int]], None],
+    ) -> None:
+        require(block % allocator.page_size == 0, "a block is whole pages")
+        self.block = block
+        self.enabled = budget > 0
+        self.stats = PrefixStats()
+        self.state_bytes = 0
+        self._allocator = allocator
+        self.stateful = stateful
+        self.budget = budget
+        self._forget = forget
+        self._root = Node((), None, 0)
+        # least recently used first; a parent is touched after its children, so it comes later
+        self._with_pages: OrderedDict[Node, None] = OrderedDict()
+        self._with_state: OrderedDict[Node, None] = OrderedDict()
+
+    @property
+    def pages(self) -> int:
+        """Pages that the tree holds, shared with sequences or not."""
+        return len(self._with_pages) * (self.block // self._allocator.page_size)
+
+    @property
+    def handles(self) -> list[int]:
+        """Sequences of the allocator that hold the tree's pages."""
+        return [node.sequence for node in self._with_pages if node.sequence is not None]
+
+    # -- before a prompt runs -------------------------------------------------------------------
+
+    def announce(self, tokens: Sequence[int]) -> list[Node]:
+        """A prompt waits: returns its path, the last token left out, for that must be computed."""
+        node, path = self._root, []
+        for start in range(0, len(tokens) - self.block if self.enabled else 0, self.block):
+            block = tuple(tokens[start : start + self.block])
+            child = node.children.get(block)
+            if child is None:
+                child = node.children[block] = Node(block, node, start + self.block)
+            child.interest += 1
+            path.append(child)
+            node = child
+        return path
+
+    def withdraw(self, path: Sequence[Node]) -> None:
+        """The prompt does not wait any more."""
+        for node in reversed(path):
+            node.interest -= 1
+            self._prune(node)
+
+    def find(self, path: Sequence[Node]) -> Hit:
+        """The longest beginning of a waiting prompt that is there. Changes nothing."""
+        for depth in range(len(path), 0, -1):
+            node = path[depth - 1]
+            if node.sequence is not None and (node.state is not None or not self.stateful):
+                return Hit(node.end, self._pages_of(path[:depth]), node.state)
+        return Hit()
+
+    def worth_waiting(self, path: Sequence[Node], hit: Hit) -> bool:
+        """Whether a running prompt will soon leave more of this one's beginning than there is."""
+        return any(node.pending_states for node in path if node.end > hit.tokens)
+
+    def checkpoints(self, path: Sequence[Node], hit: Hit) -> dict[int, Node]:
+        """Where this prompt should leave its state, for others. Keyed by tokens.
+
+        The prompt itself counts as waiting still.
+        """
+        beyond = [0] + [node.interest for node in reversed(path)]
+        chosen = {}
+        for node, below in zip(path, reversed(beyond[:-1]), strict=True):
+            others_part_here = node.interest > max(below, 1)
+            if node.end > hit.tokens and (others_part_here or self._parts_from_past(path, node)):
+                chosen[node.end] = node
+        return chosen
+
+    def promise(self, nodes: Sequence[Node]) -> None:
+        """A prompt that starts now will leave its state at these."""
+        for node in nodes:
+            node.pending_states += 1
+
+    def unpromise(self, nodes: Sequence[Node]) -> None:
+        """It has, or will not."""
+        for node in nodes:
+            node.pending_states -= 1
+            self._prune(node)
+
+    def used(self, path: Sequence[Node], hit: Hit, tokens: int) -> None:
+        """A prompt of so many tokens started from `hit`: count it and keep it longer."""
+        self.stats.hits += hit.tokens > 0
+        self.stats.misses += hit.tokens == 0
+        self.stats.tokens_hit += hit.tokens
+        self.stats.tokens_asked += tokens
+        if hit.tokens:
+            self._touch(path[hit.tokens // self.block - 1])
+
+    # -- after it ran ---------------------------------------------------------------------------
+
+    def keep(
+        self, tokens: Sequence[int], pages: Sequence[int], state: RowState | None = None
+    ) -> None:
+        """Keep the whole blocks of `tokens`, which lie in `pages`; a state is that after the last.
+
+        Blocks that are there already keep their pages: the contents are the same.
+        """
+        node, per_block = self._root, self.block // self._allocator.page_size
+        for number in range(len(tokens) // self.block if self.enabled else 0):
+            block = tuple(tokens[number * self.block : (number + 1) * self.block])
+            own = pages[number * per_block : (number + 1) * per_block]
+            node = self._keep_block(node, block, own)
+        if node.end:
+            self._touch(node)
+            self._keep_state(node, state)
+
+    def evict(self, free: int) -> bool:
+        """Drop what was used least recently until so many pages are free. Whether they are."""
+        if self._allocator.free >= free:
+            return True
+        for node in list(self._with_pages):
+            if not self._in_use(node):
+                self._drop_pages(node)
+                if self._allocator.free >= free:
+                    return True
+        return False
+
+    def make_room(self, nbytes: int) -> bool:
+        """Drop states used least recently until one of so many bytes fits. Whether one does."""
+        if nbytes > self.budget:
+            return False
+        while self.state_bytes + nbytes > self.budget:
+            self._drop_state(next(iter(self._with_state)))
+            self.stats.evicted_states += 1
+        return True
+
+    def clear(self) -> None:
+        """Drop everything that no waiting prompt names."""
+        for node in list(self._with_pages):
+            self._drop_pages(node)
+
+    def check_valid(self) -> None:
+        """Prove the invariant; BrokenInvariant says what broke."""
+        nodes = self._nodes()
+        with_pages = {node for node in nodes if node.sequence is not None}
+        require(set(self._with_pages) == with_pages, "prefix: pages and the list differ")
+        with_state = {node for node in nodes if node.state is not None}
+        require(set(self._with_state) == with_state, "prefix: states and the list differ")
+        require(with_state <= with_pages, "prefix: a state without pages")
+        counted = sum(node.state.nbytes for node in nodes if node.state is not None)
+        require(counted == self.state_bytes, "prefix: bytes of states")
+        require(self.state_bytes <= max(self.budget, 0), "prefix: states over budget")
+        for node in nodes:
+            require(not node.idle, "prefix: a node that nothing needs")
+            require(node.interest >= 0 and node.pending_states >= 0, "prefix: a count below zero")
+            parent = node.parent
+            rooted = parent is self._root or (parent is not None and parent.sequence is not None)
+            require(rooted or node.sequence is None, "prefix: pages without those before")
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _keep_block(self, parent: Node, tokens: tuple[int, ...], pages: Sequence[int]) -> Node:
+        node = parent.children.get(tokens)
+        if node is None or node.sequence is None:
+            sequence = self._allocator.open(pages)  # first: what is refused leaves no empty node
+            node = node or Node(tokens, parent, parent.end + self.block)
+            parent.children[tokens] = node
+            node.sequence = sequence
+            self._with_pages[node] = None
+        return node
+
+    def _parts_from_past(self, path: Sequence[Node], node: Node) -> bool:
+        depth = node.end // self.block
+        return node.sequence is not None and (depth == len(path) or path[depth].sequence is None)
+
+    def _pages_of(self, path: Sequence[Node]) -> tuple[int, ...]:
+        handles = [node.sequence for node in path if node.sequence is not None]
+        return tuple(page for sequence in handles for page in self._allocator.pages_of(sequence))
+
+    def _touch(self, node: Node) -> None:
+        at: Node | None = node
+        while at is not None and at is not self._root:
+            for recent in (self._with_pages, self._with_state):
+                if at in recent:
+                    recent.move_to_end(at)
+            at = at.parent
+
+    def _keep_state(self, node: Node, state: RowState | None) -> None:
+        if state is None or node.state is not None or not self.make_room(state.nbytes):
+            return
+        node.state = state
+        self._with_state[node] = None
+        self.state_bytes += state.nbytes
+
+    def _in_use(self, node: Node) -> bool:
+        if any(child.sequence is not None for child in node.children.values()):
+            return True
+        pages = self._pages_of([node])
+        return any(self._allocator.references(page) > 1 for page in pages)
+
+    def _drop_pages(self, node: Node) -> None:
+        """Of a node whose children have none, or of all nodes in order."""
+        if node.sequence is None:
+            return
+        if node.state is not None:
+            self._drop_state(node)
+        sequence, node.sequence = node.sequence, None
+        del self._with_pages[node]
+        freed = self._allocator.release(sequence)
+        self.stats.evicted_pages += len(freed)
+        self._forget(freed)
+        self._prune(node)
+
+    def _drop_state(self, node: Node) -> None:
+        if node.state is not None:
+            self.state_bytes -= node.state.nbytes
+            node.state = None
+            del self._with_state[node]
+
+    def _prune(self, node: Node) -> None:
+        at = node
+        while at.parent is not None and at.idle:
+            del at.parent.children[at.tokens]
+            at = at.parent
+
+    def _nodes(self) -> list[Node]:
+        found = list(self._root.children.values())
+        for node in found:  # grows as it goes
+            found += node.children.values()
+        return found

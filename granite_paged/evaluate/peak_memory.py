@@ -1,0 +1,50 @@
+"""Peak memory of one mode, while other modes keep their caches on the same device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+
+from granite_paged.device import graph_bytes
+
+
+class Peaks:
+    """Peaks of each mode, without what the other modes keep on the device meanwhile.
+
+    What CUDA graphs compute in, out of the allocator's sight, is its mode's for as long as it runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: Counter[str] = Counter()
+        self._graphs: Counter[str] = Counter()
+        self._peak = 0
+        self._seen = (0, 0)
+
+    @contextlib.contextmanager
+    def of(self, mode: str) -> Iterator[None]:
+        """What is allocated inside belongs to this mode."""
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        allocated, graphs = torch.cuda.memory_allocated(self._device), self._graph_bytes()
+        yield
+        self._kept[mode] += torch.cuda.memory_allocated(self._device) - allocated
+        self._graphs[mode] += self._graph_bytes() - graphs
+        self._peak = torch.cuda.max_memory_allocated(self._device)
+
+    def peak(self, mode: str) -> int:
+        """Bytes, inside the `of` that ended last."""
+        others = sum(kept for other, kept in self._kept.items() if other != mode)
+        return self._peak - others + self._graphs[mode]
+
+    def _graph_bytes(self) -> int:
+        """Counted anew where the device's memory was, for counting takes milliseconds."""
+        reserved = torch.cuda.memory_reserved(self._device)
+        if reserved != self._seen[0]:
+            self._seen = (reserved, graph_bytes(self._device))
+        return self._seen[1]

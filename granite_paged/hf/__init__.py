@@ -1,0 +1,1 @@
+"""Everything that follows the releases of Hugging Face transformers."""

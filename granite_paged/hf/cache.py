@@ -1,0 +1,578 @@
+"""A transformers `Cache`: pages for attention layers, rows for Mamba layers.
+
+One step, one way::
+
+    begin_step   host    how many tokens each row adds -> allocator (all rows or none)
+                 copy    table entries and positions, in one transfer
+                 device  copy-on-write, scrub, page tables, slots, BlockMask
+    update       device  K and V into the pool; the pool goes to FlexAttention
+    end_step     host    refuse NaN, count the columns
+
+Rows of the batch are sequences of the allocator. transformers counts columns (`get_seq_length`),
+pages hold tokens: see `columns.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from granite_paged.device import free_memory, to_device
+from granite_paged.errors import (
+    CacheReleased,
+    GeometryError,
+    GranitePagedError,
+    InvalidRequest,
+    NonFinite,
+    NotPatched,
+    OutOfPages,
+    OutOfRows,
+    require,
+)
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.hf.padding import NewColumns, PaddedBatch
+from granite_paged.layers.attention import bucket, resolve_backend
+from granite_paged.layers.mamba import MambaRows
+from granite_paged.paging.allocator import AppendPlan, PageAllocator
+from granite_paged.paging.masks import PADDING, paged_block_mask
+from granite_paged.paging.page_table import PageTable
+from granite_paged.paging.pool import KVPool
+
+_GROWTH = 1.5  # a pool that is too small grows by half, so a long decode reallocates rarely
+
+
+@dataclass(slots=True)
+class Step:
+    """What the layers of one forward pass share.
+
+    Attributes:
+        columns: the new columns of the batch, padding included.
+        slots: [B * S] int64, where each new token's K and V go.
+        block_mask: for every attention layer.
+        rows: [B] int64, 0 to B - 1: the rows of Mamba states.
+        since_start: [B, S] int64, columns since the row's first token, -1 before it: what Mamba
+            layers go by, as transformers lets a state decay over padding inside a sequence.
+        finite: layer -> [] bool on the device, whether its K and V were.
+    """
+
+    columns: NewColumns
+    slots: Tensor
+    block_mask: BlockMask
+    rows: Tensor
+    since_start: Tensor
+    finite: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parked:
+    """Sequences set aside: they hold their pages, and no step runs them.
+
+    Attributes:
+        sequences: of the allocator, one for each row there was.
+        table: [rows, width] int32, their page table.
+        columns: the record of their columns.
+        states: one for each Mamba layer, copies.
+    """
+
+    sequences: tuple[int, ...]
+    table: Tensor
+    columns: PaddedBatch
+    states: tuple[MambaRows, ...]
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
+    """An attention layer's place in the cache: writes into its pool, hands the pool on."""
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: PagedCache, layer: int) -> None:
+        super().__init__()
+        self._cache = cache
+        self._layer = layer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, Hkv, S, D] each; returns the pool's keys and values, [1, Hkv, slots, D]."""
+        return self._cache.write(self._layer, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """PaddedBatch so far, padding included."""
+        return self._cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """-1: bounded by pages, not by a length."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Only a model that is not patched asks for these."""
+        raise _not_patched()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Pools are made by the cache, before the first layer runs."""
+        raise _not_patched()
+
+
+class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+    """K and V in pages, Mamba states in rows.
+
+    Args:
+        model_config: the model's transformers config.
+        config: the user's params.
+        device, dtype: of the model.
+
+    Raises:
+        UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
+    """
+
+    _step: Step | None
+    _rows: list[int]  # row -> sequence of the allocator
+
+    def __init__(
+        self,
+        model_config: Any,
+        config: PagedConfig | None = None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config = config or PagedConfig()
+        self.geometry = CacheGeometry.from_config(
+            model_config, page_size=self.config.page_size, dtype=dtype
+        )
+        self.device = device
+        self._compiled = (
+            resolve_backend(self.config.backend, device, dtype, self.geometry.head_dim)
+            == "compiled"
+        )
+        self._page_limit = _page_limit(self.geometry, self.config, device)
+        self._start_empty()
+        paged = {i: PagedLayer(self, i) for i in self.geometry.attention_layers}
+        rows = {i: MambaRows() for i in self.geometry.mamba_layers}
+        layers: dict[int, PagedLayer | MambaRows] = {**paged, **rows}
+        super().__init__(layers=[layers[i] for i in sorted(layers)])
+        self._mamba_layers = list(rows.values())
+
+    @classmethod
+    def for_model(cls, model: Any, config: PagedConfig | None = None) -> PagedCache:
+        """An empty cache for a live model, to hand to several `generate()` calls in turn."""
+        return cls(model.config, config, device=model.device, dtype=model.dtype)
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def begin_step(self, batch: int, columns: int, attention_mask: Tensor | None = None) -> Step:
+        """Make room for the next `columns` columns and say where everything goes.
+
+        Args:
+            batch: rows (B); the first step of an empty cache decides how many there are.
+            columns: new columns, padding included (S).
+            attention_mask: [B, columns so far + S], zero where padding; None where there is none.
+
+        Raises:
+            OutOfPages, OutOfRows: with what was needed and there. The cache is as it was.
+            PaddingError: padding on the right, or a mask that disagrees with the cache's past.
+            PromptError: no rows or no columns.
+            InvalidRequest: a batch or mask of another shape.
+            CacheReleased: after a step that failed or was interrupted, until `reset()`.
+        """
+        self._check_usable()
+        if self._rows and batch != len(self._rows):
+            raise InvalidRequest(
+                f"the cache holds {len(self._rows)} rows, the batch has {batch}: "
+                "send the same rows, or reset() the cache"
+            )
+        started = [self.allocator.length(s) > 0 for s in self._rows] or [False] * batch
+        new = self._columns.check(attention_mask, columns, started)
+        fresh = not self._rows
+        if fresh:
+            self._open_rows(batch)
+        try:
+            self._step = self._plan_step(new)
+        except GranitePagedError:  # refused before anything changed
+            if fresh:
+                self._close_rows()
+            raise
+        except BaseException:
+            self.fail_step("a step of this cache could not be prepared")
+            raise
+        return self._step
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's share of the step. keys, values: [B, Hkv, S, D]. Returns the pool's."""
+        if self.config.check_finite:
+            self.step.finite[layer] = keys.isfinite().all() & values.isfinite().all()
+        pool = self.pools[layer]
+        pool.write(self.step.slots, keys, values)
+        return pool.keys, pool.values
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step was begun and neither ended nor failed."""
+        return self._step is not None
+
+    @property
+    def step(self) -> Step:
+        """The step that is open. Raises NotPatched where there is none."""
+        if self._step is None:
+            raise _not_patched()
+        return self._step
+
+    def end_step(self) -> None:
+        """Close a step whose forward pass returned.
+
+        Raises:
+            NonFinite: naming the layers; the cache's sequences are released.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        if step.finite:
+            finite = torch.stack(list(step.finite.values())).tolist()
+            bad = [layer for layer, ok in zip(step.finite, finite, strict=True) if not ok]
+            if bad:
+                self.fail_step("a step met NaN or infinity")
+                raise NonFinite(bad)
+        self._columns.extend(step.columns)
+
+    def fail_step(self, reason: str) -> None:
+        """Close a step that did not finish: some layers saw its tokens and some did not."""
+        self.reset()
+        self._failure = reason
+
+    # -- what transformers asks of a cache ------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """PaddedBatch so far, padding included: what `generate()` slices its inputs by."""
+        return self._columns.count
+
+    def reset(self) -> None:
+        """Release every sequence and keep the pools, zeroed where a new owner needs it."""
+        self._close_rows()
+        self._step, self._failure, self._columns = None, "", PaddedBatch()
+        for layer in self._mamba_layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues what row `beam_idx[i]` was. Pages are shared until written."""
+        self._select_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Fork every row into `repeats` neighbours."""
+        self._select_rows([row for row in range(len(self._rows)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order. indices: [n] int, or [B] bool."""
+        if indices.dtype != torch.bool:
+            self._select_rows(indices.tolist())
+        elif len(indices) == len(self._rows):
+            self._select_rows(indices.nonzero()[:, 0].tolist())
+        else:
+            raise InvalidRequest(
+                f"a selection of {len(indices)} rows does not fit a cache of {len(self._rows)}: "
+                "give one bool for each"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: a Mamba state cannot be taken back, so nor can the pages beside it."""
+        raise InvalidRequest(
+            "a paged cache cannot be cropped; fork it before the tokens you may drop"
+        )
+
+    # -- setting rows aside ---------------------------------------------------------------------
+
+    def park(self) -> Parked:
+        """Set a fork of every row aside, for `resume` to continue any number of times.
+
+        Its pages are shared with the rows and stay held through `reset()`, until `discard`.
+        """
+        self._check_usable()
+        if not self._rows:
+            raise InvalidRequest("an empty cache has no rows to park: run a prompt first")
+        self._parked.append(
+            Parked(
+                tuple(self.allocator.fork(sequence) for sequence in self._rows),
+                self.table.physical[: len(self._rows)].clone(),
+                copy.copy(self._columns),
+                copy.deepcopy(tuple(self._mamba_layers)),
+            )
+        )
+        return self._parked[-1]
+
+    def resume(self, parked: Parked) -> None:
+        """The rows become forks of what was parked; the ones there were are released."""
+        self._check_parked(parked)
+        self._check_rows(len(parked.sequences))
+        self.reset()
+        self._rows = [self.allocator.fork(sequence) for sequence in parked.sequences]
+        self.table.restore_rows(parked.table)
+        self._columns = copy.copy(parked.columns)
+        for layer, state in zip(self._mamba_layers, parked.states, strict=True):
+            layer.take(state)
+
+    def discard(self, parked: Parked) -> None:
+        """Let go of what was parked; rows that were resumed from it go on."""
+        self._check_parked(parked)
+        self._parked.remove(parked)
+        self._forget(self.allocator.release(*parked.sequences))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 while there are none."""
+        return len(self._rows) or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate()` must neither build masks for this cache nor compile around it."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a sequence was started."""
+        return bool(self._rows)
+
+    @property
+    def is_croppable(self) -> bool:
+        """See `crop`."""
+        return False
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedCache({len(self._rows)} sequences, {self.allocator.tokens} tokens, "
+            f"{self.allocator.held} of {self.allocator.pages - 1} pages of {self.config.page_size})"
+        )
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The allocator's sequence of each row."""
+        return tuple(self._rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages that sequences hold, over all attention layers."""
+        return self.allocator.held * self.geometry.bytes_per_page
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pools, held or free."""
+        return sum(pool.nbytes for pool in self.pools.values())
+
+    def reserve(self, tokens: Sequence[int]) -> None:
+        """Size the pools for rows of so many tokens, as far as the budget goes."""
+        pages = [self.geometry.pages_for(n) for n in tokens]
+        self._fit(pages=min(1 + sum(pages), self._page_limit), width=max(pages, default=1))
+
+    def check_valid(self) -> None:
+        """Prove that allocator, page table and pools agree; BrokenInvariant says what does not."""
+        self.allocator.check_valid()
+        aside = [sequence for parked in self._parked for sequence in parked.sequences]
+        known = sorted([*self._rows, *aside])
+        require(known == sorted(self.allocator.sequences), "a sequence without a row")
+        self.table.check_valid(self.allocator, self._rows, aside)
+        sizes = {pool.pages for pool in self.pools.values()}
+        require(sizes == {self.allocator.pages}, "a pool of another size than the allocator's")
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _start_empty(self) -> None:
+        pages = self._page_limit if self.config.max_tokens else 2
+        self.allocator = PageAllocator(pages, self.config.page_size)
+        self.table = PageTable(1, 1, pages, self.device)
+        self.pools = {
+            layer: KVPool(self.geometry, pages, self.device)
+            for layer in self.geometry.attention_layers
+        }
+        self._rows = []
+        self._parked: list[Parked] = []
+        self._columns = PaddedBatch()
+        self._step = None
+        self._failure = ""
+
+    def _open_rows(self, batch: int) -> None:
+        self._check_rows(batch)
+        self._rows = [self.allocator.open() for _ in range(batch)]
+
+    def _close_rows(self) -> None:
+        self._forget(self.allocator.release(*self._rows))
+        self._rows = []
+
+    def _check_usable(self) -> None:
+        if self._step is not None:  # KeyboardInterrupt passes by the hooks that close a step
+            self.fail_step("a step of this cache was interrupted")
+        if self._failure:
+            raise CacheReleased(f"{self._failure}; call reset() and start over")
+
+    def _check_parked(self, parked: Parked) -> None:
+        if not any(parked is known for known in self._parked):
+            raise InvalidRequest("these rows are not parked here: discarded, or of another cache")
+
+    def _check_rows(self, needed: int) -> None:
+        if self.config.max_sequences is not None and needed > self.config.max_sequences:
+            raise OutOfRows(needed=needed, rows=self.config.max_sequences)
+
+    def _plan_step(self, new: NewColumns) -> Step:
+        lengths = [self.allocator.length(sequence) for sequence in self._rows]
+        positions = _positions(lengths, new)
+        added = (positions != PADDING).sum(dim=1).tolist()
+        growth = dict(zip(self._rows, added, strict=True))
+        self._make_room(growth)
+        device_positions = self._apply(self.allocator.append(growth), positions)
+        physical = self._named_pages()
+        rows, width = physical.shape
+        page_size = self.config.page_size
+        visible = None
+        if new.hidden_by is not None:
+            visible = self._columns.visible(new.hidden_by, (rows, width * page_size))
+        return Step(
+            columns=new,
+            slots=self.table.slots(device_positions, page_size).flatten(),
+            block_mask=paged_block_mask(
+                physical,
+                self.table.logical,
+                self._padded(device_positions.int(), rows),
+                page_size=page_size,
+                group=self.geometry.group,
+                visible=visible,
+            ),
+            rows=torch.arange(len(self._rows), device=self.device),
+            since_start=new.since_start(len(self._rows), self.device),
+        )
+
+    def _named_pages(self) -> Tensor:
+        """[rows, width] int32: the page table of this batch, in a shape that recurs."""
+        rows = len(self._rows)
+        return self.table.physical[: bucket(rows) if self._compiled else rows]
+
+    def _padded(self, positions: Tensor, rows: int) -> Tensor:
+        """Positions [B, S] in a shape for which a kernel may have been compiled already."""
+        batch, columns = positions.shape
+        more = bucket(columns, steps=2) - columns if self._compiled else 0
+        return torch.nn.functional.pad(positions, (0, more, 0, rows - batch), value=PADDING)
+
+    def _make_room(self, growth: dict[int, int]) -> None:
+        allocator = self.allocator
+        needed = allocator.pages_needed(growth)
+        width = max(self.geometry.pages_for(allocator.length(s) + n) for s, n in growth.items())
+        missing = needed - allocator.free
+        if missing <= 0:
+            self._fit(pages=allocator.pages, width=width)
+            return
+        room = self._page_limit - allocator.pages
+        if missing > room:
+            raise OutOfPages(needed=needed, free=allocator.free + room, advice=self._advice())
+        ample = int(_GROWTH * allocator.pages) if self._columns.count else 0
+        pages = min(max(allocator.pages + missing, ample), self._page_limit)
+        self._fit(pages=pages, width=width)
+
+    def _advice(self) -> str:
+        lever = "memory_fraction" if self.config.max_tokens is None else "max_tokens"
+        return f"raise PagedConfig.{lever}, or run fewer or shorter sequences at once"
+
+    def _fit(self, *, pages: int, width: int) -> None:
+        """Have so many pages, and room for every row to name `width` of them."""
+        held, rows = self.allocator.pages, len(self._rows)
+        pages = max(pages, held)
+        if self._compiled:  # sizes that recur, so that kernels do
+            pages = min(bucket(pages, steps=8), self._page_limit) if pages > held else pages
+            rows, width = bucket(rows), bucket(width)
+        try:
+            for pool in self.pools.values():
+                pool.resize(pages)
+            self.table.fit(rows=rows, width=width, pages=pages)
+        except torch.OutOfMemoryError:
+            for pool in self.pools.values():
+                pool.resize(held)
+            raise OutOfPages(
+                needed=pages - held, free=self.allocator.free, advice=self._advice()
+            ) from None
+        self.allocator.extend_pool(pages)
+
+    def _apply(self, plan: AppendPlan, positions: Tensor) -> Tensor:
+        """Carry a plan out on the device. Returns the positions [B, S] int64 there."""
+        row_of = {sequence: row for row, sequence in enumerate(self._rows)}
+        rows, logical, physical, sources, targets, scrub, flat = to_device(
+            self.device,
+            torch.tensor([row_of[write.sequence] for write in plan.writes]),
+            torch.tensor([write.logical_page for write in plan.writes]),
+            torch.tensor([write.physical_page for write in plan.writes]),
+            torch.tensor([copy.source for copy in plan.copies]),
+            torch.tensor([copy.target for copy in plan.copies]),
+            torch.tensor(plan.scrub),
+            positions.flatten(),
+        )
+        if plan.writes:
+            self.table.write(rows, logical, physical)
+        for pool in self.pools.values():
+            if plan.copies:
+                pool.copy_pages(sources, targets)
+            if plan.scrub:
+                pool.scrub(scrub)
+        return flat.view(positions.shape)
+
+    def _forget(self, pages: list[int]) -> None:
+        if pages:
+            self.table.forget(torch.tensor(pages, device=self.device))
+
+    def _select_rows(self, rows: list[int]) -> None:
+        self._check_usable()
+        held = len(self._rows)
+        if rows == list(range(held)):
+            return
+        wrong = [row for row in rows if not 0 <= row < held]
+        if wrong or not rows:
+            raise InvalidRequest(
+                f"{f'row {wrong[0]}' if wrong else 'no row'} cannot be kept: "
+                f"name some of the {held} rows by 0 to {held - 1}, or reset() the cache"
+            )
+        self._check_rows(len(rows))
+        selected: list[int] = []
+        kept: set[int] = set()
+        for row in rows:
+            sequence = self._rows[row]
+            selected.append(self.allocator.fork(sequence) if sequence in kept else sequence)
+            kept.add(sequence)
+        self._forget(self.allocator.release(*set(self._rows).difference(kept)))
+        self._rows = selected
+        index = torch.tensor(rows, device=self.device)
+        self.table.select_rows(index)
+        self._columns.select_rows(index)
+        for layer in self._mamba_layers:
+            layer.select_rows(index)
+
+
+def _not_patched() -> NotPatched:
+    return NotPatched(
+        "a PagedCache works on a patched model only: use `with paged(model): ...` or patch(model)"
+    )
+
+
+def _positions(lengths: list[int], new: NewColumns) -> Tensor:
+    """[B, S] int64: where each new token stands in its sequence, `PADDING` for padding."""
+    start = torch.tensor(lengths)[:, None]
+    if new.tokens is None:
+        return start + torch.arange(new.count)
+    return (start + new.tokens.cumsum(dim=1) - 1).where(new.tokens, PADDING)
+
+
+def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
+    """Most pages the pools may have, the null page included."""
+    memory = free_memory(device)
+    if config.max_tokens is None:
+        return max(2, int(config.memory_fraction * memory) // geometry.bytes_per_page)
+    pages = 1 + geometry.pages_for(config.max_tokens)
+    if pages * geometry.bytes_per_page > memory:
+        raise GeometryError(
+            f"max_tokens {config.max_tokens} needs {pages * geometry.bytes_per_page / 1e9:.1f} GB "
+            f"of K and V, {memory / 1e9:.1f} GB are there"
+        )
+    return pages

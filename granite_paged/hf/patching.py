@@ -1,0 +1,366 @@
+"""Paged attention on a live transformers model, and off it again.
+
+The only module that touches transformers' registries, hooks and instances. What `patch` changes on
+one model, and `unpatch` takes back:
+
+- its config object becomes a copy of its own, in which the attention implementation is ours;
+- a pre-hook and a hook on the decoder open and close a step of a `PagedCache`;
+- its Mamba layers run in inference form (`mamba.mix`) where that step is open;
+- its `generate()` makes a `PagedCache` where it would have made a `DynamicCache`.
+
+Weights, module classes and every other model stay as they are. transformers' two registries learn
+our names at the first `patch` and keep them, since copies of a patched model look them up as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import GraniteMoeHybridForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from granite_paged.errors import (
+    AlreadyPatched,
+    GeometryError,
+    InferenceOnly,
+    InvalidRequest,
+    NotPatched,
+    PromptError,
+    UnsupportedModel,
+)
+from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
+from granite_paged.hf.cache import PagedCache, Step
+from granite_paged.hf.compat import CACHE, rename_cache
+from granite_paged.layers.attention import paged_attention
+from granite_paged.layers.backend import refusal
+from granite_paged.layers.mamba import MambaRows, MambaSizes, mix
+
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+_PATCH = "_granite_paged"
+_PREPARE_CACHE = "_prepare_cache_for_generation"
+
+FIRST_RESERVE = 2048
+"""New tokens a row is given pages for before the first step; `generate()` often stops earlier."""
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What `unpatch` needs to restore."""
+
+    paged_config: PagedConfig
+    model_config: Any
+    own_config: Any
+    hooks: tuple[Any, ...]
+
+
+def patch(model: Any, config: PagedConfig | None = None) -> None:
+    """Make a model's attention paged, for inference, until `unpatch(model)`.
+
+    Args:
+        model: a `GraniteMoeHybridForCausalLM` on one device.
+        config: page size, memory and so on; see `PagedConfig`.
+
+    Raises:
+        UnsupportedModel: for any other model, or one spread over several devices.
+        GeometryError: for sizes that cannot be paged.
+        AlreadyPatched: if it is.
+    """
+    config = config or PagedConfig()
+    _check_supported(model)
+    if is_patched(model):
+        raise AlreadyPatched("this model is patched already; unpatch(model) first")
+    CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)
+    _register()
+    original = model.config
+    own = copy.deepcopy(original)
+    own._attn_implementation = _implementation(config.backend)
+    _share_config(model, original, own)
+    hooks = (
+        model.base_model.register_forward_pre_hook(_open_step, with_kwargs=True),
+        model.base_model.register_forward_hook(_close_step, with_kwargs=True, always_call=True),
+    )
+    state = _Patch(config, original, own, hooks)
+    setattr(model.base_model, _PATCH, state)
+    prepare = functools.partial(_prepare_cache, model, getattr(model, _PREPARE_CACHE), config)
+    setattr(model, _PREPARE_CACHE, prepare)
+    for mixer in _mixers(model):
+        mixer.forward = functools.partial(_mix, mixer, mixer.forward)
+
+
+def unpatch(model: Any) -> None:
+    """Take `patch(model)` back: logits are bit-identical to before.
+
+    Raises:
+        NotPatched: if it is not patched, or no longer.
+    """
+    if not is_patched(model):
+        raise NotPatched("this model is not patched (or was unpatched already)")
+    state: _Patch = getattr(model.base_model, _PATCH)
+    for hook in state.hooks:
+        hook.remove()
+    _share_config(model, state.own_config, state.model_config)
+    delattr(model, _PREPARE_CACHE)  # the instance's; the class's shows again
+    delattr(model.base_model, _PATCH)
+    for mixer in _mixers(model):
+        del mixer.forward
+
+
+@contextlib.contextmanager
+def paged(model: Any, config: PagedConfig | None = None) -> Iterator[Any]:
+    """`patch` on entry, `unpatch` on exit::
+
+    with paged(model, PagedConfig(page_size=128)):
+        model.generate(**inputs, max_new_tokens=64)
+    """
+    patch(model, config)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+
+
+def is_patched(model: Any) -> bool:
+    """Whether `patch` is in force on this model."""
+    return hasattr(getattr(model, "base_model", None), _PATCH)
+
+
+# -- what transformers calls --------------------------------------------------------------------
+
+
+def paged_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    backend: Backend = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: the pool if the step is paged, SDPA if it is not.
+
+    query [B, Hq, S, D]; key and value as the cache returned them. Returns [B, S, Hq, D].
+    A patched model that is run with somebody else's cache, or none, is answered by SDPA.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        out: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return out
+    attended = paged_attention(query, key, value, attention_mask, scale=scaling, backend=backend)
+    return attended.transpose(1, 2), None
+
+
+def _mix(
+    mixer: Any,
+    otherwise: Any,
+    hidden_states: Tensor,
+    cache: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """In place of a Mamba layer's `forward`: the inference form if the step is paged."""
+    cache = kwargs.pop("cache_params", cache)  # its name up to transformers 5.23
+    if not isinstance(cache, PagedCache) or not cache.in_step:
+        out: Tensor = otherwise(hidden_states, cache, attention_mask, **kwargs)
+        return out
+    rows: MambaRows = cache.layers[mixer.layer_idx]
+    state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
+    step = cache.step
+    # padding before a row's first token needs no mask: it has no position
+    mask = step.columns.mask if step.columns.before else None
+    backend, device, dtype = cache.config.backend, hidden_states.device, hidden_states.dtype
+    if mask is None and not refusal(backend, mixer.activation, device, dtype):
+        from granite_paged.layers.triton import mamba  # needs Triton
+
+        return mamba.mix(mixer, hidden_states, step.since_start, state._replace(rows=step.rows))
+    return mix(mixer, hidden_states, step.since_start, state, mask)
+
+
+def _open_step(
+    decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    """Before the decoder runs: allocate, and hand it the step's masks."""
+    kwargs = {**dict(zip(_parameters(decoder.__class__), args, strict=False)), **kwargs}
+    rename_cache(kwargs)
+    _check_inference(decoder)
+    state: _Patch = getattr(decoder, _PATCH)
+    cache = kwargs.get(CACHE)
+    if cache is None and _wants_cache(decoder, kwargs):
+        cache = kwargs[CACHE] = PagedCache.for_model(decoder, state.paged_config)
+    if isinstance(cache, PagedCache):
+        _check_same_model(decoder, cache)
+        batch, columns = _check_tokens(decoder, kwargs, cache)
+        step = cache.begin_step(batch, columns, _plain_mask(kwargs))
+        kwargs["attention_mask"] = _by_layer_kind(decoder, step)
+    return (), kwargs
+
+
+def _close_step(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After the decoder ran, or failed to (`output` is None then)."""
+    cache = kwargs.get(CACHE)
+    if not isinstance(cache, PagedCache) or not cache.in_step:
+        return
+    if output is None:
+        cache.fail_step("a step of this cache failed half-way")
+    else:
+        cache.end_step()
+
+
+def _prepare_cache(
+    model: Any,
+    otherwise: Any,
+    config: PagedConfig,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """In place of `generate()`'s own: the user's cache wins, else ours instead of DynamicCache."""
+    user_cache = model_kwargs.get(CACHE) is not None
+    dynamic = generation_config.cache_implementation in (None, "dynamic")
+    if user_cache or not dynamic or generation_config.use_cache is False:
+        otherwise(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    else:
+        model_kwargs[CACHE] = PagedCache.for_model(model, config)
+    cache = model_kwargs.get(CACHE)
+    if isinstance(cache, PagedCache):
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache.reserve(_tokens_expected(model_kwargs, batch_size * copies, max_cache_length))
+
+
+# -- details ------------------------------------------------------------------------------------
+
+
+def _implementation(backend: Backend) -> str:
+    """Name of our attention function in transformers' registries."""
+    return f"granite_paged_{backend}"
+
+
+def _register() -> None:
+    for backend in BACKENDS:
+        name = _implementation(backend)
+        AttentionInterface.register(
+            name, functools.partial(paged_attention_forward, backend=backend)
+        )
+        # for the steps that are not paged; an implementation without one loses its padding silently
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def _mixers(model: Any) -> list[Any]:
+    """The Mamba layers' own modules."""
+    return [layer.mamba for layer in model.base_model.layers if layer.mamba is not None]
+
+
+def _share_config(model: Any, old: Any, new: Any) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
+
+
+@functools.cache
+def _parameters(decoder_class: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def _wants_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(decoder.config.use_cache if use_cache is None else use_cache)
+
+
+def _check_supported(model: Any) -> None:
+    if not isinstance(model, GraniteMoeHybridForCausalLM):
+        raise UnsupportedModel(type(model).__name__)
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) != 1 or "meta" in devices:
+        raise UnsupportedModel(f"a model on {', '.join(sorted(devices))} instead of one device")
+
+
+def _check_inference(decoder: Any) -> None:
+    if decoder.training:
+        raise InferenceOnly("a patched model runs inference only: call model.eval(), or unpatch it")
+    if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
+        raise InferenceOnly(
+            "a patched model computes no gradients: run it under torch.inference_mode() or "
+            "torch.no_grad(), or unpatch it"
+        )
+
+
+def _check_same_model(decoder: Any, cache: PagedCache) -> None:
+    geometry = CacheGeometry.from_config(
+        decoder.config, page_size=cache.config.page_size, dtype=decoder.dtype
+    )
+    if geometry != cache.geometry or decoder.device != cache.device:
+        raise GeometryError(
+            "this PagedCache was made for another model, dtype or device: "
+            "make one with PagedCache.for_model(model)"
+        )
+
+
+def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tuple[int, int]:
+    """Rows and columns of the step's input."""
+    token_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    tokens = token_ids if token_ids is not None else embeddings
+    if tokens is None:
+        raise PromptError("neither input_ids nor inputs_embeds given")
+    if tokens.ndim != (2 if token_ids is not None else 3):
+        raise InvalidRequest(
+            "input_ids must be [batch, tokens] and inputs_embeds [batch, tokens, hidden]; "
+            f"{list(tokens.shape)} given"
+        )
+    batch, columns = tokens.shape[:2]
+    prompt = columns > 1 or not cache.is_initialized  # sampled tokens are in the vocabulary
+    if prompt and token_ids is not None and token_ids.numel():
+        lowest, highest = (int(bound) for bound in token_ids.aminmax())
+        vocabulary = decoder.config.vocab_size
+        if lowest < 0 or highest >= vocabulary:
+            wrong = lowest if lowest < 0 else highest
+            raise PromptError(
+                f"token {wrong} is outside the vocabulary of {vocabulary}: "
+                "use the model's own tokenizer"
+            )
+    return batch, columns
+
+
+def _plain_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    raise InvalidRequest("paged attention takes a 2-D attention_mask of zeros and ones, or none")
+
+
+def _by_layer_kind(decoder: Any, step: Step) -> dict[str, BlockMask | None]:
+    """The form in which the model takes ready-made masks; Mamba layers ask the cache."""
+    return {
+        kind: step.block_mask if kind in ATTENTION_KINDS else None
+        for kind in decoder.config.layers_block_type
+    }
+
+
+def _tokens_expected(model_kwargs: dict[str, Any], rows: int, columns: int) -> list[int]:
+    """Tokens each row of a `generate()` call will hold, as far as can be told beforehand."""
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    if mask is not None:
+        prompt, tokens = mask.shape[1], mask.count_nonzero(dim=1).tolist()
+        if not all(tokens):
+            raise PromptError(f"empty prompt: row {tokens.index(0)} is all padding")
+    else:
+        prompt = columns if positions is None else positions.shape[-1]
+        tokens = [prompt] * rows
+    new = min(max(columns - prompt, 0), FIRST_RESERVE)
+    return [n + new for n in tokens]

@@ -1,0 +1,1 @@
+"""The operators of a layer, and the choice of their implementation."""

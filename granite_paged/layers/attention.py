@@ -1,0 +1,433 @@
+"""Attention of a batch of queries over the one pool: fold the group, call FlexAttention, unfold.
+
+`enable_gqa` refuses group sizes that are no power of two in decode kernels, and repeating K and V
+copies the cache. Folding a KV head's G query heads into the rows of its query needs neither::
+
+    [B, Hq, S, D]  ->  [B, Hkv, S * G, D]      row = token * G + member
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention as eager_flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    FlexKernelOptions,
+    flex_attention,
+)
+
+from granite_paged.device import cannot_compile, multiprocessors, shared_memory, stages_that_fit
+from granite_paged.errors import GeometryError
+from granite_paged.geometry import Backend, CacheGeometry
+from granite_paged.layers.backend import warn_slow
+from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
+
+_T = TypeVar("_T")
+
+SMALLEST_KERNEL_BLOCK = 16
+"""Triton's matrix product needs 16 on every side: tokens of a page, elements of a head. The CPU's
+kernel computes 16 tokens at once: with AVX2 it wrote past a page of 8 (torch 2.9 to 2.15)."""
+
+WIDEST_TUNED_HEAD = 128
+"""Elements; a wider head's blocks may not fit a multiprocessor with the same stages."""
+
+UNTUNED_BLOCK = 64
+"""Query rows and tokens of a kernel's block where nothing is tuned: any dtype and head fits."""
+
+_QUERY_BYTES = UNTUNED_BLOCK * WIDEST_TUNED_HEAD * 2  # shared memory that a block of queries takes
+
+RECOMPILE_LIMIT = 1024
+"""Dynamo's own limit of 8 counts all models, dtypes and shapes of a process together; past it a
+call would fail, though nothing is wrong."""
+
+
+def paged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float,
+    backend: Backend = "auto",
+    options: FlexKernelOptions | None = None,
+) -> Tensor:
+    """Causal attention of each row over its own pages.
+
+    Args:
+        query: [B, Hq, S, D].
+        keys, values: [1, Hkv, pages * page_size, D], the pool; this step's tokens written already.
+        block_mask: from `paged_block_mask`, for at least B rows and S query tokens.
+        scale: factor on the scores (a model's `attention_multiplier`).
+        backend: see `Backend`. Inside a traced region the call is always compiled.
+        options: of FlexAttention's kernel, in place of those of `kernel_options`.
+
+    Returns:
+        [B, Hq, S, D]; zeros for padding queries.
+
+    Raises:
+        GeometryError: for a mask of another pool or page size, or for fewer rows or tokens; a page
+            size the fused kernel cannot read; float64 when compiled.
+    """
+    if not torch.compiler.is_compiling():
+        _check_mask(query, keys, block_mask)
+    folded = _fold(query, keys.shape[1], block_mask.shape)
+    if torch.compiler.is_compiling():
+        _check_compilable(query, block_mask)
+        out = _fused(folded, keys, values, block_mask, scale, options)
+    elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
+        _check_compilable(query, block_mask)
+        options = options or _smaller_options(block_mask, keys)
+        out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
+    else:
+        out = _eager(folded, keys, values, block_mask, scale)
+    return _unfold(out, query.shape)
+
+
+def resolve_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backend:
+    """`eager` or `compiled`, whatever was asked for; warns once of a GPU that cannot compile."""
+    if backend != "auto":
+        return backend
+    has_kernel = dtype != torch.float64 and head_dim >= SMALLEST_KERNEL_BLOCK
+    if device.type != "cuda" or not has_kernel:
+        return "eager"
+    reason = cannot_compile(device)
+    if reason:
+        warn_slow(reason)
+    return "eager" if reason else "compiled"
+
+
+def bucket(count: int, *, steps: int = 1) -> int:
+    """The least of so many steps an octave that holds `count`, so that few shapes are compiled.
+
+    One step: powers of two. Two: 1, 2, 3, 4, 6, 8, 12, 16 ...; what is too much stays below
+    1 / steps of what was asked for.
+    """
+    octave = 1 << max(0, (count - 1).bit_length() - 1)
+    step = max(1, octave // steps)
+    return -(-count // step) * step
+
+
+def _check_mask(query: Tensor, keys: Tensor, mask: BlockMask) -> None:
+    """The operator under eager FlexAttention checks nothing: a smaller page would read on."""
+    batch, _, rows, slots = mask.shape
+    needed = query.shape[2] * (query.shape[1] // keys.shape[1])
+    if slots != keys.shape[2] or batch < query.shape[0] or rows < needed:
+        raise GeometryError(
+            f"a mask of {batch} sequences, {rows} folded rows and {slots} slots does not fit "
+            f"{query.shape[0]} sequences, {needed} rows and a pool of {keys.shape[2]} slots: "
+            "one page size and one batch for both"
+        )
+
+
+def _fold(query: Tensor, kv_heads: int, mask_shape: tuple[int, ...]) -> Tensor:
+    """[B, Hq, S, D] -> [rows, Hkv, S * G, D], zeros at both ends where the mask has more."""
+    batch, query_heads, _, head_dim = query.shape
+    group = query_heads // kv_heads
+    by_group = query.view(batch, kv_heads, group, -1, head_dim).transpose(2, 3)  # [B, Hkv, S, G, D]
+    folded = by_group.reshape(batch, kv_heads, -1, head_dim)
+    more_rows, more_tokens = mask_shape[0] - batch, mask_shape[-2] - folded.shape[2]
+    if more_rows or more_tokens:
+        folded = torch.nn.functional.pad(folded, (0, 0, 0, more_tokens, 0, 0, 0, more_rows))
+    return folded
+
+
+def _unfold(out: Tensor, shape: torch.Size) -> Tensor:
+    """[rows, Hkv, S * G, D] -> [B, Hq, S, D]"""
+    batch, query_heads, tokens, head_dim = shape
+    group = query_heads // out.shape[1]
+    by_group = out[:batch, :, : tokens * group].reshape(batch, -1, tokens, group, head_dim)
+    return by_group.transpose(2, 3).reshape(batch, query_heads, tokens, head_dim)
+
+
+# -- decode -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How a decode step's attention is laid out on a GPU.
+
+    `splits`: parts a row's pages are shared out over; the rest are options of FlexAttention's
+    kernels: tokens a block, warps, stages of the pipeline.
+    """
+
+    splits: int
+    block: int
+    warps: int
+    stages: int
+
+    def options(self, *, beyond_32_bits: bool) -> FlexKernelOptions:
+        """For `flex_attention(kernel_options=...)`.
+
+        FlexAttention's decode kernel is followed by one that divides its sums, where parts are
+        combined anyway. Rows that are whole are left finished by its main kernel.
+        """
+        options: dict[str, Any] = {
+            "BLOCK_M": SMALLEST_KERNEL_BLOCK,
+            "BLOCK_N": self.block,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+        if beyond_32_bits or self.splits == 1:
+            options["FORCE_USE_FLEX_ATTENTION"] = True
+        else:
+            options["SPLIT_KV"] = 1  # works, though torch's own list of options leaves it out
+        return cast("FlexKernelOptions", options)
+
+
+def decode_plan(
+    batch: int, kv_heads: int, pages: int, page_size: int, multiprocessors: int
+) -> DecodePlan:
+    """The layout for a batch of so many rows of at most `pages` pages each.
+
+    FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small part, so
+    rows are split before it: into as many parts as give a multiprocessor so many programs as was
+    measured to be best (`tuned.py`). More parts cost more to combine than they gain.
+    """
+    constants = TUNED.for_batch(batch)
+    return planned(constants, batch * kv_heads, pages, page_size, multiprocessors)
+
+
+def planned(
+    constants: DecodeConstants, programs: int, pages: int, page_size: int, multiprocessors: int
+) -> DecodePlan:
+    """What these constants make of so many programs before the split."""
+    parts = int(constants.parts_per_multiprocessor * multiprocessors) // max(1, programs)
+    return DecodePlan(
+        splits=max(1, min(pages, parts)),
+        block=min(constants.block, page_size),
+        warps=constants.warps,
+        stages=constants.stages,
+    )
+
+
+def plan_for(geometry: CacheGeometry, batch: int, pages: int, device: torch.device) -> DecodePlan:
+    """`decode_plan` for rows of at most so many pages on this GPU, cut to what fits there."""
+    plan = decode_plan(batch, geometry.kv_heads, pages, geometry.page_size, multiprocessors(device))
+    return fitting(plan, geometry.head_dim, geometry.dtype.itemsize, shared_memory(device))
+
+
+def fitting(plan: DecodePlan, head_dim: int, itemsize: int, memory: int) -> DecodePlan:
+    """The plan with smaller blocks, where a program has less shared memory than it asks for."""
+    block = plan.block
+    while (
+        block > SMALLEST_KERNEL_BLOCK
+        and plan.stages * _kv_bytes(block, head_dim, itemsize) > memory
+    ):
+        block //= 2
+    return replace(plan, block=block)
+
+
+def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
+    """K and V of a block of tokens."""
+    return 2 * block * head_dim * itemsize
+
+
+def split_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float,
+    plan: DecodePlan,
+) -> Tensor:
+    """One token a row over its own pages, in `plan.splits` parts that are then combined.
+
+    FlexAttention's kernel, and where rows are split one that combines their parts; before it,
+    queries of several rows are copied to those.
+
+    Args:
+        query: [B, Hq, D].
+        keys, values: [1, Hkv, slots, D], the pool.
+        mask: of `split_block_mask`, for B * splits rows.
+        scale: factor on the scores.
+        plan: of `decode_plan`.
+
+    Returns:
+        [B, Hq, D]; zeros for padding.
+    """
+    return _call_compiled(_attend_split, query, keys, values, mask, scale, plan)
+
+
+def _attend_split(
+    query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float, plan: DecodePlan
+) -> Tensor:
+    batch, _, head_dim = query.shape
+    by_group = query.view(batch, 1, keys.shape[1], -1, head_dim)  # [B, 1, Hkv, G, D]
+    parts = by_group.expand(-1, plan.splits, -1, -1, -1).reshape(-1, *by_group.shape[2:])
+    options = plan.options(beyond_32_bits=keys.numel() >= 2**31)
+    attend = functools.partial(
+        flex_attention, parts, keys, values, block_mask=mask, scale=scale, kernel_options=options
+    )
+    if plan.splits == 1:
+        return attend().reshape(query.shape)
+    out, aux = attend(return_aux=AuxRequest(lse=True))
+    return combined(out, aux.lse, plan.splits)
+
+
+def combined(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
+    """Parts of rows put together again, each weighed by its share of the row's softmax.
+
+    Args:
+        parts: [B * splits, Hkv, G, D].
+        logsumexp: [B * splits, Hkv, G] float32; -inf for a part without pages.
+        splits: parts a row.
+
+    Returns:
+        [B, Hq, D] in parts' dtype; zeros where no part has pages.
+    """
+    rows, kv_heads, group, head_dim = parts.shape
+    by_part = parts.reshape(rows // splits, splits, kv_heads * group, head_dim).float()
+    # as wide as the parts: Inductor makes one kernel of reductions over the same elements
+    shares = logsumexp.reshape(*by_part.shape[:-1], 1).expand(by_part.shape)
+    highest = shares.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weight = (shares - highest).exp()
+    total = weight.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((by_part * weight).sum(dim=1) / total).to(parts.dtype)
+
+
+# -- compiled -----------------------------------------------------------------------------------
+
+
+def _fused(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: BlockMask,
+    scale: float,
+    options: FlexKernelOptions | None,
+) -> Tensor:
+    if options is None and query.is_cuda:
+        options = kernel_options(mask, keys)
+    out = flex_attention(query, keys, values, block_mask=mask, scale=scale, kernel_options=options)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
+    """Options of FlexAttention's CUDA kernels for a pool [1, Hkv, slots, D].
+
+    A kernel's block must not span two pages. Blocks, warps and stages of half precision with heads
+    of up to `WIDEST_TUNED_HEAD` are measured (`tuned.py`); elsewhere warps and stages are
+    FlexAttention's own, which knows what fits a multiprocessor. Its decode kernel does not compile
+    for pools that need 64-bit offsets (seen with torch 2.11), its main kernel does.
+    """
+    page_size, prefill = mask.BLOCK_SIZE[1], mask.shape[-2] > SMALLEST_KERNEL_BLOCK
+    if prefill and pool.dtype.itemsize == 2 and pool.shape[3] <= WIDEST_TUNED_HEAD:
+        options = prefill_options(TUNED.prefill, page_size)
+    else:
+        rows = UNTUNED_BLOCK if prefill else SMALLEST_KERNEL_BLOCK
+        options = {"BLOCK_N": min(UNTUNED_BLOCK, page_size), "BLOCK_M": rows}
+    if pool.numel() >= 2**31:
+        options["FORCE_USE_FLEX_ATTENTION"] = True
+    return options
+
+
+def _smaller_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
+    """`kernel_options` with fewer stages, on devices that have no room for those; else None."""
+    options = kernel_options(mask, pool)
+    stages = options.get("num_stages")
+    if not pool.is_cuda or stages is None:
+        return None
+    block = _kv_bytes(options["BLOCK_N"], pool.shape[3], pool.itemsize)
+    fewer = stages_that_fit(stages, block, shared_memory(pool.device) - _QUERY_BYTES)
+    return None if fewer == stages else {**options, "num_stages": fewer}
+
+
+def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOptions:
+    """What these constants make of pages of so many tokens."""
+    return {
+        "BLOCK_M": constants.BLOCK_M,
+        "BLOCK_N": min(constants.BLOCK_N, page_size),
+        "num_warps": constants.warps,
+        "num_stages": constants.stages,
+    }
+
+
+def _call_compiled(function: Callable[..., _T], *args: Any) -> _T:
+    """Compiled once for every shape, which callers keep to few (`bucket`).
+
+    Never with dynamic shapes: once page or group sizes have varied in a process, dynamo makes them
+    symbols too, and FlexAttention then fails, or answers wrongly (seen with torch 2.11).
+    """
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        compiled: Callable[..., _T] = _compiled(function)
+        return compiled(*args)
+
+
+@functools.cache
+def _compiled(function: Callable[..., _T]) -> Callable[..., _T]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _check_compilable(query: Tensor, mask: BlockMask) -> None:
+    if query.dtype == torch.float64:
+        raise GeometryError("float64 has no fused kernel: use backend='eager' (or 'auto')")
+    sizes = {"page_size": mask.BLOCK_SIZE[1]}
+    if query.is_cuda:
+        sizes["head_dim"] = query.shape[3]
+    for name, size in sizes.items():
+        if size < SMALLEST_KERNEL_BLOCK:
+            raise GeometryError(
+                f"{name} {size} is too small for the fused kernel: "
+                f"use at least {SMALLEST_KERNEL_BLOCK}, or backend='eager'"
+            )
+
+
+# -- eager --------------------------------------------------------------------------------------
+
+
+def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """FlexAttention's dense form over the whole pool: for the CPU, float64 and debugging.
+
+    The public `flex_attention` traces every new shape with dynamo even when nothing is compiled;
+    the operator underneath runs at once. It would also map the mask_mod over four dimensions one
+    by one at every call, so it is given the finished mask to look up.
+
+    A dense product would spread one slot's NaN to every row (0 * NaN), so NaNs in V are taken out
+    first, and given back to the rows that attend to them.
+    """
+    allowed = _dense_mask(mask)
+    exact = torch.promote_types(query.dtype, torch.float32)  # half weights would round twice
+    finite = values.isfinite()
+    clean = values if bool(finite.all()) else values.where(finite, 0)
+
+    def look_up(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        return allowed[row, folded_row, slot]
+
+    out: Tensor = eager_flex_attention(
+        query.to(exact),
+        keys.to(exact),
+        clean.to(exact),
+        _same_score,
+        (*mask.as_tuple()[:-1], look_up),
+        scale,
+        {},
+    )[0]
+    if clean is not values:
+        poisoned = ~finite.all(dim=3)[0]  # [Hkv, slots]
+        out = out.masked_fill((allowed[:, None] & poisoned[:, None]).any(3, True), torch.nan)
+    return out.to(query.dtype)
+
+
+def _dense_mask(mask: BlockMask) -> Tensor:
+    """[B, folded rows, slots] bool: the mask_mod, for all at once."""
+    device = mask.kv_num_blocks.device
+    rows, (folded_rows, slots) = mask.kv_num_blocks.shape[0], mask.shape[-2:]
+    row = torch.arange(rows, device=device)[:, None, None]
+    folded_row = torch.arange(folded_rows, device=device)[None, :, None]
+    slot = torch.arange(slots, device=device)[None, None, :]
+    return mask.mask_mod(row, row, folded_row, slot)
+
+
+def _same_score(score: Tensor, *_: Tensor) -> Tensor:
+    return score

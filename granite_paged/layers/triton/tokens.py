@@ -1,0 +1,100 @@
+"""The two ends of a decode step: from a row's token to hidden states, from logits to the next.
+
+::
+
+    tokens [rows] int64     what each row is fed; a step reads it first and writes it last
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granite_paged.layers.triton.linear import DeferredNorm, early, wait
+
+BLOCK = 8192
+"""Most logits of a row that a program looks at together."""
+
+
+@triton.jit
+def _embed(
+    tokens_ptr, rows_ptr, table_ptr, norm_ptr, hidden_ptr, normed_ptr, squares_ptr,
+    depth, multiplier, EARLY: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0)
+    at = tl.arange(0, DEPTH)
+    there = at < depth
+    norm = tl.load(norm_ptr + at, mask=there, other=0.0).to(tl.float32)
+    wait(EARLY)
+    token = tl.load(tokens_ptr + tl.load(rows_ptr + batch)).to(tl.int64)
+    embedded = tl.load(table_ptr + token * depth + at, mask=there, other=0.0).to(tl.float32)
+    hidden = (embedded * multiplier).to(hidden_ptr.dtype.element_ty)
+    tl.store(hidden_ptr + batch * depth + at, hidden, mask=there)
+    exact = hidden.to(tl.float32)
+    normed = (exact * norm).to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + batch * depth + at, normed, mask=there)
+    tl.store(squares_ptr + batch, tl.sum(exact * exact, axis=0))
+
+
+def embed(
+    tokens: Tensor, rows: Tensor, table: Tensor, multiplier: float, norm: Tensor
+) -> tuple[Tensor, DeferredNorm]:
+    """Hidden states of each row's token, and the same on their way through a norm.
+
+    Args:
+        tokens: [rows of all sequences] int64.
+        rows: [B] int64, of the batch.
+        table: [vocabulary, hidden], the embeddings.
+        multiplier: of the embeddings, before they are rounded.
+        norm: [hidden], weight of the norm that they go through first.
+
+    Returns:
+        [B, hidden] in the table's dtype, and the start of its norm.
+    """
+    batch, depth = len(rows), table.shape[1]
+    hidden = table.new_empty(batch, depth)
+    normed = DeferredNorm.empty(hidden)
+    _embed[(batch,)](
+        tokens, rows, table, norm, hidden, *normed, depth, multiplier,
+        DEPTH=triton.next_power_of_2(depth), num_warps=4, **early(table.device),
+    )  # fmt: skip
+    return hidden, normed
+
+
+@triton.jit
+def _write_argmax(
+    logits_ptr, rows_ptr, tokens_ptr, columns, EARLY: tl.constexpr, BLOCK: tl.constexpr
+):
+    batch = tl.program_id(0)
+    row = tl.load(rows_ptr + batch)
+    logits = logits_ptr + batch.to(tl.int64) * columns
+    at = tl.arange(0, BLOCK)
+    place = tl.minimum(at, columns - 1)  # valid, where nothing is greater than -inf
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    wait(EARLY)
+    for start in range(0, columns, BLOCK):
+        column = start + at
+        value = tl.load(logits + column, mask=column < columns, other=float("-inf"))
+        is_better = value.to(tl.float32) > highest
+        highest = tl.where(is_better, value.to(tl.float32), highest)
+        place = tl.where(is_better, column, place)
+    is_best = highest == tl.max(highest, axis=0)
+    tl.store(tokens_ptr + row, tl.min(tl.where(is_best, place, columns - 1), axis=0))
+
+
+def write_argmax(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """`tokens[rows[i]]` becomes the token of the greatest of `logits[i]`, the first of equals.
+
+    A NaN is not the greatest.
+
+    Args:
+        logits: [B, vocabulary], contiguous.
+        rows: [B] int64; of a row named twice, any of its tokens is taken.
+        tokens: [rows of all sequences] int64, written.
+    """
+    batch, columns = logits.shape
+    block = min(BLOCK, int(triton.next_power_of_2(columns)))
+    _write_argmax[(batch,)](
+        logits, rows, tokens, columns, BLOCK=block, num_warps=16, **early(logits.device)
+    )

@@ -1,0 +1,1 @@
+"""Who owns which page, and the device's copy of it."""

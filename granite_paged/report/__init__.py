@@ -1,0 +1,1 @@
+"""Read result files; write tables and figures."""

@@ -1,0 +1,45 @@
+"""Results to Weights & Biases: the same metrics, tables and figures. Optional.
+
+`WANDB_MODE=offline` is respected: everything then stays in `WANDB_DIR` for `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from granite_paged.errors import MissingExtra, ResultsError
+from granite_paged.report.eval_results import Json, entries
+from granite_paged.report.tracking import differences, metrics, numbers
+
+
+def wandb_module() -> Any:
+    """The package. Raises MissingExtra without it."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise MissingExtra("wandb", extra="wandb") from None
+
+
+def log_to_wandb(project: str, evaluation: Json, figures: Sequence[Path] = ()) -> str:
+    """One finished run with everything in it. Returns where it is: an address or a folder.
+
+    Raises:
+        MissingExtra: without wandb.
+        ResultsError: if it refuses; what is elsewhere on disk stays.
+    """
+    wandb = wandb_module()
+    found = entries([evaluation])
+    config = {name: value for name, value in evaluation.items() if name != "tasks"}
+    try:
+        with wandb.init(project=project, config=config, job_type="eval") as run:
+            run.summary.update(numbers(found))
+            for name, table in (("metrics", metrics(found)), ("differences", differences(found))):
+                run.log({name: wandb.Table(columns=table.columns, data=table.rows)})
+            run.log({path.stem: wandb.Image(str(path)) for path in figures})
+            return str(run.url or run.dir)
+    except (wandb.Error, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ResultsError(f"wandb refuses: {reason}; WANDB_MODE=offline needs no server") from None

@@ -1,0 +1,1 @@
+"""Run steps of a model on a device. A runner owns memory and no policy."""

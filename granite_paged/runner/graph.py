@@ -1,0 +1,162 @@
+"""A step of one shape: inputs at fixed addresses, recorded once as a CUDA graph, replayed for ever.
+
+::
+
+    inputs    rows [B] | positions [B * S] | of a prefill also: tokens [B * S] | last [B]   int64
+    hidden    [B, S, hidden], of a prefill
+    logits    [B, vocabulary], of the last token of each row
+
+One copy takes the inputs over; nothing in the step depends on the host.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from granite_paged.layers.attention import DecodePlan
+from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
+from granite_paged.runner.memory_plan import memory_refused
+from granite_paged.runner.model import EagerModel, Step, Storage
+
+NULL_ROW = 0
+"""Takes padding. Never a sequence's."""
+
+
+class Inputs(NamedTuple):
+    """A step's inputs on the host, to be written part by part; padding where nothing was.
+
+    flat: all of them, [n] int64; the others are views of it, as the module's docstring has them.
+    tokens and last are empty for a decode step.
+    """
+
+    flat: Tensor
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+
+class CapturedStep:
+    """One shape of step.
+
+    Args:
+        forms: the layers.
+        storage: what they read and write.
+        tokens: [rows] int64, what each row is fed by a decode step, which leaves the likeliest next
+            token there.
+        batch, length: rows, and tokens of each.
+        decodes: whether tokens come from `tokens` (length 1) and not from the host.
+        plan: how a decode step splits its rows, None where it does not.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+
+    def __init__(
+        self,
+        forms: EagerModel,
+        storage: Storage,
+        tokens: Tensor,
+        batch: int,
+        length: int,
+        decodes: bool,
+        plan: DecodePlan | None,
+    ) -> None:
+        self._model, self._storage, self._tokens = forms, storage, tokens
+        self._batch, self._length, self._decodes = batch, length, decodes
+        self._device = tokens.device
+        of_prefill = [0, 0] if decodes else [batch * length, batch]
+        ends = list(accumulate([batch, batch * length, *of_prefill]))
+        self._spans = list(pairwise([0, *ends]))
+        self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._plan = plan if decodes else None
+        self._lists = self._make_lists(plan) if decodes and plan is not None else None
+
+    def padding(self) -> Inputs:
+        """Inputs that are padding everywhere, for the caller to fill."""
+        pinned = self._graph is not None
+        flat = torch.zeros(len(self._inputs), dtype=torch.int64, pin_memory=pinned)
+        numbers, shape = flat.numpy(), (self._batch, -1)
+        rows, positions, tokens, last = (numbers[start:end] for start, end in self._spans)
+        positions.fill(PADDING)
+        return Inputs(flat, rows, positions.reshape(shape), tokens.reshape(shape), last)
+
+    def run(self, inputs: Inputs) -> None:
+        """Take the inputs over, and compute."""
+        self._inputs.copy_(inputs.flat, non_blocking=True)
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        with memory_refused(self._device, "a step"), torch.inference_mode():
+            self._compute()
+
+    def capture(self, pool: Any, stream: Any) -> None:
+        """Compute padding once, so that everything is compiled, then record, both on that stream.
+
+        Raises:
+            OutOfMemory: if the step does not fit beside what is there.
+        """
+        self._inputs.copy_(self.padding().flat)
+        what = f"a step of {self._batch} x {self._length} tokens"
+        with memory_refused(self._device, what), torch.inference_mode():
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                self._compute()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                self._compute()
+        self._graph = graph
+
+    def _compute(self) -> None:
+        rows, positions, tokens, last = (self._inputs[start:end] for start, end in self._spans)
+        positions = positions.view(self._batch, self._length).int()
+        step = Step(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
+        if self._decodes:
+            self.logits = self._model.decode(self._tokens, step)
+            self._model.write_argmax(self.logits, rows, self._tokens)
+            return
+        self.hidden = self._model.forward(tokens.view(self._batch, self._length), step)
+        self.logits = self._model.logits(self.hidden.flatten(0, 1).index_select(0, last))
+
+    def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask:
+        table, pool = self._storage.table, next(iter(self._storage.pools.values()))
+        if self._plan is None:
+            return paged_block_mask(
+                table.physical.index_select(0, rows),
+                table.logical,
+                positions,
+                page_size=pool.page_size,
+                group=pool.group,
+            )
+        from granite_paged.layers.triton.pages import split_pages  # needs Triton
+
+        assert self._lists is not None
+        newest, splits = positions[:, 0], self._plan.splits
+        split_pages(rows, newest, table.physical, self._lists, splits, pool.page_size)
+        mask_mod = split_mask_mod(
+            table.physical, table.logical, rows, newest, page_size=pool.page_size, splits=splits
+        )
+        return split_block_mask(
+            self._lists,
+            mask_mod,
+            page_size=pool.page_size,
+            group=pool.group,
+            slots=pool.keys.shape[2],
+        )
+
+    def _make_lists(self, plan: DecodePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of pages, for `split_pages` to fill: whole ones and partly filled ones."""
+        parts = self._batch * plan.splits
+        wide = -(-self._storage.table.physical.shape[1] // plan.splits)
+        count = torch.zeros(parts, dtype=torch.int32, device=self._device)
+        pages = torch.zeros(parts, wide, dtype=torch.int32, device=self._device)
+        return count, pages, count.clone(), pages.clone()

@@ -1,0 +1,169 @@
+"""A decoder layer's forward pass over pages and state rows, around transformers' own modules.
+
+transformers' decoder layer is a frame of a few lines around its parts: norm, mixer, scaled
+residual, norm, MLP, scaled residual. Two forms keep that frame and take every weight from the live
+modules. `EagerModel` here runs the modules as they are, on any device and dtype, experts and all.
+`TritonModel` (`kernel_forms.py`) runs half precision on a GPU. In both, attention is FlexAttention
+over the pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
+
+from granite_paged.geometry import Backend
+from granite_paged.layers.attention import DecodePlan, paged_attention
+from granite_paged.layers.backend import refusal
+from granite_paged.layers.mamba import MambaState, mix
+from granite_paged.paging.page_table import PageTable
+from granite_paged.paging.pool import KVPool
+
+
+class Step(NamedTuple):
+    """What the layers of one pass share.
+
+    rows: [B] int64, of the page table.
+    states: [B] int64, of the Mamba states: rows - 1, since the null row has none (-1).
+    positions: [B, S] int32, -1 for padding.
+    block_mask: for every attention layer.
+    plan: how the rows are split where S is 1, None where they are not.
+    """
+
+    rows: Tensor
+    states: Tensor
+    positions: Tensor
+    block_mask: BlockMask
+    plan: DecodePlan | None
+
+
+class Storage(NamedTuple):
+    """Where a runner keeps what its sequences have said so far, all rows of it.
+
+    pools: attention layer -> its pages. states: Mamba layer -> its states (`rows` None), of all
+    rows but the null row. stacked: conv and ssm of all layers, [layers, rows - 1, ...] each.
+    nonfinite: [rows] uint8, whether NaN or infinity was met.
+    """
+
+    table: PageTable
+    pools: dict[int, KVPool]
+    states: dict[int, MambaState]
+    stacked: list[Tensor]
+    nonfinite: Tensor
+
+
+class EagerModel:
+    """transformers' own modules around pages and rows.
+
+    Args:
+        model: a `GraniteMoeHybridForCausalLM` in eval mode.
+        storage: of the runner.
+        backend: how FlexAttention runs.
+    """
+
+    def __init__(self, model: Any, storage: Storage, backend: Backend) -> None:
+        self._head, self._decoder = model.lm_head, model.base_model
+        self._config = model.config
+        self._storage = storage
+        self._backend = backend
+
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:
+        """tokens [B, S] int64 -> hidden states [B, S, hidden], before the last norm."""
+        hidden: Tensor = self._decoder.embed_tokens(tokens) * self._config.embedding_multiplier
+        rotary = self._rotary(hidden, step.positions)
+        for index, layer in enumerate(self._decoder.layers):
+            hidden = self._layer(index, layer, hidden, step, rotary)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, hidden] -> [n, vocabulary]"""
+        logits: Tensor = self._head(self._decoder.norm(hidden)) / self._config.logits_scaling
+        return logits
+
+    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+        """tokens [rows of all] int64, what each row is fed -> logits [B, vocabulary]"""
+        fed = tokens.index_select(0, step.rows)
+        return self.logits(self.forward(fed[:, None], step).flatten(0, 1))
+
+    def write_argmax(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+        """`tokens[rows[i]]` becomes the likeliest by logits[i], the first of equals."""
+        tokens.index_copy_(0, rows, logits.argmax(dim=-1))
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self._decoder.rotary_emb is None:
+            return None
+        cos_sin: tuple[Tensor, Tensor] = self._decoder.rotary_emb(hidden, positions.clamp(min=0))
+        return cos_sin
+
+    def _layer(
+        self,
+        index: int,
+        layer: Any,
+        hidden: Tensor,
+        step: Step,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        normed = layer.input_layernorm(hidden)
+        if layer.mamba is not None:
+            state = self._storage.states[index]._replace(rows=step.states)
+            mixed = mix(layer.mamba, normed, step.positions, state)
+        else:
+            mixed = self._attention(index, layer.self_attn, normed, step, rotary)
+        hidden = hidden + mixed * layer.residual_multiplier
+        normed = layer.post_attention_layernorm(hidden)
+        fed = layer.shared_mlp(normed)
+        if layer.has_experts:
+            fed = fed + layer.block_sparse_moe(normed)
+        summed: Tensor = hidden + fed * layer.residual_multiplier
+        return summed
+
+    def _attention(
+        self,
+        index: int,
+        attention: Any,
+        normed: Tensor,
+        step: Step,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+        query, key, value = (by_head(part, attention.head_dim) for part in projected)
+        if rotary is not None:
+            query, key = apply_rotary_pos_emb(query, key, *rotary)
+        pool = self._storage.pools[index]
+        self._write(pool, key, value, step)
+        out = paged_attention(
+            query,
+            pool.keys,
+            pool.values,
+            step.block_mask,
+            scale=attention.scaling,
+            backend=self._backend,
+        )
+        attended: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
+        return attended
+
+    def _write(self, pool: KVPool, key: Tensor, value: Tensor, step: Step) -> None:
+        """Pools hold finite numbers only; what is not is stored as 0, and its row is told on."""
+        finite = key.isfinite().all(dim=(1, 3)) & value.isfinite().all(dim=(1, 3))  # [B, S]
+        bad = (~finite & (step.positions >= 0)).any(dim=1)
+        self._storage.nonfinite[step.rows] |= bad.to(torch.uint8)
+        slots = self._storage.table.slots_of(step.rows, step.positions.long(), pool.page_size)
+        key, value = (torch.nan_to_num(part, 0.0, 0.0, 0.0) for part in (key, value))
+        pool.write(slots.flatten(), key, value)
+
+
+def why_not(model: Any, backend: Backend) -> str:
+    """Why `TritonModel` cannot run this model where it is; empty where they can."""
+    config = model.config
+    if config.attention_bias or config.mamba_proj_bias:
+        return "projections with a bias have no kernel"
+    return refusal(backend, config.hidden_act, model.device, model.dtype)
+
+
+def by_head(projected: Tensor, head_dim: int) -> Tensor:
+    """[B, S, H * D] -> [B, H, S, D]"""
+    return projected.view(*projected.shape[:2], -1, head_dim).transpose(1, 2)

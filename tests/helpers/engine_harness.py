@@ -1,0 +1,218 @@
+"""An engine on paper under load, with what every answer must be: that of the request alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from granite_paged.engine.beams import BeamRequest
+from granite_paged.engine.engine import _SAMPLE_STRIDE, Engine
+from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
+from granite_paged.engine.sampling import Draw, draw, seen_tokens
+from granite_paged.errors import GranitePagedError
+from tests.helpers.simulated_runner import Oracle, SimulatedRunner
+
+
+def alone(
+    oracle: Oracle, prompt: Sequence[int], params: SamplingParams, sample: int = 0
+) -> list[int]:
+    """The answer to one prompt with nobody else there."""
+    tokens = list(prompt)
+    seed = (params.seed + sample * _SAMPLE_STRIDE) % 2**63
+    seen = seen_tokens(prompt, oracle.last(tuple(prompt)))
+    for place in range(params.max_new_tokens):
+        penalised = seen if params.repetition_penalty != 1 else None
+        wanted = Draw(params, seed, place, penalised)
+        tokens.append(int(draw(oracle.last(tuple(tokens))[None], [wanted]).tokens))
+        if tokens[-1] in (params.stop_tokens or ()):
+            break
+    return tokens[len(prompt) :]
+
+
+def logprobs_alone(
+    oracle: Oracle, context: Sequence[int], continuation: Sequence[int]
+) -> list[float]:
+    """Log-probability of each token of a continuation."""
+    logits = oracle.logits((*context, *continuation))[len(context) - 1 : -1]
+    chosen = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
+    return [float(one) for one in chosen[:, 0]]
+
+
+def search_alone(
+    oracle: Oracle, prompt: Sequence[int], params: SamplingParams, beams: int
+) -> list[list[int]]:
+    """The answers of a beam search with nobody else there, and room for everything."""
+    runner: Any = SimulatedRunner(oracle, pages=400, rows=2 * beams)
+    with Engine(None, runner=runner) as engine:
+        (outputs,) = engine.search([prompt], params, beams=beams)
+    return [output.tokens for output in outputs]
+
+
+class EngineHarness:
+    """Requests come and go; after each step every invariant holds and every answer is right.
+
+    Args:
+        oracle: what says which answers are right.
+        options: of the `Engine`.
+        runner: one on paper, unless given.
+        sizes: of the runner on paper.
+    """
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        options: dict[str, Any] | None = None,
+        runner: Any = None,
+        **sizes: Any,
+    ) -> None:
+        self.oracle = oracle
+        self.runner = runner or SimulatedRunner(oracle, **sizes)
+        self.engine = Engine(None, runner=self.runner, **(options or {}))  # type: ignore[arg-type]
+        self.open: list[Request | Scoring] = []
+        self.met: Counter[str] = Counter()
+        self.faulty = False  # whether requests may fail
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request | None:
+        """A request, unless it is refused."""
+        try:
+            request = self.engine.submit(prompt, params)
+        except GranitePagedError as refusal:
+            self.met[type(refusal).__name__] += 1
+            return None
+        self.open.append(request)
+        return request
+
+    def search(self, prompt: Sequence[int], params: SamplingParams, beams: int) -> None:
+        """A beam search, unless it is refused."""
+        try:
+            self.open.append(self.engine.submit_search(prompt, params, beams=beams))
+        except GranitePagedError as refusal:
+            self.met[type(refusal).__name__] += 1
+
+    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
+        """Continuations of a context, unless they are refused."""
+        try:
+            self.open.append(self.engine.submit_scoring(context, continuations))
+        except GranitePagedError as refusal:
+            self.met[type(refusal).__name__] += 1
+
+    def cancel(self, pick: int) -> None:
+        """The pick-th open request, if there is any."""
+        if self.open:
+            self.engine.cancel(self.open[pick % len(self.open)])
+        self.check()
+
+    def evict(self) -> None:
+        """The prefix cache loses everything."""
+        self.engine._prefix.clear()
+        self.check()
+
+    def step(self) -> bool:
+        """One step of the engine, checked."""
+        busy = self.engine.step()
+        self.check()
+        return busy
+
+    def drain(self) -> None:
+        """Until nothing is open; then nothing may be held."""
+        while self.step():
+            pass
+        assert not self.open, "the engine has no work, but a request is open"
+        self.evict()
+        assert self.engine._allocator.held == 0, "pages leaked"
+        assert not self.engine._allocator.sequences, "a sequence leaked"
+        assert self.engine._scheduler.free_rows == self.runner.rows, "a row leaked"
+        stats = self.engine.stats()
+        assert (stats.waiting, stats.swapped_bytes, stats.state_bytes) == (0, 0, 0)
+        assert not self.engine._prefix._root.children, "prefix nodes leaked"
+        self.met.update(
+            preempted=stats.preempted,
+            swapped=stats.swapped,
+            hits=stats.prefix_hits,
+            forked=getattr(self.runner, "forked", 0),
+        )
+
+    def check(self) -> None:
+        """Everything that must hold between two steps."""
+        self.engine.check_valid()
+        assert not getattr(self.runner, "mismatches", None), self.runner.mismatches
+        for asked in [asked for asked in self.open if asked.finished]:
+            self.open.remove(asked)
+            if isinstance(asked, BeamRequest):
+                self._judge_search(asked)
+            elif isinstance(asked, Request):
+                for output in asked.outputs:
+                    self._judge(asked, output)
+            elif asked.error is None:
+                self._judge_scores(asked)
+
+    def _judge(self, request: Request, output: Output) -> None:
+        self.met[f"finish {output.finish}"] += 1
+        if output.finish == "error" and not self.faulty:
+            raise AssertionError(f"request {request.number} failed") from output.error
+        expected = alone(self.oracle, request.prompt, request.params, output.index)
+        if output.finish in ("cancelled", "error"):
+            expected = expected[: len(output.tokens)]
+        assert output.tokens == expected, f"request {request.number}: {output} is not {expected}"
+
+    def _judge_search(self, asked: BeamRequest) -> None:
+        found = [output.tokens for output in asked.outputs if output.error is None]
+        if found:
+            params = replace(asked.params, logprobs=None)
+            assert found == search_alone(self.oracle, asked.prompt, params, asked.width)
+
+    def _judge_scores(self, asked: Scoring) -> None:
+        for continuation, score in zip(asked.continuations, asked.scores, strict=True):
+            assert score is not None
+            expected = logprobs_alone(self.oracle, asked.context, continuation)
+            torch.testing.assert_close(list(score.tokens), expected, atol=1e-4, rtol=1e-4)
+            self.met["scored"] += 1
+
+
+def walk(office: EngineHarness, steps: int, seed: int) -> None:
+    """Requests of every kind in random order, as the state machine without shrinking."""
+    chance = random.Random(seed)
+    vocabulary = office.oracle.vocabulary
+    stems = [_tokens(chance, 24, vocabulary - 1) for _ in range(2)]
+    stems.append([stems[0][0] ^ 1, *stems[0][1:]])  # a twin but for one token
+    while office.engine._scheduler.counts.steps < steps:
+        action = chance.random()
+        if action < 0.10 and len(office.open) < 12:
+            office.submit(_prompt(chance, stems, vocabulary), _params(chance, vocabulary))
+        elif action < 0.13 and len(office.open) < 12:
+            context = _prompt(chance, stems, vocabulary)
+            longest = chance.choice([1, 6])
+            lengths = [chance.randint(1, longest) for _ in range(chance.randint(1, 4))]
+            office.score(context, [_tokens(chance, n, vocabulary) for n in lengths])
+        elif action < 0.14:
+            office.cancel(chance.randrange(8))
+        elif action < 0.142:
+            office.evict()
+        else:
+            office.step()
+    office.drain()
+
+
+def _prompt(chance: random.Random, stems: list[list[int]], vocabulary: int) -> list[int]:
+    shared = chance.choice(stems)[: chance.randint(0, 24)]
+    return shared + _tokens(chance, chance.randint(1, 10), vocabulary)
+
+
+def _params(chance: random.Random, vocabulary: int) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=chance.randint(1, 16),
+        temperature=chance.choice([0, 0, 0, 0.7]),
+        seed=chance.randrange(99),
+        stop_tokens=tuple(_tokens(chance, chance.choice([0, 10]), vocabulary)),
+        n=chance.choice([1, 1, 1, 3]),
+        priority=chance.choice([0, 0, 1]),
+    )
+
+
+def _tokens(chance: random.Random, count: int, vocabulary: int) -> list[int]:
+    return [chance.randrange(vocabulary) for _ in range(count)]

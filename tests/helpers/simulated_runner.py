@@ -1,0 +1,289 @@
+"""A runner on paper: pages hold tokens, and a Mamba state is the list of tokens it saw.
+
+What the engine decides is carried out literally, so a page of another sequence, a stale tail, a
+state of another boundary or a lost row is seen as other tokens: `mismatches` says so, and the
+logits are those of what was read. They come from an `Oracle`, which knows whole sequences only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from granite_paged.paging.allocator import AppendPlan
+from granite_paged.runner.memory_plan import MemoryPlan
+from granite_paged.runner.shapes import Shapes
+
+BLANK, POISON = None, -1
+
+
+class Oracle(Protocol):
+    vocabulary: int
+
+    def logits(self, tokens: tuple[int, ...]) -> Tensor:
+        """[len(tokens), V] of a sequence run alone."""
+        ...
+
+    def last(self, tokens: tuple[int, ...]) -> Tensor:
+        """[V], the last of them."""
+        ...
+
+
+class ModelOracle:
+    """Plain transformers: SDPA, no cache, one sequence at a time."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.vocabulary = model.config.vocab_size
+        self.logits = functools.lru_cache(maxsize=4096)(self._logits)
+
+    def _logits(self, tokens: tuple[int, ...]) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
+        return logits
+
+    def last(self, tokens: tuple[int, ...]) -> Tensor:
+        return self.logits(tokens)[-1]
+
+
+class HashOracle:
+    """As quick as can be: the next token is a hash of all before it."""
+
+    def __init__(self, vocabulary: int = 97) -> None:
+        self.vocabulary = vocabulary
+        self._rows = torch.eye(vocabulary)
+
+    def logits(self, tokens: tuple[int, ...]) -> Tensor:
+        return torch.stack([self.last(tokens[: end + 1]) for end in range(len(tokens))])
+
+    def last(self, tokens: tuple[int, ...]) -> Tensor:
+        first, second = hash(tokens) % self.vocabulary, hash((tokens, 1)) % self.vocabulary
+        return self._rows[first] + 0.5 * self._rows[second]
+
+
+class PaperState(NamedTuple):
+    tokens: tuple[int, ...]
+    unsound: bool
+
+    @property
+    def nbytes(self) -> int:
+        return SimulatedRunner.row_bytes
+
+
+class PaperPages(NamedTuple):
+    contents: list[list[int | None]]
+
+    @property
+    def nbytes(self) -> int:
+        return 10 * len(self.contents)
+
+
+@dataclass
+class PaperScores:
+    logprobs: Tensor
+    greedy: Tensor
+
+
+class SimulatedRunner:
+    """The runner's API on paper.
+
+    Args:
+        nan: a token whose computation gives NaN.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32
+    row_bytes = 100
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        *,
+        pages: int = 64,
+        page_size: int = 4,
+        rows: int = 4,
+        alignment: int = 8,
+        chunk_tokens: int = 32,
+        stateful: bool = True,
+        nan: int = -2,
+    ) -> None:
+        self.oracle = oracle
+        self.vocabulary = oracle.vocabulary
+        self.rows, self.pages = rows, pages
+        self.config = SimpleNamespace(page_size=page_size)
+        self.geometry = SimpleNamespace(
+            mamba_layers=(0,) if stateful else (),
+            bytes_per_page=10,
+            pages_for=lambda tokens: -(-tokens // page_size),
+        )
+        self.plan = MemoryPlan(
+            0, rows=self.row_bytes * (rows + 1), pages=0, workspace=0, logits=0, graphs=0
+        )
+        self.longest = (pages - 1) * page_size
+        self.chunk_tokens, self.alignment = chunk_tokens, alignment
+        self.shapes = Shapes(chunk_tokens, rows, captured=False)
+        self.tokens = torch.zeros(rows + 1, dtype=torch.int64)
+        self.nonfinite = torch.zeros(rows + 1, dtype=torch.bool)
+        self.mismatches: list[str] = []
+        self.calls: Counter[str] = Counter()
+        self.computed = 0  # tokens
+        self.forked = 0  # rows
+        self.fault: Callable[[str, Sequence[int]], None] = lambda call, rows: None
+        self.closed = False
+        self._nan = nan
+        self._stateful = stateful
+        self._contents: dict[int, list[int | None]] = {}
+        self._tables: dict[int, dict[int, int]] = {row: {} for row in range(rows + 1)}
+        self._states: dict[int, tuple[int, ...]] = dict.fromkeys(range(rows + 1), ())
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def write_pages(self, plan: AppendPlan, row_of: Mapping[int, int]) -> None:
+        self._called("write_pages", list(row_of.values()))
+        for source, target in plan.copies:
+            self._contents[target] = list(self._page(source))
+        for page in plan.scrub:
+            self._contents[page] = self._blank()
+        for sequence, logical, physical in plan.writes:
+            self._tables[row_of[sequence]][logical] = physical
+
+    def forget_pages(self, pages: Sequence[int]) -> None:
+        self._called("forget_pages", [])
+        for page in pages:
+            self._contents[page] = [POISON] * self.config.page_size
+
+    def fork_row(self, source: int, *targets: int) -> None:
+        self._called("fork_row", [source, *targets])
+        self.forked += len(targets)
+        for target in targets:
+            self._tables[target] = dict(self._tables[source])
+            self._states[target] = self._states[source]
+            self.nonfinite[target] = self.nonfinite[source]
+
+    def clear_rows(self, rows: Sequence[int]) -> None:
+        self._called("clear_rows", rows)
+        for row in rows:
+            self._tables[row], self._states[row] = {}, ()
+            self.nonfinite[row] = False
+
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        self._called("set_pages", [row])
+        self._tables[row] = dict(enumerate(pages))
+        if not self._stateful:  # nothing else says where the row stands
+            self._states[row] = tuple(
+                t for page in pages for t in self._page(page) if t is not None
+            )
+
+    def save_row(self, row: int, *, to_host: bool = False) -> PaperState:
+        self._called("save_row", [row])
+        return PaperState(self._states[row], bool(self.nonfinite[row]))
+
+    def load_row(self, row: int, state: PaperState) -> None:
+        self._called("load_row", [row])
+        self._states[row] = state.tokens
+        self.nonfinite[row] = state.unsound
+
+    def save_pages(self, pages: Sequence[int]) -> PaperPages:
+        self._called("save_pages", [])
+        return PaperPages([list(self._page(page)) for page in pages])
+
+    def load_pages(self, pages: Sequence[int], contents: PaperPages) -> None:
+        self._called("load_pages", [])
+        for page, content in zip(pages, contents.contents, strict=True):
+            self._contents[page] = list(content)
+
+    # -- computing ------------------------------------------------------------------------------
+
+    def prefill(self, chunks: Sequence[Any]) -> Tensor:
+        self._called("prefill", [chunk.row for chunk in chunks])
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), "more than one call takes"
+        assert all(chunk.start % self.alignment == 0 for chunk in chunks), "a chunk out of line"
+        return torch.stack([self._last(c.row, c.start, c.tokens) for c in chunks])
+
+    def score(self, chunks: Sequence[Any], targets: Sequence[Sequence[int]]) -> PaperScores:
+        self._called("score", [chunk.row for chunk in chunks])
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), "more than one call takes"
+        rows = [self._all(c.row, c.start, c.tokens)[-len(c.tokens) :] for c in chunks]
+        wanted = torch.tensor([target for each in targets for target in each])
+        logits = torch.cat(rows)
+        assert len(wanted) == len(logits), "a target a token"
+        chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+        return PaperScores(chosen, logits.argmax(-1) == wanted)
+
+    def decode(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        self._called("decode", rows)
+        assert len(set(rows)) == len(rows), "a row twice"
+        fed = [int(self.tokens[row]) for row in rows]
+        outputs = [
+            self._last(row, position, [token])
+            for row, position, token in zip(rows, positions, fed, strict=True)
+        ]
+        logits = torch.stack(outputs)
+        self.tokens[list(rows)] = logits.argmax(dim=-1)
+        return logits
+
+    def warm_up(self, progress: Any = None) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _last(self, row: int, start: int, tokens: Sequence[int]) -> Tensor:
+        read = self._compute(row, start, tokens)
+        return self._unsound(row, read, 1)[0] if self._is_off(read) else self.oracle.last(read)
+
+    def _all(self, row: int, start: int, tokens: Sequence[int]) -> Tensor:
+        read = self._compute(row, start, tokens)
+        if self._is_off(read):
+            return self._unsound(row, read, len(tokens))
+        return self.oracle.logits(read)
+
+    def _is_off(self, read: tuple[Any, ...]) -> bool:
+        return POISON in read or BLANK in read or self._nan in read
+
+    def _unsound(self, row: int, read: tuple[Any, ...], tokens: int) -> Tensor:
+        if self._nan in read:
+            self.nonfinite[row] = True
+        return torch.full((tokens, self.vocabulary), float("nan"))
+
+    def _compute(self, row: int, start: int, tokens: Sequence[int]) -> tuple[Any, ...]:
+        """Write the tokens, and say what is read: the pages, if all is well also the state."""
+        assert 0 < row <= self.rows, "the null row computes nothing"
+        self.computed += len(tokens)
+        if len(self._states[row]) != start:
+            self.mismatches.append(f"row {row}: state of {len(self._states[row])}, start {start}")
+        self._states[row] = (*self._states[row], *tokens)
+        for at, token in enumerate(tokens, start):
+            page = self._tables[row].get(at // self.config.page_size)
+            assert page, f"row {row}: no page for position {at}"
+            self._page(page)[at % self.config.page_size] = token
+        read = self._read(row, start + len(tokens))
+        if read != self._states[row]:
+            self.mismatches.append(f"row {row}: pages {read}, state {self._states[row]}")
+        return read
+
+    def _read(self, row: int, length: int) -> tuple[int, ...]:
+        size = self.config.page_size
+        slots: list[Any] = []
+        for logical in range(-(-length // size)):
+            slots += self._page(self._tables[row].get(logical, 0))
+        if any(slot is not BLANK for slot in slots[length:]):
+            self.mismatches.append(f"row {row}: a dirty tail {slots[length:]}")
+        return tuple(slots[:length])
+
+    def _page(self, page: int) -> list[int | None]:
+        return self._contents.setdefault(page, self._blank())
+
+    def _blank(self) -> list[int | None]:
+        return [BLANK] * self.config.page_size
+
+    def _called(self, call: str, rows: Sequence[int]) -> None:
+        self.calls[call] += 1
+        self.fault(call, rows)

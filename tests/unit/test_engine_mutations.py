@@ -1,0 +1,186 @@
+"""The engine, broken on purpose: the walk at random must notice each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from granite_paged.engine import scheduler as scheduling
+from granite_paged.engine.executor import Executor
+from granite_paged.engine.outputs import OutputProcessor
+from granite_paged.engine.prefix_cache import Hit, PrefixCache
+from granite_paged.engine.request import Job, State
+from granite_paged.engine.scheduler import Scheduler
+from granite_paged.errors import BrokenInvariant, GranitePagedError
+from granite_paged.paging.allocator import AppendPlan, PageAllocator, PageCopy
+from tests.helpers.engine_harness import EngineHarness, walk
+from tests.helpers.simulated_runner import HashOracle, PaperState, SimulatedRunner
+
+Patch = pytest.MonkeyPatch
+STEPS = 3000
+
+
+def state_of_another_boundary(patch: Patch) -> None:
+    """A state is kept from before the block it is said to follow."""
+    save = SimulatedRunner.save_row
+
+    def early(self: SimulatedRunner, row: int, *, to_host: bool = False) -> PaperState:
+        state = save(self, row, to_host=to_host)
+        return state if to_host else state._replace(tokens=state.tokens[:-8])
+
+    patch.setattr(SimulatedRunner, "save_row", early)
+
+
+def page_not_retained(patch: Patch) -> None:
+    """The prefix cache names pages that it holds no reference to."""
+    keep = PrefixCache._keep_block
+
+    def unheld(self: PrefixCache, parent: Any, tokens: Any, pages: Sequence[int]) -> Any:
+        node = keep(self, parent, tokens, pages)
+        for page in pages:
+            if self._allocator._references[page] > 1:
+                self._allocator._references[page] -= 1
+        return node
+
+    patch.setattr(PrefixCache, "_keep_block", unheld)
+
+
+def hit_by_hash(patch: Patch) -> None:
+    """Blocks are told apart by less than all of their tokens."""
+    announce, keep = PrefixCache.announce, PrefixCache.keep
+
+    def blurred(tokens: Sequence[int]) -> list[int]:
+        return [token // 2 for token in tokens]
+
+    patch.setattr(PrefixCache, "announce", lambda self, t: announce(self, blurred(t)))
+    patch.setattr(PrefixCache, "keep", lambda self, t, *more: keep(self, blurred(t), *more))
+
+
+def pages_of_one_block_too_few(patch: Patch) -> None:
+    """A hit hands over the state of a block, and the pages of the blocks before."""
+    find = PrefixCache.find
+
+    def short(self: PrefixCache, path: Any) -> Hit:
+        hit = find(self, path)
+        return Hit(hit.tokens, hit.pages[:-1], hit.state)
+
+    patch.setattr(PrefixCache, "find", short)
+
+
+def rows_not_cleared(patch: Patch) -> None:
+    """A row comes to its next owner with the state of the last."""
+    patch.setattr(SimulatedRunner, "clear_rows", lambda self, rows: None)
+
+
+def tails_not_scrubbed(patch: Patch) -> None:
+    """Pages come to their next owner with what the last one wrote."""
+    patch.setattr(scheduling, "_clean", lambda plan: AppendPlan(plan.writes, plan.copies, []))
+
+
+def forks_write_into_shared_pages(patch: Patch) -> None:
+    """No copy on write."""
+    patch.setattr(PageAllocator, "_writes_shared_page", lambda self, sequence: False)
+
+
+def copies_are_not_made(patch: Patch) -> None:
+    """The allocator plans a copy, and the scheduler drops it from the plan."""
+
+    def bare(plan: AppendPlan) -> AppendPlan:
+        nothing: list[PageCopy] = []
+        return AppendPlan(plan.writes, nothing, [write.physical_page for write in plan.writes])
+
+    patch.setattr(scheduling, "_clean", bare)
+
+
+def preemption_forgets_a_token(patch: Patch) -> None:
+    """A swapped job comes back one token short."""
+    swap_in = Scheduler._swap_in
+
+    def short(self: Scheduler, job: Job, swapped: Any) -> None:
+        swap_in(self, job, swapped)
+        job.stored -= 1
+
+    patch.setattr(Scheduler, "_swap_in", short)
+
+
+def late_tokens_are_delivered(patch: Patch) -> None:
+    """The token that a sequence computes after its last is not dropped."""
+    end = OutputProcessor.end
+
+    def undead(self: OutputProcessor, job: Job, *why: Any) -> None:
+        end(self, job, *why)
+        job.state = State.READ if why[0] == "stop" else job.state
+
+    patch.setattr(OutputProcessor, "end", undead)
+
+
+def finished_jobs_keep_their_row(patch: Patch) -> None:
+    """What a request held is not given back."""
+
+    def lost(self: Scheduler, job: Job) -> None:
+        if job.state is not State.DONE:
+            self._leave_queue(job)
+            for jobs in (self.decoding, self.prefilling, self.scoring):
+                jobs.pop(job, None)
+            job.state = State.DONE
+
+    patch.setattr(Scheduler, "finish", lost)
+
+
+def noise_of_the_row_instead_of_the_request(patch: Patch) -> None:
+    """A sample depends on where its request happens to run."""
+    drawn = Executor._drawn
+
+    def by_row(self: Executor, logits: Any, jobs: Sequence[Job], **more: Any) -> Any:
+        for job in jobs:
+            job.seed = job.row
+        return drawn(self, logits, jobs, **more)
+
+    patch.setattr(Executor, "_drawn", by_row)
+
+
+def scores_of_the_neighbour(patch: Patch) -> None:
+    """Log-probabilities are handed out in another order than they were asked for."""
+    scores = OutputProcessor._scores
+    patch.setattr(
+        OutputProcessor, "_scores", lambda self, parts, numbers: scores(self, parts[::-1], numbers)
+    )
+
+
+BROKEN = [
+    state_of_another_boundary,
+    page_not_retained,
+    hit_by_hash,
+    pages_of_one_block_too_few,
+    rows_not_cleared,
+    tails_not_scrubbed,
+    forks_write_into_shared_pages,
+    copies_are_not_made,
+    preemption_forgets_a_token,
+    late_tokens_are_delivered,
+    finished_jobs_keep_their_row,
+    noise_of_the_row_instead_of_the_request,
+    scores_of_the_neighbour,
+]
+
+
+def busy() -> EngineHarness:
+    return EngineHarness(HashOracle(), {"preemption": "swap"}, pages=20, rows=4)
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_a_broken_engine_is_noticed(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    office = busy()
+    broken(monkeypatch)
+    with pytest.raises((AssertionError, BrokenInvariant, GranitePagedError, IndexError)):
+        walk(office, STEPS, seed=1)
+
+
+def test_the_walk_that_notices_them_passes_unbroken() -> None:
+    office = busy()
+    walk(office, STEPS, seed=1)
+    assert office.met["swapped"]
+    assert office.met["hits"]
+    assert office.met["forked"]

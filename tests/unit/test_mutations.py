@@ -1,0 +1,494 @@
+"""Every checker bites: something broken on purpose, and the checker that must catch it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from torch import Tensor
+
+from granite_paged.errors import DoubleFree
+from granite_paged.layers import attention
+from granite_paged.paging import masks
+from granite_paged.paging.allocator import AppendPlan, PageAllocator
+from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.pool import KVPool
+from tests.helpers.strategies import (
+    Ledger,
+    Open,
+    Paged,
+    Step,
+    assert_no_page_is_listed_twice,
+    assert_right,
+    assert_same_outputs,
+    assert_unlisted_pages_hold_nothing,
+    assert_whole_pages_are_allowed,
+    make_geometry,
+    move_pages,
+)
+from tests.property.test_allocator_machine import AllocatorMachine, walk
+
+# -- allocators ---------------------------------------------------------------------------------
+
+
+class AcceptsADoubleFree(PageAllocator):
+    """Seen in transformers and vLLM."""
+
+    def release(self, *sequences: int) -> list[int]:
+        return super().release(*(s for s in sequences if s in self._sequences))
+
+
+class FreesTwiceWhatIsNamedTwice(PageAllocator):
+    """Seen in torch PagedAttention.erase."""
+
+    def release(self, *sequences: int) -> list[int]:
+        freed = super().release(*dict.fromkeys(sequences))
+        if len(set(sequences)) < len(sequences):
+            self._recycled.extend(freed)
+        return freed
+
+
+class FreesWhatIsShared(PageAllocator):
+    """One owner's release takes the page from the others."""
+
+    def _drop(self, page: int, freed: list[int]) -> None:
+        self._references[page] = 1
+        super()._drop(page, freed)
+
+
+class ForgetsAReference(PageAllocator):
+    def fork(self, parent: int) -> int:
+        child = super().fork(parent)
+        for page in self.pages_of(child)[:1]:
+            self._references[page] -= 1
+        return child
+
+
+class NeverCopies(PageAllocator):
+    def _writes_shared_page(self, sequence: Any) -> bool:
+        return False
+
+
+class PlansNoCopy(PageAllocator):
+    """The table is right and the tokens are missing."""
+
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        plan = super().append(growth)
+        return AppendPlan(plan.writes, [], plan.scrub)
+
+
+class ForgetsToScrub(PageAllocator):
+    """What an earlier owner left, perhaps NaN, stays in the tail."""
+
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        plan = super().append(growth)
+        return AppendPlan(plan.writes, plan.copies, [])
+
+
+class ScrubsWhatItJustCopied(PageAllocator):
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        plan = super().append(growth)
+        return AppendPlan(plan.writes, plan.copies, [*plan.scrub, *(c.target for c in plan.copies)])
+
+
+class LosesPages(PageAllocator):
+    def release(self, *sequences: int) -> list[int]:
+        freed = super().release(*sequences)
+        if len(freed) > 1:
+            self._recycled.pop()
+        return freed
+
+
+class HandsOutTheNullPage(PageAllocator):
+    def __init__(self, pages: int, page_size: int) -> None:
+        super().__init__(pages, page_size)
+        self._never_issued = 0
+
+
+class MutatesBeforeItRefuses(PageAllocator):
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        whole = AppendPlan([], [], [])
+        for sequence, tokens in growth.items():
+            plan = super().append({sequence: tokens})
+            whole.writes.extend(plan.writes)
+            whole.copies.extend(plan.copies)
+            whole.scrub.extend(plan.scrub)
+        return whole
+
+
+class AcceptsANegativeGrowth(PageAllocator):
+    """Seen in vLLM."""
+
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        return super().append({s: max(0, tokens) for s, tokens in growth.items()})
+
+
+class IgnoresForeignSequences(PageAllocator):
+    def append(self, growth: Mapping[int, int]) -> AppendPlan:
+        return super().append({s: n for s, n in growth.items() if s in self._sequences})
+
+
+class ReusesIds(PageAllocator):
+    def open(self, pages: Iterable[int] = ()) -> int:
+        self._next_sequence = 0
+        while self._next_sequence in self._sequences:
+            self._next_sequence += 1
+        return super().open(pages)
+
+
+class ForgetsCopiesWhenCounting(PageAllocator):
+    def pages_needed(self, growth: Mapping[int, int]) -> int:
+        return sum(
+            self._pages_for(self.length(s) + tokens) - len(self.pages_of(s))
+            for s, tokens in growth.items()
+        )
+
+
+BROKEN_ALLOCATORS = [
+    AcceptsADoubleFree,
+    FreesTwiceWhatIsNamedTwice,
+    FreesWhatIsShared,
+    ForgetsAReference,
+    NeverCopies,
+    PlansNoCopy,
+    ForgetsToScrub,
+    ScrubsWhatItJustCopied,
+    LosesPages,
+    HandsOutTheNullPage,
+    MutatesBeforeItRefuses,
+    AcceptsANegativeGrowth,
+    IgnoresForeignSequences,
+    ReusesIds,
+    ForgetsCopiesWhenCounting,
+]
+
+HUNT = settings(
+    max_examples=1000,
+    stateful_step_count=40,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],  # finding is enough here, shrinking would take seconds
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("broken", BROKEN_ALLOCATORS, ids=lambda kind: kind.__name__)
+def test_the_state_machine_catches_a_broken_allocator(broken: type[PageAllocator]) -> None:
+    machine = type("Machine", (AllocatorMachine,), {"allocator_type": broken})
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(machine, settings=HUNT)
+
+
+@pytest.mark.parametrize("broken", BROKEN_ALLOCATORS, ids=lambda kind: kind.__name__)
+def test_the_random_walk_catches_a_broken_allocator(broken: type[PageAllocator]) -> None:
+    with pytest.raises(AssertionError):
+        walk(Ledger(broken(20, 3)), steps=5000, seed=0)
+
+
+def test_the_same_hunt_finds_nothing_in_the_real_allocator() -> None:
+    """So what the hunts above find is what was broken."""
+    run_state_machine_as_test(AllocatorMachine, settings=settings(HUNT, max_examples=20))
+    ledger = Ledger(PageAllocator(20, 3))
+    walk(ledger, steps=1000, seed=0)
+    assert ledger.met["copy"] > 0
+
+
+def test_a_refusal_that_does_not_come_is_caught() -> None:
+    ledger = Ledger(PageAllocator(4, 4))
+    with pytest.raises(AssertionError, match="DoubleFree was not raised"):
+        ledger.refuses(DoubleFree, ledger.allocator.release)
+
+
+# -- page tables and pools ----------------------------------------------------------------------
+
+
+class StaleInverse(PageTable):
+    """As torch PagedAttention.erase: chained advanced indexing writes to a copy."""
+
+    def forget(self, pages: Tensor) -> None:
+        self.logical[pages][:] = NOBODY
+
+
+class WritesOneMap(PageTable):
+    def write(self, rows: Tensor, logical_pages: Tensor, physical_pages: Tensor) -> None:
+        self.physical[rows, logical_pages] = physical_pages.int()
+
+
+class LosesItsContentsInGrowing(PageTable):
+    def fit(self, *, rows: int, width: int, pages: int) -> None:
+        before = self.physical.shape
+        super().fit(rows=rows, width=width, pages=pages)
+        if self.physical.shape != before:
+            self.physical = torch.zeros_like(self.physical)
+
+
+class MovesNoRows(PageTable):
+    def select_rows(self, rows: Tensor) -> None:
+        self.physical = self.physical[torch.arange(len(rows)) % len(self.physical)]
+
+
+class CopiesKeysOnly(KVPool):
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        values = self.values.clone()
+        super().copy_pages(sources, targets)
+        self.values.copy_(values)
+
+
+class WrapsSlotsAround(KVPool):
+    """As torch PagedAttention.assign."""
+
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        super().write((slots - self._geometry.page_size) % self.keys.shape[2], keys, values)
+
+
+class ScrubsTheNextPage(KVPool):
+    def scrub(self, pages: Tensor) -> None:
+        super().scrub((pages + 1) % self.pages)
+
+
+def eventful() -> Paged:
+    """Forks that part, releases, recycled pages."""
+    paged = Paged(make_geometry(page_size=4))
+    parent = paged.open(10)
+    paged.open(7)
+    child = paged.fork(parent)
+    paged.append({child: 3})
+    paged.release(parent)
+    paged.happen(Open(13))
+    paged.append({child: 9})
+    paged.release(paged.open(5))
+    return paged
+
+
+def test_an_unbroken_pool_is_valid_after_all_that() -> None:
+    eventful().check_valid()
+
+
+@pytest.mark.parametrize(
+    ("part", "broken"),
+    [
+        ("PageTable", StaleInverse),
+        ("PageTable", WritesOneMap),
+        ("PageTable", LosesItsContentsInGrowing),
+        ("PageTable", MovesNoRows),
+        ("KVPool", CopiesKeysOnly),
+        ("KVPool", WrapsSlotsAround),
+        ("KVPool", ScrubsTheNextPage),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_broken_page_table_or_pool_is_caught(part: str, broken: type, monkeypatch) -> None:
+    monkeypatch.setattr(f"tests.helpers.strategies.{part}", broken)
+    with pytest.raises(AssertionError):
+        eventful().check_valid()
+
+
+def test_a_stale_inverse_map_is_named_by_its_page() -> None:
+    paged = eventful()
+    free = next(page for page, place in enumerate(paged.table.logical) if page and place == NOBODY)
+    paged.table.logical[free] = 0
+    with pytest.raises(AssertionError, match=f"page {free}: the inverse map says 0"):
+        paged.table.check_valid(paged.allocator, paged.rows)
+
+
+# -- mask_mods ----------------------------------------------------------------------------------
+
+complete = masks.paged_mask_mod
+
+
+def changed(**changes: Callable[[Any], Any]) -> Callable[..., masks.MaskMod]:
+    """The complete mask_mod, made from changed arguments."""
+
+    def make(*tensors: Tensor, **given: Any) -> masks.MaskMod:
+        given |= dict(zip(("physical", "logical", "positions"), tensors, strict=True))
+        return complete(**{k: changes[k](v) if k in changes else v for k, v in given.items()})
+
+    return make
+
+
+def without_ownership(
+    physical: Tensor,
+    logical: Tensor,
+    positions: Tensor,
+    *,
+    page_size: int,
+    group: int,
+    visible: Tensor | None = None,
+) -> masks.MaskMod:
+    def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        logical_page = logical[slot // page_size]
+        position = logical_page * page_size + slot % page_size
+        return (logical_page >= 0) & (position <= positions[row, folded_row // group])
+
+    return mask_mod
+
+
+def without_inverse_map(
+    physical: Tensor,
+    logical: Tensor,
+    positions: Tensor,
+    *,
+    page_size: int,
+    group: int,
+    visible: Tensor | None = None,
+) -> masks.MaskMod:
+    """Slots taken for positions: right only while pages lie in order."""
+
+    def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        return slot <= positions[row, folded_row // group]
+
+    return mask_mod
+
+
+BROKEN_MASK_MODS = {
+    "without the ownership test": without_ownership,
+    "without the inverse map": without_inverse_map,
+    "without the causal bound": changed(positions=lambda p: p.where(p < 0, p.amax())),
+    "without a length": changed(positions=lambda p: p.where(p < 0, 10**6)),
+    "with a position too many": changed(positions=lambda p: p.where(p < 0, p + 1)),
+    "with a position too few": changed(positions=lambda p: p - 1),
+    "with padding that attends": changed(positions=lambda p: p.clamp(min=0)),
+    "with twice the page size": changed(page_size=lambda size: 2 * size),
+    "with half the page size": changed(
+        page_size=lambda size: size // 2, logical=lambda pages: torch.cat([pages, pages])
+    ),
+    "with another group": changed(group=lambda group: group + 1),
+    "with the rows of another batch": changed(physical=lambda table: table.roll(1, 0)),
+    "with the first row for all": changed(physical=lambda table: table[:1].expand_as(table)),
+    "with a stale inverse map": changed(logical=lambda pages: pages.roll(1)),
+}
+
+
+def ragged_step() -> tuple[Paged, dict[int, int], Step]:
+    """Three rows of other lengths and new tokens, one of them a fork, with padding."""
+    paged = Paged(make_geometry(page_size=4))
+    first, second = paged.open(13), paged.open(6)
+    paged.open(11)
+    added = {second: 3, first: 5, paged.fork(first): 1}
+    return paged, added, paged.step(added)
+
+
+def test_the_complete_mask_mod_is_right() -> None:
+    paged, added, step = ragged_step()
+    assert_right(paged, step, added, step.attend())
+
+
+@pytest.mark.parametrize("name", BROKEN_MASK_MODS)
+def test_a_broken_mask_mod_is_caught_by_the_oracle(name: str, monkeypatch) -> None:
+    paged, added, step = ragged_step()
+    monkeypatch.setattr(masks, "paged_mask_mod", BROKEN_MASK_MODS[name])
+    with pytest.raises(AssertionError):
+        assert_right(paged, step, added, step.attend())
+
+
+def test_reading_slots_as_positions_is_caught_by_moving_pages(monkeypatch) -> None:
+    _, _, step = ragged_step()
+    monkeypatch.setattr(masks, "paged_mask_mod", without_inverse_map)
+    with pytest.raises(AssertionError, match="apart"):
+        assert_same_outputs(move_pages(step, seed=1).attend(), step.attend())
+
+
+# -- block lists --------------------------------------------------------------------------------
+
+
+def one_whole_page_more(whole: Tensor, touched: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.minimum(whole + 1, touched), touched
+
+
+def last_page_missing(whole: Tensor, touched: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.minimum(whole, touched - 1), touched - 1
+
+
+@pytest.mark.parametrize(
+    ("break_counts", "check"),
+    [
+        (one_whole_page_more, assert_whole_pages_are_allowed),
+        (last_page_missing, assert_unlisted_pages_hold_nothing),
+    ],
+)
+def test_broken_page_counts_are_caught(break_counts, check, monkeypatch) -> None:
+    _, _, step = ragged_step()
+    check(step)
+    right = masks._pages_seen
+    monkeypatch.setattr(masks, "_pages_seen", lambda *a, **k: break_counts(*right(*a, **k)))
+    with pytest.raises(AssertionError):
+        check(step)
+
+
+def test_a_partial_list_that_starts_over_is_caught(monkeypatch) -> None:
+    """Pages named whole and again in part would weigh double."""
+    paged = Paged(make_geometry(page_size=4))
+    step = paged.step({paged.open(13): 1})
+    assert_no_page_is_listed_twice(step)
+    right = masks._from_logical_page
+    monkeypatch.setattr(
+        masks, "_from_logical_page", lambda table, start, width: right(table, 0 * start, width)
+    )
+    with pytest.raises(AssertionError, match="listed twice"):
+        assert_no_page_is_listed_twice(step)
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def wrong_scale(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda query, keys, values, mask, scale: call(query, keys, values, mask, 1.01 * scale)
+
+
+def half_precision(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """float32 on the way, in a float64 model."""
+    return lambda *arguments: call(*arguments).float().double()
+
+
+def heads_swapped(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: call(*arguments).flip(1)
+
+
+def rows_shifted(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: call(*arguments).roll(1, 2)
+
+
+def keys_for_values(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda query, keys, values, mask, scale: call(query, keys, keys, mask, scale)
+
+
+@pytest.mark.parametrize(
+    "broken", [wrong_scale, half_precision, heads_swapped, rows_shifted, keys_for_values]
+)
+def test_broken_attention_is_caught_by_the_oracle(broken, monkeypatch) -> None:
+    paged, added, step = ragged_step()
+    monkeypatch.setattr(attention, "_eager", broken(attention._eager))
+    with pytest.raises(AssertionError):
+        assert_right(paged, step, added, step.attend())
+
+
+def test_a_nan_that_is_not_cleaned_away_is_caught(monkeypatch) -> None:
+    """The poison test's comparison, where the dense product spreads a foreign NaN."""
+    paged, added, step = ragged_step()
+    values = step.values.clone()
+    values[:, :, paged.unread_slots(added)] = torch.nan
+    poisoned = step.replace(values=values)
+    assert torch.equal(poisoned.attend(), step.attend())
+    monkeypatch.setattr(Tensor, "isfinite", lambda numbers: torch.ones_like(numbers).bool())
+    assert not torch.equal(poisoned.attend(), step.attend())
+
+
+def test_a_broken_invariant_is_named_even_where_python_drops_assertions() -> None:
+    code = (
+        "from granite_paged.paging.allocator import PageAllocator\n"
+        "allocator = PageAllocator(9, 4)\n"
+        "allocator.append({allocator.open(): 9})\n"
+        "allocator._references[1] = 5\n"
+        "allocator.check_valid()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code], check=False, capture_output=True, text=True
+    )
+    assert "BrokenInvariant: reference counts differ from the tables" in done.stderr
