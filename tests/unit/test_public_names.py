@@ -1,0 +1,46 @@
+"""What `import granite_paged` gives, and what it costs."""
+
+from __future__ import annotations
+
+import pydoc
+import subprocess
+import sys
+
+import pytest
+
+import granite_paged
+from granite_paged import errors
+
+
+def test_dir_lists_public_names_only() -> None:
+    assert dir(granite_paged) == sorted(granite_paged.__all__)
+
+
+@pytest.mark.parametrize("name", granite_paged.__all__)
+def test_a_public_name_loads(name: str) -> None:
+    assert getattr(granite_paged, name) is not None
+
+
+def test_every_error_is_exported() -> None:
+    def family(kind: type) -> set[str]:
+        return {kind.__name__}.union(*map(family, kind.__subclasses__()))
+
+    ours = {name for name in family(errors.GranitePagedError) if hasattr(errors, name)}
+    assert ours <= set(granite_paged.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        granite_paged.Engin  # noqa: B018
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, granite_paged; dir(granite_paged); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_help_names_every_class_and_function() -> None:
+    text = pydoc.plain(pydoc.render_doc(granite_paged))
+    for name in ("Engine", "SamplingParams", "PagedConfig", "paged", "load", "OutOfPages"):
+        assert name in text
