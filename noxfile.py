@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,16 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 
 WORKERS = os.environ.get("PYTEST_WORKERS", "auto")
 DEEP_STEPS = "1000000"
+
+PROSE = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "golden/README.md",
+    "docs",
+    "examples",
+    "noxfile.py",
+)
 
 MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
 REQUIRE_GPU = """
@@ -37,10 +48,23 @@ def install(session: nox.Session, *groups: str, package: bool = True) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and format."""
+    """Ruff (rules and format), spelling, and the phrases that .prose.txt retires."""
     install(session, "lint", package=False)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
+    entries = Path(".prose.txt").read_text(encoding="utf-8").splitlines()
+    phrases = "|".join(re.escape(entry.partition("->")[0]) for entry in entries)
+    retired = ("--dictionary", ".prose.txt", "--regex", rf"(?<!\w)(?:{phrases})(?!\w)")
+    session.run("codespell", *retired, *PROSE)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/. A broken link or an unknown name fails it."""
+    install(session, "docs", package=False)
+    quiet = {"NO_MKDOCS_2_WARNING": "1"}
+    session.run("mkdocs", "build", "--strict", *session.posargs, env=quiet)
 
 
 @nox.session
@@ -100,21 +124,21 @@ def eval_parity(session: nox.Session) -> None:
 
 @nox.session
 def notebook(session: nox.Session) -> None:
-    """The walk through `granite-paged profile`, cell by cell; a cell that raises fails it."""
+    """Run the notebook about `granite-paged profile`; a cell that raises fails the session."""
     session.install(".", "nbclient", "ipykernel")
     session.run("jupyter", "execute", "granite_paged/bench/profile.ipynb", *session.posargs)
 
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Figures and the tables of the README, from the results in golden/results."""
+    """Draw golden/figures/evaluation and write the tables of docs/evaluation.md."""
     session.install(".[plot]")
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
     records = sorted(map(str, Path("golden/perf").glob("nvidia-*.json")))
     curves = [part for record in records for part in ("--bench", record)]
-    pages = ("--to", "golden/figures/evaluation", "--page", "README.md")
+    pages = ("--to", "golden/figures/evaluation", "--page", "docs/evaluation.md")
     session.run("granite-paged", "report", *results, *curves, *pages)
 
 
@@ -129,20 +153,21 @@ def gpu_tests(session: nox.Session) -> None:
 
 @nox.session
 def perf_record(session: nox.Session) -> None:
-    """Write golden/perf/<gpu>.json and the figures. Arguments go to bench. Fails without a GPU."""
+    """Record this GPU in golden/perf, with figures. Arguments go to bench. Fails without a GPU."""
     install(session, "tests")
     session.run("python", "-c", REQUIRE_GPU)
     name = session.run("python", "-c", PRINT_SLUG, silent=True).strip()
     record, tables = f"golden/perf/{name}.json", f"golden/perf/{name}.md"
     session.run("granite-paged", "bench", *MEASURED_MODEL, "--json", record, *session.posargs)
-    figures = ("--out", "golden/figures", "--markdown", tables, "--page", "README.md")
+    page = ("--page", "docs/benchmarks.md")
+    figures = ("--out", "golden/figures", "--markdown", tables, *page)
     session.run("granite-paged", "plot", record, *figures)
-    session.run("git", "status", "--short", "--", "golden", external=True)
+    session.run("git", "status", "--short", "--", "golden", "docs", external=True)
 
 
 @nox.session
 def tune(session: nox.Session) -> None:
-    """Choose the constants of kernel options anew. Arguments go to tune. Fails without a GPU."""
+    """Choose the constants of kernel options again. Arguments go to tune. Fails without a GPU."""
     session.install(".")
     session.run("python", "-c", REQUIRE_GPU)
     constants = "granite_paged/layers/tuned.json"

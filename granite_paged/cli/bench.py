@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -523,7 +524,7 @@ def plot(
     granite-paged plot golden/perf/nvidia-h200.json --out golden/figures
     granite-paged plot before.json after.json --out figures --format svg
     granite-paged plot decode.json --markdown decode.md
-    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures --page README.md
+    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures --page docs/benchmarks.md
     """  # noqa: D301
     from granite_paged.report.bench_figures import draw_all
     from granite_paged.report.bench_results import read_result, writable_folder
@@ -542,8 +543,9 @@ def plot(
     if out is not None:
         for path in draw_all(read, read_published(records), writable_folder(out), form):
             click.echo(path)
-    if page is not None:
-        put_between(page, "bench", page_part(read[0], str(out)))
+    if page is not None and out is not None:
+        figures = os.path.relpath(out, Path(page).parent)
+        put_between(page, "bench", page_part(read[0], figures))
     return OK
 
 

@@ -211,7 +211,7 @@ def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: 
 
     \b
     granite-paged report mmlu.json truthfulqa.json --to report
-    granite-paged report golden/results/*.json --to out --page README.md
+    granite-paged report golden/results/*.json --to out --page docs/evaluation.md
     """  # noqa: D301
     from granite_paged.report.eval_report import update_page, write_report
     from granite_paged.report.eval_results import read_bench, read_evaluation

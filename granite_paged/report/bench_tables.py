@@ -1,4 +1,4 @@
-"""Markdown tables of results: what the README shows, and `bench --markdown` writes."""
+"""Markdown tables of results: what docs/benchmarks.md shows and `bench --markdown` writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def page_part(result: Result, figures: str) -> str:
-    """What the README shows of a record: tables of its steps and of attention, and two figures.
+    """Return what a page shows of a record: tables of its steps and of attention, and two figures.
 
     figures: folder of the figures, as the page names it.
     """

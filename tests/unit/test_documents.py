@@ -1,14 +1,16 @@
-"""What the documents say is what there is."""
+"""What the documents say is so: commands, snippets, paths, names and recorded numbers."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import granite_paged
+from granite_paged import errors
+from granite_paged.cli.main import cli
 from granite_paged.report.bench_results import read_result
 from granite_paged.report.bench_tables import page_part
 from granite_paged.report.eval_report import result_tables
@@ -16,65 +18,124 @@ from granite_paged.report.eval_results import read_bench, read_evaluation
 from granite_paged.report.markdown import put_between
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "golden/README.md"),
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")),
+]
+README_LINES = 180
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", read(page), flags=re.DOTALL)
+
+
+def sessions() -> set[str]:
+    """Names of the sessions in the noxfile."""
+    text = read("noxfile.py")
+    found = re.findall(
+        r"^@nox\.session[^\n]*\n(?:[@ )][^\n]*\n)*def (\w+?)_?\(", text, re.MULTILINE
+    )
+    assert len(found) == text.count("@nox.session")
+    return set(found)
+
+
+# -- commands -----------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= README_LINES
 
 
 def test_ci_calls_exactly_the_readmes_test_command() -> None:
-    (command,) = [block.strip() for block in blocks("sh") if "nox -s tests" in block]
-    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    (command,) = [block.strip() for block in blocks("README.md", "sh") if "nox -s tests" in block]
+    assert command in read(".ci/run").splitlines()
 
 
-def test_every_nox_session_of_the_readme_exists() -> None:
-    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
-    session = r"^@nox\.session[^\n]*\n(?:[@ )][^\n]*\n)*def (\w+?)_?\("
-    sessions = re.findall(session, noxfile, re.MULTILINE)
-    assert len(sessions) == noxfile.count("@nox.session")
-    named = {name for names in re.findall(r"nox -s ([a-z_ ]+)", README) for name in names.split()}
-    assert named <= set(sessions)
-    assert set(sessions) <= named, "a session that the README does not mention"
+@pytest.mark.parametrize("page", PAGES)
+def test_every_nox_session_of_a_page_exists(page: str) -> None:
+    named = re.findall(r"nox -R? ?-?s? ?\"?([a-z_]+(?: [a-z_]+)*)", read(page))
+    assert {name for names in named for name in names.split()} <= sessions()
 
 
-@pytest.mark.parametrize(
-    ("number", "printed"), [(0, ["copper-bell"]), (1, ["copper-bell", "iron-boat", "True"])]
-)
-def test_a_python_example_runs_and_recalls(number: int, printed: list[str]) -> None:
-    assert len(blocks("python")) == 2
-    example = blocks("python")[number]
-    done = subprocess.run(
-        [sys.executable, "-c", example], check=False, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == printed
+def test_contributing_mentions_every_session() -> None:
+    text = read("CONTRIBUTING.md")
+    missing = {name for name in sessions() if not re.search(rf"`(?:nox -s )?{name}`", text)}
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_exists(page: str) -> None:
+    named = re.findall(r"(?:^|`|bin/)granite-paged (\w+)", read(page), flags=re.MULTILINE)
+    assert set(named) <= set(cli.commands)
+
+
+def test_the_readme_lists_every_command() -> None:
+    shown = {name for name, command in cli.commands.items() if not command.hidden}
+    listed = re.findall(r"^\| `granite-paged (\w+)", read("README.md"), flags=re.MULTILINE)
+    assert set(listed) == {name.split()[0] for name in shown}
+
+
+# -- names and paths ----------------------------------------------------------------------------
+
+PATH = re.compile(r"`((?:granite_paged|tests|golden|docs|examples|\.github|\.ci)/[\w./-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_of_a_page_exists(page: str) -> None:
+    missing = [path for path in PATH.findall(read(page)) if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", read(page))
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert not missing
+
+
+def test_the_reference_has_every_public_name() -> None:
+    documented = set(re.findall(r"^::: .*\.(\w+)$", read("docs/reference/python.md"), re.MULTILINE))
+    named = {name for name in granite_paged.__all__ if not hasattr(errors, name)}
+    assert documented == named - {"__version__"}
 
 
 @pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", ".github/workflows/ci.yml"])
-def test_the_usual_files_are_there(path: str) -> None:
+def test_a_usual_file_is_there(path: str) -> None:
     assert (ROOT / path).stat().st_size > 0
-
-
-def test_the_readmes_measurements_are_the_recorded_ones(tmp_path: Path) -> None:
-    record = read_result(ROOT / "golden" / "perf" / "nvidia-h200.json")
-    page = tmp_path / "page.md"
-    page.write_text(README, encoding="utf-8")
-    put_between(str(page), "bench", page_part(record, "golden/figures"))
-    assert page.read_text(encoding="utf-8") == README
-    for figure in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
-        assert (ROOT / figure).stat().st_size > 0
-
-
-def test_the_readmes_results_are_the_files_of_evaluations() -> None:
-    files = sorted((ROOT / "golden" / "results").glob("*.json"))
-    evaluations = [read_evaluation(str(path)) for path in files]
-    bench = read_bench(str(ROOT / "golden" / "perf" / "nvidia-h200.json"))
-    for part in result_tables(evaluations, bench):
-        assert part in README
 
 
 def test_no_module_hides_one_of_the_standard_library() -> None:
     """A notebook runs in its own folder, whose modules come first: cProfile imports `profile`."""
     names = {path.stem for path in (ROOT / "granite_paged").rglob("*.py")}
     assert names & sys.stdlib_module_names == set()
+
+
+# -- snippets and numbers -----------------------------------------------------------------------
+
+
+def test_the_readmes_snippets_are_the_examples() -> None:
+    """tests/integration/test_examples.py runs the files."""
+    files = ("paged_generate.py", "generate.py")
+    assert blocks("README.md", "python") == [read(f"examples/{name}") for name in files]
+
+
+def test_the_measurements_shown_are_the_recorded_ones(tmp_path: Path) -> None:
+    text = read("docs/benchmarks.md")
+    record = read_result(ROOT / "golden" / "perf" / "nvidia-h200.json")
+    page = tmp_path / "page.md"
+    page.write_text(text, encoding="utf-8")
+    put_between(str(page), "bench", page_part(record, "../golden/figures"))
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_the_results_shown_are_the_files_of_evaluations() -> None:
+    files = sorted((ROOT / "golden" / "results").glob("*.json"))
+    evaluations = [read_evaluation(str(path)) for path in files]
+    bench = read_bench(str(ROOT / "golden" / "perf" / "nvidia-h200.json"))
+    text = read("docs/evaluation.md")
+    for part in result_tables(evaluations, bench):
+        assert part in text
