@@ -126,7 +126,7 @@ def eval_parity(session: nox.Session) -> None:
 def notebook(session: nox.Session) -> None:
     """Run the notebook about `granite-paged profile`; a cell that raises fails the session."""
     session.install(".", "nbclient", "ipykernel")
-    session.run("jupyter", "execute", "granite_paged/bench/profile.ipynb", *session.posargs)
+    session.run("jupyter", "execute", "examples/profile.ipynb", *session.posargs)
 
 
 @nox.session

@@ -248,7 +248,7 @@ def _study_tables(found: Sequence[Entry], bench: Sequence[BenchRow]) -> list[str
 
 
 def _study_accuracy(study: Json, found: Sequence[Entry]) -> str:
-    head = ("task", "mode", "measured on", "accuracy", "ms a question", "peak GB")
+    head = ("task", "mode", "measured on", "accuracy", "ms per question", "peak GB")
     theirs = [
         (
             row["task"],
