@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,26 +33,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-@functools.cache
-def cannot_compile(device: torch.device) -> str:
-    """Why nothing can be compiled for a CUDA device, Triton or Inductor; empty where it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return "there is no C compiler (cc, gcc or clang), which Triton needs"
-    return too_old(device, (7, 0))
-
-
-def too_old(device: torch.device, needed: tuple[int, int]) -> str:
-    """Say that a GPU is older than a compute capability; empty where it is not."""
-    if not torch.cuda.is_available():
-        return ""
-    have = torch.cuda.get_device_capability(device)
-    if have >= needed:
-        return ""
-    return f"compute capability {have[0]}.{have[1]} is older than {needed[0]}.{needed[1]}"
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan, paged_attention, plan_for, split_attention
-from granite_paged.layers.backend import unavailable
+from granite_paged.layers.backend import kernel_refusal
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.paging.page_table import PageTable
@@ -151,7 +151,7 @@ class KernelCase:
     def _split_plan(self, table: PageTable) -> DecodePlan | None:
         """How a runner would split the rows; None where it would not."""
         rows, width = table.physical.shape
-        if self._backend == "eager" or unavailable(self._device, self._geometry.dtype):
+        if kernel_refusal(self._backend, self._device, self._geometry.dtype):
             return None
         return plan_for(self._geometry, rows, width, self._device)
 

@@ -33,6 +33,7 @@ from granite_paged.layers.attention import (
     planned,
     prefill_options,
 )
+from granite_paged.layers.backend import triton_refusal
 from granite_paged.layers.tuning import (
     ROW_TILES,
     TUNED,
@@ -42,7 +43,6 @@ from granite_paged.layers.tuning import (
 )
 from granite_paged.paging.masks import paged_block_mask
 from granite_paged.paging.page_table import PageTable
-from granite_paged.runner.model import why_not
 
 DECODE_CONTEXTS = {1: (512, 16384), 8: (512, 4096), 32: (512, 4096)}
 """Batches that decode attention is tuned for -> tokens of each sequence."""
@@ -135,9 +135,9 @@ def groups_of(bench: Bench, subjects: Sequence[str] = (), *, quick: bool = False
     """
     if not bench.clock.gpu:
         raise no_gpu("tune")
-    slow = why_not(bench.model, bench.config.backend)
-    if slow:
-        raise CannotJudge(f"nothing to tune, as the kernels do not run here: {slow}")
+    refusal = triton_refusal(bench.model, bench.config.backend)
+    if refusal:
+        raise CannotJudge(f"nothing to tune, as the kernels do not run here: {refusal}")
     return [group for name in subjects or SUBJECTS for group in SUBJECTS[name](bench, quick)]
 
 

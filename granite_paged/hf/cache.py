@@ -38,7 +38,8 @@ from granite_paged.errors import (
 )
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.hf.padding import NewColumns, PaddedBatch
-from granite_paged.layers.attention import bucket, resolve_backend
+from granite_paged.layers.attention import bucket
+from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.mamba import MambaRows
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask
@@ -151,7 +152,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         )
         self.device = device
         self._compiled = (
-            resolve_backend(self.config.backend, device, dtype, self.geometry.head_dim)
+            attention_backend(self.config.backend, device, dtype, self.geometry.head_dim)
             == "compiled"
         )
         self._page_limit = _page_limit(self.geometry, self.config, device)

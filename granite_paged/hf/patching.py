@@ -43,7 +43,7 @@ from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, Page
 from granite_paged.hf.cache import PagedCache, Step
 from granite_paged.hf.compat import CACHE, rename_cache
 from granite_paged.layers.attention import paged_attention
-from granite_paged.layers.backend import refusal
+from granite_paged.layers.backend import kernel_refusal
 from granite_paged.layers.mamba import MambaRows, MambaSizes, mix
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -184,7 +184,7 @@ def _mix(
     # padding before a row's first token needs no mask: it has no position
     mask = step.columns.mask if step.columns.before else None
     backend, device, dtype = cache.config.backend, hidden_states.device, hidden_states.dtype
-    if mask is None and not refusal(backend, mixer.activation, device, dtype):
+    if mask is None and not kernel_refusal(backend, device, dtype, activation=mixer.activation):
         from granite_paged.layers.triton import mamba  # needs Triton
 
         return mamba.mix(mixer, hidden_states, step.since_start, state._replace(rows=step.rows))

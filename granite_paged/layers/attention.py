@@ -23,17 +23,13 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
-from granite_paged.device import cannot_compile, multiprocessors, shared_memory, stages_that_fit
+from granite_paged.device import multiprocessors, shared_memory, stages_that_fit
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend, CacheGeometry
-from granite_paged.layers.backend import warn_slow
+from granite_paged.layers.backend import SMALLEST_KERNEL_BLOCK, attention_backend, check_compilable
 from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
 
 _T = TypeVar("_T")
-
-SMALLEST_KERNEL_BLOCK = 16
-"""Triton's matrix product needs 16 on every side: tokens of a page, elements of a head. The CPU's
-kernel computes 16 tokens at once: with AVX2 it wrote past a page of 8 (torch 2.9 to 2.15)."""
 
 WIDEST_TUNED_HEAD = 128
 """Elements; a wider head's blocks may not fit a multiprocessor with the same stages."""
@@ -81,28 +77,13 @@ def paged_attention(
     if torch.compiler.is_compiling():
         _check_compilable(query, block_mask)
         out = _fused(folded, keys, values, block_mask, scale, options)
-    elif resolve_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
+    elif attention_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
         _check_compilable(query, block_mask)
         options = options or _smaller_options(block_mask, keys)
         out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
     else:
         out = _eager(folded, keys, values, block_mask, scale)
     return _unfold(out, query.shape)
-
-
-def resolve_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> Backend:
-    """`eager` or `compiled`, whatever was asked for; warns once of a GPU that cannot compile."""
-    if backend != "auto":
-        return backend
-    has_kernel = dtype != torch.float64 and head_dim >= SMALLEST_KERNEL_BLOCK
-    if device.type != "cuda" or not has_kernel:
-        return "eager"
-    reason = cannot_compile(device)
-    if reason:
-        warn_slow(reason)
-    return "eager" if reason else "compiled"
 
 
 def bucket(count: int, *, steps: int = 1) -> int:
@@ -370,17 +351,8 @@ def _compiled(function: Callable[..., _T]) -> Callable[..., _T]:
 
 
 def _check_compilable(query: Tensor, mask: BlockMask) -> None:
-    if query.dtype == torch.float64:
-        raise GeometryError("float64 has no fused kernel: use backend='eager' (or 'auto')")
-    sizes = {"page_size": mask.BLOCK_SIZE[1]}
-    if query.is_cuda:
-        sizes["head_dim"] = query.shape[3]
-    for name, size in sizes.items():
-        if size < SMALLEST_KERNEL_BLOCK:
-            raise GeometryError(
-                f"{name} {size} is too small for the fused kernel: "
-                f"use at least {SMALLEST_KERNEL_BLOCK}, or backend='eager'"
-            )
+    page_size, head_dim = mask.BLOCK_SIZE[1], query.shape[3]
+    check_compilable(query.device, query.dtype, page_size=page_size, head_dim=head_dim)
 
 
 # -- eager --------------------------------------------------------------------------------------

@@ -1,34 +1,141 @@
-"""Which implementation runs: FlexAttention eager or compiled, Triton kernels or plain PyTorch."""
+"""Choose the implementation that runs, and say why.
+
+::
+
+    attention_backend   FlexAttention as a fused kernel (compiled) or as dense PyTorch (eager)
+    check_compilable    refuse sizes and dtypes that the fused kernel cannot compute
+    kernel_refusal      why the package's Triton kernels cannot run on a device and dtype
+    triton_refusal      why a runner uses `EagerModel` and not `TritonModel` with CUDA graphs
+    warn_if_slow        tell the user about it, once per process
+
+A refusal is a reason in words, for a warning or an error; an empty string means that nothing is in
+the way.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 import warnings
+from typing import Any
 
 import torch
 
-from granite_paged.device import cannot_compile, too_old
+from granite_paged.errors import GeometryError
+from granite_paged.geometry import Backend
+
+HALF = (torch.bfloat16, torch.float16)
+
+SMALLEST_KERNEL_BLOCK = 16
+"""Least tokens per page and elements per head of the fused kernel. Triton's matrix product needs
+16 on every side. On the CPU the kernel computes 16 tokens at once: with AVX2 it wrote beyond a page
+of 8 tokens (torch 2.9 to 2.15)."""
+
+_FLEX_CAPABILITY, _KERNEL_CAPABILITY = (7, 0), (8, 0)  # oldest GPUs: Triton's, and our kernels'
 
 
-def refusal(backend: str, activation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why a model that asks for this backend runs without kernels; empty where it has them."""
+# -- FlexAttention ------------------------------------------------------------------------------
+
+
+def attention_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backend:
+    """Return how FlexAttention runs: `eager` or `compiled`.
+
+    `auto` is compiled on CUDA where a fused kernel exists (any dtype but float64, heads of at least
+    16 elements) and can be built. If it cannot be built, a warning says why, once per process.
+    """
+    if backend != "auto":
+        return backend
+    has_kernel = dtype != torch.float64 and head_dim >= SMALLEST_KERNEL_BLOCK
+    if device.type != "cuda" or not has_kernel:
+        return "eager"
+    reason = _cannot_compile(device)
+    if reason:
+        _warn_once(reason)
+    return "eager" if reason else "compiled"
+
+
+def check_compilable(
+    device: torch.device, dtype: torch.dtype, *, page_size: int, head_dim: int
+) -> None:
+    """Raise GeometryError for a dtype or size that the fused kernel cannot compute."""
+    if dtype == torch.float64:
+        raise GeometryError("float64 has no fused kernel: use backend='eager' (or 'auto')")
+    sizes = {"page_size": page_size}
+    if device.type == "cuda":
+        sizes["head_dim"] = head_dim
+    for name, size in sizes.items():
+        if size < SMALLEST_KERNEL_BLOCK:
+            raise GeometryError(
+                f"{name} {size} is too small for the fused kernel: "
+                f"use at least {SMALLEST_KERNEL_BLOCK}, or backend='eager'"
+            )
+
+
+# -- Triton kernels -----------------------------------------------------------------------------
+
+
+def triton_refusal(model: Any, backend: Backend) -> str:
+    """Return why a runner cannot use `TritonModel` for this model; empty where it can.
+
+    model: a `GraniteMoeHybridForCausalLM`.
+    """
+    config = model.config
+    if config.attention_bias or config.mamba_proj_bias:
+        return "projections with a bias have no kernel"
+    return kernel_refusal(backend, model.device, model.dtype, activation=config.hidden_act)
+
+
+def kernel_refusal(
+    backend: Backend, device: torch.device, dtype: torch.dtype, *, activation: str = "silu"
+) -> str:
+    """Return why the Triton kernels cannot run for these tensors; empty where they can.
+
+    activation: of the model, where the kernels compute it.
+    """
     if backend == "eager":
         return "backend 'eager' was asked for"
     if activation not in ("silu", "swish"):
         return f"activation {activation} has no kernel"
-    return unavailable(device, dtype)
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str:
-    """Why these kernels cannot run there, in words; empty where they can."""
     if device.type != "cuda":
         return f"device {device.type} has no Triton kernels"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         return f"{dtype} is computed in full precision".replace("torch.", "")
-    return cannot_compile(device) or too_old(device, (8, 0))
+    return _cannot_compile(device) or _too_old(device, _KERNEL_CAPABILITY)
+
+
+def warn_if_slow(refusal: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Warn of a refusal where kernels were to be expected: half precision on a GPU."""
+    if refusal and device.type == "cuda" and dtype in HALF:
+        _warn_once(refusal)
+
+
+# -- details ------------------------------------------------------------------------------------
 
 
 @functools.cache
-def warn_slow(reason: str) -> None:
-    """Say once in a process why a GPU runs a slower path."""
-    warnings.warn(f"granite_paged takes a slower path: {reason}", stacklevel=3)
+def _cannot_compile(device: torch.device) -> str:
+    """Return why Triton and Inductor cannot compile for a CUDA device; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "Triton needs a C compiler (cc, gcc or clang), and none is installed"
+    return _too_old(device, _FLEX_CAPABILITY)
+
+
+def _too_old(device: torch.device, needed: tuple[int, int]) -> str:
+    """Return how a GPU's compute capability falls short of `needed`; empty where it does not."""
+    if not torch.cuda.is_available():
+        return ""
+    have = torch.cuda.get_device_capability(device)
+    if have >= needed:
+        return ""
+    return f"compute capability {have[0]}.{have[1]} is older than {needed[0]}.{needed[1]}"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"granite_paged takes a slower path: {reason}", stacklevel=4)

@@ -18,7 +18,6 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 
 from granite_paged.geometry import Backend
 from granite_paged.layers.attention import DecodePlan, paged_attention
-from granite_paged.layers.backend import refusal
 from granite_paged.layers.mamba import MambaState, mix
 from granite_paged.paging.page_table import PageTable
 from granite_paged.paging.pool import KVPool
@@ -154,14 +153,6 @@ class EagerModel:
         slots = self._storage.table.slots_of(step.rows, step.positions.long(), pool.page_size)
         key, value = (torch.nan_to_num(part, 0.0, 0.0, 0.0) for part in (key, value))
         pool.write(slots.flatten(), key, value)
-
-
-def why_not(model: Any, backend: Backend) -> str:
-    """Why `TritonModel` cannot run this model where it is; empty where they can."""
-    config = model.config
-    if config.attention_bias or config.mamba_proj_bias:
-        return "projections with a bias have no kernel"
-    return refusal(backend, config.hidden_act, model.device, model.dtype)
 
 
 def by_head(projected: Tensor, head_dim: int) -> Tensor:

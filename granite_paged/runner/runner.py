@@ -31,7 +31,7 @@ from granite_paged.device import free_memory, to_device
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan, plan_for
-from granite_paged.layers.backend import warn_slow
+from granite_paged.layers.backend import triton_refusal, warn_if_slow
 from granite_paged.layers.mamba import MambaSizes, MambaState
 from granite_paged.paging.allocator import AppendPlan
 from granite_paged.paging.page_table import PageTable, PendingEntries
@@ -46,7 +46,7 @@ from granite_paged.runner.memory_plan import (
     memory_refused,
     row_bytes,
 )
-from granite_paged.runner.model import EagerModel, Storage, why_not
+from granite_paged.runner.model import EagerModel, Storage
 from granite_paged.runner.shapes import Batch, Shapes
 
 
@@ -147,10 +147,8 @@ class Runner:
         geometry = CacheGeometry.from_config(
             model.config, page_size=config.page_size, dtype=model.dtype
         )
-        fallback = why_not(model, config.backend)
-        half = model.dtype in (torch.bfloat16, torch.float16)
-        if fallback and half and model.device.type == "cuda":
-            warn_slow(fallback)
+        fallback = triton_refusal(model, config.backend)
+        warn_if_slow(fallback, model.device, model.dtype)
         return cls(model, config, geometry, fallback)
 
     @property

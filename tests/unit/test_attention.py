@@ -18,8 +18,8 @@ from granite_paged.layers.attention import (
     fitting,
     kernel_options,
     paged_attention,
-    resolve_backend,
 )
+from granite_paged.layers.backend import attention_backend
 from granite_paged.paging.masks import split_block_mask, split_mask_mod
 from tests.helpers.reference import attention
 from tests.helpers.strategies import (
@@ -214,12 +214,12 @@ def test_a_page_smaller_than_the_kernels_block_is_refused_when_compiled(page_siz
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_the_cpu_auto_is_eager(dtype: torch.dtype) -> None:
-    assert resolve_backend("auto", torch.device("cpu"), dtype, 64) == "eager"
+    assert attention_backend("auto", torch.device("cpu"), dtype, 64) == "eager"
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_what_was_asked_for_is_what_runs(backend: str) -> None:
-    assert resolve_backend(backend, torch.device("cpu"), torch.float32, 64) == backend
+    assert attention_backend(backend, torch.device("cpu"), torch.float32, 64) == backend
 
 
 def test_eager_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_kernels_block_never_spans_two_pages(page_size: int, added: int) -> No
 def test_on_cuda_auto_is_compiled_where_there_is_a_kernel(
     dtype: torch.dtype, head_dim: int, expected: str
 ) -> None:
-    assert resolve_backend("auto", torch.device("cuda"), dtype, head_dim) == expected
+    assert attention_backend("auto", torch.device("cuda"), dtype, head_dim) == expected
 
 
 def test_a_mask_with_padded_rows_and_tokens_changes_no_output() -> None:

@@ -20,7 +20,6 @@ pytest.importorskip("triton")
 
 from granite_paged import device
 from granite_paged.layers import backend
-from granite_paged.layers.attention import resolve_backend
 from granite_paged.layers.triton import linear as few_rows
 from granite_paged.layers.triton import mamba, pages, pointwise, tokens
 
@@ -40,10 +39,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 @pytest.fixture
 def nothing_known() -> Iterator[None]:
-    for known in (device.cannot_compile, backend.warn_slow):
+    for known in (backend._cannot_compile, backend._warn_once):
         known.cache_clear()
     yield
-    for known in (device.cannot_compile, backend.warn_slow):
+    for known in (backend._cannot_compile, backend._warn_once):
         known.cache_clear()
 
 
@@ -52,7 +51,7 @@ def nothing_known() -> Iterator[None]:
     ("missing", "reason"),
     [
         (("importlib.util.find_spec", lambda name: None), "Triton is not installed"),
-        (("shutil.which", lambda name: None), "no C compiler"),
+        (("shutil.which", lambda name: None), "needs a C compiler"),
     ],
 )
 def test_a_gpu_that_cannot_compile_is_slower_and_says_why_once(
@@ -60,9 +59,9 @@ def test_a_gpu_that_cannot_compile_is_slower_and_says_why_once(
 ) -> None:
     monkeypatch.setattr(*missing)
     gpu = torch.device("cuda", 0)
-    assert reason in backend.unavailable(gpu, torch.bfloat16)
+    assert reason in backend.kernel_refusal("auto", gpu, torch.bfloat16)
     with pytest.warns(UserWarning, match=reason) as told:
-        found = [resolve_backend("auto", gpu, torch.bfloat16, 128) for _ in range(2)]
+        found = [backend.attention_backend("auto", gpu, torch.bfloat16, 128) for _ in range(2)]
     assert found == ["eager", "eager"]
     assert len(told) == 1
 
@@ -72,8 +71,8 @@ def test_an_old_gpu_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     gpu = torch.device("cuda", 0)
-    assert "7.5 is older than 8.0" in backend.unavailable(gpu, torch.bfloat16)
-    assert device.cannot_compile(gpu) == ""
+    assert "7.5 is older than 8.0" in backend.kernel_refusal("auto", gpu, torch.bfloat16)
+    assert backend._cannot_compile(gpu) == ""
 
 
 def test_a_gpu_with_less_shared_memory_gets_fewer_stages() -> None:
