@@ -256,6 +256,15 @@ def require(holds: bool, invariant: str) -> None:
         raise BrokenInvariant(invariant)
 
 
+def check_token_range(lowest: int, highest: int, vocabulary: int) -> None:
+    """Raise PromptError unless token ids from `lowest` to `highest` are in the vocabulary."""
+    if lowest < 0 or highest >= vocabulary:
+        raise PromptError(
+            f"token {lowest if lowest < 0 else highest} is outside the vocabulary of "
+            f"{vocabulary}: use the model's own tokenizer"
+        )
+
+
 def _restored(
     kind: type[GranitePagedError], args: tuple[Any, ...], numbers: dict[str, Any]
 ) -> GranitePagedError:

@@ -6,11 +6,12 @@ Nothing here is hard-coded for a checkpoint: heads, widths and layer kinds come 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from granite_paged.errors import GeometryError, UnsupportedModel
+
+if TYPE_CHECKING:
+    import torch  # the allocator and the scheduler import this module and run without it
 
 Backend = Literal["auto", "eager", "compiled"]
 """How FlexAttention runs: `compiled` into a fused kernel, `eager` with the scores in memory, or
@@ -144,5 +145,10 @@ class CacheGeometry:
         return self.page_size * self.bytes_per_token
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that so many tokens of one sequence fill, the last one perhaps in part."""
-        return -(-tokens // self.page_size)
+        """Pages that `tokens` tokens of one sequence fill; see `pages_for`."""
+        return pages_for(tokens, self.page_size)
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that `tokens` tokens of one sequence fill, the last one perhaps in part."""
+    return -(-tokens // page_size)

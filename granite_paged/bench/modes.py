@@ -21,7 +21,7 @@ from transformers import DynamicCache, StaticCache
 from granite_paged.bench.cases import Kind, Shape
 from granite_paged.bench.measure import Prepared
 from granite_paged.errors import Unsupported
-from granite_paged.geometry import PagedConfig
+from granite_paged.geometry import PagedConfig, pages_for
 from granite_paged.hf.compat import with_cache
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Chunk, Runner
@@ -211,7 +211,7 @@ def make_runner(model: Any, config: PagedConfig) -> Runner:
 
 def config_for(config: PagedConfig, shape: Shape) -> PagedConfig:
     """Rows for the batch; pages for its contexts and one more token each."""
-    pages = shape.batch * -(-(shape.context + 1) // config.page_size)
+    pages = shape.batch * pages_for(shape.context + 1, config.page_size)
     return replace(config, max_sequences=shape.batch, max_tokens=pages * config.page_size)
 
 
@@ -270,7 +270,7 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
 def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:
     """Run a stretch of row 1, copy its pages and state to all others. Returns its tokens."""
     page_size, pages = runner.geometry.page_size, sequences.pages()
-    stretch = min(ids.shape[1], -(-STRETCH // page_size) * page_size)
+    stretch = min(ids.shape[1], runner.geometry.pages_for(STRETCH) * page_size)
     runner.prefill([Chunk(1, 0, ids[0, :stretch].tolist())])
     source = pages[: runner.geometry.pages_for(stretch)]
     copied: list[int] = []

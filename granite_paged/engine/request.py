@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from granite_paged.errors import InvalidSampling, PromptError
+from granite_paged.errors import InvalidSampling, PromptError, check_token_range
 
 Finish = Literal["length", "stop", "cancelled", "error"]
 """Why a sample ended: `max_new_tokens`, a stop token or string, `cancel()`, or its `error`."""
@@ -284,10 +284,5 @@ def check_tokens(tokens: Sequence[int], vocabulary: int, what: str) -> tuple[int
     checked = tuple(tokens)
     if not checked:
         raise PromptError(f"empty {what}: it has no tokens")
-    lowest, highest = min(checked), max(checked)
-    if lowest < 0 or highest >= vocabulary:
-        raise PromptError(
-            f"token {lowest if lowest < 0 else highest} is outside the vocabulary of "
-            f"{vocabulary}: use the model's own tokenizer"
-        )
+    check_token_range(min(checked), max(checked), vocabulary)
     return checked

@@ -106,12 +106,12 @@ class Scheduler:
 
     def check_fits(self, tokens: int) -> None:
         """Whether a sequence of so many tokens would fit alone. Raises RequestTooLarge."""
-        needed, there = self._pages_for(tokens), self._allocator.pages - 1
+        needed, there = self._allocator.pages_for(tokens), self._allocator.pages - 1
         if needed > there:
             advice = f"raise max_tokens or memory_fraction, or ask for fewer than {tokens} tokens"
             raise RequestTooLarge(needed=needed, free=there, advice=advice)
         if tokens > self._limits.longest:
-            there = self._pages_for(self._limits.longest)
+            there = self._allocator.pages_for(self._limits.longest)
             advice = f"a sequence may have {self._limits.longest} tokens, {tokens} were asked for"
             raise RequestTooLarge(needed=needed, free=there, advice=advice)
 
@@ -311,7 +311,7 @@ class Scheduler:
 
     def _swap_out(self, job: Job) -> None:
         try:
-            held = self._allocator.pages_of(job.sequence)[: self._pages_for(job.stored)]
+            held = self._allocator.pages_of(job.sequence)[: self._allocator.pages_for(job.stored)]
             pages = self._device.save_pages(held)
             state = self._device.save_row(job.row, to_host=True)
         except Exception:
@@ -449,7 +449,7 @@ class Scheduler:
         job.target = swapped.stored if swapped else job.prefix_tokens
         tokens = max(job.target, min(job.target + 1, job.most))
         job.sequence, job.row = self._allocator.open(pages), self._rows.pop()
-        if not self._prefix.evict(self._pages_for(tokens) - len(pages)):
+        if not self._prefix.evict(self._allocator.pages_for(tokens) - len(pages)):
             self._vacate(job)
             return False
         self._clear_row(job.row)
@@ -695,9 +695,6 @@ class Scheduler:
             pages, self._unforgotten = self._unforgotten, []
             # one that was issued again belongs to its new owner
             self.forget([page for page in pages if not self._allocator.references(page)])
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self._allocator.page_size)
 
     # -- proving --------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ pages hold tokens: see `columns.py`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,23 +70,6 @@ class Step:
     finite: dict[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parked:
-    """Sequences set aside: they hold their pages, and no step runs them.
-
-    Attributes:
-        sequences: of the allocator, one for each row there was.
-        table: [rows, width] int32, their page table.
-        columns: the record of their columns.
-        states: one for each Mamba layer, copies.
-    """
-
-    sequences: tuple[int, ...]
-    table: Tensor
-    columns: PaddedBatch
-    states: tuple[MambaRows, ...]
-
-
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
     """An attention layer's place in the cache: writes into its pool, hands the pool on."""
 
@@ -134,6 +116,9 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     Raises:
         UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
     """
+
+    checked_for: tuple[Any, torch.dtype | None] = (None, None)
+    """Config and dtype of the model that was last found to have this geometry."""
 
     _step: Step | None
     _rows: list[int]  # row -> sequence of the allocator
@@ -288,43 +273,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             "a paged cache cannot be cropped; fork it before the tokens you may drop"
         )
 
-    # -- setting rows aside ---------------------------------------------------------------------
-
-    def park(self) -> Parked:
-        """Set a fork of every row aside, for `resume` to continue any number of times.
-
-        Its pages are shared with the rows and stay held through `reset()`, until `discard`.
-        """
-        self._check_usable()
-        if not self._rows:
-            raise InvalidRequest("an empty cache has no rows to park: run a prompt first")
-        self._parked.append(
-            Parked(
-                tuple(self.allocator.fork(sequence) for sequence in self._rows),
-                self.table.physical[: len(self._rows)].clone(),
-                copy.copy(self._columns),
-                copy.deepcopy(tuple(self._mamba_layers)),
-            )
-        )
-        return self._parked[-1]
-
-    def resume(self, parked: Parked) -> None:
-        """The rows become forks of what was parked; the ones there were are released."""
-        self._check_parked(parked)
-        self._check_rows(len(parked.sequences))
-        self.reset()
-        self._rows = [self.allocator.fork(sequence) for sequence in parked.sequences]
-        self.table.restore_rows(parked.table)
-        self._columns = copy.copy(parked.columns)
-        for layer, state in zip(self._mamba_layers, parked.states, strict=True):
-            layer.take(state)
-
-    def discard(self, parked: Parked) -> None:
-        """Let go of what was parked; rows that were resumed from it go on."""
-        self._check_parked(parked)
-        self._parked.remove(parked)
-        self._forget(self.allocator.release(*parked.sequences))
-
     @property
     def batch_size(self) -> int:
         """Rows, -1 while there are none."""
@@ -358,16 +306,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """The allocator's sequence of each row."""
         return tuple(self._rows)
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the pages that sequences hold, over all attention layers."""
-        return self.allocator.held * self.geometry.bytes_per_page
-
-    @property
-    def pool_bytes(self) -> int:
-        """Bytes of the pools, held or free."""
-        return sum(pool.nbytes for pool in self.pools.values())
-
     def reserve(self, tokens: Sequence[int]) -> None:
         """Size the pools for rows of so many tokens, as far as the budget goes."""
         pages = [self.geometry.pages_for(n) for n in tokens]
@@ -376,10 +314,9 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def check_valid(self) -> None:
         """Prove that allocator, page table and pools agree; BrokenInvariant says what does not."""
         self.allocator.check_valid()
-        aside = [sequence for parked in self._parked for sequence in parked.sequences]
-        known = sorted([*self._rows, *aside])
+        known = sorted(self._rows)
         require(known == sorted(self.allocator.sequences), "a sequence without a row")
-        self.table.check_valid(self.allocator, self._rows, aside)
+        self.table.check_valid(self.allocator, self._rows)
         sizes = {pool.pages for pool in self.pools.values()}
         require(sizes == {self.allocator.pages}, "a pool of another size than the allocator's")
 
@@ -394,7 +331,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             for layer in self.geometry.attention_layers
         }
         self._rows = []
-        self._parked: list[Parked] = []
         self._columns = PaddedBatch()
         self._step = None
         self._failure = ""
@@ -412,10 +348,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             self.fail_step("a step of this cache was interrupted")
         if self._failure:
             raise CacheReleased(f"{self._failure}; call reset() and start over")
-
-    def _check_parked(self, parked: Parked) -> None:
-        if not any(parked is known for known in self._parked):
-            raise InvalidRequest("these rows are not parked here: discarded, or of another cache")
 
     def _check_rows(self, needed: int) -> None:
         if self.config.max_sequences is not None and needed > self.config.max_sequences:

@@ -28,11 +28,6 @@ def with_cache(cache: Any) -> dict[str, Any]:
     return {CACHE: cache}
 
 
-def cache_of(output: Any) -> Any:
-    """The cache in a model's output, or in that of `generate()`."""
-    return getattr(output, CACHE)
-
-
 def rename_cache(kwargs: dict[str, Any]) -> None:
     """Have keyword arguments that may be of either version name the cache as this one does."""
     for name in _NAMES:

@@ -38,6 +38,7 @@ from granite_paged.errors import (
     NotPatched,
     PromptError,
     UnsupportedModel,
+    check_token_range,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
 from granite_paged.hf.cache import PagedCache, Step
@@ -302,14 +303,19 @@ def _check_inference(decoder: Any) -> None:
 
 
 def _check_same_model(decoder: Any, cache: PagedCache) -> None:
-    geometry = CacheGeometry.from_config(
-        decoder.config, page_size=cache.config.page_size, dtype=decoder.dtype
-    )
-    if geometry != cache.geometry or decoder.device != cache.device:
+    """Compare geometries, at a cache's first step and whenever another config or dtype comes."""
+    config, dtype = decoder.config, decoder.dtype
+    known_config, known_dtype = cache.checked_for
+    fits = config is known_config and dtype == known_dtype
+    if not fits:
+        geometry = CacheGeometry.from_config(config, page_size=cache.config.page_size, dtype=dtype)
+        fits = geometry == cache.geometry
+    if not fits or decoder.device != cache.device:
         raise GeometryError(
             "this PagedCache was made for another model, dtype or device: "
             "make one with PagedCache.for_model(model)"
         )
+    cache.checked_for = (config, dtype)
 
 
 def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tuple[int, int]:
@@ -326,14 +332,8 @@ def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tu
     batch, columns = tokens.shape[:2]
     prompt = columns > 1 or not cache.is_initialized  # sampled tokens are in the vocabulary
     if prompt and token_ids is not None and token_ids.numel():
-        lowest, highest = (int(bound) for bound in token_ids.aminmax())
-        vocabulary = decoder.config.vocab_size
-        if lowest < 0 or highest >= vocabulary:
-            wrong = lowest if lowest < 0 else highest
-            raise PromptError(
-                f"token {wrong} is outside the vocabulary of {vocabulary}: "
-                "use the model's own tokenizer"
-            )
+        lowest, highest = token_ids.aminmax()
+        check_token_range(int(lowest), int(highest), decoder.config.vocab_size)
     return batch, columns
 
 

@@ -18,7 +18,6 @@ section 6 (chunk scan) and section 2.1 (recurrence).
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -128,10 +127,6 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         for states in (self.conv_states, self.recurrent_states):
             if states[_STATE] is not None:
                 states[_STATE] = states[_STATE].index_select(0, rows)
-
-    def take(self, saved: MambaRows) -> None:
-        """Become a copy of what another layer holds."""
-        self.__dict__.update(copy.deepcopy(saved.__dict__))
 
     def reset(self) -> None:
         """Forget every row, and how many there were."""

@@ -30,6 +30,7 @@ from granite_paged.errors import (
     UnknownSequence,
     require,
 )
+from granite_paged.geometry import pages_for
 
 NULL_PAGE = 0
 """Takes the writes of padding. Never owned, never attended."""
@@ -132,6 +133,10 @@ class PageAllocator:
         """Sequences that hold a page."""
         return self._references.get(page, 0)
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens of one sequence fill, the last one perhaps in part."""
+        return pages_for(tokens, self.page_size)
+
     def pages_needed(self, growth: Mapping[int, int]) -> int:
         """Free pages that `append(growth)` would take, copies on write included."""
         needed = 0
@@ -140,17 +145,13 @@ class PageAllocator:
             sequence = self._get(sequence_id)
             if tokens < 0:
                 raise InvalidRequest(f"sequence {sequence_id} cannot grow by {tokens} tokens")
-            needed += self._pages_for(sequence.length + tokens) - len(sequence.pages)
+            needed += self.pages_for(sequence.length + tokens) - len(sequence.pages)
             if tokens and self._writes_shared_page(sequence):
                 sharers[sequence.pages[-1]] += 1
         # of r holders of a page, at most r - 1 need a copy: the last one left owns the original
         return needed + sum(
             min(writers, self._references[page] - 1) for page, writers in sharers.items()
         )
-
-    def can_append(self, growth: Mapping[int, int]) -> bool:
-        """Whether `append(growth)` would be granted."""
-        return self.pages_needed(growth) <= self.free
 
     # -- changing -------------------------------------------------------------------------------
 
@@ -235,7 +236,7 @@ class PageAllocator:
         require(recycled | incidence.keys() == issued, "a page is lost, or out of range")
         require(self.free + self.held == self._pages - 1, "free + held is not the pool")
         for sequence_id, s in self._sequences.items():
-            if len(s.pages) != self._pages_for(s.length):
+            if len(s.pages) != self.pages_for(s.length):
                 raise BrokenInvariant(f"sequence {sequence_id}: pages/length")
             if len(set(s.pages)) != len(s.pages):
                 raise BrokenInvariant(f"sequence {sequence_id}: a page twice")
@@ -250,9 +251,6 @@ class PageAllocator:
                 raise DoubleFree(sequence) from None
             raise UnknownSequence(sequence) from None
 
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.page_size)
-
     def _writes_shared_page(self, sequence: _Sequence) -> bool:
         partly_filled = sequence.length % self.page_size != 0
         return partly_filled and self._references[sequence.pages[-1]] > 1
@@ -261,7 +259,7 @@ class PageAllocator:
         if self._writes_shared_page(sequence):
             self._unshare_last_page(sequence_id, sequence, plan)
         sequence.length += tokens
-        for logical_page in range(len(sequence.pages), self._pages_for(sequence.length)):
+        for logical_page in range(len(sequence.pages), self.pages_for(sequence.length)):
             page = self._take()
             sequence.pages.append(page)
             plan.writes.append(PageWrite(sequence_id, logical_page, page))

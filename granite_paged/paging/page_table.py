@@ -127,25 +127,10 @@ class PageTable:
         """Row i becomes what row `rows[i]` was. rows: [n] int64, any length."""
         self.physical = self.physical.index_select(0, rows)
 
-    def restore_rows(self, saved: Tensor) -> None:
-        """Rows 0 to n-1 become what they were when `physical[:n]` was copied. saved: [n, width]."""
-        rows, width = saved.shape
-        self.fit(rows=rows, width=width, pages=len(self.logical))
-        self.physical[:rows] = NULL_PAGE
-        self.physical[:rows, :width] = saved
-
-    def check_valid(
-        self, allocator: PageAllocator, sequences: Sequence[int], aside: Sequence[int] = ()
-    ) -> None:
-        """Prove that the device agrees with the allocator about these sequences, row by row, and
-        that it knows the pages of those set aside, which have no row.
-        """
+    def check_valid(self, allocator: PageAllocator, sequences: Sequence[int]) -> None:
+        """Prove that the device agrees with the allocator about these sequences, row by row."""
         physical, logical = self.physical.tolist(), self.logical.tolist()
-        held = {
-            page: place
-            for sequence in aside
-            for place, page in enumerate(allocator.pages_of(sequence))
-        }
+        held: dict[int, int] = {}
         for row, sequence in enumerate(sequences):
             pages = allocator.pages_of(sequence)
             if tuple(physical[row][: len(pages)]) != pages:

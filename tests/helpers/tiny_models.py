@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
+from granite_paged.hf.compat import CACHE
+
 VOCABULARY = 97
 PAD, BOS, EOS = 0, 1, 2
 
@@ -58,3 +60,8 @@ def prompts(
     ids = torch.randint(EOS + 1, VOCABULARY, (len(lengths), width), generator=generator)
     mask = torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
     return ids.where(mask, PAD), mask.long()
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output, or in that of `generate()`, under any release's name."""
+    return getattr(output, CACHE)

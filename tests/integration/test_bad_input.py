@@ -23,6 +23,7 @@ from granite_paged.errors import (
     PaddingError,
     PromptError,
 )
+from granite_paged.geometry import CacheGeometry
 from granite_paged.hf.compat import with_cache
 from tests.helpers.tiny_models import PAD, VOCABULARY, prompts, tiny_model
 from tests.helpers.tolerance import LOGITS_FLOAT32
@@ -364,6 +365,15 @@ def test_a_cache_of_another_model_is_refused(model: Any, other: str) -> None:
             input_ids=NEXT,
         )
     assert_goes_on(model, own)
+
+
+def test_the_geometry_is_read_once_for_all_steps_of_a_model(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = filled(model)
+    monkeypatch.setattr(CacheGeometry, "from_config", None)
+    model(NEXT, **with_cache(own))
+    own.check_valid()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])

@@ -71,6 +71,10 @@ def more(mask: Tensor, columns: int = 1) -> Tensor:
     return torch.nn.functional.pad(mask, (0, columns), value=1)
 
 
+def pool_bytes(own: PagedCache) -> int:
+    return sum(pool.nbytes for pool in own.pools.values())
+
+
 def slots_of(own: PagedCache, row: int) -> Tensor:
     """Where the tokens of a row are in every pool, in order."""
     sequence = own.sequences[row]
@@ -120,7 +124,6 @@ def test_no_kind_of_step_loses_or_keeps_a_page(model: Any) -> None:
     own.reset()
     own.check_valid()
     assert own.allocator.held == 0
-    assert own.kv_bytes == 0
     assert own.batch_size == -1
 
 
@@ -190,11 +193,11 @@ def test_rows_that_are_not_there_are_refused_and_nothing_changes(
 
 def test_a_fork_shares_every_page_until_it_is_written(model: Any) -> None:
     own = filled(model, (10,))
-    before = own.kv_bytes
+    before = own.allocator.held
     own.reorder_cache(torch.tensor([0, 0, 0]))
     tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
     assert tables[0] == tables[1] == tables[2]
-    assert own.kv_bytes == before
+    assert own.allocator.held == before
 
 
 def test_a_fork_copies_only_the_page_it_writes_and_copies_it_whole(model: Any) -> None:
@@ -244,12 +247,12 @@ def test_get_seq_length_counts_columns_under_left_padding(model: Any) -> None:
     assert held == [n + 1 for n in LENGTHS], "pages hold tokens, not columns"
 
 
-def test_kv_bytes_are_those_of_the_pages_that_tokens_fill(model: Any) -> None:
+def test_pools_take_the_bytes_of_their_pages(model: Any) -> None:
     own = filled(model)
     pages = sum(own.geometry.pages_for(n) for n in LENGTHS)
     per_token = 2 * 2 * 2 * 8 * 4  # K and V, two layers, two KV heads of 8 float32
-    assert own.kv_bytes == pages * PAGE * per_token
-    assert own.pool_bytes == own.allocator.pages * PAGE * per_token
+    assert own.allocator.held == pages
+    assert pool_bytes(own) == own.allocator.pages * PAGE * per_token
 
 
 def test_no_row_wastes_as_much_as_a_page(model: Any) -> None:
@@ -334,9 +337,9 @@ def test_a_pool_never_grows_past_its_fraction_of_memory(
     monkeypatch.setattr(cache, "free_memory", lambda device: memory)
     own = fresh(model, memory_fraction=0.5)
     own.reserve([10_000])
-    assert own.pool_bytes == memory / 2
+    assert pool_bytes(own) == memory / 2
     refusal = until_full(model, own)
-    assert own.pool_bytes == memory / 2
+    assert pool_bytes(own) == memory / 2
     assert own.allocator.tokens == 9 * PAGE, "all pages but the null page are of use"
     assert "memory_fraction" in str(refusal)
 
@@ -397,7 +400,7 @@ def test_a_step_that_failed_half_way_releases_everything(
     with pytest.raises(CacheReleased, match=r"reset\(\)"):
         run(model, own, *step)
     own.check_valid()
-    assert own.allocator.held == own.kv_bytes == own.get_seq_length() == 0
+    assert own.allocator.held == own.get_seq_length() == 0
     assert sum(own.layers[layer].nbytes for layer in own.geometry.mamba_layers) == 0
 
 

@@ -10,8 +10,8 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from granite_paged import PagedCache, PagedConfig, paged
-from granite_paged.hf.compat import cache_of, with_cache
-from tests.helpers.tiny_models import EOS, FLAVOURS, PAD, prompts, tiny_model
+from granite_paged.hf.compat import with_cache
+from tests.helpers.tiny_models import EOS, FLAVOURS, PAD, cache_of, prompts, tiny_model
 from tests.helpers.tolerance import LOGITS_FLOAT32
 
 PAGES = PagedConfig(page_size=4)  # small, so that every case crosses many pages

@@ -24,8 +24,8 @@ from granite_paged.errors import (
     NotPatched,
     UnsupportedModel,
 )
-from granite_paged.hf.compat import cache_of, with_cache
-from tests.helpers.tiny_models import prompts, tiny_model
+from granite_paged.hf.compat import with_cache
+from tests.helpers.tiny_models import cache_of, prompts, tiny_model
 
 PAGES = PagedConfig(page_size=4)
 

@@ -128,7 +128,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.ledger.refuses(OutOfPages, self.allocator.append, growth)
 
     def _append(self, growth: dict[int, int]) -> None:
-        if self.allocator.can_append(growth):
+        if self.allocator.pages_needed(growth) <= self.allocator.free:
             self.ledger.append(growth)
         else:
             self.ledger.refuses(OutOfPages, self.allocator.append, growth)
@@ -157,7 +157,7 @@ def walk(ledger: Ledger, steps: int, seed: int) -> None:
         elif request < 0.72:
             writers = chance.sample(known, chance.randint(1, min(4, len(known))))
             growth = {sequence: chance.randint(0, 9) for sequence in writers}
-            if allocator.can_append(growth):
+            if allocator.pages_needed(growth) <= allocator.free:
                 ledger.append(growth)
             else:
                 ledger.refuses(OutOfPages, allocator.append, growth)

@@ -107,7 +107,7 @@ def extend(allocator: PageAllocator) -> None:
 
 def look(allocator: PageAllocator) -> None:
     assert allocator.free + allocator.held == allocator.pages - 1
-    assert allocator.can_append({0: 1})
+    assert allocator.pages_needed({0: 1}) <= allocator.free
     allocator.check_valid()
 
 

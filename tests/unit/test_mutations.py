@@ -145,7 +145,7 @@ class ReusesIds(PageAllocator):
 class ForgetsCopiesWhenCounting(PageAllocator):
     def pages_needed(self, growth: Mapping[int, int]) -> int:
         return sum(
-            self._pages_for(self.length(s) + tokens) - len(self.pages_of(s))
+            self.pages_for(self.length(s) + tokens) - len(self.pages_of(s))
             for s, tokens in growth.items()
         )
 
