@@ -1,12 +1,14 @@
-"""Every refusal of this package, by name, with the numbers in it.
+"""Every error that granite_paged raises on purpose, in four families by cause.
 
-Each message is one line and ends with what the caller can do. A refused call leaves everything
-as it was.
+`PagingError` concerns pages and memory, `RequestError` one request, `ModelError` the model and
+`FileError` a file; the few others concern the machine, its packages or an argument. A message is
+one line that says what was wrong, what was found and what to do. A refused call changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -14,16 +16,19 @@ class GranitePagedError(Exception):
     """Base of every error that granite_paged raises on purpose."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # by default the message would be handed to __init__, and an error lost between processes
+        # By default, pickle passes the message to __init__, which takes other arguments.
         return _restored, (type(self), self.args, self.__dict__)
 
 
-class GeometryError(GranitePagedError, ValueError):
-    """A size that cannot work: page size, head counts, budget, or two caches that do not match."""
+# -- pages and memory ---------------------------------------------------------------------------
 
 
-class OutOfPages(GranitePagedError):
-    """The pool cannot hold what was asked for."""
+class PagingError(GranitePagedError):
+    """Pages, rows or memory ran out, or were used in a way that would mix up sequences."""
+
+
+class OutOfPages(PagingError):
+    """The pool has fewer free pages than a call needs."""
 
     def __init__(self, *, needed: int, free: int, advice: str = "") -> None:
         self.needed = needed
@@ -31,20 +36,20 @@ class OutOfPages(GranitePagedError):
         super().__init__(f"out of pages: {needed} needed, {free} free{_then(advice)}")
 
 
-class OutOfRows(GranitePagedError):
-    """More sequences at once than the cache has rows for."""
+class OutOfRows(PagingError):
+    """A batch has more sequences than the cache has rows."""
 
     def __init__(self, *, needed: int, rows: int) -> None:
         self.needed = needed
         self.rows = rows
         super().__init__(
-            f"out of rows: a batch of {needed} was asked for, {rows} fit; "
+            f"out of rows: the batch has {needed} sequences, the cache {rows} rows; "
             "raise PagedConfig.max_sequences or send fewer sequences"
         )
 
 
-class OutOfMemory(GranitePagedError):
-    """The device has less memory than a step or a runner needs."""
+class OutOfMemory(PagingError):
+    """A step or a runner needs more memory than the device has free."""
 
     def __init__(self, *, what: str, free: int, advice: str) -> None:
         self.what = what
@@ -52,8 +57,8 @@ class OutOfMemory(GranitePagedError):
         super().__init__(f"out of memory: {what}, {free / 1e9:.2f} GB free; {advice}")
 
 
-class UnknownSequence(GranitePagedError, KeyError):
-    """A sequence id that this allocator never issued."""
+class UnknownSequence(PagingError, KeyError):
+    """The allocator never issued this sequence id."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
@@ -63,8 +68,8 @@ class UnknownSequence(GranitePagedError, KeyError):
         return str(self.args[0])  # KeyError would show the repr
 
 
-class DoubleFree(GranitePagedError):
-    """A sequence released twice, or twice in one call."""
+class DoubleFree(PagingError):
+    """A sequence was released twice, possibly within one call."""
 
     def __init__(self, sequence: int) -> None:
         self.sequence = sequence
@@ -73,74 +78,83 @@ class DoubleFree(GranitePagedError):
         )
 
 
-class InvalidRequest(GranitePagedError, ValueError):
-    """A request that means nothing: a negative count, a bad batch, an impossible argument."""
+class CacheReleased(PagingError):
+    """A failed step released the sequences of this cache; `reset()` makes it usable again."""
 
 
-class UnsupportedModel(GranitePagedError, TypeError):
-    """A model that granite_paged does not know how to page."""
+class BrokenInvariant(PagingError, AssertionError):
+    """`check_valid()` found that allocator, page tables and pools disagree."""
 
-    def __init__(self, what: str) -> None:
+
+# -- requests -----------------------------------------------------------------------------------
+
+
+class RequestError(GranitePagedError):
+    """One request cannot be run, or failed. Other requests are unaffected."""
+
+
+class InvalidRequest(RequestError, ValueError):
+    """A request with impossible inputs, such as a negative count or a batch of another shape."""
+
+
+class InvalidSampling(InvalidRequest):
+    """A sampling parameter that is out of range, or that contradicts another one."""
+
+
+class PromptError(RequestError, ValueError):
+    """A prompt that is empty, or has tokens outside the vocabulary."""
+
+
+class PaddingError(RequestError, ValueError):
+    """Padding on the right, or a mask that reveals padding of earlier steps."""
+
+
+class RequestTooLarge(OutOfPages, RequestError):
+    """A request that would not fit even if it ran alone."""
+
+
+class QueueFull(RequestError):
+    """The engine's queue holds as many waiting sequences as its limit."""
+
+    def __init__(self, *, waiting: int, limit: int) -> None:
+        self.waiting = waiting
+        self.limit = limit
         super().__init__(
-            f"{what} is not supported: granite_paged pages the attention layers of "
-            "GraniteMoeHybridForCausalLM (model_type 'granitemoehybrid') only"
+            f"queue full: {waiting} sequences are waiting, the limit is {limit}; "
+            "step() the engine first, or raise its queue"
         )
 
 
-class AlreadyPatched(GranitePagedError):
-    """`patch` was called on a model that is patched."""
+class EngineClosed(RequestError):
+    """The engine was closed before the call, or while the request ran."""
 
 
-class NotPatched(GranitePagedError):
-    """`unpatch` without `patch`, or one of our caches on a model that is not patched."""
+class RequestCancelled(RequestError):
+    """The request was cancelled."""
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        super().__init__(f"request {request} was cancelled")
 
 
-class InferenceOnly(GranitePagedError):
-    """A patched model was run in training mode or with gradients."""
+class CallbackFailed(RequestError):
+    """The request's own callback raised; see `__cause__`."""
+
+    def __init__(self, request: int, cause: str) -> None:
+        self.request = request
+        super().__init__(f"the callback of request {request} raised {cause}: the request was ended")
 
 
-class PaddingError(GranitePagedError, ValueError):
-    """Padding on the right, or a mask that changed its mind about the past."""
+class StepFailed(RequestError):
+    """A step of this request raised, and again when the request ran alone; see `__cause__`."""
+
+    def __init__(self, request: int, cause: str) -> None:
+        self.request = request
+        super().__init__(f"a step of request {request} raised {cause}: the request was ended")
 
 
-class PromptError(GranitePagedError, ValueError):
-    """A prompt that cannot be run: empty, or with tokens outside the vocabulary."""
-
-
-class FieldError(GranitePagedError, ValueError):
-    """A file of ours that cannot be read. Names the file and the field."""
-
-    advice = "write it anew"
-
-    def __init__(self, path: str, field: str, problem: str) -> None:
-        self.path = path
-        self.field = field
-        where = f"{path}: {field}" if field else path
-        super().__init__(f"{where} {problem}; {self.advice}")
-
-
-class ResultFileError(FieldError):
-    """A file of benchmark results that cannot be read."""
-
-    advice = "write such files with `granite-paged bench --json`"
-
-
-class TunedFileError(FieldError):
-    """A file of tuned constants that cannot be used."""
-
-    advice = "write such files with `granite-paged tune --write`"
-
-
-class CannotJudge(GranitePagedError):
-    """A gate that would say nothing about the fast path here: no GPU, or a fallback."""
-
-
-class Unsupported(GranitePagedError):
-    """A mode cannot run this case or shape."""
-
-
-class NonFinite(GranitePagedError, ArithmeticError):
-    """NaN or infinity was about to enter the cache. Names the layers."""
+class NonFinite(RequestError, ArithmeticError):
+    """K or V would have put NaN or infinity into the cache. Names the layers."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
@@ -151,103 +165,145 @@ class NonFinite(GranitePagedError, ArithmeticError):
         )
 
 
-class RequestTooLarge(OutOfPages):
-    """A request that would not fit if it were alone."""
-
-
-class QueueFull(GranitePagedError):
-    """As many requests are waiting as the engine lets wait."""
-
-    def __init__(self, *, waiting: int, limit: int) -> None:
-        self.waiting = waiting
-        self.limit = limit
-        super().__init__(
-            f"queue full: {waiting} sequences wait, {limit} may; "
-            "step() the engine first, or raise its queue"
-        )
-
-
-class EngineClosed(GranitePagedError):
-    """The engine was closed: before the call, or while the request ran."""
-
-
-class RequestCancelled(GranitePagedError):
-    """The request was cancelled."""
-
-    def __init__(self, request: int) -> None:
-        self.request = request
-        super().__init__(f"request {request} was cancelled")
-
-
-class InvalidSampling(InvalidRequest):
-    """A sampling parameter that means nothing."""
-
-
-class CallbackFailed(GranitePagedError):
-    """What the caller gave to be told of new tokens raised; see `__cause__`."""
-
-    def __init__(self, request: int, cause: str) -> None:
-        self.request = request
-        super().__init__(f"the callback of request {request} raised {cause}: the request was ended")
-
-
-class StepFailed(GranitePagedError):
-    """A step of this request raised, and again when the request ran alone; see `__cause__`."""
-
-    def __init__(self, request: int, cause: str) -> None:
-        self.request = request
-        super().__init__(f"a step of request {request} raised {cause}: the request was ended")
-
-
-class NonFiniteRequest(GranitePagedError, ArithmeticError):
+class NonFiniteRequest(RequestError, ArithmeticError):
     """The numbers of one request became NaN or infinite."""
 
     def __init__(self, request: int) -> None:
         self.request = request
         super().__init__(
-            f"NaN or infinity in request {request}: it was ended, others go on; "
+            f"NaN or infinity in request {request}: the request was ended; "
             "check the weights and the dtype"
         )
 
 
-class BrokenInvariant(GranitePagedError, AssertionError):
-    """What `check_valid()` found: allocator, page tables and pools do not agree."""
+# -- models -------------------------------------------------------------------------------------
 
 
-class CacheReleased(GranitePagedError):
-    """The cache lost its sequences to a failed step; `reset()` makes it usable again."""
+class ModelError(GranitePagedError):
+    """A model that cannot be loaded, patched or paged, or that is used in an unsupported way."""
 
 
-class CheckpointError(GranitePagedError):
-    """A checkpoint that is missing, incomplete or corrupt."""
+class GeometryError(ModelError, ValueError):
+    """A size that cannot work: page size, head counts, memory, or two caches that do not match."""
 
 
-class DeviceError(GranitePagedError):
-    """A device that is unknown or not there."""
+class UnsupportedModel(ModelError, TypeError):
+    """A model with an architecture that granite_paged does not page."""
 
-
-class DataError(GranitePagedError, ValueError):
-    """Evaluation data that is missing or of another format. Names file, line and field."""
-
-    def __init__(self, file: str, problem: str, *, line: int | None = None) -> None:
-        self.file = file
-        self.line = line
-        place = file if line is None else f"{file}, line {line}"
-        super().__init__(f"{place}: {problem}")
-
-
-class MissingExtra(GranitePagedError, ImportError):
-    """A package that only an extra brings is not installed."""
-
-    def __init__(self, package: str, *, extra: str) -> None:
-        self.extra = extra
+    def __init__(self, what: str) -> None:
         super().__init__(
-            f"{package} is not installed: pip install 'granite-paged[{extra}]' brings it"
+            f"{what} is not supported: granite_paged pages the attention layers of "
+            "GraniteMoeHybridForCausalLM (model_type 'granitemoehybrid') only"
         )
 
 
-class ResultsError(GranitePagedError):
-    """Results that cannot be written, or that another run left behind."""
+class CheckpointError(ModelError):
+    """A checkpoint that is missing, incomplete or corrupt."""
+
+
+class TokenizerError(ModelError, ValueError):
+    """A tokenizer that is needed and missing, or that belongs to another model."""
+
+
+class AlreadyPatched(ModelError):
+    """`patch` was called on a model that is patched."""
+
+
+class NotPatched(ModelError):
+    """`unpatch` was called without `patch`, or a PagedCache was used on an unpatched model."""
+
+
+class InferenceOnly(ModelError):
+    """A patched model was run in training mode or with gradients."""
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+class FileError(GranitePagedError, ValueError):
+    """A file that cannot be used. Names the file and, where one is to blame, the field."""
+
+    advice = ""
+
+    def __init__(self, path: str, field: str, problem: str) -> None:
+        self.path = path
+        self.field = field
+        where = f"{path}: {field}" if field else path
+        super().__init__(f"{where} {problem}{_then(self.advice)}")
+
+
+class ResultFileError(FileError):
+    """A file of benchmark results that cannot be read."""
+
+    advice = "write such files with `granite-paged bench --json`"
+
+
+class TunedFileError(FileError):
+    """A file of tuned constants that cannot be used."""
+
+    advice = "write such files with `granite-paged tune --write`"
+
+
+class DataError(FileError):
+    """Evaluation data or answers that are missing or in another format. Names the line."""
+
+    def __init__(self, path: str, problem: str, *, line: int | None = None) -> None:
+        self.line = line
+        place = path if line is None else f"{path}, line {line}"
+        super().__init__(f"{place}:", "", problem)
+        self.path = path
+
+
+class CannotWrite(FileError):
+    """A file or folder that cannot be written."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"cannot write {path}:", "", reason)
+        self.path = path
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Raise CannotWrite, naming the file or folder `path`, where the block raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(str(path), str(error.strerror)) from None
+
+
+# -- arguments, packages and the machine --------------------------------------------------------
+
+
+class InvalidArgument(GranitePagedError, ValueError):
+    """An argument or option whose value is unknown, out of range or contradicts another one."""
+
+
+class UnknownName(InvalidArgument):
+    """A name that is not one of the known ones. Lists those."""
+
+    def __init__(self, what: str, name: object, known: Sequence[str]) -> None:
+        self.name = name
+        super().__init__(f"unknown {what} {name!r}: use one of {', '.join(known)}")
+
+
+class MissingExtra(GranitePagedError, ImportError):
+    """A package that only an extra installs is missing."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        self.extra = extra
+        super().__init__(f"{package} is not installed: run pip install 'granite-paged[{extra}]'")
+
+
+class DeviceError(GranitePagedError):
+    """A device that is unknown, absent, or too small for the model."""
+
+
+class Unsupported(GranitePagedError):
+    """A benchmark mode cannot run this case or shape."""
+
+
+class CannotJudge(GranitePagedError):
+    """A gate or tuning run would measure no fast path here: no GPU, or a fallback is in use."""
 
 
 def require(holds: bool, invariant: str) -> None:

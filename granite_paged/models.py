@@ -23,7 +23,13 @@ from transformers import (
 
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.device import resolve_device
-from granite_paged.errors import CheckpointError, DeviceError, InvalidRequest, UnsupportedModel
+from granite_paged.errors import (
+    CheckpointError,
+    DeviceError,
+    InvalidArgument,
+    UnknownName,
+    UnsupportedModel,
+)
 from granite_paged.geometry import MODEL_TYPE
 
 _UNREADABLE_CONFIG = (
@@ -77,18 +83,18 @@ def load(
         CheckpointError: missing, incomplete or corrupt.
         UnsupportedModel: another architecture.
         DeviceError: unknown device, or not there.
-        InvalidRequest: unknown name or dtype, or both a model and random weights.
+        InvalidArgument: unknown name or dtype, or both a model and random weights.
     """
     where = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
-        raise InvalidRequest(f"unknown dtype {dtype!r}: use auto, {', '.join(DTYPES)}")
+        raise UnknownName("dtype", dtype, ["auto", *DTYPES])
     if random_weights is None:
         loaded = _from_checkpoint(model, DTYPES.get(dtype))
     elif model is None:
         default = torch.bfloat16 if where.type == "cuda" else torch.float32
         loaded = _from_geometry(random_weights, DTYPES.get(dtype, default), where, seed)
     else:
-        raise InvalidRequest("a model and random weights exclude each other")
+        raise InvalidArgument("a model and random weights exclude each other")
     loaded.model.eval().requires_grad_(False)
     try:
         loaded.model.to(where)
@@ -173,7 +179,7 @@ def _first_line(error: Exception) -> str:
 
 def _from_geometry(name: str, dtype: torch.dtype, device: torch.device, seed: int) -> LoadedModel:
     if name not in GEOMETRIES:
-        raise InvalidRequest(f"unknown geometry {name!r}: use one of {', '.join(GEOMETRIES)}")
+        raise UnknownName("geometry", name, tuple(GEOMETRIES))
     torch.manual_seed(seed)
     try:
         with device:

@@ -11,13 +11,13 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import FieldError
+from granite_paged.errors import FileError
 
-Fail = Callable[[str, str], FieldError]
+Fail = Callable[[str, str], FileError]
 """The error for a field and what is wrong with it."""
 
 
-def read_json(kind: Any, path: str | Path, error: type[FieldError]) -> Any:
+def read_json(kind: Any, path: str | Path, error: type[FileError]) -> Any:
     """A file as a dataclass of that kind. Raises `error`."""
     fail = functools.partial(error, str(path))
     try:
@@ -49,7 +49,7 @@ def _dataclass(kind: Any, data: dict[str, Any], fail: Fail, place: str) -> Any:
     hints, values = typing.get_type_hints(kind), {}
     unknown = sorted(set(data) - set(hints))
     if unknown:
-        raise fail(_at(place, unknown[0]), "is no field of the format")
+        raise fail(_at(place, unknown[0]), "is not a field of this format")
     for f in fields(kind):
         if f.name in data:
             values[f.name] = _checked(hints[f.name], data[f.name], fail, _at(place, f.name))
@@ -73,7 +73,7 @@ def _typed(kind: type, data: Any, fail: Fail, place: str) -> Any:
         data = float(data)
     number_of_use = kind not in (int, float) or (type(data) is kind and 0 <= data < float("inf"))
     if type(data) is not kind or not number_of_use:
-        raise fail(place, f"must be {_NAMES[kind]}, {data!r:.40} given")
+        raise fail(place, f"must be {_NAMES[kind]}, got {data!r:.40}")
     return data
 
 

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from granite_paged import tolerances
 from granite_paged.checkpoints.recall import recall_accuracy, recall_batch, usual_pairs
 from granite_paged.environment import versions
-from granite_paged.errors import BrokenInvariant, DeviceError, InvalidRequest
+from granite_paged.errors import BrokenInvariant, DeviceError, InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.hf.cache import PagedCache
 from granite_paged.hf.compat import with_cache
@@ -141,10 +141,10 @@ def verify(
 
     Raises:
         DeviceError: if the float64 copy does not fit.
-        InvalidRequest: for a context that is too short.
+        InvalidArgument: for a context that is too short.
     """
     if context < 16:
-        raise InvalidRequest(f"context must be at least 16 tokens, {context} given")
+        raise InvalidArgument(f"context must be at least 16 tokens, got {context}")
     config = config or PagedConfig()
     model = loaded.model
     bench = _Bench(model, config, _float64_copy(model) if reference else None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from granite_paged.bench.roofline import ModelSizes, Work
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import UnknownName
 from granite_paged.names import MODES
 
 Kind = Literal["prefill", "decode", "kernel", "memory", "coldstart"]
@@ -152,9 +152,9 @@ def chosen_cases(names: Sequence[str]) -> list[Case]:
     """Cases by name, in that order and once each; all of them for none.
 
     Raises:
-        InvalidRequest: for an unknown name.
+        UnknownName: for an unknown name.
     """
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        raise InvalidRequest(f"unknown case {unknown[0]!r}: use one of {', '.join(CASES)}")
+        raise UnknownName("case", unknown[0], tuple(CASES))
     return [CASES[name] for name in dict.fromkeys(names or CASES)]

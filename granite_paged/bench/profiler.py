@@ -21,7 +21,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from granite_paged.bench.measure import Clock, Prepared
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import DeviceError
 from granite_paged.report.bench_results import writable_folder
 
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
@@ -106,10 +106,11 @@ def profile_step(
     """Profile some steps and write `<name>.trace.json`, and `<name>.memory.pickle` if asked for.
 
     Raises:
-        InvalidRequest: for a memory snapshot without a GPU, or a folder that cannot be written.
+        DeviceError: for a memory snapshot without a GPU.
+        CannotWrite: for a folder that cannot be written.
     """
     if memory and not clock.gpu:
-        raise InvalidRequest("a memory snapshot is of CUDA memory: leave --memory out here")
+        raise DeviceError("a memory snapshot shows CUDA memory: leave --memory out here")
     folder = writable_folder(folder)
     trace = folder / f"{name}.trace.json"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.gpu else [])]

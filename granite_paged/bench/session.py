@@ -29,7 +29,7 @@ from granite_paged.bench.modes import make_mode
 from granite_paged.bench.profiler import Profile, profile_step
 from granite_paged.bench.roofline import ModelSizes, measure_rates
 from granite_paged.environment import versions
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
 from granite_paged.names import MODES
@@ -295,12 +295,12 @@ def plan_of(
     """Shapes of those cases on the session's device; all cases and modes where none are named.
 
     Raises:
-        InvalidRequest: for an unknown case, or one that none of the named modes can run.
+        InvalidArgument: for an unknown case, or one that none of the named modes can run.
     """
     chosen = tuple(modes or MODES)
     for case in chosen_cases(cases) if cases else ():
         if not set(case.modes) & set(chosen):
-            raise InvalidRequest(f"case {case.name} runs in mode {', '.join(case.modes)} only")
+            raise InvalidArgument(f"case {case.name} runs in mode {', '.join(case.modes)} only")
     shapes = [
         (case, shape)
         for case in chosen_cases(cases)

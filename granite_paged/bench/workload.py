@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import InvalidArgument
 
 FIRST_TOKEN = 3  # smaller ones are padding and the ends of texts, in the family's tokenizers
 
@@ -38,9 +38,9 @@ class Workload:
             ("new tokens", self.new_tokens),
         ):
             if not 1 <= fewest <= most:
-                raise InvalidRequest(f"{name} from {fewest} to {most}: give 1 or more, then more")
+                raise InvalidArgument(f"{name} from {fewest} to {most}: give 1 or more, then more")
         if self.long_every and self.long_tokens < 1:
-            raise InvalidRequest("long prompts need a length of at least 1 token")
+            raise InvalidArgument("long prompts need a length of at least 1 token")
 
     @property
     def longest(self) -> int:

@@ -19,7 +19,7 @@ from granite_paged.cli.options import (
     report_console,
     write_json,
 )
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import TokenizerError
 
 # -- generate -----------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def generate(
 
     tokens = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
     if tokens is None:
-        raise InvalidRequest(f"{loaded.name} has no tokenizer: pass --tokenizer ID_OR_PATH")
+        raise TokenizerError(f"{loaded.name} has no tokenizer: pass --tokenizer ID_OR_PATH")
     prompt = check_tokens(tokens(text)["input_ids"], loaded.model.config.vocab_size, "prompt")
     sizes = _sized(config, rows=1, tokens=len(prompt) + max_new_tokens)
     params = SamplingParams(

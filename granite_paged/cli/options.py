@@ -23,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import writing
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -164,15 +164,13 @@ def progress_bar(*, time_left: bool = False) -> Progress:
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:
-    """Write one JSON object to a file, or to standard output for `-`. Raises InvalidRequest."""
+    """Write one JSON object to a file, or to standard output for `-`. Raises CannotWrite."""
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if path == "-":
         click.echo(text, nl=False)
         return
-    try:
+    with writing(path):
         Path(path).write_text(text)
-    except OSError as error:
-        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
 
 
 def report_console(json_file: str | None) -> Console:

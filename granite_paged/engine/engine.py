@@ -47,10 +47,10 @@ from granite_paged.engine.step import Limits
 from granite_paged.errors import (
     EngineClosed,
     GranitePagedError,
-    InvalidRequest,
     InvalidSampling,
     QueueFull,
     RequestCancelled,
+    TokenizerError,
     require,
 )
 from granite_paged.geometry import PagedConfig
@@ -547,7 +547,7 @@ class Engine:
         if not isinstance(prompt, str):
             return prompt
         if self.tokenizer is None:
-            raise InvalidRequest("a prompt that is text needs a tokenizer: Engine(tokenizer=...)")
+            raise TokenizerError("a prompt that is text needs a tokenizer: Engine(tokenizer=...)")
         tokens: list[int] = self.tokenizer(prompt, add_special_tokens=context)["input_ids"]
         return tokens
 

@@ -15,7 +15,7 @@ from granite_paged.device import resolve_device
 from granite_paged.engine.engine import Engine, Prompt, as_prompts, matched
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import PagedConfig
 
 _Item = TypeVar("_Item")
@@ -29,12 +29,12 @@ class EngineGroup:
         engines: on different devices, with the same weights.
 
     Raises:
-        InvalidRequest: for no engine.
+        InvalidArgument: for no engine.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         if not engines:
-            raise InvalidRequest("a group needs at least one engine")
+            raise InvalidArgument("a group needs at least one engine")
         self.engines = list(engines)
 
     @classmethod

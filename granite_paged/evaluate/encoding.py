@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import TokenizerError
 from granite_paged.evaluate.scorer import Request
 
 _BATCH = 256  # questions tokenised at once
@@ -33,15 +33,15 @@ class Encoder:
     """A tokenizer that fits a model.
 
     Raises:
-        InvalidRequest: without a tokenizer, or with one of another vocabulary.
+        TokenizerError: without a tokenizer, or with one of another vocabulary.
     """
 
     def __init__(self, tokenizer: Any | None, vocabulary: int, model: str) -> None:
         if tokenizer is None:
-            raise InvalidRequest(f"{model} has no tokenizer: pass --tokenizer ID_OR_PATH")
+            raise TokenizerError(f"{model} has no tokenizer: pass --tokenizer ID_OR_PATH")
         tokens = len(tokenizer)
         if not _COVERED * vocabulary <= tokens <= vocabulary:
-            raise InvalidRequest(
+            raise TokenizerError(
                 f"the tokenizer has {tokens} tokens, {model} a vocabulary of {vocabulary}: "
                 "they do not belong together; pass the model's own --tokenizer"
             )

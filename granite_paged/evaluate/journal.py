@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from granite_paged.errors import ResultsError
+from granite_paged.errors import CannotWrite, DataError, writing
 
 FORMAT = 1
 
@@ -63,7 +63,8 @@ class Journal:
         run: what identifies the run, in plain types.
 
     Raises:
-        ResultsError: a file of another run, a broken one, or one that cannot be written.
+        DataError: a file of another run, or a broken one.
+        CannotWrite: a file that cannot be written.
     """
 
     def __init__(self, path: str | None, run: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ class Journal:
             self._open(Path(path), json.loads(json.dumps(run)))
 
     def append(self, records: Iterable[Record]) -> None:
-        """Keep them. Raises ResultsError where the disk does not; what was kept before stays."""
+        """Keep them. Raises CannotWrite where the disk does not; what was kept before stays."""
         records = list(records)
         lines = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
         self._write(lines.encode())
@@ -88,12 +89,10 @@ class Journal:
     # -- details --------------------------------------------------------------------------------
 
     def _open(self, path: Path, run: dict[str, Any]) -> None:
-        try:
+        with writing(path):
             path.touch()
             self._file = path.open("r+b", buffering=0)
             content = self._file.readall()
-        except OSError as error:
-            raise ResultsError(f"cannot write {path}: {error.strerror}") from None
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.decode(errors="replace").splitlines()
         for number, line in enumerate(lines, start=1):
@@ -120,9 +119,10 @@ class Journal:
         except OSError as error:
             self._file.seek(end)
             self._file.truncate()
-            raise ResultsError(
-                f"cannot write {self.path}: {error.strerror}; its {len(self.records)} finished "
-                "answers are kept, and the same command goes on from them"
+            raise CannotWrite(
+                str(self.path),
+                f"{error.strerror}; its {len(self.records)} finished answers are kept: "
+                "run the same command again to resume",
             ) from None
 
 
@@ -143,19 +143,20 @@ def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         row = None
     if not isinstance(row, dict):
-        raise ResultsError(f"{path}, line {number}: not a JSON object; name another --output")
+        raise DataError(str(path), "not a JSON object; name another --output", line=number)
     return row
 
 
 def _check_same_run(path: Path, row: dict[str, Any], run: dict[str, Any]) -> None:
     if row.get("format") != FORMAT or not isinstance(row.get("run"), dict):
-        raise ResultsError(f"{path} holds no answers of this program; name another --output")
+        raise DataError(str(path), "holds no answers of this program; name another --output")
     held: dict[str, Any] = row["run"]
     for name in {**held, **run}:
         if held.get(name) != run.get(name):
-            raise ResultsError(
-                f"{path} holds answers of another run: {name} was {held.get(name)}, now "
-                f"{run.get(name)}; name another --output, or remove the file"
+            raise DataError(
+                str(path),
+                f"holds answers of another run: {name} was {held.get(name)}, now "
+                f"{run.get(name)}; name another --output, or remove the file",
             )
 
 
@@ -164,5 +165,5 @@ def _record(path: Path, number: int, row: dict[str, Any]) -> Record:
         logprobs, greedy = tuple(row.pop("logprobs")), tuple(row.pop("greedy"))
         return Record(logprobs=logprobs, greedy=greedy, **row)
     except (KeyError, TypeError) as error:
-        problem = f"{path}, line {number}: no answer ({error})"
-        raise ResultsError(f"{problem}; name another --output, or remove the file") from None
+        problem = f"no answer ({error}); name another --output, or remove the file"
+        raise DataError(str(path), problem, line=number) from None

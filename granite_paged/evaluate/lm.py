@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.errors import InvalidRequest, MissingExtra
+from granite_paged.errors import InvalidArgument, MissingExtra, TokenizerError, UnknownName
 from granite_paged.evaluate.encoding import common_tokens
 from granite_paged.evaluate.modes import MODES, make_scorer
 from granite_paged.evaluate.scorer import Needs, Request, Score, Scorer, chunked
@@ -71,9 +71,9 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
     ) -> None:
         super().__init__()
         if mode not in MODES:
-            raise InvalidRequest(f"unknown mode {mode!r}: use one of {', '.join(MODES)}")
+            raise UnknownName("mode", mode, tuple(MODES))
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise InvalidRequest(f"batch_size must be a number from 1 on, {batch_size!r} given")
+            raise InvalidArgument(f"batch_size must be a whole number from 1, got {batch_size!r}")
         self._config = PagedConfig(**sizes)
         self._mode, self._batch = mode, int(batch_size)
         if pretrained is None or isinstance(pretrained, str):
@@ -90,7 +90,7 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         if tokenizer is not None:
             self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         if self.tokenizer is None:
-            raise InvalidRequest("the model has no tokenizer: pass tokenizer=ID_OR_PATH")
+            raise TokenizerError("the model has no tokenizer: pass tokenizer=ID_OR_PATH")
         self._device = self.model.device
         self._scorer: Scorer | None = None
         self._needs = Needs(longest=0)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import RequestError
 from granite_paged.evaluate.journal import Record
 from granite_paged.evaluate.scorer import choice
 from granite_paged.evaluate.tasks import Question, Task
@@ -97,12 +97,12 @@ Records = Mapping[str, Record]
 
 
 def mode_metrics(task: Task, records: Records) -> ModeMetrics:
-    """Of one mode. Raises InvalidRequest where every question was refused."""
+    """Of one mode. Raises RequestError where every question was refused."""
     pairs = [(question, records[question.key]) for question in task.questions]
     answered = [(question, record) for question, record in pairs if not record.refused]
     if not answered:
         reason = pairs[0][1].refused
-        raise InvalidRequest(f"{task.name}: every question was refused; the first: {reason}")
+        raise RequestError(f"{task.name}: every question was refused; the first: {reason}")
     right = [credit(question, record.logprobs, mass=task.mass) for question, record in answered]
     kept = [record for _, record in answered]
     milliseconds = [1e3 * record.seconds for record in kept]

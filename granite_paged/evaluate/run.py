@@ -93,8 +93,8 @@ def evaluate(
         progress: told about new answers.
 
     Raises:
-        ResultsError: if answers cannot be written; those before are kept.
-        InvalidRequest: if a task has no answer at all.
+        CannotWrite: if answers cannot be written; those before are kept.
+        RequestError: if a task has no answer at all.
     """
     bench = _Bench(loaded.model, modes, config, batch, tasks)
     for task in tasks:

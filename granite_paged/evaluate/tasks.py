@@ -20,7 +20,7 @@ from granite_paged.checkpoints.recall import (
     recall_batch,
     usual_pairs,
 )
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import InvalidArgument, UnknownName
 from granite_paged.evaluate import data
 from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
 from granite_paged.evaluate.scorer import Request
@@ -87,15 +87,14 @@ class Task:
 
 
 def task_names(wanted: Iterable[str]) -> tuple[str, ...]:
-    """Names of tasks, groups of them resolved. Raises InvalidRequest, listing the known ones."""
+    """Names of tasks, groups of them resolved. Raises InvalidArgument, listing the known ones."""
     names: dict[str, None] = {}
     for name in wanted:
         if name not in _GROUPS and name not in TASKS:
-            known = ", ".join([*TASKS, *_GROUPS])
-            raise InvalidRequest(f"unknown task {name!r}: use some of {known}")
+            raise UnknownName("task", name, [*TASKS, *_GROUPS])
         names.update(dict.fromkeys(_GROUPS.get(name, (name,))))
     if not names:
-        raise InvalidRequest(f"no task named: use some of {', '.join([*TASKS, *_GROUPS])}")
+        raise InvalidArgument(f"no task named: use one of {', '.join([*TASKS, *_GROUPS])}")
     return tuple(names)
 
 
@@ -110,12 +109,13 @@ def make_task(name: str, options: Options, loaded: Any, tokenizer: Any | None) -
 
     Raises:
         DataError: data that is missing or of another format.
-        InvalidRequest: no tokenizer, another model's, or nothing left to ask.
+        InvalidArgument: nothing is left to ask.
         MissingExtra: data from the hub without `datasets`.
+        TokenizerError: no tokenizer, or another model's.
     """
     task = TASKS[name](name, options, loaded, tokenizer)
     if not task.questions:
-        raise InvalidRequest(f"{name}: no question is left to ask; raise --limit or name subjects")
+        raise InvalidArgument(f"{name}: no question is left to ask; raise --limit or name subjects")
     return task
 
 
@@ -189,7 +189,7 @@ def _of_subjects(rows: list[data.Row], subjects: tuple[str, ...]) -> list[data.R
     known = dict.fromkeys(row["subject"] for row in rows)
     unknown = [subject for subject in subjects if subject not in known]
     if unknown:
-        raise InvalidRequest(f"unknown subject {unknown[0]!r}: use some of {', '.join(known)}")
+        raise UnknownName("subject", unknown[0], tuple(known))
     return [row for row in rows if not subjects or row["subject"] in subjects]
 
 
@@ -203,7 +203,7 @@ def _numbered(rows: Iterable[data.Row]) -> Iterable[tuple[str, data.Row]]:
 
 def _first(count: int, subject: str, examples: list[data.Row]) -> list[data.Row]:
     if count > len(examples):
-        raise InvalidRequest(
+        raise InvalidArgument(
             f"{count} examples asked for, {subject} has {len(examples)}: lower --num-fewshot"
         )
     return examples[:count]
@@ -254,7 +254,7 @@ def _truthfulqa(name: str, options: Options, loaded: Any, tokenizer: Any | None)
 
 def _recall(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
     if loaded.name != EMBEDDED:
-        raise InvalidRequest(
+        raise InvalidArgument(
             f"recall asks in the words of the embedded checkpoint, which {loaded.name} was not "
             "trained on: leave --model and --random-weights out, or name other --tasks"
         )

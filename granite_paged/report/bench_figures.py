@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import InvalidArgument, writing
 from granite_paged.report.bench_results import Result, Row
 from granite_paged.report.plotting import load_pyplot, short_count
 from granite_paged.report.published import Published, PublishedRow
@@ -43,7 +43,8 @@ def draw_all(
 
     Raises:
         MissingExtra: without matplotlib.
-        InvalidRequest: if there is nothing to draw, or the folder cannot be written.
+        InvalidArgument: if there is nothing to draw.
+        CannotWrite: if the folder cannot be written.
     """
     load_pyplot()
     figures = {
@@ -52,7 +53,7 @@ def draw_all(
         if (figure := make(results, published)) is not None
     }
     if not figures:
-        raise InvalidRequest("nothing to draw: these results have no row without an error")
+        raise InvalidArgument("nothing to draw: these results have no row without an error")
     return [_save(figure, folder / f"{name}.{form}") for name, figure in figures.items()]
 
 
@@ -60,9 +61,8 @@ def _save(figure: Any, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     try:
-        figure.savefig(path, dpi=150, bbox_inches="tight", metadata=_UNDATED[path.suffix])
-    except OSError as error:
-        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
+        with writing(path):
+            figure.savefig(path, dpi=150, bbox_inches="tight", metadata=_UNDATED[path.suffix])
     finally:
         plt.close(figure)
     return path

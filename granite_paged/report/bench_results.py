@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import InvalidRequest, ResultFileError
+from granite_paged.errors import InvalidArgument, ResultFileError, writing
 from granite_paged.typed_json import read_json
 
 Key = tuple[str, str, int, int, str]
@@ -118,11 +118,11 @@ def updated(old: Result, new: Result) -> Result:
     """`old` with the rows of `new` in the places of those that it measured again, or at the end.
 
     Raises:
-        InvalidRequest: if they are not of one device, model, dtype, seed and set of versions.
+        InvalidArgument: if they are not of one device, model, dtype, seed and set of versions.
     """
     for name in ("device", "model", "dtype", "versions", "seed"):
         if getattr(old, name) != getattr(new, name):
-            raise InvalidRequest(
+            raise InvalidArgument(
                 f"results of different {name} make no one record: "
                 f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
             )
@@ -155,11 +155,9 @@ def read_result(path: str | Path) -> Result:
 
 
 def writable_folder(folder: Path) -> Path:
-    """The folder, made if it was missing. Raises InvalidRequest."""
-    try:
+    """The folder, made if it was missing. Raises CannotWrite."""
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"cannot write into {folder}: {error.strerror}") from None
     return folder
 
 

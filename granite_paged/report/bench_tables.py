@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import writing
 from granite_paged.names import MODES
 from granite_paged.report.bench_results import Result, Row
 
@@ -39,11 +39,9 @@ def page_part(result: Result, figures: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file. Raises InvalidRequest where that cannot be done."""
-    try:
+    """Write a text file. Raises CannotWrite."""
+    with writing(path):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
 
 
 def _sections(result: Result) -> list[str]:

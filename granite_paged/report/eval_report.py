@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import ResultsError
+from granite_paged.errors import CannotWrite, writing
 from granite_paged.report.eval_figures import curves, draw_all
 from granite_paged.report.eval_results import BenchRow, Entry, Json, entries, original_study
 from granite_paged.report.markdown import put_between
@@ -30,33 +30,29 @@ def write_report(
         bench: rows of benchmarks, for the curves.
 
     Raises:
-        ResultsError: if the folder cannot be written.
+        CannotWrite: if the folder cannot be written.
         MissingExtra: without matplotlib.
     """
     found = entries(evaluations)
     path = Path(folder)
-    try:
+    with writing(f"the report to {folder}"):
         path.mkdir(parents=True, exist_ok=True)
         figures = draw_all(path, found, bench)
         text = json.dumps({"evaluations": list(evaluations)}, indent=1)
         (path / "results.json").write_text(text + "\n", encoding="utf-8")
         page = _page(evaluations, bench, figures)
         (path / "report.md").write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ResultsError(f"cannot write the report to {folder}: {error.strerror}") from None
     return [path / f"{name}.png" for name in figures]
 
 
 def prepare_folder(folder: str) -> None:
-    """Make it, and see that figures can be drawn. Raises ResultsError and MissingExtra."""
+    """Make it, and see that figures can be drawn. Raises CannotWrite and MissingExtra."""
     check_matplotlib()
     path = Path(folder)
-    try:
+    with writing(f"the report to {folder}"):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResultsError(f"cannot write the report to {folder}: {error.strerror}") from None
     if not os.access(path, os.W_OK):
-        raise ResultsError(f"cannot write the report to {folder}: it is write-protected")
+        raise CannotWrite(f"the report to {folder}", "it is write-protected")
 
 
 def update_page(

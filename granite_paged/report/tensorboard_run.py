@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import MissingExtra, ResultsError
+from granite_paged.errors import MissingExtra, writing
 from granite_paged.report.eval_results import Json, entries
 from granite_paged.report.tracking import Table, differences, metrics, numbers
 
@@ -25,19 +25,16 @@ def log_to_tensorboard(folder: str, evaluation: Json, figures: Sequence[Path] = 
 
     Raises:
         MissingExtra: without tensorboard.
-        ResultsError: if the folder cannot be written; what is elsewhere on disk stays.
+        CannotWrite: if the folder cannot be written; what is elsewhere on disk stays.
     """
     make_writer, found = writer_class(), entries([evaluation])
-    try:
-        with make_writer(folder) as writer:
-            for name, value in numbers(found).items():
-                writer.add_scalar(name, value)
-            writer.add_text("metrics", _markdown(metrics(found)))
-            writer.add_text("differences", _markdown(differences(found)))
-            for path in figures:
-                writer.add_image(path.stem, _pixels(path), dataformats="HWC")
-    except OSError as error:
-        raise ResultsError(f"tensorboard cannot write {folder}: {error.strerror}") from None
+    with writing(folder), make_writer(folder) as writer:
+        for name, value in numbers(found).items():
+            writer.add_scalar(name, value)
+        writer.add_text("metrics", _markdown(metrics(found)))
+        writer.add_text("differences", _markdown(differences(found)))
+        for path in figures:
+            writer.add_image(path.stem, _pixels(path), dataformats="HWC")
 
 
 def _markdown(table: Table) -> str:

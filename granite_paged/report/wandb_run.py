@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import MissingExtra, ResultsError
+from granite_paged.errors import CannotWrite, MissingExtra
 from granite_paged.report.eval_results import Json, entries
 from granite_paged.report.tracking import differences, metrics, numbers
 
@@ -28,7 +28,7 @@ def log_to_wandb(project: str, evaluation: Json, figures: Sequence[Path] = ()) -
 
     Raises:
         MissingExtra: without wandb.
-        ResultsError: if it refuses; what is elsewhere on disk stays.
+        CannotWrite: if it refuses; what is elsewhere on disk stays.
     """
     wandb = wandb_module()
     found = entries([evaluation])
@@ -42,4 +42,6 @@ def log_to_wandb(project: str, evaluation: Json, figures: Sequence[Path] = ()) -
             return str(run.url or run.dir)
     except (wandb.Error, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ResultsError(f"wandb refuses: {reason}; WANDB_MODE=offline needs no server") from None
+        raise CannotWrite(
+            f"the wandb project {project}", f"{reason}; WANDB_MODE=offline needs no server"
+        ) from None

@@ -19,7 +19,7 @@ from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
 from granite_paged.bench.session import Plan, Session, first_steps, plan_of, run
-from granite_paged.errors import InvalidRequest, Unsupported
+from granite_paged.errors import InvalidArgument, Unsupported
 from granite_paged.geometry import PagedConfig
 from granite_paged.hf.compat import CACHE, with_cache
 from granite_paged.models import LoadedModel
@@ -291,7 +291,7 @@ def test_the_memory_rows_count_what_fits(runner: Any) -> None:
 
 
 def test_a_case_that_no_chosen_mode_can_run_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="case kernel runs in mode paged only"):
+    with pytest.raises(InvalidArgument, match="case kernel runs in mode paged only"):
         plan_of(session(), ["kernel"], ["default"])
 
 

@@ -17,13 +17,13 @@ from granite_paged.errors import (
     BrokenInvariant,
     CallbackFailed,
     EngineClosed,
-    InvalidRequest,
     InvalidSampling,
     NonFiniteRequest,
     PromptError,
     QueueFull,
     RequestCancelled,
     RequestTooLarge,
+    TokenizerError,
 )
 from granite_paged.models import load
 from tests.helpers.engine_harness import alone, logprobs_alone
@@ -323,7 +323,7 @@ def test_a_closed_engine_refuses_and_ends_what_runs(model: Any) -> None:
 
 
 def test_text_needs_a_tokenizer(engine: Engine) -> None:
-    with pytest.raises(InvalidRequest, match="tokenizer"):
+    with pytest.raises(TokenizerError, match="tokenizer"):
         engine.submit("some text")
     with pytest.raises(InvalidSampling, match="tokenizer"):
         engine.submit(PROMPTS[0], SamplingParams(stop_strings=("x",)))

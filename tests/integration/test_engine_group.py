@@ -8,7 +8,7 @@ import pytest
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine.group import EngineGroup
-from granite_paged.errors import DeviceError, InvalidRequest
+from granite_paged.errors import DeviceError, InvalidArgument
 from tests.helpers.tiny_models import tiny_model
 
 SIZES = PagedConfig(page_size=8, max_tokens=160, max_sequences=4, chunk_tokens=32)
@@ -60,5 +60,5 @@ def test_replicas_share_no_weights_with_another_device_and_missing_ones_are_said
 
 
 def test_a_group_of_none_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="at least one"):
+    with pytest.raises(InvalidArgument, match="at least one"):
         EngineGroup([])

@@ -138,7 +138,7 @@ def test_a_difference_that_is_no_near_tie_exits_1(
 # -- refusals -----------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "unknown task": (["--tasks", "mlmu"], "unknown task 'mlmu': use some of recall, mmlu, truth"),
+    "unknown task": (["--tasks", "mlmu"], "unknown task 'mlmu': use one of recall, mmlu, truth"),
     "no task": (["--tasks", ","], "no task named"),
     "unknown mode": (["--mode", "fast"], "'default', 'static', 'paged', 'both', 'all'"),
     "batch size": (["--batch-size", "many"], "'many' is neither auto nor a number"),
@@ -207,7 +207,7 @@ def test_a_missing_extra_is_named_before_the_work(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert evaluate(option, str(tmp_path / "x")) == USAGE
-    assert_one_line(capsys, f"pip install 'granite-paged[{extra}]' brings it")
+    assert_one_line(capsys, f"pip install 'granite-paged[{extra}]'")
 
 
 @pytest.mark.usefixtures("unanswered")

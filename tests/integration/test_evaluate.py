@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from granite_paged import PagedConfig
-from granite_paged.errors import InvalidRequest, ResultsError
+from granite_paged.errors import DataError, RequestError
 from granite_paged.evaluate import peak_memory, run
 from granite_paged.evaluate.journal import Journal, Record
 from granite_paged.evaluate.metrics import (
@@ -296,7 +296,7 @@ def test_another_question_is_another_run() -> None:
 def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
     path, loaded = str(tmp_path / "answers.jsonl"), tiny_loaded()
     Journal(path, run.identity(loaded, [tiny_task()], ("default",), SMALL_PAGES, 1)).close()
-    with pytest.raises(ResultsError, match="another run: questions was"):
+    with pytest.raises(DataError, match="another run: questions was"):
         Journal(path, run.identity(loaded, [tiny_task(5)], ("default",), SMALL_PAGES, 1))
 
 
@@ -359,14 +359,14 @@ def test_contexts_longer_than_the_pool_are_counted_and_the_others_answered(batch
 
 
 def test_a_run_without_any_answer_says_why() -> None:
-    with pytest.raises(InvalidRequest, match=r"every question was refused; the first: .* out of"):
+    with pytest.raises(RequestError, match=r"every question was refused; the first: .* out of"):
         tiny_evaluation(config=PagedConfig(page_size=8, max_tokens=8))
 
 
 def test_a_log_likelihood_that_is_no_number_is_refused() -> None:
     loaded = tiny_loaded()
     torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
-    with pytest.raises(InvalidRequest, match="not a finite number"):
+    with pytest.raises(RequestError, match="not a finite number"):
         tiny_evaluation(loaded, modes=("default",))
 
 

@@ -20,7 +20,8 @@ from granite_paged.errors import (
     CheckpointError,
     DeviceError,
     GranitePagedError,
-    InvalidRequest,
+    InvalidArgument,
+    UnknownName,
     UnsupportedModel,
 )
 from granite_paged.models import GEOMETRIES, geometry_config, load
@@ -212,7 +213,7 @@ def test_a_file_is_no_folder(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float8", "torch.float32", "half", ""])
 def test_an_unknown_dtype_is_refused_with_those_known(dtype: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"use auto, float64, float32, bfloat16, float16$"):
+    with pytest.raises(UnknownName, match=r"use one of auto, float64, float32, bfloat16, float16$"):
         load(dtype=dtype, device="cpu")
 
 
@@ -241,13 +242,13 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(
 
 
 def test_an_unknown_geometry_is_refused_with_those_known() -> None:
-    with pytest.raises(InvalidRequest, match="unknown geometry 'granite-5'") as caught:
+    with pytest.raises(UnknownName, match="unknown geometry 'granite-5'") as caught:
         load(random_weights="granite-5", device="cpu")
     assert all(name in str(caught.value) for name in GEOMETRIES)
 
 
 def test_a_model_and_random_weights_exclude_each_other() -> None:
-    with pytest.raises(InvalidRequest, match="exclude each other"):
+    with pytest.raises(InvalidArgument, match="exclude each other"):
         load(str(TINY_RECALL), random_weights="granite-4.0-h-1b", device="cpu")
 
 

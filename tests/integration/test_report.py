@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from granite_paged.cli.main import OK, USAGE, run
-from granite_paged.errors import DataError, ResultsError
+from granite_paged.errors import CannotWrite, DataError
 from granite_paged.report.eval_figures import curves
 from granite_paged.report.eval_report import result_tables, update_page, write_report
 from granite_paged.report.eval_results import (
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
 ) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     (tmp_path / "file").touch()
-    with pytest.raises(ResultsError, match="cannot write the report to"):
+    with pytest.raises(CannotWrite, match="cannot write the report to"):
         write_report(str(tmp_path / "file"), [evaluation])
 
 
@@ -307,5 +307,5 @@ def test_tensorboard_refuses_a_folder_that_is_none(
     from granite_paged.report.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
 
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultsError, match="cannot write"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         log_to_tensorboard(str(tmp_path / "file" / "board"), evaluation)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from granite_paged.bench.cases import CASES, Shape, chosen_cases
 from granite_paged.bench.gate import GATED
 from granite_paged.cli import bench
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import UnknownName
 from granite_paged.names import MODES
 from granite_paged.report.bench_figures import FORMATS
 
@@ -72,7 +72,7 @@ def test_no_names_mean_all_cases_and_names_keep_their_order() -> None:
 
 
 def test_an_unknown_case_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidRequest, match="unknown case 'speed': use one of batch, context"):
+    with pytest.raises(UnknownName, match="unknown case 'speed': use one of batch, context"):
         chosen_cases(["speed"])
 
 

@@ -26,7 +26,7 @@ from granite_paged.bench.profiler import (
     module_kind,
     profile_step,
 )
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import DeviceError
 from granite_paged.layers import triton
 from tests.helpers.tiny_models import FLAVOURS, tiny_model
 
@@ -221,5 +221,5 @@ def test_a_profiled_model_has_no_hook_left() -> None:
 
 
 def test_a_memory_snapshot_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="leave --memory out"):
+    with pytest.raises(DeviceError, match="leave --memory out"):
         profiled(tmp_path, memory=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from granite_paged.errors import InvalidRequest, MissingExtra
+from granite_paged.errors import CannotWrite, InvalidArgument, MissingExtra
 from granite_paged.report import bench_figures, bench_tables
 from granite_paged.report.bench_figures import draw_all
 from granite_paged.report.bench_results import Latency, Result, Row
@@ -112,7 +112,7 @@ def test_no_rows_make_no_table() -> None:
 
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="cannot write"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         bench_tables.write_text(tmp_path, "x")
 
 
@@ -181,7 +181,7 @@ def test_decode_has_a_panel_for_each_context() -> None:
 
 
 def test_results_without_a_row_are_not_drawn(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="nothing to draw"):
+    with pytest.raises(InvalidArgument, match="nothing to draw"):
         draw_all([result(ROWS[5])], PUBLISHED, tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_paged.errors import InvalidRequest, ResultFileError
+from granite_paged.errors import CannotWrite, InvalidArgument, ResultFileError
 from granite_paged.report.bench_results import (
     Latency,
     Rates,
@@ -122,7 +122,7 @@ def broken(place: str, value: Any) -> dict[str, Any]:
 
 WRONG: dict[str, tuple[str, Any, str]] = {
     "no device": ("device", ..., "is missing"),
-    "device a number": ("device", 7, "must be text, 7 given"),
+    "device a number": ("device", 7, "must be text, got 7"),
     "rows an object": ("rows", {}, "must be a list"),
     "version a number": ("versions.torch", 2.11, "must be text"),
     "no mode": ("rows[0].mode", ..., "is missing"),
@@ -134,7 +134,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "median NaN": ("rows[0].latency_ms.median", float("nan"), "must be a finite number"),
     "no median": ("rows[0].latency_ms.median", ..., "is missing"),
     "peak a float": ("rows[0].peak_bytes", 1e9, "must be a whole number"),
-    "unknown field": ("rows[0].latency", 3, "is no field of the format"),
+    "unknown field": ("rows[0].latency", 3, "is not a field of this format"),
 }
 
 
@@ -187,7 +187,7 @@ def test_a_gpus_slug_is_its_name_in_small_letters(device: str, name: str) -> Non
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InvalidRequest, match="cannot write into"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         writable_folder(tmp_path / "file" / "folder")
 
 
@@ -271,5 +271,5 @@ def test_rows_measured_again_keep_their_places() -> None:
 @pytest.mark.parametrize("field", ["device", "model", "dtype"])
 def test_results_of_two_kinds_make_no_one_record(field: str) -> None:
     before = Result("GPU", {}, 0, [KERNEL])
-    with pytest.raises(InvalidRequest, match=f"different {field}"):
+    with pytest.raises(InvalidArgument, match=f"different {field}"):
         updated(before, replace(before, **{field: "another"}))

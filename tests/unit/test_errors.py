@@ -5,29 +5,40 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 
 from granite_paged import errors
 from granite_paged.errors import (
     CallbackFailed,
+    CannotWrite,
     CheckpointError,
+    DataError,
     DoubleFree,
+    FileError,
     GeometryError,
     GranitePagedError,
     InvalidRequest,
+    MissingExtra,
+    ModelError,
     NonFinite,
     NonFiniteRequest,
     OutOfPages,
     OutOfRows,
     PaddingError,
+    PagingError,
     PromptError,
     QueueFull,
     RequestCancelled,
+    RequestError,
     RequestTooLarge,
+    ResultFileError,
     StepFailed,
+    UnknownName,
     UnknownSequence,
     UnsupportedModel,
+    writing,
 )
 
 EXAMPLES = [
@@ -38,7 +49,7 @@ EXAMPLES = [
     DoubleFree(7),
     NonFinite([2, 6]),
     UnsupportedModel("model type 'llama'"),
-    GeometryError("page_size must be a power of two, 12 given"),
+    GeometryError("page_size must be a power of two, got 12"),
     InvalidRequest("sequence 3 cannot grow by -1 tokens"),
     CheckpointError("model.safetensors is missing"),
     RequestTooLarge(needed=25, free=20, advice="raise max_tokens"),
@@ -47,6 +58,11 @@ EXAMPLES = [
     CallbackFailed(4, "ZeroDivisionError (division by zero)"),
     StepFailed(4, "RuntimeError (device lost)"),
     NonFiniteRequest(4),
+    ResultFileError("r.json", "rows[0].mode", "is missing"),
+    DataError("mmlu.jsonl", "not a JSON object", line=3),
+    CannotWrite("r.json", "No space left on device"),
+    UnknownName("case", "speed", ["batch", "decode"]),
+    MissingExtra("wandb", extra="wandb"),
 ]
 
 
@@ -80,6 +96,25 @@ def test_an_error_is_also_the_builtin_a_caller_would_expect(kind, builtin) -> No
     assert issubclass(kind, builtin)
 
 
+@pytest.mark.parametrize(
+    ("family", "member"),
+    [
+        (PagingError, OutOfPages),
+        (PagingError, UnknownSequence),
+        (RequestError, PromptError),
+        (RequestError, NonFinite),
+        (RequestError, RequestTooLarge),
+        (PagingError, RequestTooLarge),
+        (ModelError, CheckpointError),
+        (ModelError, GeometryError),
+        (FileError, DataError),
+        (FileError, CannotWrite),
+    ],
+)
+def test_an_error_belongs_to_the_family_of_its_cause(family, member) -> None:
+    assert issubclass(member, family)
+
+
 @pytest.mark.parametrize("error", EXAMPLES, ids=names)
 def test_a_message_is_one_plain_line(error: GranitePagedError) -> None:
     message = str(error)
@@ -107,6 +142,28 @@ def test_non_finite_names_every_layer() -> None:
     error = NonFinite([2, 6])
     assert error.layers == (2, 6)
     assert "layer 2, 6" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ResultFileError("r.json", "rows[0].mode", "is missing"),
+            "r.json: rows[0].mode is missing; write such files with `granite-paged bench --json`",
+        ),
+        (DataError("d.jsonl", "not UTF-8 text", line=3), "d.jsonl, line 3: not UTF-8 text"),
+        (CannotWrite("r.json", "it is a folder"), "cannot write r.json: it is a folder"),
+    ],
+    ids=["results", "data", "write"],
+)
+def test_a_file_error_names_the_file(error: FileError, message: str) -> None:
+    assert str(error) == message
+    assert error.path == message.removeprefix("cannot write ").split(":")[0].split(",")[0]
+
+
+def test_a_failed_write_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(CannotWrite, match=r"^cannot write .*: Is a directory$"), writing(tmp_path):
+        tmp_path.write_text("x")
 
 
 def test_advice_ends_the_message() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from granite_paged.errors import ResultsError
+from granite_paged.errors import CannotWrite, DataError
 from granite_paged.evaluate.journal import Journal, Record, held_run
 
 RUN = {"model": "tiny", "modes": ["default"], "batch size": 4}
@@ -65,7 +65,7 @@ def test_a_full_disk_keeps_what_was_finished(path: str, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", full)
-        with pytest.raises(ResultsError, match=r"No space left on device; its 1 finished answers"):
+        with pytest.raises(CannotWrite, match=r"No space left on device; its 1 finished answers"):
             journal.append([record("b")])
     assert Path(path).read_bytes() == before
     assert len(journal.records) == 1
@@ -84,7 +84,7 @@ def test_a_full_disk_keeps_what_was_finished(path: str, monkeypatch: pytest.Monk
 def test_another_runs_answers_are_refused(path: str, change: dict[str, Any], reason: str) -> None:
     written(path, "a")
     before = Path(path).read_bytes()
-    with pytest.raises(ResultsError, match=reason):
+    with pytest.raises(DataError, match=reason):
         Journal(path, {**RUN, **change})
     assert Path(path).read_bytes() == before
 
@@ -101,13 +101,13 @@ def test_another_runs_answers_are_refused(path: str, change: dict[str, Any], rea
 )
 def test_a_file_that_is_no_journal_is_refused(path: str, content: str, reason: str) -> None:
     Path(path).write_text(content)
-    with pytest.raises(ResultsError, match=reason):
+    with pytest.raises(DataError, match=reason):
         Journal(path, RUN)
     assert Path(path).read_text() == content
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="cannot write"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         Journal(str(tmp_path / "no" / "such" / "folder"), RUN)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.engine.detokenizer import Detokenizer
 from granite_paged.engine.request import SamplingParams, check_tokens
-from granite_paged.errors import InvalidRequest, InvalidSampling, PromptError
+from granite_paged.errors import InvalidArgument, InvalidSampling, PromptError
 
 WRONG: dict[str, Any] = {
     "max_new_tokens": 0,
@@ -102,5 +102,5 @@ def test_a_workload_is_the_same_from_the_same_seed() -> None:
     "wrong", [{"prompt_tokens": (0, 4)}, {"new_tokens": (5, 4)}, {"long_every": 3}]
 )
 def test_a_workload_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidArgument):
         Workload(**wrong)

@@ -182,7 +182,7 @@ def test_a_full_queue_refuses_and_nothing_is_half_in() -> None:
     desk = office({"queue": 3})
     for number in range(2):
         ask(desk, [number + 1])
-    with pytest.raises(QueueFull, match="2 sequences wait, 3 may"):
+    with pytest.raises(QueueFull, match="2 sequences are waiting, the limit is 3"):
         desk.engine.submit([5], SamplingParams(n=2))
     assert desk.engine.stats().waiting == 2
 

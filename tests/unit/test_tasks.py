@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from granite_paged.checkpoints.recall import ASK
-from granite_paged.errors import InvalidRequest
+from granite_paged.errors import InvalidArgument, TokenizerError
 from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
 from granite_paged.evaluate.tasks import (
     RECALL_LONGEST,
@@ -88,12 +88,12 @@ def test_a_choice_is_the_tokens_that_the_whole_has_more_than_the_context() -> No
 
 @pytest.mark.parametrize("tokens", [98, 87, 296])
 def test_a_tokenizer_of_another_vocabulary_is_refused(tokens: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"{tokens} tokens, tiny a vocabulary of 97"):
+    with pytest.raises(TokenizerError, match=f"{tokens} tokens, tiny a vocabulary of 97"):
         Encoder(Letters(tokens), 97, "tiny")
 
 
 def test_a_model_without_a_tokenizer_asks_for_one() -> None:
-    with pytest.raises(InvalidRequest, match="tiny has no tokenizer: pass --tokenizer"):
+    with pytest.raises(TokenizerError, match="tiny has no tokenizer: pass --tokenizer"):
         Encoder(None, 97, "tiny")
 
 
@@ -115,7 +115,7 @@ def test_no_examples_are_taken_at_0_shot(folder: str) -> None:
 
 
 def test_more_examples_than_there_are_is_refused(folder: str) -> None:
-    with pytest.raises(InvalidRequest, match="9 examples asked for, anatomy has 4: lower"):
+    with pytest.raises(InvalidArgument, match="9 examples asked for, anatomy has 4: lower"):
         make_task("mmlu", Options(data=folder, num_fewshot=9), LOADED, Letters())
 
 
@@ -132,7 +132,7 @@ def test_the_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
 def test_subjects_are_chosen_by_name_and_unknown_ones_answered_with_the_known(folder: str) -> None:
     task = made("mmlu", folder, subjects=("college_biology",))
     assert {q.group for q in task.questions} == {"college_biology"}
-    with pytest.raises(InvalidRequest, match="unknown subject 'law': use some of anatomy, college"):
+    with pytest.raises(InvalidArgument, match="unknown subject 'law': use one of anatomy, college"):
         made("mmlu", folder, subjects=("law",))
 
 
@@ -154,7 +154,7 @@ def test_groups_of_tasks_are_resolved_once_and_in_order() -> None:
 
 @pytest.mark.parametrize("names", [["mlmu"], []])
 def test_unknown_tasks_are_answered_with_the_known(names: list[str]) -> None:
-    with pytest.raises(InvalidRequest, match="use some of recall, mmlu, truthfulqa_mc1, truth"):
+    with pytest.raises(InvalidArgument, match="use one of recall, mmlu, truthfulqa_mc1, truth"):
         task_names(names)
 
 
@@ -194,7 +194,7 @@ def test_recall_is_decided_by_its_seed() -> None:
 
 
 def test_recall_is_for_the_model_that_was_trained_on_it() -> None:
-    with pytest.raises(InvalidRequest, match="tiny was not trained on"):
+    with pytest.raises(InvalidArgument, match="tiny was not trained on"):
         make_task("recall", Options(), LOADED, None)
 
 

@@ -203,10 +203,10 @@ def test_every_product_has_constants(rows: int, gated: bool, few_columns: bool) 
 Edit = Callable[[dict[str, Any]], Any]
 BROKEN: dict[str, tuple[Edit, str]] = {
     "a missing field": (lambda d: d.pop("device"), "device is missing"),
-    "an unknown field": (lambda d: d.update(cpu=1), "cpu is no field of the format"),
+    "an unknown field": (lambda d: d.update(cpu=1), "cpu is not a field of this format"),
     "a field of another type": (
         lambda d: d["one_row"][1].update(gated=1),
-        r"one_row\[1\]\.gated must be true or false, 1 given",
+        r"one_row\[1\]\.gated must be true or false, got 1",
     ),
     "an odd block": (
         lambda d: d["prefill"].update(BLOCK_N=48),
