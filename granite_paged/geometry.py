@@ -145,10 +145,21 @@ class CacheGeometry:
         return self.page_size * self.bytes_per_token
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that `tokens` tokens of one sequence fill; see `pages_for`."""
+        """Return the pages that `tokens` tokens of one sequence take."""
         return pages_for(tokens, self.page_size)
 
 
 def pages_for(tokens: int, page_size: int) -> int:
-    """Pages that `tokens` tokens of one sequence fill, the last one perhaps in part."""
+    """Return the pages that `tokens` tokens of one sequence take; the last may be partly filled."""
     return -(-tokens // page_size)
+
+
+def bucket(count: int, *, steps: int = 1) -> int:
+    """Round `count` up to one of `steps` sizes per octave, so that few shapes are compiled.
+
+    With one step: 1, 2, 4, 8 ... With two: 1, 2, 3, 4, 6, 8, 12, 16 ... The excess is below
+    1 / steps of `count`.
+    """
+    octave = 1 << max(0, (count - 1).bit_length() - 1)
+    step = max(1, octave // steps)
+    return -(-count // step) * step

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.layers.attention import DecodePlan, paged_attention, plan_for, split_attention
+from granite_paged.layers.attention import DecodePlan, paged_attention, split_attention
 from granite_paged.layers.backend import kernel_refusal
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
@@ -153,7 +153,7 @@ class KernelCase:
         rows, width = table.physical.shape
         if kernel_refusal(self._backend, self._device, self._geometry.dtype):
             return None
-        return plan_for(self._geometry, rows, width, self._device)
+        return DecodePlan.choose(self._geometry, rows, width, self._device)
 
     def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
         from granite_paged.layers.triton.pages import split_pages

@@ -30,7 +30,6 @@ from granite_paged.layers.attention import (
     WIDEST_TUNED_HEAD,
     DecodePlan,
     paged_attention,
-    planned,
     prefill_options,
 )
 from granite_paged.layers.backend import triton_refusal
@@ -181,8 +180,8 @@ def _decode_shape(bench: Bench, shape: Shape) -> TunedShape:
     g = bench.geometry
 
     def layout(constants: Any) -> Layout:
-        pages, programs = g.pages_for(shape.context), shape.batch * g.kv_heads
-        return asdict(planned(constants, programs, pages, g.page_size, bench.multiprocessors))
+        pages, device = g.pages_for(shape.context), bench.clock.device
+        return asdict(DecodePlan.from_constants(constants, g, shape.batch, pages, device))
 
     def prepare() -> Timer:
         bench.fresh()

@@ -20,6 +20,7 @@ from granite_paged.cli.options import (
     write_json,
 )
 from granite_paged.errors import TokenizerError
+from granite_paged.geometry import pages_for
 
 # -- generate -----------------------------------------------------------------------------------
 
@@ -181,8 +182,7 @@ def bench_serve(
 
 def _sized(config: Any, *, rows: int, tokens: int) -> Any:
     """The user's config, with rows and pools no larger than the work where they are left open."""
-    page = config.page_size
-    needed = rows * -(-tokens // page) * page
+    needed = rows * pages_for(tokens, config.page_size) * config.page_size
     return dataclasses.replace(
         config,
         max_sequences=config.max_sequences or rows,

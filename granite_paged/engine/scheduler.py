@@ -31,8 +31,8 @@ from granite_paged.engine.prefix_cache import Hit, PrefixCache, RowState
 from granite_paged.engine.request import Job, State, Swapped
 from granite_paged.engine.step import Device, Limits, PrefillChunk, ScoreChunk, Step, calls
 from granite_paged.errors import QueueFull, RequestTooLarge, require
+from granite_paged.geometry import bucket
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
-from granite_paged.runner.shapes import next_power_of_two
 
 PRIORITY_WORTH = 1000
 """Arrivals that one step of priority puts a request ahead by."""
@@ -360,7 +360,7 @@ class Scheduler:
     def _cut(self, length: int, time: float) -> int:
         """The most of a chunk that fits into one call and the time; `alignment` always does."""
         while length > self._limits.alignment and not self._affords([length], time):
-            shorter = next_power_of_two(length) // 2
+            shorter = bucket(length) // 2
             length = max(shorter - shorter % self._limits.alignment, self._limits.alignment)
         return length
 

@@ -35,9 +35,8 @@ from granite_paged.errors import (
     OutOfRows,
     require,
 )
-from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.hf.padding import NewColumns, PaddedBatch
-from granite_paged.layers.attention import bucket
 from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.mamba import MambaRows
 from granite_paged.paging.allocator import AppendPlan, PageAllocator

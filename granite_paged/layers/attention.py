@@ -86,17 +86,6 @@ def paged_attention(
     return _unfold(out, query.shape)
 
 
-def bucket(count: int, *, steps: int = 1) -> int:
-    """The least of so many steps an octave that holds `count`, so that few shapes are compiled.
-
-    One step: powers of two. Two: 1, 2, 3, 4, 6, 8, 12, 16 ...; what is too much stays below
-    1 / steps of what was asked for.
-    """
-    octave = 1 << max(0, (count - 1).bit_length() - 1)
-    step = max(1, octave // steps)
-    return -(-count // step) * step
-
-
 def _check_mask(query: Tensor, keys: Tensor, mask: BlockMask) -> None:
     """The operator under eager FlexAttention checks nothing: a smaller page would read on."""
     batch, _, rows, slots = mask.shape
@@ -136,14 +125,54 @@ def _unfold(out: Tensor, shape: torch.Size) -> Tensor:
 class DecodePlan:
     """How a decode step's attention is laid out on a GPU.
 
-    `splits`: parts a row's pages are shared out over; the rest are options of FlexAttention's
-    kernels: tokens a block, warps, stages of the pipeline.
+    Attributes:
+        splits: parts that each row's pages are divided into, computed independently.
+        block: tokens per block of FlexAttention's kernel.
+        warps, stages: warps per program and stages of its load pipeline.
     """
 
     splits: int
     block: int
     warps: int
     stages: int
+
+    @classmethod
+    def choose(
+        cls, geometry: CacheGeometry, batch: int, pages: int, device: torch.device
+    ) -> DecodePlan:
+        """Return the tuned plan for `batch` rows of at most `pages` pages each.
+
+        Blocks are halved until their pipeline fits the device's shared memory.
+        """
+        plan = cls.from_constants(TUNED.for_batch(batch), geometry, batch, pages, device)
+        memory, block = shared_memory(device), plan.block
+        per_token = plan.stages * _kv_bytes(1, geometry.head_dim, geometry.dtype.itemsize)
+        while block > SMALLEST_KERNEL_BLOCK and per_token * block > memory:
+            block //= 2
+        return replace(plan, block=block)
+
+    @classmethod
+    def from_constants(
+        cls,
+        constants: DecodeConstants,
+        geometry: CacheGeometry,
+        batch: int,
+        pages: int,
+        device: torch.device,
+    ) -> DecodePlan:
+        """Return the plan that these constants give, whether or not it fits the device.
+
+        FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small
+        part, so rows are split before the call: into as many parts as give each multiprocessor
+        `parts_per_multiprocessor` programs. More parts cost more to combine than they gain.
+        """
+        parts = int(constants.parts_per_multiprocessor * multiprocessors(device))
+        return cls(
+            splits=max(1, min(pages, parts // max(1, batch * geometry.kv_heads))),
+            block=min(constants.block, geometry.page_size),
+            warps=constants.warps,
+            stages=constants.stages,
+        )
 
     def options(self, *, beyond_32_bits: bool) -> FlexKernelOptions:
         """For `flex_attention(kernel_options=...)`.
@@ -162,49 +191,6 @@ class DecodePlan:
         else:
             options["SPLIT_KV"] = 1  # works, though torch's own list of options leaves it out
         return cast("FlexKernelOptions", options)
-
-
-def decode_plan(
-    batch: int, kv_heads: int, pages: int, page_size: int, multiprocessors: int
-) -> DecodePlan:
-    """The layout for a batch of so many rows of at most `pages` pages each.
-
-    FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small part, so
-    rows are split before it: into as many parts as give a multiprocessor so many programs as was
-    measured to be best (`tuned.py`). More parts cost more to combine than they gain.
-    """
-    constants = TUNED.for_batch(batch)
-    return planned(constants, batch * kv_heads, pages, page_size, multiprocessors)
-
-
-def planned(
-    constants: DecodeConstants, programs: int, pages: int, page_size: int, multiprocessors: int
-) -> DecodePlan:
-    """What these constants make of so many programs before the split."""
-    parts = int(constants.parts_per_multiprocessor * multiprocessors) // max(1, programs)
-    return DecodePlan(
-        splits=max(1, min(pages, parts)),
-        block=min(constants.block, page_size),
-        warps=constants.warps,
-        stages=constants.stages,
-    )
-
-
-def plan_for(geometry: CacheGeometry, batch: int, pages: int, device: torch.device) -> DecodePlan:
-    """`decode_plan` for rows of at most so many pages on this GPU, cut to what fits there."""
-    plan = decode_plan(batch, geometry.kv_heads, pages, geometry.page_size, multiprocessors(device))
-    return fitting(plan, geometry.head_dim, geometry.dtype.itemsize, shared_memory(device))
-
-
-def fitting(plan: DecodePlan, head_dim: int, itemsize: int, memory: int) -> DecodePlan:
-    """The plan with smaller blocks, where a program has less shared memory than it asks for."""
-    block = plan.block
-    while (
-        block > SMALLEST_KERNEL_BLOCK
-        and plan.stages * _kv_bytes(block, head_dim, itemsize) > memory
-    ):
-        block //= 2
-    return replace(plan, block=block)
 
 
 def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
@@ -231,7 +217,7 @@ def split_attention(
         keys, values: [1, Hkv, slots, D], the pool.
         mask: of `split_block_mask`, for B * splits rows.
         scale: factor on the scores.
-        plan: of `decode_plan`.
+        plan: from `DecodePlan.choose`.
 
     Returns:
         [B, Hq, D]; zeros for padding.

@@ -10,7 +10,7 @@
                    "COLUMNS", "DEPTH", "SPLITS", "warps", "stages"}],
      "microseconds"?: {shape: of one call, or one step, with these constants}}
 
-The rules: `decode_plan` and `kernel_options` for attention, `kernels.linear.tiles` for products.
+The rules: `DecodePlan.choose` and `kernel_options` for attention, `triton.linear.tiles` for products.
 The file travels with the package and is checked once, when this is imported.
 """
 

@@ -22,10 +22,9 @@ import torch
 
 from granite_paged.device import free_memory
 from granite_paged.errors import GeometryError, OutOfMemory
-from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.layers.mamba import MambaSizes
 from granite_paged.layers.triton import SCRATCH_NUMBERS, SCRATCH_TILES
-from granite_paged.runner.shapes import next_power_of_two
 
 DEFAULT_SEQUENCES = 256
 """Rows of a runner whose `max_sequences` is not given, where they fit."""
@@ -134,7 +133,7 @@ def make_plan(
     """The plan for a runner of these sizes."""
     width = geometry.pages_for(sizes.longest)
     tables = 4 * ((sizes.rows + 1) * width + sizes.pages)
-    logits = max(next_power_of_two(sizes.rows), SCORED_AT_ONCE)
+    logits = max(bucket(sizes.rows), SCORED_AT_ONCE)
     on_gpu = model.device.type == "cuda"
     return MemoryPlan(
         weights=weights_bytes(model),

@@ -30,7 +30,7 @@ from torch import Tensor
 from granite_paged.device import free_memory, to_device
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.layers.attention import DecodePlan, plan_for
+from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
 from granite_paged.layers.mamba import MambaSizes, MambaState
 from granite_paged.paging.allocator import AppendPlan
@@ -436,7 +436,7 @@ class Runner:
         if not self._captures:
             return None
         pages = self._storage.table.physical.shape[1]
-        return plan_for(self.geometry, batch, pages, self.device)
+        return DecodePlan.choose(self.geometry, batch, pages, self.device)
 
     @torch.inference_mode()
     def _scored(self, hidden: Tensor, targets: Tensor) -> Scores:

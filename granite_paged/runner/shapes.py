@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from granite_paged.geometry import bucket
+
 SHORTEST_CHUNK = 32
 """Least tokens a captured prefill computes for a chunk."""
 
@@ -72,13 +74,13 @@ class Shapes:
 
     def decode_batch(self, rows: int) -> int:
         """Rows that a decode step for so many computes."""
-        return next_power_of_two(rows) if self.captured else rows
+        return bucket(rows) if self.captured else rows
 
     def length(self, tokens: int) -> int:
         """Tokens that a chunk of so many is computed at."""
         if not self.captured:
             return tokens
-        return max(min(SHORTEST_CHUNK, self.chunk_tokens), next_power_of_two(tokens))
+        return max(min(SHORTEST_CHUNK, self.chunk_tokens), bucket(tokens))
 
     def fits(self, lengths: Sequence[int]) -> bool:
         """Whether one call takes chunks of these lengths: it makes as many steps as it needs, but
@@ -158,7 +160,7 @@ class Shapes:
             batches.add(min(FEW_TOKENS, self.chunk_tokens) // length)
         if length >= SHORT:
             batches.add(self.chunk_tokens // length)
-        return sorted({min(batch, next_power_of_two(self.rows)) for batch in batches - {0}})
+        return sorted({min(batch, bucket(self.rows)) for batch in batches - {0}})
 
     def cheapest_batch(self, length: int, chunks: int) -> int:
         """The batch that takes the least time a chunk, where so many of that length are run."""
@@ -179,14 +181,9 @@ class Shapes:
         while lengths[-1] < self.chunk_tokens:
             lengths.append(2 * lengths[-1])
         yield from ((1, length) for length in lengths)
-        yield from ((1 << i, 1) for i in range(next_power_of_two(self.rows).bit_length()))
+        yield from ((1 << i, 1) for i in range(bucket(self.rows).bit_length()))
         for length in lengths:
             yield from ((batch, length) for batch in self.batches(length) if batch > 1)
-
-
-def next_power_of_two(count: int) -> int:
-    """The least that is not below `count`, which is at least 1."""
-    return int(1 << (count - 1).bit_length())
 
 
 def _step_cost(batch: int, length: int) -> float:

@@ -12,14 +12,12 @@ from granite_paged.errors import GeometryError
 from granite_paged.layers.attention import (
     DecodePlan,
     _attend_split,
-    bucket,
     combined,
-    decode_plan,
-    fitting,
     kernel_options,
     paged_attention,
 )
 from granite_paged.layers.backend import attention_backend
+from granite_paged.layers.tuning import TUNED
 from granite_paged.paging.masks import split_block_mask, split_mask_mod
 from tests.helpers.reference import attention
 from tests.helpers.strategies import (
@@ -264,16 +262,16 @@ def test_a_mask_with_padded_rows_and_tokens_changes_no_output() -> None:
     assert relative_error(actual, expected) <= ATTENTION_FLOAT64
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8])
-def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
-    for count in range(1, 5000):
-        size = bucket(count, steps=steps)
-        assert count <= size < count + max(1, count / steps), f"{size} for {count}"
-        assert bucket(size, steps=steps) == size
-    assert len({bucket(count, steps=steps) for count in range(1025, 2049)}) == steps
-
-
 # -- split rows ---------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+GEOMETRY = make_geometry(page_size=128, kv_heads=4, group=3, head_dim=128, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made as for an H200."""
+    monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: 132)
 
 
 @pytest.mark.parametrize(
@@ -282,24 +280,26 @@ def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
 def test_rows_are_split_until_every_multiprocessor_has_work(
     batch: int, pages: int, splits: int
 ) -> None:
-    plan = decode_plan(batch, kv_heads=4, pages=pages, page_size=128, multiprocessors=132)
+    plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU)
     assert plan.splits == splits
     assert plan.block <= 128
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 def test_a_decode_block_never_spans_two_pages(page_size: int) -> None:
-    plan = decode_plan(1, 4, 10, page_size, 132)
-    assert page_size % plan.block == 0
+    geometry = dataclasses.replace(GEOMETRY, page_size=page_size)
+    assert page_size % DecodePlan.choose(geometry, 1, 10, CPU).block == 0
 
 
 @pytest.mark.parametrize(
     ("memory", "block"), [(227 * 1024, 128), (163 * 1024, 64), (99 * 1024, 64), (48 * 1024, 32)]
 )
-def test_a_gpu_with_less_shared_memory_gets_smaller_blocks(memory: int, block: int) -> None:
-    plan = decode_plan(1, 4, 10, 128, 132)
-    assert plan.block == 128
-    assert fitting(plan, head_dim=128, itemsize=2, memory=memory).block == block
+def test_a_gpu_with_less_shared_memory_gets_smaller_blocks(
+    memory: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("granite_paged.layers.attention.shared_memory", lambda device: memory)
+    assert TUNED.for_batch(1).block == 128
+    assert DecodePlan.choose(GEOMETRY, 1, 10, CPU).block == block
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])

@@ -321,7 +321,7 @@ def test_decode_attention_is_given_the_plan_that_is_timed(monkeypatch: pytest.Mo
     pytest.importorskip("triton")
     given = []
     monkeypatch.setattr(search_space, "DECODE_CONTEXTS", {2: (40,)})
-    monkeypatch.setattr(Bench, "multiprocessors", 8)
+    monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: 8)
     monkeypatch.setattr(
         kernel, "split_attention", lambda *args, plan, **options: given.append((args[3], plan))
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
 from granite_paged.errors import GeometryError, UnsupportedModel
-from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from tests.helpers.strategies import make_geometry
 from tests.helpers.tiny_models import SIZES
 
@@ -138,6 +138,15 @@ def test_heads_that_do_not_share_evenly_are_refused(query_heads: int, kv_heads: 
 )
 def test_pages_for_rounds_up(tokens: int, pages: int) -> None:
     assert make_geometry(page_size=16).pages_for(tokens) == pages
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
+    for count in range(1, 5000):
+        size = bucket(count, steps=steps)
+        assert count <= size < count + max(1, count / steps), f"{size} for {count}"
+        assert bucket(size, steps=steps) == size
+    assert len({bucket(count, steps=steps) for count in range(1025, 2049)}) == steps
 
 
 @pytest.mark.parametrize(

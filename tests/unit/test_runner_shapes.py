@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from granite_paged.geometry import bucket
 from granite_paged.runner.shapes import (
     SHORTEST_CHUNK,
     STEP_TOKENS,
     Batch,
     Piece,
     Shapes,
-    next_power_of_two,
 )
 
 LENGTHS = [SHORTEST_CHUNK << i for i in range(7)]
@@ -35,7 +35,7 @@ def test_a_prefill_has_few_graphs_and_none_of_more_than_a_chunk(
 def test_no_graph_is_of_twice_the_rows_there_are(length: int, rows: int) -> None:
     """Its workspace would be held for rows that nobody can fill."""
     batches = Shapes(2048, rows, captured=True).batches(length)
-    most = next_power_of_two(rows)
+    most = bucket(rows)
     assert batches == sorted({min(batch, most) for batch in CAPTURED.batches(length)})
     assert max(batches) < 2 * rows
 

@@ -12,11 +12,22 @@ import pytest
 import torch
 
 from granite_paged.errors import TunedFileError
-from granite_paged.layers.attention import DecodePlan, decode_plan, kernel_options, planned
+from granite_paged.layers.attention import DecodePlan, kernel_options
 from granite_paged.layers.tuning import PATH, ROW_TILES, TUNED, read_tuned
+from tests.helpers.strategies import make_geometry
+
+CPU = torch.device("cpu")
+GEOMETRY = make_geometry(page_size=128, kv_heads=4, head_dim=64, dtype=torch.bfloat16)
 
 H200 = 132
 """Multiprocessors."""
+
+
+@pytest.fixture(autouse=True)
+def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made as for an H200."""
+    monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: H200)
+
 
 PRODUCTS = {
     "in_proj": (6448, 1536, False),
@@ -72,7 +83,7 @@ def test_tiles_of_few_rows_are_those_measured(rows: int, name: str) -> None:
     [(1, 4, 4), (1, 1024, 33), (8, 32, 4), (8, 2, 2), (32, 32, 1), (128, 1024, 1)],
 )
 def test_decode_plans_are_those_measured(batch: int, pages: int, splits: int) -> None:
-    plan = decode_plan(batch, 4, pages, 128, H200)
+    plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU)
     assert plan == DecodePlan(splits=splits, block=128, warps=4, stages=3)
 
 
@@ -106,20 +117,23 @@ def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts_per_multiprocessor", "programs", "pages", "splits"),
-    [(1, 4, 1024, 33), (2, 4, 1024, 66), (0.5, 4, 1024, 16), (1, 4, 3, 3), (0.5, 128, 64, 1)],
+    ("parts_per_multiprocessor", "batch", "pages", "splits"),
+    [(1, 1, 1024, 33), (2, 1, 1024, 66), (0.5, 1, 1024, 16), (1, 1, 3, 3), (0.5, 32, 64, 1)],
 )
 def test_parts_are_shared_out_over_multiprocessors_a_page_each_at_least(
-    parts_per_multiprocessor: float, programs: int, pages: int, splits: int
+    parts_per_multiprocessor: float, batch: int, pages: int, splits: int
 ) -> None:
     constants = replace(TUNED.decode[0], parts_per_multiprocessor=parts_per_multiprocessor)
-    assert planned(constants, programs, pages, 128, H200).splits == splits
+    plan = DecodePlan.from_constants(constants, GEOMETRY, batch, pages, CPU)
+    assert plan.splits == splits
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128, 256])
 def test_a_plans_block_is_a_page_at_most(page_size: int) -> None:
     constants = replace(TUNED.decode[0], block=128)
-    assert planned(constants, 4, 8, page_size, H200).block == min(128, page_size)
+    geometry = replace(GEOMETRY, page_size=page_size)
+    plan = DecodePlan.from_constants(constants, geometry, 1, 8, CPU)
+    assert plan.block == min(128, page_size)
 
 
 # -- prefill ------------------------------------------------------------------------------------
