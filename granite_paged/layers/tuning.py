@@ -1,17 +1,18 @@
-"""Constants that the rules of kernel options go by, as `granite-paged tune` last wrote them.
+"""Measured constants for kernel options, as `granite-paged tune --write` last wrote them.
 
 ::
 
-    {"device", "torch", "triton",        where the constants come from
+    {"device", "torch", "triton",        where the constants were measured
      "decode":   [{"batch", "parts_per_multiprocessor", "block", "warps", "stages"}],
      "prefill":  {"BLOCK_M", "BLOCK_N", "warps", "stages"},
      "one_row":  [{"gated", "few_columns", "COLUMNS", "warps"}],
      "few_rows": [{"rows", "gated", "few_columns",
                    "COLUMNS", "DEPTH", "SPLITS", "warps", "stages"}],
-     "microseconds"?: {shape: of one call, or one step, with these constants}}
+     "microseconds"?: {shape: time of one call, or of one decode step, with these constants}}
 
-The rules: `DecodePlan.choose` and `kernel_options` for attention, `triton.linear.tiles` for products.
-The file travels with the package and is checked once, when this is imported.
+`DecodePlan.choose` and `kernel_options` turn them into options of the attention kernels,
+`triton.tiles` into options of the products. The file is part of the package, and is checked once,
+when this module is imported.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from granite_paged.typed_json import read_json
 PATH = Path(__file__).with_name("tuned.json")
 
 ROW_TILES = (16, 32, 64)
-"""Rows that one program of a product takes; Triton's matrix product needs 16."""
+"""Rows per program of a product; Triton's matrix product needs at least 16."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConstants:
-    """Decode attention, from a batch of this size on.
+    """Constants for decode attention, for batches of at least this size.
 
-    parts_per_multiprocessor: programs that the pages of a batch are shared out over. block: tokens
-    of a kernel's block, at most.
+    Attributes:
+        batch: the smallest batch that they apply to.
+        parts_per_multiprocessor: programs per multiprocessor that a batch's pages are divided over.
+        block: tokens per block of the kernel; a page's tokens, if those are fewer.
+        warps, stages: warps per program and stages of its load pipeline.
     """
 
     batch: int
@@ -48,7 +52,13 @@ class DecodeConstants:
 
 @dataclass(frozen=True, slots=True)
 class PrefillConstants:
-    """Prefill attention: folded query rows and tokens of a kernel's block, at most."""
+    """Constants for prefill attention.
+
+    Attributes:
+        BLOCK_M: folded query rows per block of the kernel.
+        BLOCK_N: tokens per block; a page's tokens, if those are fewer.
+        warps, stages: warps per program and stages of its load pipeline.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -58,7 +68,14 @@ class PrefillConstants:
 
 @dataclass(frozen=True, slots=True)
 class OneRowConstants:
-    """A product of one row: whole columns a program, at most."""
+    """Constants for a product with one row.
+
+    Attributes:
+        gated: whether the product is gated.
+        few_columns: whether it has too few columns to fill the device.
+        COLUMNS: columns per program, at most; each is read as a whole.
+        warps: warps per program.
+    """
 
     gated: bool
     few_columns: bool
@@ -68,7 +85,15 @@ class OneRowConstants:
 
 @dataclass(frozen=True, slots=True)
 class FewRowsConstants:
-    """A product of at most so many rows. SPLITS: parts of the depth, at most."""
+    """Constants for a product with several rows.
+
+    Attributes:
+        rows: rows per program, one of `ROW_TILES`.
+        gated, few_columns: as in `OneRowConstants`.
+        COLUMNS, DEPTH: columns and depth of a block.
+        SPLITS: parts that the depth is divided into, at most.
+        warps, stages: warps per program and stages of its load pipeline.
+    """
 
     rows: int
     gated: bool
@@ -85,9 +110,9 @@ Constants = DecodeConstants | PrefillConstants | OneRowConstants | FewRowsConsta
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """All constants, and where they come from.
+    """All constants, and the device and versions they were measured with.
 
-    decode is ascending in batch, from 1 on; one_row and few_rows have one entry for each case.
+    `decode` ascends in batch, starting at 1; `one_row` and `few_rows` have one entry per case.
     """
 
     device: str
@@ -100,14 +125,14 @@ class Tuned:
     microseconds: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As the file has it; without times where there are none."""
+        """Return the content of the file."""
         data = asdict(self)
         if not self.microseconds:
             del data["microseconds"]
         return data
 
     def having(self, constants: Constants) -> Tuned:
-        """A copy with these in place of those of the same case, or beside them."""
+        """Return a copy in which `constants` replace those of the same case, or are added."""
         if isinstance(constants, PrefillConstants):
             return replace(self, prefill=constants)
         if isinstance(constants, DecodeConstants):
@@ -119,29 +144,33 @@ class Tuned:
         return replace(self, few_rows=few_rows)
 
     def for_batch(self, batch: int) -> DecodeConstants:
-        """Those of the nearest measured batch at or below."""
+        """Return the constants of the largest measured batch that is not above `batch`."""
         return [c for c in self.decode if c.batch <= max(1, batch)][-1]
 
     def for_one_row(self, *, gated: bool, few_columns: bool) -> OneRowConstants:
-        """Those of a product of one row."""
+        """Return the constants for a product with one row."""
         case = (gated, few_columns)
         return next(c for c in self.one_row if (c.gated, c.few_columns) == case)
 
     def for_few_rows(self, rows: int, *, gated: bool, few_columns: bool) -> FewRowsConstants:
-        """Those of the least tile that holds so many rows, or of the largest."""
+        """Return the constants of the smallest tile that holds `rows` rows, else of the largest."""
         tile = next((tile for tile in ROW_TILES if rows <= tile), ROW_TILES[-1])
         case = (tile, gated, few_columns)
         return next(c for c in self.few_rows if (c.rows, c.gated, c.few_columns) == case)
 
 
 def _merged(old: Sequence[Any], new: Any, *names: str) -> list[Any]:
-    """Old entries in their order, the one of `new`'s case replaced; else `new` behind them."""
+    """Replace the entry that equals `new` in these fields; append `new` if there is none."""
     by_case = {tuple(getattr(entry, name) for name in names): entry for entry in (*old, new)}
     return list(by_case.values())
 
 
 def read_tuned(path: str | Path) -> Tuned:
-    """Read and check a file. Raises TunedFileError, which names the file and the field."""
+    """Read and check a file of constants.
+
+    Raises:
+        TunedFileError: with the file, the field and the problem.
+    """
     tuned: Tuned = read_json(Tuned, path, TunedFileError)
     _check_cases(tuned, str(path))
     for place, constants in _places(tuned):
@@ -150,10 +179,10 @@ def read_tuned(path: str | Path) -> Tuned:
 
 
 def _check_cases(tuned: Tuned, path: str) -> None:
-    """Every case that a rule may ask for is there, once."""
+    """Check that the file has each case that may be looked up, once."""
     batches = [c.batch for c in tuned.decode]
     if batches[:1] != [1] or batches != sorted(set(batches)):
-        raise TunedFileError(path, "decode", f"must ascend from batch 1 on, {batches} given")
+        raise TunedFileError(path, "decode", f"must ascend from batch 1 on, got {batches}")
     flags = (False, True)
     expected: dict[str, list[Any]] = {
         "one_row": list(itertools.product(flags, flags)),
@@ -165,11 +194,11 @@ def _check_cases(tuned: Tuned, path: str) -> None:
     }
     for name, cases in expected.items():
         if sorted(there[name]) != sorted(cases):
-            raise TunedFileError(path, name, f"must have each of {len(cases)} cases once")
+            raise TunedFileError(path, name, f"must have each of the {len(cases)} cases once")
 
 
 def _places(tuned: Tuned) -> list[tuple[str, Any]]:
-    """Each entry with its name in the file."""
+    """Return each entry with its name in the file."""
     lists: dict[str, Sequence[Any]] = {
         name: getattr(tuned, name) for name in ("decode", "one_row", "few_rows")
     }
@@ -183,7 +212,7 @@ _POWERS_OF_TWO: dict[type, dict[str, int]] = {
     OneRowConstants: {"COLUMNS": 1, "warps": 1},
     FewRowsConstants: {"COLUMNS": 16, "DEPTH": 64, "warps": 1},
 }
-"""What must be one, and the least that the kernels take."""
+"""Fields that must be powers of two, with the smallest value that the kernels accept."""
 
 
 def _check_numbers(constants: Any, path: str, place: str) -> None:
@@ -191,10 +220,10 @@ def _check_numbers(constants: Any, path: str, place: str) -> None:
     for f in fields(constants):
         value, name, least = getattr(constants, f.name), f"{place}.{f.name}", powers.get(f.name)
         if least is not None and (value < least or value & (value - 1)):
-            problem = f"must be a power of two of at least {least}, {value} given"
+            problem = f"must be a power of two of at least {least}, got {value}"
             raise TunedFileError(path, name, problem)
         if type(value) is not bool and value <= 0:
-            raise TunedFileError(path, name, f"must be above 0, {value} given")
+            raise TunedFileError(path, name, f"must be above 0, got {value}")
 
 
 TUNED = read_tuned(PATH)

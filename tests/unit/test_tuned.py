@@ -224,21 +224,24 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "an odd block": (
         lambda d: d["prefill"].update(BLOCK_N=48),
-        r"prefill\.BLOCK_N must be a power of two of at least 16, 48 given",
+        r"prefill\.BLOCK_N must be a power of two of at least 16, got 48",
     ),
     "a block too small": (
         lambda d: d["few_rows"][3].update(DEPTH=32),
-        r"few_rows\[3\]\.DEPTH must be a power of two of at least 64, 32 given",
+        r"few_rows\[3\]\.DEPTH must be a power of two of at least 64, got 32",
     ),
     "no stages": (
         lambda d: d["decode"][0].update(stages=0),
-        r"decode\[0\]\.stages must be above 0, 0 given",
+        r"decode\[0\]\.stages must be above 0, got 0",
     ),
     "no batch of 1": (lambda d: d["decode"].pop(0), "decode must ascend from batch 1 on"),
-    "a missing case": (lambda d: d["few_rows"].pop(), "few_rows must have each of 12 cases once"),
+    "a missing case": (
+        lambda d: d["few_rows"].pop(),
+        "few_rows must have each of the 12 cases once",
+    ),
     "a case twice": (
         lambda d: d["one_row"].append(d["one_row"][0]),
-        "one_row must have each of 4 cases once",
+        "one_row must have each of the 4 cases once",
     ),
 }
 
