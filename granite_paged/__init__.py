@@ -27,7 +27,8 @@ Names::
     SamplingParams           how tokens are chosen, and when to stop
     Output, Score            what Engine.generate and Engine.score return
     load, LoadedModel        a checkpoint, or the embedded one, with its tokenizer
-    GranitePagedError        base of every error; families of errors are below it
+    GranitePagedError        base of every error, with four families below it by cause:
+                             PagingError, RequestError, ModelError, FileError
 
 Importing this package compiles, registers and patches nothing. It imports torch only when a name
 that needs it is first used.
