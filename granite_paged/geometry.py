@@ -39,8 +39,9 @@ class PagedConfig:
             `DEFAULT_SEQUENCES` in a runner, which makes their rows at once.
         chunk_tokens: most tokens of prompts a runner computes in one step, a power of two.
         backend: see `Backend`.
-        check_finite: refuse NaN and infinity in K and V, by the layer's name. Costs one wait for
-            the device a step.
+        check_finite: raise `NonFinite`, which names the layers, after a step of `PagedCache` that
+            met NaN or infinity in K or V. This waits for the device once per step. If False,
+            such numbers count as 0.
 
     Raises:
         GeometryError: for a value that cannot work.

@@ -32,7 +32,7 @@ from granite_paged.engine.request import Job, State, Swapped
 from granite_paged.engine.step import Device, Limits, PrefillChunk, ScoreChunk, Step, calls
 from granite_paged.errors import QueueFull, RequestTooLarge, require
 from granite_paged.geometry import bucket
-from granite_paged.paging.allocator import AppendPlan, PageAllocator
+from granite_paged.paging.allocator import PageAllocator
 
 PRIORITY_WORTH = 1000
 """Arrivals that one step of priority puts a request ahead by."""
@@ -289,7 +289,7 @@ class Scheduler:
             plan = self._allocator.append(growth)
             for job in jobs:
                 job.reserved += growth[job.sequence]
-            self._device.write_pages(_clean(plan), {job.sequence: job.row for job in jobs})
+            self._device.write_pages(plan, {job.sequence: job.row for job in jobs})
         except Exception as error:  # whatever it is, it concerns these jobs only
             self.recover(jobs, error)
         return True
@@ -491,7 +491,7 @@ class Scheduler:
     def _append(self, job: Job, tokens: int) -> None:
         if tokens:
             plan = self._allocator.append({job.sequence: tokens})
-            self._device.write_pages(_clean(plan), {job.sequence: job.row})
+            self._device.write_pages(plan, {job.sequence: job.row})
 
     def _enter(self, job: Job, state: State) -> None:
         if job.scoring and job.stored == job.target:
@@ -573,7 +573,7 @@ class Scheduler:
         rows = {sequence: self._branches[sequence] for sequence in growth}
         self._dirty.update(rows.values())
         self._device.fork_row(job.row, *rows.values())
-        self._device.write_pages(_clean(self._allocator.append(growth)), rows)
+        self._device.write_pages(self._allocator.append(growth), rows)
         return list(rows.items())
 
     def _end_branch(self, sequence: int) -> None:
@@ -721,10 +721,3 @@ class Scheduler:
 
 def _rank(job: Job) -> int:
     return job.rank
-
-
-def _clean(plan: AppendPlan) -> AppendPlan:
-    """The plan with every new page scrubbed: pages are reserved before all of them is written."""
-    copied = {copy.target for copy in plan.copies}
-    new = [write.physical_page for write in plan.writes]
-    return AppendPlan(plan.writes, plan.copies, [page for page in new if page not in copied])

@@ -4,7 +4,7 @@ One step, one way::
 
     begin_step   host    how many tokens each row adds -> allocator (all rows or none)
                  copy    table entries and positions, in one transfer
-                 device  copy-on-write, scrub, page tables, slots, BlockMask
+                 device  copy-on-write, page tables, slots, BlockMask
     update       device  K and V into the pool; the pool goes to FlexAttention
     end_step     host    refuse NaN, count the columns
 
@@ -193,10 +193,10 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's share of the step. keys, values: [B, Hkv, S, D]. Returns the pool's."""
-        if self.config.check_finite:
-            self.step.finite[layer] = keys.isfinite().all() & values.isfinite().all()
         pool = self.pools[layer]
-        pool.write(self.step.slots, keys, values)
+        finite = pool.write(self.step.slots, keys, values)
+        if self.config.check_finite:
+            self.step.finite[layer] = finite.all()
         return pool.keys, pool.values
 
     @property
@@ -240,7 +240,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return self._columns.count
 
     def reset(self) -> None:
-        """Release every sequence and keep the pools, zeroed where a new owner needs it."""
+        """Release every sequence and keep the pools."""
         self._close_rows()
         self._step, self._failure, self._columns = None, "", PaddedBatch()
         for layer in self._mamba_layers:
@@ -432,23 +432,20 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def _apply(self, plan: AppendPlan, positions: Tensor) -> Tensor:
         """Carry a plan out on the device. Returns the positions [B, S] int64 there."""
         row_of = {sequence: row for row, sequence in enumerate(self._rows)}
-        rows, logical, physical, sources, targets, scrub, flat = to_device(
+        rows, logical, physical, sources, targets, flat = to_device(
             self.device,
             torch.tensor([row_of[write.sequence] for write in plan.writes]),
             torch.tensor([write.logical_page for write in plan.writes]),
             torch.tensor([write.physical_page for write in plan.writes]),
             torch.tensor([copy.source for copy in plan.copies]),
             torch.tensor([copy.target for copy in plan.copies]),
-            torch.tensor(plan.scrub),
             positions.flatten(),
         )
         if plan.writes:
             self.table.write(rows, logical, physical)
-        for pool in self.pools.values():
-            if plan.copies:
+        if plan.copies:
+            for pool in self.pools.values():
                 pool.copy_pages(sources, targets)
-            if plan.scrub:
-                pool.scrub(scrub)
         return flat.view(positions.shape)
 
     def _forget(self, pages: list[int]) -> None:

@@ -53,15 +53,10 @@ class PageCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AppendPlan:
-    """What the device has to do so that the tokens of one `append` can be written.
-
-    `copies` first, then `scrub`: the new pages that this append leaves partly filled, whose tails
-    would otherwise hold what an earlier owner left behind.
-    """
+    """What the device has to do before the tokens of one `append` are written."""
 
     writes: list[PageWrite]
     copies: list[PageCopy]
-    scrub: list[int]
 
 
 @dataclass(slots=True)
@@ -186,7 +181,7 @@ class PageAllocator:
         needed = self.pages_needed(growth)
         if needed > self.free:
             raise OutOfPages(needed=needed, free=self.free)
-        plan = AppendPlan([], [], [])
+        plan = AppendPlan([], [])
         for sequence_id, tokens in growth.items():
             if tokens:
                 self._grow(sequence_id, self._sequences[sequence_id], tokens, plan)
@@ -263,8 +258,6 @@ class PageAllocator:
             page = self._take()
             sequence.pages.append(page)
             plan.writes.append(PageWrite(sequence_id, logical_page, page))
-            if (logical_page + 1) * self.page_size > sequence.length:
-                plan.scrub.append(page)
 
     def _unshare_last_page(self, sequence_id: int, sequence: _Sequence, plan: AppendPlan) -> None:
         shared, own = sequence.pages[-1], self._take()

@@ -6,7 +6,8 @@
     slot          physical page * page_size + position in the page
 
 The leading 1 lets every sequence of a batch read the one pool: FlexAttention broadcasts it.
-Pools start as zeros, never as uninitialised memory: a masked weight of 0 times a NaN is a NaN.
+A pool holds finite numbers only: kernels read the tail of a page with weight 0, and 0 * NaN is NaN.
+So pools start as zeros, and NaN and infinity are stored as 0.
 """
 
 from __future__ import annotations
@@ -45,15 +46,20 @@ class KVPool:
         """Bytes of K and V together."""
         return self.keys.nbytes + self.values.nbytes
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Scatter new tokens.
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Scatter new tokens. NaN and infinity are stored as 0.
 
         Args:
             slots: [B * S] int64, where each token goes; padding goes to slots of the null page.
             keys, values: [B, Hkv, S, D].
+
+        Returns:
+            [B, S] bool, whether a token's K and V were finite.
         """
-        self.keys[0].index_copy_(1, slots, _by_token(keys).to(self.keys.dtype))
-        self.values[0].index_copy_(1, slots, _by_token(values).to(self.values.dtype))
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            finite = torch.nan_to_num(_by_token(new).to(stored.dtype), 0.0, 0.0, 0.0)
+            stored[0].index_copy_(1, slots, finite)
+        return keys.isfinite().all(dim=(1, 3)) & values.isfinite().all(dim=(1, 3))
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages. sources, targets: [n] int64."""
@@ -71,11 +77,6 @@ class KVPool:
         """The inverse of `read_pages`."""
         for by_page, new in zip(self._by_page(), (keys, values), strict=True):
             by_page.index_copy_(1, pages, new.transpose(0, 1))
-
-    def scrub(self, pages: Tensor) -> None:
-        """Zero whole pages. pages: [n] int64."""
-        for by_page in self._by_page():
-            by_page.index_fill_(1, pages, 0)
 
     def resize(self, pages: int) -> None:
         """Have `pages` pages. Growing keeps numbers and contents; shrinking only hides the rest."""

@@ -146,13 +146,11 @@ class EagerModel:
         return attended
 
     def _write(self, pool: KVPool, key: Tensor, value: Tensor, step: Step) -> None:
-        """Pools hold finite numbers only; what is not is stored as 0, and its row is told on."""
-        finite = key.isfinite().all(dim=(1, 3)) & value.isfinite().all(dim=(1, 3))  # [B, S]
+        """Store new K and V, and flag the rows in which they were not finite."""
+        slots = self._storage.table.slots_of(step.rows, step.positions.long(), pool.page_size)
+        finite = pool.write(slots.flatten(), key, value)
         bad = (~finite & (step.positions >= 0)).any(dim=1)
         self._storage.nonfinite[step.rows] |= bad.to(torch.uint8)
-        slots = self._storage.table.slots_of(step.rows, step.positions.long(), pool.page_size)
-        key, value = (torch.nan_to_num(part, 0.0, 0.0, 0.0) for part in (key, value))
-        pool.write(slots.flatten(), key, value)
 
 
 def by_head(projected: Tensor, head_dim: int) -> Tensor:

@@ -276,10 +276,7 @@ class Runner:
     # -- rows and pages -------------------------------------------------------------------------
 
     def write_pages(self, plan: AppendPlan, row_of: Mapping[int, int]) -> None:
-        """Carry out what `PageAllocator.append` planned. row_of: sequence -> row.
-
-        Nothing is scrubbed: a pool holds finite numbers only, and what a mask leaves out weighs 0.
-        """
+        """Carry out what `PageAllocator.append` planned. row_of: sequence -> row."""
         for write in plan.writes:
             self._pending.write(row_of[write.sequence], write.logical_page, write.physical_page)
         if plan.copies:

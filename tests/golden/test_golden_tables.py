@@ -127,7 +127,6 @@ def _pages(allocator: PageAllocator, table: PageTable) -> Iterable[str]:
 def _plan(plan: AppendPlan) -> str:
     parts = [
         *(f"copy page {source} to {target}" for source, target in plan.copies),
-        *(f"scrub page {page}" for page in plan.scrub),
         *(f"table[{sequence}, {place}] = {page}" for sequence, place, page in plan.writes),
     ]
     return "; ".join(parts) or "nothing to do"

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged, verify
+from granite_paged.errors import NonFinite
 from granite_paged.hf.compat import with_cache
 from granite_paged.models import LoadedModel, load
 from tests.helpers import faults
@@ -108,14 +109,15 @@ def test_a_fault_is_seen_through_the_fused_kernel(
     assert worst > 10 * LOGITS_FLOAT32
 
 
-def test_pages_that_held_nan_are_clean_for_their_next_owner() -> None:
+def test_nan_of_one_owner_changes_nothing_for_the_next() -> None:
     model = load(device="cuda").model
     ids = prompts((37, 21))[0].cuda()
     with paged(model, PAGES), torch.inference_mode():
         clean = model(ids[:1], **with_cache(PagedCache.for_model(model, PAGES))).logits
         cache = PagedCache.for_model(model, PAGES)
         cache.reserve([64])
-        for pool in cache.pools.values():
-            pool.keys.fill_(torch.nan)
-            pool.values.fill_(torch.nan)
+        nan = torch.full((1, 64, model.config.hidden_size), torch.nan, device="cuda")
+        with pytest.raises(NonFinite):
+            model(inputs_embeds=nan.to(model.dtype), **with_cache(cache))
+        cache.reset()
         assert torch.equal(model(ids[:1], **with_cache(cache)).logits, clean)

@@ -73,14 +73,15 @@ def crossed_values() -> contextlib.AbstractContextManager[Any]:
     """V goes to the neighbouring page of the one that K goes to."""
     write = KVPool.write
 
-    def crossed(self: KVPool, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def crossed(self: KVPool, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         size = self._geometry.page_size
         other = (slots ^ size).where(slots // size > 1, slots)
         before = self.values.clone()
-        write(self, slots, keys, values)
+        finite = write(self, slots, keys, values)
         by_token = self.values[0].index_select(1, slots)
         self.values.copy_(before)
         self.values[0].index_copy_(1, other.clamp(max=self.values.shape[2] - 1), by_token)
+        return finite
 
     return mock.patch.object(KVPool, "write", crossed)
 
@@ -128,8 +129,8 @@ def shifted_slot() -> contextlib.AbstractContextManager[Any]:
     """Every token is written one slot too far."""
     write = KVPool.write
 
-    def shifted(self: KVPool, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        write(self, (slots + 1).clamp(max=self.keys.shape[2] - 1), keys, values)
+    def shifted(self: KVPool, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return write(self, (slots + 1).clamp(max=self.keys.shape[2] - 1), keys, values)
 
     return mock.patch.object(KVPool, "write", shifted)
 
@@ -145,9 +146,9 @@ def unforked_state() -> contextlib.AbstractContextManager[Any]:
     return mock.patch.object(MambaRows, "select_rows", keep)
 
 
-def unscrubbed_pages() -> contextlib.AbstractContextManager[Any]:
-    """New pages keep what their last owner left in them."""
-    return mock.patch.object(KVPool, "scrub", return_value=None)
+def stored_nan() -> contextlib.AbstractContextManager[Any]:
+    """Pools take NaN and infinity as they come."""
+    return mock.patch.object(torch, "nan_to_num", lambda numbers, *instead: numbers)
 
 
 SEEN_BY_VERIFY: dict[str, Fault] = {

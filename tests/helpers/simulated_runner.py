@@ -1,6 +1,6 @@
 """A runner on paper: pages hold tokens, and a Mamba state is the list of tokens it saw.
 
-What the engine decides is carried out literally, so a page of another sequence, a stale tail, a
+What the engine decides is carried out literally, so a page of another sequence, a
 state of another boundary or a lost row is seen as other tokens: `mismatches` says so, and the
 logits are those of what was read. They come from an `Oracle`, which knows whole sequences only.
 """
@@ -148,8 +148,6 @@ class SimulatedRunner:
         self._called("write_pages", list(row_of.values()))
         for source, target in plan.copies:
             self._contents[target] = list(self._page(source))
-        for page in plan.scrub:
-            self._contents[page] = self._blank()
         for sequence, logical, physical in plan.writes:
             self._tables[row_of[sequence]][logical] = physical
 
@@ -274,8 +272,6 @@ class SimulatedRunner:
         slots: list[Any] = []
         for logical in range(-(-length // size)):
             slots += self._page(self._tables[row].get(logical, 0))
-        if any(slot is not BLANK for slot in slots[length:]):
-            self.mismatches.append(f"row {row}: a dirty tail {slots[length:]}")
         return tuple(slots[:length])
 
     def _page(self, page: int) -> list[int | None]:

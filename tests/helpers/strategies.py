@@ -334,6 +334,8 @@ class Paged:
         """Prove that allocator, page table and pool agree."""
         self.allocator.check_valid()
         self.table.check_valid(self.allocator, self.rows)
+        for stored in (self.pool.keys, self.pool.values):
+            assert stored.isfinite().all(), "the pool holds NaN or infinity"
         for sequence in self.rows:
             slots = self.slots(sequence)
             where = f"sequence {sequence}: the pool holds other"
@@ -347,7 +349,11 @@ class Paged:
         self.keys[sequence] = torch.cat([self.keys[sequence], k], dim=1)
         self.values[sequence] = torch.cat([self.values[sequence], v], dim=1)
         start = self.allocator.length(sequence) - tokens
-        self.pool.write(self.slots(sequence)[start:], k[None], v[None])
+        # before them a token of padding, which may be anything and goes to the null page
+        nan = k.new_full((len(k), 1, k.shape[2]), torch.nan)
+        slots = torch.nn.functional.pad(self.slots(sequence)[start:], (1, 0))
+        padded = (torch.cat([nan, new], dim=1)[None] for new in (k, v))
+        self.pool.write(slots, *padded)
 
     def _carry_out(self, plan: AppendPlan) -> None:
         if plan.writes:
@@ -358,8 +364,6 @@ class Paged:
         if plan.copies:
             sources, targets = torch.tensor(plan.copies).unbind(1)
             self.pool.copy_pages(sources, targets)
-        if plan.scrub:
-            self.pool.scrub(torch.tensor(plan.scrub))
 
     def _extend(self, pages: int) -> None:
         self.allocator.extend_pool(pages)
@@ -504,9 +508,6 @@ def _by_block(mask: BlockMask, *, padded_rows_allow: bool) -> Tensor:
 
 # -- contents without tensors -------------------------------------------------------------------
 
-BLANK = None
-"""What a scrubbed slot holds."""
-
 
 class Ledger:
     """An allocator beside a model of it: pages as lists of tokens, and what every sequence wrote.
@@ -559,8 +560,6 @@ class Ledger:
         self.met["copy"] += len(plan.copies)
         for copy in plan.copies:
             self._contents[copy.target] = list(self._page(copy.source))
-        for page in plan.scrub:
-            self._contents[page] = self._blank_page()
         for sequence, tokens in growth.items():
             self._write(sequence, tokens)
         return plan
@@ -590,7 +589,7 @@ class Ledger:
         self.met[error.__name__] += 1
 
     def check_valid(self) -> None:
-        """Prove that every sequence reads its own tokens, and a blank tail after them."""
+        """Prove that every sequence reads its own tokens."""
         self.allocator.check_valid()
         assert set(self.allocator.sequences) == set(self.histories), "other sequences are open"
         for sequence, history in self.histories.items():
@@ -599,7 +598,6 @@ class Ledger:
             for page in self.allocator.pages_of(sequence):
                 read.extend(self._page(page))
             assert read[: len(history)] == history, f"sequence {sequence} reads other tokens"
-            assert set(read[len(history) :]) <= {BLANK}, f"sequence {sequence} has a dirty tail"
 
     def _first_seen(self, sequence: int) -> None:
         assert sequence not in self._issued, "an id was issued twice"
@@ -614,10 +612,7 @@ class Ledger:
             history.append(self._written)
 
     def _page(self, page: int) -> list[int | None]:
-        return self._contents.setdefault(page, self._blank_page())
-
-    def _blank_page(self) -> list[int | None]:
-        return [BLANK] * self.allocator.page_size
+        return self._contents.setdefault(page, [None] * self.allocator.page_size)
 
 
 def state_of(allocator: PageAllocator) -> object:

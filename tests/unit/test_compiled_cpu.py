@@ -38,7 +38,7 @@ def test_the_next_step_compiles_nothing() -> None:
 
 def test_poison_in_foreign_pages_and_tails_never_reaches_a_compiled_output() -> None:
     """Foreign pages are never read. Tails of one's own are, with weight 0: they may hold anything
-    finite, and the allocator's plan scrubs them of what is not."""
+    finite, and a pool holds nothing else."""
     paged, added, step = make()
     unread = paged.unread_slots(added)
     own_pages = [page for sequence in added for page in paged.allocator.pages_of(sequence)]

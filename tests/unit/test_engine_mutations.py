@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from granite_paged.engine import scheduler as scheduling
 from granite_paged.engine.executor import Executor
 from granite_paged.engine.outputs import OutputProcessor
 from granite_paged.engine.prefix_cache import Hit, PrefixCache
 from granite_paged.engine.request import Job, State
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.errors import BrokenInvariant, GranitePagedError
-from granite_paged.paging.allocator import AppendPlan, PageAllocator, PageCopy
+from granite_paged.paging.allocator import AppendPlan, PageAllocator
 from tests.helpers.engine_harness import EngineHarness, walk
 from tests.helpers.simulated_runner import HashOracle, PaperState, SimulatedRunner
 
@@ -74,24 +73,19 @@ def rows_not_cleared(patch: Patch) -> None:
     patch.setattr(SimulatedRunner, "clear_rows", lambda self, rows: None)
 
 
-def tails_not_scrubbed(patch: Patch) -> None:
-    """Pages come to their next owner with what the last one wrote."""
-    patch.setattr(scheduling, "_clean", lambda plan: AppendPlan(plan.writes, plan.copies, []))
-
-
 def forks_write_into_shared_pages(patch: Patch) -> None:
     """No copy on write."""
     patch.setattr(PageAllocator, "_writes_shared_page", lambda self, sequence: False)
 
 
 def copies_are_not_made(patch: Patch) -> None:
-    """The allocator plans a copy, and the scheduler drops it from the plan."""
+    """The allocator gives a writer a page of its own, and plans no copy into it."""
+    append = PageAllocator.append
 
-    def bare(plan: AppendPlan) -> AppendPlan:
-        nothing: list[PageCopy] = []
-        return AppendPlan(plan.writes, nothing, [write.physical_page for write in plan.writes])
+    def bare(self: PageAllocator, growth: Mapping[int, int]) -> AppendPlan:
+        return AppendPlan(append(self, growth).writes, [])
 
-    patch.setattr(scheduling, "_clean", bare)
+    patch.setattr(PageAllocator, "append", bare)
 
 
 def preemption_forgets_a_token(patch: Patch) -> None:
@@ -155,7 +149,6 @@ BROKEN = [
     hit_by_hash,
     pages_of_one_block_too_few,
     rows_not_cleared,
-    tails_not_scrubbed,
     forks_write_into_shared_pages,
     copies_are_not_made,
     preemption_forgets_a_token,
