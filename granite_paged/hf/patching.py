@@ -120,10 +120,12 @@ def unpatch(model: Any) -> None:
 
 @contextlib.contextmanager
 def paged(model: Any, config: PagedConfig | None = None) -> Iterator[Any]:
-    """`patch` on entry, `unpatch` on exit::
+    """Patch a model on entry, and unpatch it on exit.
 
-    with paged(model, PagedConfig(page_size=128)):
-        model.generate(**inputs, max_new_tokens=64)
+    For example::
+
+        with paged(model, PagedConfig(page_size=128)):
+            model.generate(**inputs, max_new_tokens=64)
     """
     patch(model, config)
     try:
