@@ -392,7 +392,7 @@ class Runner:
                 f"{self.longest} at most"
             )
 
-    def _arranged(self, chunks: Sequence[Chunk], *, cut: bool) -> list[Batch]:
+    def _arranged(self, chunks: Sequence[Chunk], *, cut: bool) -> Sequence[Batch]:
         """Share checked chunks out over steps."""
         self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
         for chunk in chunks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from granite_paged.runner.shapes import (
     SHORTEST_CHUNK,
     STEP_TOKENS,
     Batch,
-    Piece,
+    ChunkPiece,
     Shapes,
 )
 
@@ -79,7 +81,7 @@ def test_no_other_batch_is_cheaper_a_chunk(length: int, chunks: int) -> None:
 CHUNKS = st.lists(st.integers(1, 2048), min_size=1, max_size=40)
 
 
-def cost(steps: list[Batch]) -> int:
+def cost(steps: Iterable[Batch]) -> int:
     return sum(STEP_TOKENS + step.batch * step.length for step in steps)
 
 
@@ -124,9 +126,8 @@ def test_many_chunks_that_end_shortly_after_a_boundary_are_cut_there(
 
 def test_steps_that_are_not_captured_have_the_shape_of_their_chunks() -> None:
     plain = Shapes(64, 8, captured=False)
-    assert plain.arrange([3, 20, 7]) == [
-        Batch([Piece(0, 0, 3), Piece(1, 0, 20), Piece(2, 0, 7)], 3, 20)
-    ]
+    pieces = (ChunkPiece(0, 0, 3), ChunkPiece(1, 0, 20), ChunkPiece(2, 0, 7))
+    assert plain.arrange([3, 20, 7]) == (Batch(pieces, 3, 20),)
     assert plain.fits([20, 3, 7])
     assert not plain.fits([20, 3, 7, 1])
     assert CAPTURED.fits([2048] * 9)
