@@ -1,27 +1,51 @@
-"""MkDocs hook: pages link figures as `../golden/figures/...`, which works in the repository too.
+"""MkDocs hooks: figures of golden/figures, and the help of every command.
 
-In the site the figures live in `figures/`, copied from golden/figures at every build.
+Pages link a figure as `../golden/figures/...`, which works in the repository too. In the site the
+figures are in `figures/`, copied at every build.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 from mkdocs.structure.files import File, Files
 
+ROOT = Path(__file__).parents[1]
 FIGURES = Path("golden/figures")
+COMMANDS = "reference/commands.md"
+WIDTH = 88
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add every recorded figure to the site."""
-    root = Path(config.config_file_path).parent
-    for path in sorted((root / FIGURES).rglob("*.png")):
-        uri = f"figures/{path.relative_to(root / FIGURES).as_posix()}"
+    for path in sorted((ROOT / FIGURES).rglob("*.png")):
+        uri = f"figures/{path.relative_to(ROOT / FIGURES).as_posix()}"
         files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
 
 
-def on_page_markdown(markdown: str, **context: Any) -> str:
-    """Point links to figures at the copies in the site."""
+def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
+    """Point links to figures at the copies in the site; add the commands to their page."""
+    if page.file.src_uri == COMMANDS:
+        return markdown + "".join(_sections())
     return markdown.replace(f"](../{FIGURES}/", "](figures/")
+
+
+def _sections() -> Iterator[str]:
+    sys.path.insert(0, str(ROOT))
+    from granite_paged.cli.main import cli  # noqa: PLC0415  # imports no torch
+
+    for name, command in sorted(cli.commands.items()):
+        if not command.hidden:
+            context = click.Context(
+                command,
+                info_name=f"granite-paged {name}",
+                terminal_width=WIDTH,
+                max_content_width=WIDTH,
+                **cli.context_settings,
+            )
+            yield f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n"
