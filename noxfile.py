@@ -138,7 +138,7 @@ def report(session: nox.Session) -> None:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
     records = sorted(map(str, Path("golden/perf").glob("nvidia-*.json")))
     curves = [part for record in records for part in ("--bench", record)]
-    pages = ("--to", "golden/figures/evaluation", "--page", "docs/evaluation.md")
+    pages = ("--out", "golden/figures/evaluation", "--page", "docs/evaluation.md")
     session.run("granite-paged", "report", *results, *curves, *pages)
 
 

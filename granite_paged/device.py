@@ -63,7 +63,7 @@ def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
 # -- memory -------------------------------------------------------------------------------------
 
 
-def free_memory(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
     """Bytes that could be had: free ones of a GPU, all of the host's."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

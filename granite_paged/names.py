@@ -1,4 +1,16 @@
 """Names that both the command line and the modules behind it use. Imports nothing."""
 
-MODES = ("default", "static", "paged")
-"""transformers' SDPA with a DynamicCache, eager; StaticCache with torch.compile; ours."""
+BASELINES = ("default", "static")
+"""transformers' own modes: SDPA with a DynamicCache, and a StaticCache with torch.compile."""
+
+MODES = (*BASELINES, "paged")
+"""All modes that are compared; `paged` is ours."""
+
+CASE_NAMES = ("batch", "context", "decode", "kernel", "memory", "coldstart")
+"""What `granite-paged bench` measures."""
+
+SUBJECT_NAMES = ("decode", "prefill", "products")
+"""What `granite-paged tune` searches constants for."""
+
+FIGURE_FORMATS = ("png", "svg")
+"""Formats in which `granite-paged plot` draws."""

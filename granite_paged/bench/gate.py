@@ -35,7 +35,7 @@ for the allocator's rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +47,7 @@ from granite_paged.bench.measure import Repeats
 from granite_paged.bench.modes import config_for, make_runner
 from granite_paged.bench.session import Measured, Session, describe
 from granite_paged.errors import CannotJudge
+from granite_paged.progress import Progress, silent
 from granite_paged.report.bench_results import Result, read_result, slug
 from granite_paged.report.published import Published
 
@@ -248,7 +249,7 @@ def gate(
     session: Session,
     against: Against,
     shapes: Sequence[tuple[str, Shape]] = GATED,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Progress = silent,
 ) -> GateReport:
     """Measure and judge these shapes.
 
@@ -257,8 +258,8 @@ def gate(
     """
     refuse_where_blind(session)
     checks: list[Check] = []
-    for name, shape in shapes:
-        progress(describe(CASES[name], shape))
+    for done, (name, shape) in enumerate(shapes):
+        progress(describe(CASES[name], shape), done, len(shapes))
         checks += judged(session, CASES[name], shape, against)
     return GateReport(
         passed=all(check.verdict == "passed" for check in checks),
@@ -284,7 +285,9 @@ def judged(session: Session, case: Case, shape: Shape, against: Against) -> list
 
 def no_gpu(command: str) -> CannotJudge:
     """What a command says where there is no GPU, or where another device was chosen."""
-    return CannotJudge(f"{command} measures a CUDA device, and none is used here: nothing was done")
+    return CannotJudge(
+        f"{command} needs a CUDA device, and this run has none: nothing was measured"
+    )
 
 
 def refuse_where_blind(session: Session) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 
 from granite_paged.device import graph_bytes
 from granite_paged.errors import GranitePagedError
+from granite_paged.quantiles import quantile
 from granite_paged.report.bench_results import Latency
 
 FAILURES = (RuntimeError, MemoryError, GranitePagedError)
@@ -91,18 +91,8 @@ class Samples:
 
     def latency(self) -> Latency:
         """Median and percentiles in milliseconds."""
-        ms = sorted(1e3 * second for second in self.seconds)
+        ms = [1e3 * second for second in self.seconds]
         return Latency(quantile(ms, 0.5), quantile(ms, 0.1), quantile(ms, 0.9), len(ms))
-
-
-def quantile(ordered: list[float], part: float) -> float:
-    """Of ascending numbers, by linear interpolation. Raises ValueError for none."""
-    if not ordered:
-        raise ValueError("no numbers, so no quantile")
-    place = part * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def interleaved(
@@ -192,7 +182,7 @@ class Clock:
                 call()
 
         replay = captured(in_turn, self.device) if self.gpu else in_turn
-        times = sorted(self.kernel_seconds(replay, None) for _ in range(_REPLAYS))
+        times = [self.kernel_seconds(replay, None) for _ in range(_REPLAYS)]
         return quantile(times, 0.5) / len(calls)
 
     def allocated(self) -> int:
@@ -241,7 +231,7 @@ def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return graph.replay
 
 
-def free_memory(device: torch.device) -> None:
+def release_cached_memory(device: torch.device) -> None:
     """Let go of everything nobody refers to, reserves included."""
     gc.collect()
     if device.type == "cuda":
@@ -266,7 +256,7 @@ def level_workspaces(device: torch.device) -> int:
     square = torch.ones(64, 64, device=device)
     torch.mm(square, square)
     del square
-    free_memory(device)
+    release_cached_memory(device)
     return int(torch.cuda.memory_allocated(device) - before)
 
 
@@ -278,4 +268,4 @@ def released(steps: Mapping[str, Prepared], device: torch.device) -> Iterator[No
     finally:
         for prepared in steps.values():
             prepared.release()
-        free_memory(device)
+        release_cached_memory(device)

@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import FlexKernelOptions
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.gate import no_gpu
 from granite_paged.bench.kernel import KernelCase
-from granite_paged.bench.measure import Clock, free_memory, quantile
+from granite_paged.bench.measure import Clock, release_cached_memory
 from granite_paged.bench.modes import Sequences, config_for, make_runner
 from granite_paged.bench.tune import Group, Layout, Timer, TunedShape
 from granite_paged.device import multiprocessors
@@ -42,6 +42,7 @@ from granite_paged.layers.tuning import (
 )
 from granite_paged.paging.masks import paged_block_mask
 from granite_paged.paging.page_table import PageTable
+from granite_paged.quantiles import quantile
 
 DECODE_CONTEXTS = {1: (512, 16384), 8: (512, 4096), 32: (512, 4096)}
 """Batches that decode attention is tuned for -> tokens of each sequence."""
@@ -82,7 +83,7 @@ _MOST_COPIES = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class TuningTarget:
     """A model on its device, and how it is paged."""
 
     model: Any
@@ -121,10 +122,12 @@ class Bench:
     def fresh(self) -> None:
         """Forget the last shape's tensors, and code that was compiled for them."""
         torch.compiler.reset()
-        free_memory(self.clock.device)
+        release_cached_memory(self.clock.device)
 
 
-def groups_of(bench: Bench, subjects: Sequence[str] = (), *, quick: bool = False) -> list[Group]:
+def groups_of(
+    target: TuningTarget, subjects: Sequence[str] = (), *, quick: bool = False
+) -> list[Group]:
     """What the rules choose for this model, of these `SUBJECTS` or of all.
 
     quick: fewer candidates and shapes.
@@ -132,19 +135,19 @@ def groups_of(bench: Bench, subjects: Sequence[str] = (), *, quick: bool = False
     Raises:
         CannotJudge: where the kernels do not run.
     """
-    if not bench.clock.gpu:
+    if not target.clock.gpu:
         raise no_gpu("tune")
-    refusal = triton_refusal(bench.model, bench.config.backend)
+    refusal = triton_refusal(target.model, target.config.backend)
     if refusal:
         raise CannotJudge(f"nothing to tune, as the kernels do not run here: {refusal}")
-    return [group for name in subjects or SUBJECTS for group in SUBJECTS[name](bench, quick)]
+    return [group for name in subjects or SUBJECTS for group in SUBJECTS[name](target, quick)]
 
 
-def environment(bench: Bench) -> dict[str, str]:
+def environment(target: TuningTarget) -> dict[str, str]:
     """Device and versions, as in `Tuned`."""
     import triton
 
-    device, gpu = bench.clock.device, bench.clock.gpu
+    device, gpu = target.clock.device, target.clock.gpu
     name = torch.cuda.get_device_name(device) if gpu else str(device)
     return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
 
@@ -165,58 +168,58 @@ def candidates(
 # -- attention ----------------------------------------------------------------------------------
 
 
-def decode_groups(bench: Bench, quick: bool) -> Iterator[Group]:
+def decode_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
     """One for each batch."""
     for batch, contexts in DECODE_CONTEXTS.items():
         rule = replace(TUNED.for_batch(batch), batch=batch)
         shapes = [Shape(batch, context) for context in (contexts[-1:] if quick else contexts)]
         yield Group(
             candidates(rule, DECODE_CHOICES, quick),
-            tuple(_decode_shape(bench, shape) for shape in shapes),
+            tuple(_decode_shape(target, shape) for shape in shapes),
         )
 
 
-def _decode_shape(bench: Bench, shape: Shape) -> TunedShape:
-    g = bench.geometry
+def _decode_shape(target: TuningTarget, shape: Shape) -> TunedShape:
+    g = target.geometry
 
     def layout(constants: Any) -> Layout:
-        pages, device = g.pages_for(shape.context), bench.clock.device
+        pages, device = g.pages_for(shape.context), target.clock.device
         return asdict(DecodePlan.from_constants(constants, g, shape.batch, pages, device))
 
     def prepare() -> Timer:
-        bench.fresh()
-        case = KernelCase(bench.model, bench.config, shape, bench.seed, bench.clock.device)
-        pools = case.copies(bench.copies(case.kv_bytes))
-        return lambda plan: bench.clock.graph_seconds(case.split_calls(DecodePlan(**plan), pools))
+        target.fresh()
+        case = KernelCase(target.model, target.config, shape, target.seed, target.clock.device)
+        pools = case.copies(target.copies(case.kv_bytes))
+        return lambda plan: target.clock.graph_seconds(case.split_calls(DecodePlan(**plan), pools))
 
     name = f"decode {shape.batch} x {shape.context}"
     return TunedShape(name, layout, prepare)
 
 
-def prefill_groups(bench: Bench, quick: bool) -> Iterator[Group]:
+def prefill_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
     """Chunks of one prompt; none where `kernel_options` leaves heads so wide to FlexAttention."""
-    if bench.geometry.head_dim > WIDEST_TUNED_HEAD:
+    if target.geometry.head_dim > WIDEST_TUNED_HEAD:
         return
     pasts = PREFILL_PASTS[-1:] if quick else PREFILL_PASTS
-    shapes = tuple(_prefill_shape(bench, PREFILL_TOKENS, past) for past in pasts)
+    shapes = tuple(_prefill_shape(target, PREFILL_TOKENS, past) for past in pasts)
     yield Group(candidates(TUNED.prefill, PREFILL_CHOICES, quick), shapes)
 
 
-def _prefill_shape(bench: Bench, tokens: int, past: int) -> TunedShape:
+def _prefill_shape(target: TuningTarget, tokens: int, past: int) -> TunedShape:
     def layout(constants: Any) -> Layout:
-        return dict(prefill_options(constants, bench.config.page_size))
+        return dict(prefill_options(constants, target.config.page_size))
 
     def prepare() -> Timer:
-        bench.fresh()
-        call = _prefill_call(bench, tokens, past)
-        return lambda options: bench.clock.graph_seconds([functools.partial(call, options)])
+        target.fresh()
+        call = _prefill_call(target, tokens, past)
+        return lambda options: target.clock.graph_seconds([functools.partial(call, options)])
 
     return TunedShape(f"prefill {tokens} of {past + tokens}", layout, prepare)
 
 
-def _prefill_call(bench: Bench, tokens: int, past: int) -> Callable[[Layout], Tensor]:
+def _prefill_call(target: TuningTarget, tokens: int, past: int) -> Callable[[Layout], Tensor]:
     """Attention of the last `tokens` of one sequence whose pages lie in any order."""
-    g, device = bench.geometry, bench.clock.device
+    g, device = target.geometry, target.clock.device
     pages = g.pages_for(past + tokens)
     table = PageTable(1, pages, pages + 1, device)
     physical = 1 + torch.randperm(pages, device=device)
@@ -225,11 +228,11 @@ def _prefill_call(bench: Bench, tokens: int, past: int) -> Callable[[Layout], Te
     mask = paged_block_mask(
         table.physical, table.logical, positions.int(), page_size=g.page_size, group=g.group
     )
-    query = bench.random(1, g.query_heads, tokens, g.head_dim)
+    query = target.random(1, g.query_heads, tokens, g.head_dim)
     keys, values = (
-        bench.random(1, g.kv_heads, (pages + 1) * g.page_size, g.head_dim) for _ in "kv"
+        target.random(1, g.kv_heads, (pages + 1) * g.page_size, g.head_dim) for _ in "kv"
     )
-    scale, backend = float(bench.model.config.attention_multiplier), bench.config.backend
+    scale, backend = float(target.model.config.attention_multiplier), target.config.backend
 
     def call(options: Layout) -> Tensor:
         chosen = cast("FlexKernelOptions", options)
@@ -273,11 +276,11 @@ def _plain_columns(layer: Any) -> Iterator[int]:
     yield len(layer.shared_mlp.output_linear.weight)
 
 
-def product_groups(bench: Bench, quick: bool) -> Iterator[Group]:
+def product_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
     """One for each tile of rows and kind of product."""
     for rows in (1, *ROW_TILES):
-        steps = DecodeSteps(bench, rows)
-        for gated, few in product_kinds(bench.model, rows, bench.multiprocessors):
+        steps = DecodeSteps(target, rows)
+        for gated, few in product_kinds(target.model, rows, target.multiprocessors):
             if rows == 1:
                 one = TUNED.for_one_row(gated=gated, few_columns=few)
                 choices = candidates(one, ONE_ROW_CHOICES, quick)
@@ -295,8 +298,8 @@ class DecodeSteps:
     What was settled stays, so that the next kind of product is chosen beside it.
     """
 
-    def __init__(self, bench: Bench, rows: int) -> None:
-        self._bench, self._rows = bench, rows
+    def __init__(self, target: TuningTarget, rows: int) -> None:
+        self._target, self._rows = target, rows
         self._tuned = TUNED
         self._kind = OneRowConstants if rows == 1 else FewRowsConstants
 
@@ -313,9 +316,9 @@ class DecodeSteps:
         """Of a step that is recorded anew with the constants of a layout."""
         from granite_paged.layers.triton.linear import using
 
-        self._bench.fresh()
-        shape, clock = Shape(self._rows, STEP_CONTEXT), self._bench.clock
-        runner = make_runner(self._bench.model, config_for(self._bench.config, shape))
+        self._target.fresh()
+        shape, clock = Shape(self._rows, STEP_CONTEXT), self._target.clock
+        runner = make_runner(self._target.model, config_for(self._target.config, shape))
         sequences = Sequences(runner, self._rows)
         sequences.open(STEP_CONTEXT + 1)
         positions = [STEP_CONTEXT] * self._rows
@@ -328,7 +331,7 @@ class DecodeSteps:
             runner.forget_programs()
             with using(self._tuned.having(self._kind(**layout))):
                 steps()
-            times = sorted(clock.kernel_seconds(steps, None) for _ in range(_STEP_REPEATS))
+            times = [clock.kernel_seconds(steps, None) for _ in range(_STEP_REPEATS)]
             return quantile(times, 0.5) / _STEPS
 
         return seconds

@@ -1,20 +1,18 @@
-"""One workload, served by the engine, and by transformers in batches.
+"""Serve one workload with the engine, and with transformers in batches.
 
     default   generate() with SDPA and a DynamicCache
-    static    generate() with a StaticCache, whose decode steps it compiles; all batches are padded
-              to one shape, which is compiled before the clock starts
+    static    generate() with a StaticCache and compiled decode steps; all batches are padded to
+              one shape, which is compiled before the clock starts
 
-A batch starts when its last request is there and the batch before is done; everyone in it waits for
-its longest answer. All give every request as many tokens as it asked for, and the same ones, in
-float32.
+A batch starts when its last request has arrived and the batch before it is done; each of its
+requests waits for the longest answer. Every mode gives each request the number of tokens that it
+asked for; in float32, these tokens are the same in every mode.
 """
 
 from __future__ import annotations
 
-import functools
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,22 +22,18 @@ from transformers import GenerationConfig
 from granite_paged.bench.workload import FIRST_TOKEN, Arrival
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import OnToken, Request, SamplingParams
+from granite_paged.progress import Progress, silent
+from granite_paged.quantiles import quantile
 
-Progress = Callable[[str, int], None]
-"""Told who serves, and how many requests are done."""
-
-MODES = ("default", "static")
-"""Of transformers."""
-
-_NO_TOKEN = -1  # nothing ends an answer early, so that both serve the same number of tokens
+_NO_TOKEN = -1  # as the end-of-text token: answers never end early, so all modes do the same work
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a workload was served. Milliseconds, median and 99th percentile.
+    """How a workload was served. Times are milliseconds: median and 99th percentile.
 
     Attributes:
-        first_token_ms: from a request's arrival.
+        first_token_ms: from a request's arrival to its first token.
         between_tokens_ms: from one token of a request to its next.
     """
 
@@ -53,11 +47,11 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """How transformers served the first of the same requests.
+    """How one of transformers' modes served the same requests.
 
     Attributes:
-        speedup: output tokens a second of the engine, over these.
-        tokens_equal: share of these requests that got the same tokens from the engine.
+        speedup: output tokens per second of the engine, divided by those of this mode.
+        tokens_equal: share of requests that got the same tokens from the engine.
     """
 
     served: Served
@@ -67,7 +61,13 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class ServingReport:
-    """The engine beside transformers' modes, and what its own parts cost and saved."""
+    """How the engine and transformers' modes served a workload.
+
+    Attributes:
+        schedule_ms: scheduler time per engine step, on the host.
+        prefix_hit_rate: share of prompt tokens found in the prefix cache.
+        preempted: sequences that were preempted.
+    """
 
     engine: Served
     baselines: dict[str, Baseline]
@@ -76,13 +76,13 @@ class ServingReport:
     preempted: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, by name."""
+        """Return plain types only."""
         return asdict(self)
 
 
 @dataclass(slots=True)
-class Record:
-    """Tokens of one request, and when each came, in seconds of the run."""
+class RequestTrace:
+    """Tokens of one request, and when each came, in seconds since the run started."""
 
     arrival: Arrival
     tokens: list[int]
@@ -96,23 +96,28 @@ def compare(
     *,
     modes: Sequence[str],
     batch: int,
-    at_most: int | None = None,
-    progress: Progress | None = None,
+    limit: int | None = None,
+    progress: Progress = silent,
 ) -> ServingReport:
-    """Serve the requests by the engine, then by `model` in some of `MODES`.
+    """Serve the requests with the engine, then with transformers.
 
-    batch: requests of a batch. at_most: so many requests, the first ones, are enough for `modes`.
+    Args:
+        engine: what serves `paged`; its compiled shapes should be warm.
+        model: the model for transformers' modes; not patched.
+        coming: the requests, in order of arrival.
+        modes: names from `names.BASELINES`.
+        batch: batch size of transformers' modes.
+        limit: serve only this many requests, the first ones, in transformers' modes.
+        progress: called as requests finish.
     """
-    told = progress or (lambda who, done: None)
-    warm = SamplingParams(max_new_tokens=2)
-    engine.generate([(FIRST_TOKEN,) * 8], warm)  # nobody's waiting time
-    ours = serve(engine, coming, told)
+    engine.generate([(FIRST_TOKEN,) * 8], SamplingParams(max_new_tokens=2))  # warms up, untimed
+    ours = serve(engine, coming, progress)
     by_engine, stats = summary(ours), engine.stats()
     baselines = {}
     for mode in modes:
-        batches = Batches(model, coming[:at_most], batch, static=mode == "static")
+        batches = Batches(model, coming[:limit], batch, static=mode == "static")
         batches.warm_up()
-        theirs = batches.serve(functools.partial(told, mode))
+        theirs = batches.serve(mode, progress)
         served = summary(theirs)
         same = [mine.tokens == other.tokens for mine, other in zip(ours, theirs, strict=False)]
         speedup = by_engine.tokens_per_second / served.tokens_per_second
@@ -126,31 +131,37 @@ def compare(
     )
 
 
-def serve(engine: Engine, coming: Sequence[Arrival], progress: Progress) -> list[Record]:
-    """Submit each request when it arrives, and step until all are done."""
+def serve(
+    engine: Engine, coming: Sequence[Arrival], progress: Progress = silent
+) -> list[RequestTrace]:
+    """Submit each request when it arrives, and step the engine until all are done."""
     started = time.perf_counter()
-    records = [Record(arrival, [], []) for arrival in coming]
+    traces = [RequestTrace(arrival, [], []) for arrival in coming]
     requests: list[Request] = []
-    while len(requests) < len(records) or not engine.idle:
+    while len(requests) < len(traces) or not engine.idle:
         now = time.perf_counter() - started
-        while len(requests) < len(records) and records[len(requests)].arrival.at <= now:
-            record = records[len(requests)]
-            params = SamplingParams(max_new_tokens=record.arrival.new_tokens, stop_tokens=())
-            on_token = _stamp(record, started)
-            requests.append(engine.submit(record.arrival.prompt, params, on_token=on_token))
-        if not engine.step() and len(requests) < len(records):
-            time.sleep(max(0.0, records[len(requests)].arrival.at - now))
-        progress("engine", sum(request.finished for request in requests))
+        while len(requests) < len(traces) and traces[len(requests)].arrival.at <= now:
+            trace = traces[len(requests)]
+            params = SamplingParams(max_new_tokens=trace.arrival.new_tokens, stop_tokens=())
+            on_token = _stamp(trace, started)
+            requests.append(engine.submit(trace.arrival.prompt, params, on_token=on_token))
+        if not engine.step() and len(requests) < len(traces):
+            time.sleep(max(0.0, traces[len(requests)].arrival.at - now))
+        progress("engine", sum(request.finished for request in requests), len(traces))
     for output in (output for request in requests for output in request.outputs):
         if output.error is not None:
             raise output.error
-    return records
+    return traces
 
 
 class Batches:
     """transformers' `generate()` over left-padded batches of the requests, in their order.
 
-    static: a StaticCache instead of a DynamicCache, and every batch of one shape.
+    Args:
+        model: not patched.
+        coming: the requests, in order of arrival.
+        batch: requests per batch.
+        static: use a StaticCache instead of a DynamicCache, and pad all batches to one shape.
     """
 
     def __init__(self, model: Any, coming: Sequence[Arrival], batch: int, *, static: bool) -> None:
@@ -158,38 +169,29 @@ class Batches:
         self._batch, self._static = batch, static
 
     def warm_up(self) -> None:
-        """What is done once only is nobody's waiting time: here a batch of two tokens each."""
+        """Run one batch with two tokens per answer, outside the timed region."""
         few = [replace(arrival, at=0.0, new_tokens=2) for arrival in self._coming[: self._batch]]
-        self._generate([Record(arrival, [], []) for arrival in few], 0.0)
+        self._generate([RequestTrace(arrival, [], []) for arrival in few], 0.0)
 
-    def serve(self, progress: Callable[[int], None]) -> list[Record]:
-        """Each batch when its last request is there. Told how many requests are done."""
+    def serve(self, mode: str, progress: Progress = silent) -> list[RequestTrace]:
+        """Run each batch as soon as its last request has arrived."""
         started = time.perf_counter()
-        records = [Record(arrival, [], []) for arrival in self._coming]
-        for start in range(0, len(records), self._batch):
-            together = records[start : start + self._batch]
-            last = max(record.arrival.at for record in together)
+        traces = [RequestTrace(arrival, [], []) for arrival in self._coming]
+        for start in range(0, len(traces), self._batch):
+            together = traces[start : start + self._batch]
+            last = max(trace.arrival.at for trace in together)
             time.sleep(max(0.0, last - (time.perf_counter() - started)))
             self._generate(together, started)
-            progress(min(start + self._batch, len(records)))
-        return records
+            progress(mode, min(start + self._batch, len(traces)), len(traces))
+        return traces
 
-    def _generate(self, records: Sequence[Record], started: float) -> None:
-        sized_by = self._coming if self._static else [record.arrival for record in records]
-        width = max(len(arrival.prompt) for arrival in sized_by)
-        missing = self._batch - len(records) if self._static else 0
-        rows = [*records, *[records[-1]] * missing]  # some are there for the shape only
-        ids = torch.zeros(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, record in enumerate(rows):
-            length = len(record.arrival.prompt)
-            ids[row, width - length :] = torch.tensor(record.arrival.prompt)
-            mask[row, width - length :] = 1
+    def _generate(self, traces: Sequence[RequestTrace], started: float) -> None:
+        ids, mask = self._padded([trace.arrival.prompt for trace in traces])
         times: list[float] = []
-        longest = max(record.arrival.new_tokens for record in records)
+        longest = max(trace.arrival.new_tokens for trace in traces)
 
         def stamp(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            tokens[:, -1].tolist()  # as somebody who shows them would
+            tokens[:, -1].tolist()  # a server would read each token to send it
             times.append(time.perf_counter() - started)
             over = len(times) >= longest
             return torch.full((len(tokens),), over, device=tokens.device)
@@ -208,41 +210,47 @@ class Batches:
                 generation_config=settings,
                 stopping_criteria=[stamp],
             )
-        for record, answer in zip(records, done[:, width:].tolist(), strict=False):
-            record.tokens = answer[: record.arrival.new_tokens]
-            record.times = times[: record.arrival.new_tokens]
+        for trace, answer in zip(traces, done[:, ids.shape[1] :].tolist(), strict=False):
+            trace.tokens = answer[: trace.arrival.new_tokens]
+            trace.times = times[: trace.arrival.new_tokens]
+
+    def _padded(self, prompts: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and attention mask, [rows, width], padded on the left."""
+        width = max(map(len, prompts))
+        if self._static:  # one shape for all batches: repeat the last prompt, pad to the longest
+            prompts = prompts + prompts[-1:] * (self._batch - len(prompts))
+            width = max(len(arrival.prompt) for arrival in self._coming)
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        return ids, mask
 
 
-def summary(records: Sequence[Record]) -> Served:
-    """What a server's user would see."""
-    first = [1000 * (record.times[0] - record.arrival.at) for record in records]
+def summary(traces: Sequence[RequestTrace]) -> Served:
+    """Summarise the times that users of a server would see."""
+    first = [1000 * (trace.times[0] - trace.arrival.at) for trace in traces]
     between = [
         1000 * (later - earlier)
-        for record in records
-        for earlier, later in zip(record.times, record.times[1:], strict=False)
-    ]
-    tokens = sum(len(record.tokens) for record in records)
-    seconds = max(record.times[-1] for record in records)
+        for trace in traces
+        for earlier, later in zip(trace.times, trace.times[1:], strict=False)
+    ] or [0.0]  # answers of one token have no time between tokens
+    tokens = sum(len(trace.tokens) for trace in traces)
+    seconds = max(trace.times[-1] for trace in traces)
     return Served(
-        requests=len(records),
+        requests=len(traces),
         output_tokens=tokens,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
-        first_token_ms=(percentile(first, 50), percentile(first, 99)),
-        between_tokens_ms=(percentile(between, 50), percentile(between, 99)),
+        first_token_ms=(quantile(first, 0.5), quantile(first, 0.99)),
+        between_tokens_ms=(quantile(between, 0.5), quantile(between, 0.99)),
     )
 
 
-def percentile(numbers: Sequence[float], percent: int) -> float:
-    """0 for no numbers."""
-    if len(numbers) < 2:
-        return numbers[0] if numbers else 0.0
-    return statistics.quantiles(numbers, n=100, method="inclusive")[percent - 1]
-
-
-def _stamp(record: Record, started: float) -> OnToken:
+def _stamp(trace: RequestTrace, started: float) -> OnToken:
     def stamp(output: Any, token: int, text: str) -> None:
-        record.tokens.append(token)
-        record.times.append(time.perf_counter() - started)
+        trace.tokens.append(token)
+        trace.times.append(time.perf_counter() - started)
 
     return stamp

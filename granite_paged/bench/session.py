@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from granite_paged.bench.measure import (
     Prepared,
     Repeats,
     Samples,
-    free_memory,
     interleaved,
     level_workspaces,
     reason,
+    release_cached_memory,
     released,
 )
 from granite_paged.bench.modes import make_mode
@@ -33,6 +33,7 @@ from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
 from granite_paged.names import MODES
+from granite_paged.progress import Progress, silent
 from granite_paged.report.bench_results import Latency, Result, Row
 
 _WARM_UP = 3  # CUDA graphs of torch.compile are recorded at the second call, replayed at the third
@@ -223,7 +224,7 @@ class Session:
                     steps[mode] = self._ready(case, shape, mode, measured[mode])
                 except FAILURES as error:
                     measured[mode].samples.error = reason(error)
-                free_memory(self.clock.device)
+                release_cached_memory(self.clock.device)
             for mode, samples in interleaved(steps, self.clock, repeats).items():
                 measured[mode].samples = samples
         return measured
@@ -274,7 +275,7 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """Shapes to run, in order, and the seconds that they may take together."""
 
     shapes: list[tuple[Case, Shape]]
@@ -282,7 +283,7 @@ class Plan:
     budget: float | None = None
 
 
-def plan_of(
+def make_plan(
     session: Session,
     cases: Sequence[str],
     modes: Sequence[str],
@@ -291,7 +292,7 @@ def plan_of(
     batches: Sequence[int] = (),
     contexts: Sequence[int] = (),
     budget: float | None = None,
-) -> Plan:
+) -> BenchPlan:
     """Shapes of those cases on the session's device; all cases and modes where none are named.
 
     Raises:
@@ -308,19 +309,17 @@ def plan_of(
             gpu=session.clock.gpu, quick=quick, batches=batches, contexts=contexts
         )
     ]
-    return Plan(shapes, chosen, budget)
+    return BenchPlan(shapes, chosen, budget)
 
 
-def run(
-    session: Session, plan: Plan, progress: Callable[[str], None] = lambda what: None
-) -> Iterator[Row]:
+def run(session: Session, plan: BenchPlan, progress: Progress = silent) -> Iterator[Row]:
     """Yield row after row, so that an interrupted run keeps what it has.
 
     What the budget has no time for gets a row that says so.
     """
     begin = time.perf_counter()
-    for case, shape in plan.shapes:
-        progress(describe(case, shape))
+    for done, (case, shape) in enumerate(plan.shapes):
+        progress(describe(case, shape), done, len(plan.shapes))
         spent = time.perf_counter() - begin
         if plan.budget is not None and spent > plan.budget:
             yield from _unmeasured(case, shape, plan)
@@ -328,7 +327,7 @@ def run(
             yield from session.rows(case, shape, plan.modes)
 
 
-def first_steps(plan: Plan) -> Iterator[tuple[Case, Shape, str]]:
+def first_steps(plan: BenchPlan) -> Iterator[tuple[Case, Shape, str]]:
     """The first shape of each case that has steps to repeat, with each mode that can run it."""
     seen: set[str] = set()
     for case, shape in plan.shapes:
@@ -337,7 +336,7 @@ def first_steps(plan: Plan) -> Iterator[tuple[Case, Shape, str]]:
             yield from ((case, shape, mode) for mode in case.modes if mode in plan.modes)
 
 
-def _unmeasured(case: Case, shape: Shape, plan: Plan) -> Iterator[Row]:
+def _unmeasured(case: Case, shape: Shape, plan: BenchPlan) -> Iterator[Row]:
     for mode in (mode for mode in case.modes if mode in plan.modes):
         yield Row(
             case.name,

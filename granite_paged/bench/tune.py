@@ -10,6 +10,7 @@ nothing. A candidate that a compiler refuses, or that does not fit, is out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ import torch
 from granite_paged.bench.measure import reason
 from granite_paged.errors import CannotJudge
 from granite_paged.layers.tuning import Constants, Tuned
+from granite_paged.progress import Progress, silent
 
 NOISE = 0.02
 """Of a time: medians of replays repeat to about this."""
@@ -175,14 +177,20 @@ def _microseconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
 # -- a sweep ------------------------------------------------------------------------------------
 
 
+def sweep_all(groups: Sequence[Group], progress: Progress = silent) -> list[Outcome]:
+    """Sweep each group, and report progress in trials. Raises CannotJudge, as `sweep` does."""
+    total, done = sum(group.trials for group in groups), itertools.count()
+    return [sweep(group, lambda shape: progress(shape, next(done), total)) for group in groups]
+
+
 @torch.inference_mode()
-def sweep(group: Group, progress: Callable[[str], None] = lambda shape: None) -> Outcome:
-    """Time every candidate in every shape. `progress` is told of each trial before it is made.
+def sweep(group: Group, on_trial: Callable[[str], None] = lambda shape: None) -> Outcome:
+    """Time every candidate in every shape; call `on_trial` with the shape before each trial.
 
     Raises:
         CannotJudge: if the rule's own choice does not run.
     """
-    trials = {shape.name: _try_all(shape, group.candidates, progress) for shape in group.shapes}
+    trials = {shape.name: _try_all(shape, group.candidates, on_trial) for shape in group.shapes}
     for name, (rule, *_) in trials.items():
         if rule.microseconds is None:
             raise CannotJudge(f"what the rule says for {name} does not run here: {rule.error}")
@@ -192,12 +200,12 @@ def sweep(group: Group, progress: Callable[[str], None] = lambda shape: None) ->
 
 
 def _try_all(
-    shape: TunedShape, candidates: Sequence[Constants], progress: Callable[[str], None]
+    shape: TunedShape, candidates: Sequence[Constants], on_trial: Callable[[str], None]
 ) -> list[Trial]:
     """In one shape; what the rule lays out alike is timed once."""
     timer, known, trials = shape.prepare(), {}, []
     for constants in candidates:
-        progress(shape.name)
+        on_trial(shape.name)
         layout = shape.layout(constants)
         key = tuple(layout.items())
         if key not in known:

@@ -1,4 +1,7 @@
-"""Requests as they arrive at a server, from a seed: Poisson arrivals, ragged, prefixes shared."""
+"""Requests as they arrive at a server, drawn from a seed.
+
+Arrivals form a Poisson process, lengths vary, and prompts share prefixes.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from dataclasses import dataclass
 
 from granite_paged.errors import InvalidArgument
 
-FIRST_TOKEN = 3  # smaller ones are padding and the ends of texts, in the family's tokenizers
+FIRST_TOKEN = 3  # in Granite's tokenizers, smaller ids are padding and end-of-text tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What arrives.
+    """A distribution of requests.
 
     Attributes:
-        requests: how many.
-        rate: arrivals a second, on average; 0: all at once.
-        prompt_tokens, new_tokens: (fewest, most), drawn evenly.
-        shared_tokens: tokens that prompts of one kind begin with, before their own.
-        kinds: different shared beginnings.
-        long_every: each so many requests, one has a prompt of `long_tokens`; 0: none has.
+        requests: number of requests.
+        rate: mean arrivals per second; 0 for all at once.
+        prompt_tokens, new_tokens: (minimum, maximum), drawn uniformly.
+        shared_tokens: tokens of the shared prefix that precedes a prompt's own tokens.
+        kinds: number of different shared prefixes.
+        long_every: make every Nth request a prompt of `long_tokens`; 0 for none.
     """
 
     requests: int = 64
@@ -33,18 +36,23 @@ class Workload:
     long_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, (fewest, most) in (
+        for name, (least, most) in (
             ("prompt tokens", self.prompt_tokens),
             ("new tokens", self.new_tokens),
         ):
-            if not 1 <= fewest <= most:
-                raise InvalidArgument(f"{name} from {fewest} to {most}: give 1 or more, then more")
+            if not 1 <= least <= most:
+                raise InvalidArgument(
+                    f"the range of {name} must start at 1 or more and not descend, "
+                    f"got {least} to {most}"
+                )
         if self.long_every and self.long_tokens < 1:
-            raise InvalidArgument("long prompts need a length of at least 1 token")
+            raise InvalidArgument(
+                f"long prompts need at least 1 token, got {self.long_tokens}: pass --long-tokens"
+            )
 
     @property
     def longest(self) -> int:
-        """Most tokens that one request can have, answer included."""
+        """Maximum tokens of one request, prompt and answer."""
         return (
             max(self.shared_tokens + self.prompt_tokens[1], self.long_tokens) + self.new_tokens[1]
         )
@@ -52,7 +60,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request: when it comes, in seconds, and what it wants."""
+    """One request: its arrival in seconds since the start, its prompt and its answer's length."""
 
     at: float
     prompt: tuple[int, ...]
@@ -60,22 +68,20 @@ class Arrival:
 
 
 def arrivals(workload: Workload, vocabulary: int, seed: int) -> list[Arrival]:
-    """The workload's requests, in the order they come."""
-    chance = random.Random(seed)
-    beginnings = [
-        _tokens(chance, workload.shared_tokens, vocabulary) for _ in range(workload.kinds)
-    ]
+    """Draw the workload's requests, in order of arrival."""
+    draw = random.Random(seed)
+    prefixes = [_tokens(draw, workload.shared_tokens, vocabulary) for _ in range(workload.kinds)]
     at, coming = 0.0, []
     for number in range(1, workload.requests + 1):
-        at += chance.expovariate(workload.rate) if workload.rate else 0.0
+        at += draw.expovariate(workload.rate) if workload.rate else 0.0
         if workload.long_every and number % workload.long_every == 0:
-            prompt = _tokens(chance, workload.long_tokens, vocabulary)
+            prompt = _tokens(draw, workload.long_tokens, vocabulary)
         else:
-            own = chance.randint(*workload.prompt_tokens)
-            prompt = chance.choice(beginnings) + _tokens(chance, own, vocabulary)
-        coming.append(Arrival(at, prompt, chance.randint(*workload.new_tokens)))
+            own = draw.randint(*workload.prompt_tokens)
+            prompt = draw.choice(prefixes) + _tokens(draw, own, vocabulary)
+        coming.append(Arrival(at, prompt, draw.randint(*workload.new_tokens)))
     return coming
 
 
-def _tokens(chance: random.Random, count: int, vocabulary: int) -> tuple[int, ...]:
-    return tuple(chance.randrange(FIRST_TOKEN, vocabulary) for _ in range(count))
+def _tokens(draw: random.Random, count: int, vocabulary: int) -> tuple[int, ...]:
+    return tuple(draw.randrange(FIRST_TOKEN, vocabulary) for _ in range(count))

@@ -1,4 +1,4 @@
-"""`granite-paged eval` and `granite-paged report`. torch loads when a command runs."""
+"""The command `eval`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from granite_paged.cli.options import (
     FAILED,
     OK,
     SETTINGS,
-    in_a_folder,
+    ModelChoice,
+    check_writable,
     json_option,
     model_options,
-    progress_bar,
+    options,
+    progress,
     report_console,
     write_json,
 )
@@ -48,83 +50,73 @@ def _batch_size(context: click.Context, option: click.Parameter, value: str) -> 
     return int(value)
 
 
-def _task_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What to ask."""
-    for option in (
-        click.option("--tokenizer", metavar="ID_OR_PATH", help="Where the model brings none."),
-        click.option(
-            "--data",
-            metavar="DIR",
-            type=click.Path(),
-            help="Folder of mmlu_test.jsonl, mmlu_dev.jsonl, truthfulqa_mc.jsonl.  "
-            "[default: the hub]",
-            show_default=False,
-        ),
-        click.option(
-            "--subjects",
-            default="",
-            callback=_names,
-            metavar="A,B",
-            help="Subjects of MMLU.  [default: all]",
-            show_default=False,
-        ),
-        click.option(
-            "--limit", type=click.IntRange(min=1), help="Most questions a task, drawn by --seed."
-        ),
-        click.option(
-            "--num-fewshot",
-            type=click.IntRange(min=0),
-            help="Examples before each question of MMLU.  [default: 5]",
-            show_default=False,
-        ),
-        click.option(
-            "--tasks",
-            default="recall",
-            callback=_names,
-            metavar="A,B",
-            help="Of recall, mmlu, truthfulqa (truthfulqa_mc1 and truthfulqa_mc2).",
-        ),
-    ):
-        command = option(command)
-    return command
+_task_options = options(
+    click.option(
+        "--tasks",
+        default="recall",
+        callback=_names,
+        metavar="A,B",
+        help="Of recall, mmlu, truthfulqa (truthfulqa_mc1 and truthfulqa_mc2).",
+    ),
+    click.option(
+        "--num-fewshot",
+        type=click.IntRange(min=0),
+        help="Examples before each question of MMLU.  [default: 5]",
+        show_default=False,
+    ),
+    click.option(
+        "--limit", type=click.IntRange(min=1), help="Most questions a task, drawn by --seed."
+    ),
+    click.option(
+        "--subjects",
+        default="",
+        callback=_names,
+        metavar="A,B",
+        help="Subjects of MMLU.  [default: all]",
+        show_default=False,
+    ),
+    click.option(
+        "--data",
+        metavar="DIR",
+        type=click.Path(),
+        help="Folder of mmlu_test.jsonl, mmlu_dev.jsonl, truthfulqa_mc.jsonl.  [default: the hub]",
+        show_default=False,
+    ),
+    click.option("--tokenizer", metavar="ID_OR_PATH", help="Where the model brings none."),
+)
 
-
-def _result_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Where answers and results go."""
-    for option in (
-        click.option(
-            "--tensorboard",
-            metavar="DIR",
-            type=click.Path(file_okay=False),
-            help="Log to TensorBoard, in this folder.",
-        ),
-        click.option("--wandb", "project", metavar="PROJECT", help="Log to Weights & Biases."),
-        click.option(
-            "--bench",
-            multiple=True,
-            metavar="FILE",
-            type=click.Path(),
-            help="JSON of granite-paged bench, for the report's curves. May be repeated.",
-        ),
-        click.option(
-            "--report",
-            "folder",
-            metavar="DIR",
-            type=click.Path(file_okay=False),
-            help="Write results.json, report.md and figures there.",
-        ),
-        click.option(
-            "--output",
-            metavar="FILE",
-            type=click.Path(dir_okay=False),
-            callback=in_a_folder,
-            help="Keep finished answers there; the same command goes on from them.  "
-            "[default: answers.jsonl in the --report folder]",
-            show_default=False,
-        ),
-    ):
-        command = option(command)
-    return command
+_result_options = options(
+    click.option(
+        "--output",
+        metavar="FILE",
+        type=click.Path(dir_okay=False),
+        callback=check_writable,
+        help="Keep finished answers there; the same command goes on from them.  "
+        "[default: answers.jsonl in the --report folder]",
+        show_default=False,
+    ),
+    click.option(
+        "--report",
+        "folder",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        help="Write results.json, report.md and figures there.",
+    ),
+    click.option(
+        "--bench",
+        multiple=True,
+        metavar="FILE",
+        type=click.Path(),
+        help="JSON of granite-paged bench, for the report's curves. May be repeated.",
+    ),
+    click.option("--wandb", "project", metavar="PROJECT", help="Log to Weights & Biases."),
+    click.option(
+        "--tensorboard",
+        metavar="DIR",
+        type=click.Path(file_okay=False),
+        help="Log to TensorBoard, in this folder.",
+    ),
+)
 
 
 @click.command("eval", context_settings=SETTINGS)
@@ -147,16 +139,14 @@ def _result_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @model_options
 @json_option
 def evaluate(
-    loaded: Any,
-    config: Any,
-    seed: int,
+    choice: ModelChoice,
     mode: str,
     tasks: tuple[str, ...],
     batch: int | None,
     json_file: str | None,
-    **options: Any,
+    **chosen: Any,
 ) -> int:
-    """Answer questions with and without paging: same choices, how fast, how much memory.
+    """Compare answers, speed and memory on evaluation tasks.
 
     Puts every question to each mode in the same run and compares accuracy, choices, latency,
     throughput and memory. Contexts are prefilled once, and what neighbouring questions share is
@@ -169,60 +159,29 @@ def evaluate(
     """  # noqa: D301
     from granite_paged.report.eval_results import read_bench
 
-    names = _check_before_the_work(tasks, options)
-    bench = [row for path in options["bench"] for row in read_bench(path)]
-    made = _make_tasks(names, loaded, config, seed, options)
-    found = _run(loaded, made, config, seed, mode, batch, options)
+    names = _check_before_the_work(tasks, chosen)
+    loaded, config, seed = choice.load(), choice.config, choice.seed
+    bench = [row for path in chosen["bench"] for row in read_bench(path)]
+    made = _make_tasks(names, loaded, config, seed, chosen)
+    found = _run(loaded, made, config, seed, mode, batch, chosen)
     evaluation = {"command": _command_line(), **found.to_json()}
     report_console(json_file).print(*_tables(evaluation), sep="")
     if json_file:
         write_json(json_file, evaluation)
     figures: list[Path] = []
-    if options["folder"]:
+    if chosen["folder"]:
         from granite_paged.report.eval_report import write_report
 
-        figures = write_report(options["folder"], [evaluation], bench)
-    if options["project"]:
+        figures = write_report(chosen["folder"], [evaluation], bench)
+    if chosen["project"]:
         from granite_paged.report.wandb_run import log_to_wandb
 
-        click.echo(f"wandb: {log_to_wandb(options['project'], evaluation, figures)}", err=True)
-    if options["tensorboard"]:
+        click.echo(f"wandb: {log_to_wandb(chosen['project'], evaluation, figures)}", err=True)
+    if chosen["tensorboard"]:
         from granite_paged.report.tensorboard_run import log_to_tensorboard
 
-        log_to_tensorboard(options["tensorboard"], evaluation, figures)
+        log_to_tensorboard(chosen["tensorboard"], evaluation, figures)
     return OK if evaluation["passed"] else FAILED
-
-
-@click.command("report", context_settings=SETTINGS)
-@click.argument("results", nargs=-1, required=True, type=click.Path())
-@click.option("--bench", multiple=True, metavar="FILE", type=click.Path(), help="As of eval.")
-@click.option(
-    "--to", "folder", default="report", metavar="DIR", type=click.Path(file_okay=False),
-    help="Where results.json, report.md and the figures go.",
-)  # fmt: skip
-@click.option(
-    "--page",
-    metavar="FILE",
-    type=click.Path(dir_okay=False),
-    help="Also put tables and figures between the results comments of this Markdown page.",
-)
-def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: str | None) -> int:
-    """One report of several RESULTS, files that `granite-paged eval --json` wrote.
-
-    \b
-    granite-paged report mmlu.json truthfulqa.json --to report
-    granite-paged report golden/results/*.json --to out --page docs/evaluation.md
-    """  # noqa: D301
-    from granite_paged.report.eval_report import update_page, write_report
-    from granite_paged.report.eval_results import read_bench, read_evaluation
-
-    evaluations = [read_evaluation(path) for path in results]
-    rows = [row for path in bench for row in read_bench(path)]
-    figures = write_report(folder, evaluations, rows)
-    if page:
-        update_page(page, evaluations, rows, figures)
-    click.echo(f"{folder}/report.md and {len(figures)} figures")
-    return OK
 
 
 # -- steps of eval ------------------------------------------------------------------------------
@@ -283,7 +242,7 @@ def _run(
     journal = Journal(path, identity(loaded, tasks, modes, config, batch))
     answers = len(modes) * sum(len(task.questions) for task in tasks)
     try:
-        with _progress(answers) as progress:
+        with _progress(answers) as more:
             return evaluate(
                 loaded,
                 tasks,
@@ -292,7 +251,7 @@ def _run(
                 journal=journal,
                 batch=batch,
                 seed=seed,
-                progress=progress,
+                progress=more,
             )
     finally:
         journal.close()
@@ -308,9 +267,15 @@ def _find_batch(loaded: Any, tasks: list[Any], seed: int) -> int:
 
 @contextmanager
 def _progress(answers: int) -> Iterator[Callable[[str, int], None]]:
-    with progress_bar(time_left=True) as bar:
-        task = bar.add_task("start", total=answers)
-        yield lambda name, more: bar.update(task, description=name, advance=more)
+    with progress(time_left=True) as report_progress:
+        done = 0
+
+        def more(task: str, count: int) -> None:
+            nonlocal done
+            done += count
+            report_progress(task, done, answers)
+
+        yield more
 
 
 def _command_line() -> str:

@@ -1,11 +1,14 @@
 """The command line: `granite-paged verify | generate | bench | eval` and more.
 
-Exit status: 0 all is well, 1 a check failed, 2 wrong usage or environment (said in one line),
-130 interrupted.
+Exit status: 0 for success, 1 when a check failed, 2 for wrong usage or environment (explained in
+one line), 130 when interrupted.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,22 +18,27 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from granite_paged import __version__
-from granite_paged.cli import bench as bench_commands
-from granite_paged.cli import evaluate as evaluate_commands
-from granite_paged.cli import generate as engine_commands
+from granite_paged.cli.bench import bench, coldstart
+from granite_paged.cli.evaluate import evaluate
+from granite_paged.cli.gate import gate
+from granite_paged.cli.generate import generate
 from granite_paged.cli.options import (
     FAILED,
     INTERRUPTED,
     OK,
     SETTINGS,
     USAGE,
+    ModelChoice,
     json_option,
     model_options,
-    progress_bar,
+    progress,
     report_console,
     write_json,
 )
-from granite_paged.errors import GranitePagedError
+from granite_paged.cli.profiling import profile
+from granite_paged.cli.report import plot, report
+from granite_paged.cli.tune import tune
+from granite_paged.errors import GeometryError, GranitePagedError, PagingError
 
 PROGRAM = "granite-paged"
 
@@ -41,19 +49,22 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command. Returns the exit status; errors go to standard error in one line."""
+    """Run one command and return its exit status; an error is one line on standard error."""
     try:
         status = cli.main(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
         return _complain(error.format_message())
     except GranitePagedError as error:
-        return _complain(str(error))
+        return _complain(_in_options(error))
     except (KeyboardInterrupt, click.Abort):
         click.echo(f"\n{PROGRAM}: interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output is gone, as after `| head`
-        sys.stderr.close()
+        _discard_output()
         return FAILED
+    except OSError as error:  # standard output is full
+        _discard_output()
+        return _complain(f"cannot write {error.filename or 'standard output'}: {error.strerror}")
     return status if isinstance(status, int) else OK
 
 
@@ -62,25 +73,28 @@ def _complain(message: str) -> int:
     return USAGE
 
 
-class _Commands(click.Group):
-    """A group with commands of two words: `bench serve` beside `bench`."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        both = " ".join(args[:2])
-        if both in self.commands and len(args) > 1:
-            return both, self.commands[both], args[2:]
-        return super().resolve_command(ctx, args)
+def _in_options(error: GranitePagedError) -> str:
+    """Return the message with the options that a user typed in place of fields of PagedConfig."""
+    message = str(error)
+    if not isinstance(error, (GeometryError, PagingError)):
+        return message
+    message = re.sub(r"\b(PagedConfig\.)?max_sequences\b", "the number of sequences", message)
+    fields = r"\b(?:PagedConfig\.)?(page_size|memory_fraction|max_tokens)\b"
+    return re.sub(fields, lambda field: f"--{field[1].replace('_', '-')}", message)
 
 
-@click.group(cls=_Commands, context_settings=SETTINGS)
+def _discard_output() -> None:
+    """Drop what is left in the buffer, so that the interpreter can exit without an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(context_settings=SETTINGS)
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
-    """Paged attention for IBM Granite-4 hybrid models, proven equal to SDPA.
+    """Paged attention for IBM Granite-4 hybrid models.
 
-    Start with `granite-paged verify`: it needs no download and says whether paging gives the
-    same answers here as transformers' own attention does.
+    Start with `granite-paged verify`. It needs no download and checks that paging gives the same
+    answers on this machine as transformers' own attention.
     """
 
 
@@ -90,23 +104,25 @@ def cli() -> None:
 @cli.command(context_settings=SETTINGS)
 @model_options
 @click.option(
-    "--context", default=384, type=click.IntRange(min=16), help="Tokens of the longest prompt."
+    "--context",
+    default=384,
+    type=click.IntRange(min=16),
+    help="Give the longest prompt this many tokens.",
 )
 @click.option(
     "--reference/--no-reference",
     default=True,
-    help="Judge errors against a float64 copy (8 bytes a parameter).",
+    help="Also compare both with a float64 copy of the model (8 bytes per parameter).",
 )
 @json_option
-def verify(
-    loaded: Any, config: Any, seed: int, context: int, reference: bool, json_file: str | None
-) -> int:
-    """Prove that paging gives SDPA's answers, on this machine and model.
+def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | None) -> int:
+    """Check that paging gives the same answers as SDPA.
 
-    Runs the same inputs through transformers' SDPA and through pages: prefill, chunked prefill,
-    64 decode steps, a ragged left-padded batch, a fork that goes on. Prints the largest logit
-    difference of each, both errors against float64 and their ratio, whether every token agrees,
-    recall accuracy (embedded model) and KV memory. Exits with 1 when a law is broken.
+    Runs the same inputs through transformers' SDPA and through pages: a prefill, a chunked
+    prefill, 64 decode steps, a ragged left-padded batch, and a sequence that is forked and
+    continued. For each, prints the largest logit difference, both errors against float64 and
+    their ratio, and whether every token agrees; also recall accuracy (embedded model) and KV
+    memory. Exits with 1 when a tolerance is exceeded.
 
     \b
     granite-paged verify
@@ -116,24 +132,21 @@ def verify(
     from granite_paged.verify import stages
     from granite_paged.verify import verify as run_verification
 
-    with progress_bar() as bar:
-        task = bar.add_task("start", total=stages(loaded))
-
-        def on_stage(stage: str) -> None:
-            bar.update(task, description=stage, advance=1)
-
-        report = run_verification(
+    loaded = choice.load()
+    counted = itertools.count(1)
+    with progress() as report_progress:
+        found = run_verification(
             loaded,
-            config=config,
+            config=choice.config,
             context=context,
-            seed=seed,
+            seed=choice.seed,
             reference=reference,
-            progress=on_stage,
+            progress=lambda stage: report_progress(stage, next(counted), stages(loaded)),
         )
-    report_console(json_file).print(*_report_tables(report), sep="")
+    report_console(json_file).print(*_report_tables(found), sep="")
     if json_file:
-        write_json(json_file, report.to_json())
-    return OK if report.passed else FAILED
+        write_json(json_file, found.to_json())
+    return OK if found.passed else FAILED
 
 
 def _report_tables(report: Any) -> list[Any]:
@@ -188,13 +201,5 @@ def _megabytes(count: int) -> str:
 
 # -- commands that have a module of their own ---------------------------------------------------
 
-cli.add_command(engine_commands.generate)
-cli.add_command(bench_commands.bench)
-cli.add_command(engine_commands.bench_serve)
-cli.add_command(bench_commands.coldstart)
-cli.add_command(bench_commands.gate)
-cli.add_command(bench_commands.plot)
-cli.add_command(bench_commands.profile)
-cli.add_command(bench_commands.tune)
-cli.add_command(evaluate_commands.evaluate)
-cli.add_command(evaluate_commands.report)
+for command in (generate, bench, coldstart, gate, tune, profile, plot, evaluate, report):
+    cli.add_command(command)

@@ -1,6 +1,6 @@
-"""What the commands share: options, progress, tables and JSON, and the exit statuses.
+"""What the commands share: options, progress bars, JSON output and exit statuses.
 
-Imports neither torch nor transformers: `--help` is quick.
+Imports neither torch nor transformers, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -8,139 +8,230 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import rich.progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from granite_paged.errors import writing
+from granite_paged.progress import Progress
+
+if TYPE_CHECKING:
+    from granite_paged.geometry import PagedConfig
+    from granite_paged.models import LoadedModel
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
-_SMALL_PAGE = 16  # for the embedded model, whose contexts are short: so that they fill many pages
+_SMALL_PAGE = 16  # for the embedded model: its contexts are short, and should fill several pages
 
-_TABLE_WIDTH = 100  # where the output goes to a file, so that numbers are not cut
+_TABLE_WIDTH = 100  # minimum width of tables, so that numbers are not cut in files
 
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json FILE`, given to the command as `json_file`."""
-    return click.option(
-        "--json",
-        "json_file",
-        type=click.Path(dir_okay=False, writable=True, allow_dash=True),
-        callback=in_a_folder,
-        help="Write the report as one JSON object; - for standard output.",
-    )(command)
+Command = Callable[..., Any]
+Option = Callable[[Command], Command]
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command with a model, which gets a `LoadedModel` and a `PagedConfig`."""
+def options(*decorators: Option) -> Option:
+    """Return one decorator that adds these options; `--help` lists them in this order."""
 
-    @click.option(
+    def add_all(command: Command) -> Command:
+        return functools.reduce(lambda made, add: add(made), reversed(decorators), command)
+
+    return add_all
+
+
+# -- options that several commands have ---------------------------------------------------------
+
+
+def check_writable(
+    context: click.Context | None, option: click.Parameter | None, path: str | None
+) -> str | None:
+    """Refuse, before the work, a file that could not be written after it."""
+    if path is not None and path != "-":
+        folder = Path(path).parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise click.BadParameter(
+                f"cannot write {path}: its folder is missing or write-protected"
+            )
+    return path
+
+
+json_option = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, writable=True, allow_dash=True),
+    callback=check_writable,
+    metavar="FILE",
+    help="Write the report to this file as one JSON object; - writes to standard output.",
+)
+
+markdown_option = click.option(
+    "--markdown",
+    "markdown_file",
+    type=click.Path(dir_okay=False, writable=True),
+    callback=check_writable,
+    metavar="FILE",
+    help="Write the tables to this file as Markdown.",
+)
+
+records_option = click.option(
+    "--records",
+    default="golden/perf",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Folder with the recorded and published results.",
+)
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Values of the model options: which model, on which device, and how it is paged."""
+
+    model: str | None
+    random_weights: str | None
+    device: str
+    dtype: str
+    seed: int
+    config: PagedConfig
+
+    def load(self) -> LoadedModel:
+        """Load the model; see `granite_paged.models.load` for the errors."""
+        from granite_paged.models import load
+
+        _silence_transformers()
+        return load(
+            self.model,
+            random_weights=self.random_weights,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
+
+    def require_gpu(self, command: str) -> None:
+        """Raise CannotJudge, before the model is loaded, unless it would run on a GPU."""
+        from granite_paged.bench.gate import no_gpu
+        from granite_paged.device import resolve_device
+
+        if resolve_device(self.device).type != "cuda":
+            raise no_gpu(command)
+
+    def arguments(self) -> list[str]:
+        """Return the options that load the same model in another process."""
+        given = {
+            "--model": self.model,
+            "--random-weights": self.random_weights,
+            "--device": self.device,
+            "--dtype": self.dtype,
+            "--seed": self.seed,
+            "--page-size": self.config.page_size,
+            "--backend": self.config.backend,
+        }
+        return [
+            text
+            for option, value in given.items()
+            if value is not None
+            for text in (option, str(value))
+        ]
+
+
+_MODEL_OPTIONS = options(
+    click.option(
         "--model",
         metavar="ID_OR_PATH",
-        help="Checkpoint folder or hub id.  [default: the embedded tiny-recall]",
+        help="Load this checkpoint: a folder or a hub id.  [default: the embedded tiny-recall]",
         show_default=False,
-    )
-    @click.option(
+    ),
+    click.option(
         "--random-weights",
         metavar="NAME",
-        help="A published geometry with random weights, e.g. granite-4.0-h-1b.",
-    )
-    @click.option("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")
-    @click.option(
+        help="Use this published geometry with random weights, e.g. granite-4.0-h-1b.",
+    ),
+    click.option(
+        "--device", default="auto", metavar="DEVICE", help="Run on auto, cpu, cuda or cuda:N."
+    ),
+    click.option(
         "--dtype",
         default="auto",
         metavar="DTYPE",
-        help="auto, float32, bfloat16, float16 or float64.",
-    )
-    @click.option(
+        help="Load weights as auto, float32, bfloat16, float16 or float64.",
+    ),
+    click.option(
         "--seed",
         default=0,
         type=click.IntRange(min=0),
-        help="Of random weights, prompts and sampling.",
-    )
-    @click.option(
+        help="Seed random weights, prompts and sampling.",
+    ),
+    click.option(
         "--page-size",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Tokens a page, a power of two; at least 16 on a GPU.  "
+        help="Store this many tokens per page: a power of two, at least 16 on a GPU.  "
         "[default: 16 for the embedded model, else 128]",
         show_default=False,
-    )
-    @click.option(
+    ),
+    click.option(
         "--memory-fraction",
         default=0.5,
         type=click.FloatRange(0, 1, min_open=True),
-        help="Most of the free memory that K and V may take.",
-    )
-    @click.option(
+        help="Let K and V take at most this fraction of the free memory.",
+    ),
+    click.option(
         "--max-tokens",
         type=click.IntRange(min=1),
         metavar="TOKENS",
-        help="Fixed size of the pool, instead of growing with need.",
-    )
-    @click.option(
+        help="Fix the size of the page pool, instead of growing it on demand.",
+    ),
+    click.option(
         "--backend",
         default="auto",
         type=click.Choice(["auto", "eager", "compiled"]),
-        help="How FlexAttention runs.",
-    )
+        help="Choose how FlexAttention runs.",
+    ),
+)
+
+
+def model_options(command: Command) -> Command:
+    """Add the options that choose a model; they reach the command as `choice: ModelChoice`."""
+
+    @_MODEL_OPTIONS
     @functools.wraps(command)
-    def with_model(
+    def with_choice(
+        *,
         model: str | None,
         random_weights: str | None,
         device: str,
         dtype: str,
         seed: int,
         page_size: int | None,
-        **rest: Any,
+        memory_fraction: float,
+        max_tokens: int | None,
+        backend: Any,
+        **others: Any,
     ) -> Any:
-        from granite_paged import models
         from granite_paged.geometry import PagedConfig
 
-        options = {name: rest.pop(name) for name in ("memory_fraction", "max_tokens", "backend")}
+        sizes: dict[str, Any] = {} if page_size is None else {"page_size": page_size}
         if page_size is None and model is None and random_weights is None:
-            page_size = _SMALL_PAGE
-        if page_size is not None:
-            options["page_size"] = page_size
-        config = PagedConfig(**options)  # before the model: wrong sizes should not cost a load
-        quiet()
-        loaded = models.load(
-            model, random_weights=random_weights, device=device, dtype=dtype, seed=seed
+            sizes["page_size"] = _SMALL_PAGE
+        config = PagedConfig(
+            memory_fraction=memory_fraction, max_tokens=max_tokens, backend=backend, **sizes
         )
-        return command(loaded=loaded, config=config, seed=seed, **rest)
+        choice = ModelChoice(model, random_weights, device, dtype, seed, config)
+        return command(choice=choice, **others)
 
-    return with_model
-
-
-def in_a_folder(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
-    """Refuse now what could not be written when the work is done."""
-    if path is not None and path != "-":
-        refuse_unwritable(path)
-    return path
+    return with_choice
 
 
-def refuse_unwritable(path: str) -> None:
-    """Raise click.BadParameter where no file can be written."""
-    folder = Path(path).parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise click.BadParameter(f"cannot write {path}: its folder is missing or write-protected")
-
-
-def quiet() -> None:
+def _silence_transformers() -> None:
     """Leave standard error to our own progress and errors."""
     from transformers.utils import logging
 
@@ -148,19 +239,30 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def progress_bar(*, time_left: bool = False) -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
+# -- output -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(title: str = "start", *, time_left: bool = False) -> Iterator[Progress]:
+    """Yield a callback that draws a bar on a terminal, and nothing elsewhere."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    left = (TextColumn("left"), TimeRemainingColumn()) if time_left else ()
-    return Progress(
-        *columns,
-        TimeElapsedColumn(),
-        *left,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    columns = [
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+    ]
+    if time_left:
+        columns += [bars.TextColumn("left"), bars.TimeRemainingColumn()]
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=None)
+
+        def report(description: str, done: int, total: int) -> None:
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield report
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:
@@ -174,7 +276,7 @@ def write_json(path: str, report: dict[str, Any]) -> None:
 
 
 def report_console(json_file: str | None) -> Console:
-    """Where tables go: standard error when standard output carries the JSON."""
+    """Return the console for tables: standard error when standard output carries the JSON."""
     console = Console(stderr=json_file == "-")
     console.width = max(console.width, _TABLE_WIDTH)
     return console

@@ -11,6 +11,7 @@ from granite_paged.errors import RequestError
 from granite_paged.evaluate.journal import Record
 from granite_paged.evaluate.scorer import choice
 from granite_paged.evaluate.tasks import Question, Task
+from granite_paged.quantiles import quantile
 
 
 @dataclass(frozen=True)
@@ -159,15 +160,6 @@ def credit(question: Question, logprobs: Sequence[float], *, mass: bool) -> floa
 def standard_error(values: Sequence[float]) -> float | None:
     """Of their mean; None for a single one."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def quantile(values: Sequence[float], part: float) -> float:
-    """Linear between neighbours, as numpy has it."""
-    ordered = sorted(values)
-    at = part * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
 def gap_error(logprobs: Sequence[float], exact: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from granite_paged.device import free_memory, to_device
+from granite_paged.device import available_bytes, to_device
 from granite_paged.errors import (
     CacheReleased,
     GeometryError,
@@ -495,7 +495,7 @@ def _positions(lengths: list[int], new: NewColumns) -> Tensor:
 
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
     """Most pages the pools may have, the null page included."""
-    memory = free_memory(device)
+    memory = available_bytes(device)
     if config.max_tokens is None:
         return max(2, int(config.memory_fraction * memory) // geometry.bytes_per_page)
     pages = 1 + geometry.pages_for(config.max_tokens)

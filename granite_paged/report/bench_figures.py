@@ -15,8 +15,6 @@ from granite_paged.report.bench_results import Result, Row
 from granite_paged.report.plotting import load_pyplot, short_count
 from granite_paged.report.published import Published, PublishedRow
 
-FORMATS = ("png", "svg")
-
 _COLOURS = {"default": "#D55E00", "static": "#E69F00", "paged": "#0072B2"}  # told apart by all eyes
 _GREY = "#7A7A7A"
 _FLOOR = "#009E73"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.device import free_memory
+from granite_paged.device import available_bytes
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.layers.mamba import MambaSizes
@@ -154,7 +154,7 @@ def memory_refused(device: torch.device, what: str) -> Iterator[None]:
         torch.cuda.empty_cache()
         raise OutOfMemory(
             what=f"{what} did not fit",
-            free=free_memory(device),
+            free=available_bytes(device),
             advice="lower PagedConfig.chunk_tokens, max_sequences or memory_fraction",
         ) from None
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from granite_paged.device import free_memory, to_device
+from granite_paged.device import available_bytes, to_device
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
@@ -117,7 +117,7 @@ class Runner:
         self.vocabulary = int(model.config.vocab_size)
         self.fallback = fallback
         self.chunk_tokens = config.chunk_tokens
-        sizes = choose_sizes(model, config, geometry, free_memory(self.device))
+        sizes = choose_sizes(model, config, geometry, available_bytes(self.device))
         self.plan: MemoryPlan = make_plan(model, config, geometry, sizes)
         self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
         self.row_bytes = row_bytes(model)

@@ -13,7 +13,7 @@ from granite_paged.bench.search_space import (
     FEW_ROWS_CHOICES,
     ONE_ROW_CHOICES,
     SUBJECTS,
-    Bench,
+    TuningTarget,
     candidates,
     groups_of,
 )
@@ -26,13 +26,13 @@ ONE_STEP = 2**-7
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
-    return Bench(load(device="cuda", dtype="bfloat16").model, PagedConfig(page_size=16))
+def target() -> TuningTarget:
+    return TuningTarget(load(device="cuda", dtype="bfloat16").model, PagedConfig(page_size=16))
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_candidates_run_and_take_time(bench: Bench, subject: str) -> None:
-    group = groups_of(bench, [subject], quick=True)[0]
+def test_candidates_run_and_take_time(target: TuningTarget, subject: str) -> None:
+    group = groups_of(target, [subject], quick=True)[0]
     few = replace(group, candidates=group.candidates[:3], shapes=group.shapes[:1])
     outcome = sweep(few)
     (trials,) = outcome.trials.values()

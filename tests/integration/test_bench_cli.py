@@ -20,6 +20,7 @@ from granite_paged.bench.measure import Samples
 from granite_paged.bench.session import Measured, Session
 from granite_paged.bench.tune import Group, TunedShape
 from granite_paged.cli.main import FAILED, INTERRUPTED, OK, USAGE, run
+from granite_paged.cli.options import ModelChoice
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.tuning import PATH, TUNED, read_tuned
 from granite_paged.report.bench_results import Result, Row, read_result
@@ -242,16 +243,16 @@ def test_the_gate_refuses_where_there_is_no_gpu_before_it_loads_a_model(
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
     assert run(["gate", "--random-weights", "granite-4.0-h-1b"]) == USAGE
-    one_line(capsys, "a CUDA device, and none is used here")
+    one_line(capsys, "a CUDA device, and this run has none")
 
 
-def test_the_gate_refuses_a_cpu_where_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+@pytest.mark.parametrize("command", ["gate", "tune"])
+def test_a_command_for_gpus_refuses_a_cpu_before_it_loads_a_model(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert run(["gate", "--device", "cpu", "--records", str(ROOT / "golden" / "perf")]) == USAGE
-    one_line(capsys, "a CUDA device, and none is used here")
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    assert run([command, "--device", "cpu"]) == USAGE
+    one_line(capsys, f"{command} needs a CUDA device, and this run has none")
 
 
 def judged(
@@ -266,8 +267,7 @@ def judged(
             "paged": Measured(Samples([ratio * t for t in times]), 9 * 10**8),
         }
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(ModelChoice, "require_gpu", lambda *args: None)
     monkeypatch.setattr(gate, "refuse_where_blind", lambda session: None)
     monkeypatch.setattr(Session, "measure", measure)
     monkeypatch.setattr(Session, "floor", lambda self, case, shape: 0.1)
@@ -340,7 +340,7 @@ def test_a_record_of_another_model_is_not_held_against(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_tune_refuses_where_there_is_no_gpu(capsys: Capture) -> None:
     assert run(["tune", "--random-weights", "granite-4.0-h-1b"]) == USAGE
-    one_line(capsys, "a CUDA device, and none is used here")
+    one_line(capsys, "a CUDA device, and this run has none")
 
 
 def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> int:
@@ -355,8 +355,7 @@ def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> i
 
     shape = TunedShape("product 1 x 2 x 3", layout, lambda: seconds)
     groups = [Group((rule, better), (shape,))]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(ModelChoice, "require_gpu", lambda *args: None)
     monkeypatch.setattr(search_space, "groups_of", lambda *args, **options: groups)
     return run(["tune", "--device", "cpu", *options])
 
@@ -465,6 +464,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     ),
     "markdown without folder": (["bench", "--markdown", "no/such/page.md"], "cannot write"),
     "update of nothing": (["bench", "--device", "cpu", "--update"], "pass --json FILE"),
+    "options before serve": (["bench", "--quick", "serve"], "after `serve`"),
     "profile of nothing": (["profile"], "Missing argument"),
     "profile of training": (["profile", "training"], "'training'"),
     "snapshot of a CPU": (

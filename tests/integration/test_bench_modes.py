@@ -18,7 +18,7 @@ from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
-from granite_paged.bench.session import Plan, Session, first_steps, plan_of, run
+from granite_paged.bench.session import BenchPlan, Session, first_steps, make_plan, run
 from granite_paged.errors import InvalidArgument, Unsupported
 from granite_paged.geometry import PagedConfig
 from granite_paged.hf.compat import CACHE, with_cache
@@ -210,12 +210,12 @@ def session(**how: Any) -> Session:
     return Session(LoadedModel("tiny", tiny_model(), None), CONFIG, repeats=FEW, **how)
 
 
-def rows_of(plan: Plan, on: Session) -> list[Any]:
+def rows_of(plan: BenchPlan, on: Session) -> list[Any]:
     return list(run(on, plan))
 
 
 def test_every_mode_has_its_row_with_time_tokens_and_floor(runner: Any) -> None:
-    plan = Plan([(CASES["batch"], Shape(2, 32))], ("default", "static", "paged"))
+    plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ("default", "static", "paged"))
     rows = rows_of(plan, session())
     assert [(row.mode, row.batch, row.context) for row in rows] == [
         ("default", 2, 32),
@@ -236,7 +236,7 @@ def test_a_mode_that_runs_out_of_memory_is_a_row_with_its_reason(
         raise torch.OutOfMemoryError("3 GB asked for")
 
     monkeypatch.setattr(runner, "prefill", full)
-    plan = Plan([(CASES["batch"], Shape(2, 32))], ("default", "paged"))
+    plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ("default", "paged"))
     default, paged = rows_of(plan, session())
     assert default.error == ""
     assert paged.error == "OutOfMemoryError: 3 GB asked for"
@@ -257,7 +257,7 @@ def test_a_mode_that_fits_only_alone_is_timed_alone_and_says_so(
         return real(self, chunks)
 
     monkeypatch.setattr(runner, "prefill", full_at_first)
-    plan = Plan([(CASES["batch"], Shape(2, 32))], ("default", "paged"))
+    plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ("default", "paged"))
     paged = rows_of(plan, session())[1]
     assert paged.latency_ms.n == 2
     assert paged.note.startswith("timed alone")
@@ -265,7 +265,7 @@ def test_a_mode_that_fits_only_alone_is_timed_alone_and_says_so(
 
 def test_what_the_budget_has_no_time_for_is_listed(runner: Any) -> None:
     shapes = [(CASES["batch"], Shape(1, 16)), (CASES["kernel"], Shape(2, 32, 8))]
-    rows = rows_of(Plan(shapes, ("default", "paged"), budget=-1), session())
+    rows = rows_of(BenchPlan(shapes, ("default", "paged"), budget=-1), session())
     assert [row.key for row in rows] == [
         ("batch", "default", 1, 16, ""),
         ("batch", "paged", 1, 16, ""),
@@ -275,7 +275,7 @@ def test_what_the_budget_has_no_time_for_is_listed(runner: Any) -> None:
 
 
 def test_the_kernel_row_has_floor_sdpa_and_paged() -> None:
-    (row,) = rows_of(Plan([(CASES["kernel"], Shape(2, 64, 16))], ("paged",)), session())
+    (row,) = rows_of(BenchPlan([(CASES["kernel"], Shape(2, 64, 16))], ("paged",)), session())
     assert row.variant == "ragged 16-64"
     assert row.floor_us > 0
     assert row.sdpa_us > 0
@@ -284,7 +284,7 @@ def test_the_kernel_row_has_floor_sdpa_and_paged() -> None:
 
 def test_the_memory_rows_count_what_fits(runner: Any) -> None:
     padded, paged = rows_of(
-        Plan([(CASES["memory"], Shape(1, 4096, 1))], ("default", "paged")), session()
+        BenchPlan([(CASES["memory"], Shape(1, 4096, 1))], ("default", "paged")), session()
     )
     assert 0 < padded.batch < paged.batch
     assert max(padded.peak_bytes, paged.peak_bytes) <= 2**30
@@ -292,11 +292,11 @@ def test_the_memory_rows_count_what_fits(runner: Any) -> None:
 
 def test_a_case_that_no_chosen_mode_can_run_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="case kernel runs in mode paged only"):
-        plan_of(session(), ["kernel"], ["default"])
+        make_plan(session(), ["kernel"], ["default"])
 
 
 def test_first_steps_are_one_shape_a_case_in_every_mode() -> None:
-    plan = plan_of(session(), ["decode", "batch", "kernel"], [])
+    plan = make_plan(session(), ["decode", "batch", "kernel"], [])
     found = [(case.name, tuple(shape[:2]), mode) for case, shape, mode in first_steps(plan)]
     assert found == [
         ("decode", (1, 64), "default"),

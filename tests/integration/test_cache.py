@@ -334,7 +334,7 @@ def test_a_pool_never_grows_past_its_fraction_of_memory(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = 20 * fresh(model).geometry.bytes_per_page
-    monkeypatch.setattr(cache, "free_memory", lambda device: memory)
+    monkeypatch.setattr(cache, "available_bytes", lambda device: memory)
     own = fresh(model, memory_fraction=0.5)
     own.reserve([10_000])
     assert pool_bytes(own) == memory / 2

@@ -72,6 +72,14 @@ def test_the_version_is_the_packages(capsys: Capture) -> None:
     assert __version__ in capsys.readouterr().out
 
 
+def test_help_shows_the_first_sentence_of_each_command_whole(capsys: Capture) -> None:
+    assert run(["--help"]) == OK
+    shown = capsys.readouterr().out
+    lines = shown[shown.index("Commands:") :].splitlines()[1:]
+    assert len(lines) >= 9
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
 @pytest.mark.parametrize("command", ["verify", "generate", "bench serve"])
 def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
     command: str, capsys: Capture
@@ -102,11 +110,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "page size zero": (["verify", "--page-size", "0"], "'--page-size'"),
     "page larger than the pool": (
         ["verify", "--page-size", "64", "--max-tokens", "32"],
-        "page_size 64 does not fit into max_tokens 32",
+        "--page-size 64 does not fit into --max-tokens 32",
     ),
     "unknown device": (["verify", "--device", "banana"], "unknown device 'banana': use auto"),
     "missing device": (["generate", "x", "--device", "cuda:99"], "cuda:99 is not there"),
-    "unknown dtype": (["verify", "--dtype", "int4"], "unknown dtype 'int4': use auto"),
+    "unknown dtype": (["verify", "--dtype", "int4"], "unknown dtype 'int4': use one of auto"),
     "unknown backend": (["verify", "--backend", "fast"], "'eager', 'compiled'"),
     "unknown geometry": (["verify", "--random-weights", "gpt-2"], "unknown geometry 'gpt-2'"),
     "missing checkpoint": (["verify", "--model", "./nowhere"], "no checkpoint at ./nowhere"),
@@ -123,7 +131,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "blank text": (["generate", "  "], "empty prompt"),
     "missing tokenizer": (["generate", "x", "--tokenizer", "./nowhere"], "no tokenizer in"),
     "no requests": (["bench", "serve", "--requests", "0"], "'--requests'"),
-    "more than most": (["bench", "serve", "--new-tokens", "9", "8"], "new tokens from 9 to 8"),
+    "more than most": (["bench", "serve", "--new-tokens", "9", "8"], "got 9 to 8"),
     "long prompts of no length": (["bench", "serve", "--long-every", "3"], "at least 1 token"),
     "no new tokens": (["generate", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "pool too small": (
@@ -169,6 +177,21 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     (tmp_path / "file").touch()
     assert run(["verify", "--json", str(tmp_path / "file" / "report.json")]) == USAGE
     assert_one_line(capsys, "cannot write")
+
+
+def test_a_full_disk_is_said_in_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "granite_paged", "--help"],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == USAGE
+    assert done.stderr.splitlines() == [
+        "granite-paged: error: cannot write standard output: No space left on device"
+    ]
 
 
 def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path, capsys: Capture) -> None:

@@ -22,7 +22,6 @@ from granite_paged.evaluate.metrics import (
     credit,
     gap_error,
     mode_metrics,
-    quantile,
 )
 from granite_paged.evaluate.near_ties import judged as judged_differences
 from granite_paged.evaluate.peak_memory import Peaks
@@ -397,11 +396,6 @@ def test_metrics_are_what_the_records_say() -> None:
     assert metrics.peak_bytes == 103
     assert metrics.saved_tokens == 60
     assert metrics.hit_rate == pytest.approx(4 / 8)
-
-
-def test_quantiles_are_linear_between_neighbours() -> None:
-    assert quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
-    assert quantile([7.0], 0.99) == 7.0
 
 
 def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:

@@ -236,7 +236,7 @@ def test_report_puts_several_results_on_one_page(
         path = tmp_path / f"{batch}.json"
         path.write_text(json.dumps({**evaluation, "batch": batch}))
         files.append(str(path))
-    assert run(["report", *files, "--to", str(tmp_path / "out")]) == OK
+    assert run(["report", *files, "--out", str(tmp_path / "out")]) == OK
     assert "report.md and 4 figures" in capsys.readouterr().out
     page = (tmp_path / "out" / "report.md").read_text()
     assert "mmlu 0-shot, one by one" in page

@@ -1,4 +1,4 @@
-"""transformers in batches, beside the engine: as much work as was asked for, and no more."""
+"""transformers' batches do the work that was asked for, and no more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from granite_paged.bench.serving import Batches, percentile
+from granite_paged.bench.serving import Batches
 from granite_paged.bench.workload import Arrival
 from tests.helpers.tiny_models import tiny_model
 
@@ -28,14 +28,8 @@ def test_a_batch_takes_as_many_steps_as_its_longest_answer(
 
     monkeypatch.setattr(model, "forward", noted)
     coming = [Arrival(0.0, prompt, new) for prompt, new in zip(PROMPTS, NEW, strict=True)]
-    records = Batches(model, coming, 2, static=static).serve(lambda done: None)
+    records = Batches(model, coming, 2, static=static).serve("default")
     assert [len(record.tokens) for record in records] == list(NEW)
     assert [len(record.times) for record in records] == list(NEW)
     last = (2, 5) if static else (1, 1)  # of one shape, or as long as it is
     assert shapes == [(2, 5), *[(2, 1)] * 4, last, *[(last[0], 1)] * 2]
-
-
-def test_percentiles_of_few_numbers() -> None:
-    assert percentile([], 50) == 0.0
-    assert percentile([3.0], 99) == 3.0
-    assert percentile([1.0, 2.0, 3.0], 50) == 2.0

@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 
 from granite_paged.bench.cases import CASES, Shape, chosen_cases
 from granite_paged.bench.gate import GATED
-from granite_paged.cli import bench
+from granite_paged.bench.search_space import SUBJECTS
 from granite_paged.errors import UnknownName
-from granite_paged.names import MODES
-from granite_paged.report.bench_figures import FORMATS
+from granite_paged.names import CASE_NAMES, SUBJECT_NAMES
 
 
 def shapes(case: str) -> set[tuple[int, int]]:
@@ -76,10 +75,9 @@ def test_an_unknown_case_is_refused_with_the_known_ones() -> None:
         chosen_cases(["speed"])
 
 
-def test_the_command_line_knows_every_case_mode_and_format() -> None:
-    assert tuple(CASES) == bench.CASE_NAMES
-    assert bench.MODE_NAMES == MODES
-    assert bench.FORMATS == FORMATS
+def test_the_command_line_knows_every_case_and_subject() -> None:
+    assert tuple(CASES) == CASE_NAMES
+    assert tuple(SUBJECTS) == SUBJECT_NAMES
 
 
 def test_what_is_gated_is_recorded_by_the_benchmark() -> None:

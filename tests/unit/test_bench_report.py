@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from granite_paged.errors import CannotWrite, InvalidArgument, MissingExtra
+from granite_paged.names import FIGURE_FORMATS
 from granite_paged.report import bench_figures, bench_tables
 from granite_paged.report.bench_figures import draw_all
 from granite_paged.report.bench_results import Latency, Result, Row
@@ -119,7 +120,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 # -- figures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", bench_figures.FORMATS)
+@pytest.mark.parametrize("form", FIGURE_FORMATS)
 def test_every_figure_with_rows_is_written(form: str, tmp_path: Path) -> None:
     files = draw_all([result()], PUBLISHED, tmp_path, form)
     assert {file.stem for file in files} == set(bench_figures._FIGURES)

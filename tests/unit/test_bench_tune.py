@@ -18,8 +18,8 @@ from granite_paged.bench import kernel, search_space
 from granite_paged.bench.measure import Clock
 from granite_paged.bench.search_space import (
     SUBJECTS,
-    Bench,
     DecodeSteps,
+    TuningTarget,
     candidates,
     groups_of,
     product_kinds,
@@ -188,8 +188,8 @@ def test_a_batch_measured_for_the_first_time_takes_its_place() -> None:
 # -- what is tuned ------------------------------------------------------------------------------
 
 
-def bench(**sizes: Any) -> Bench:
-    return Bench(tiny_model(**sizes), CONFIG)
+def target(**sizes: Any) -> TuningTarget:
+    return TuningTarget(tiny_model(**sizes), CONFIG)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -198,7 +198,7 @@ def test_the_first_candidate_of_a_group_is_the_rule_and_all_are_different(
     name: str, quick: bool
 ) -> None:
     pytest.importorskip("triton")
-    for group in SUBJECTS[name](bench(), quick):
+    for group in SUBJECTS[name](target(), quick):
         rule = group.candidates[0]
         known = {*TUNED.decode, TUNED.prefill, *TUNED.one_row, *TUNED.few_rows}
         assert rule in known or TUNED.for_batch(rule.batch) in known
@@ -240,7 +240,7 @@ def test_every_flavour_of_model_has_products(flavour: str) -> None:
 
 def test_what_is_settled_stays_while_the_next_is_chosen() -> None:
     pytest.importorskip("triton")
-    steps = DecodeSteps(bench(), 16)
+    steps = DecodeSteps(target(), 16)
     first = replace(TUNED.for_few_rows(16, gated=True, few_columns=True), SPLITS=5)
     steps.settle(first)
     steps.settle(replace(TUNED.for_few_rows(16, gated=False, few_columns=True), SPLITS=5))
@@ -255,16 +255,16 @@ def test_a_sweep_says_what_it_chose() -> None:
 
 
 def test_there_is_nothing_to_tune_on_a_cpu() -> None:
-    with pytest.raises(CannotJudge, match="tune measures a CUDA device, and none is used here"):
-        groups_of(bench())
+    with pytest.raises(CannotJudge, match="tune needs a CUDA device, and this run has none"):
+        groups_of(target())
 
 
 def test_there_is_nothing_to_tune_where_kernels_do_not_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Bench, "clock", AGpu())
+    monkeypatch.setattr(TuningTarget, "clock", AGpu())
     with pytest.raises(CannotJudge, match="kernels do not run here: device cpu has no Triton"):
-        groups_of(bench())
+        groups_of(target())
 
 
 class AGpu:
@@ -299,7 +299,7 @@ def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
         return decode(runner, *arguments)
 
     monkeypatch.setattr(Runner, "decode", decoded)
-    groups = [g for g in SUBJECTS["products"](bench(), True) if "step of 16" in g.shapes[0].name]
+    groups = [g for g in SUBJECTS["products"](target(), True) if "step of 16" in g.shapes[0].name]
     (shape,) = groups[0].shapes
     rule = TUNED.for_few_rows(16, gated=False, few_columns=True)
     assert shape.prepare()(shape.layout(replace(rule, SPLITS=1, DEPTH=32))) > 0
@@ -311,7 +311,7 @@ def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
 def test_prefill_attention_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_space, "PREFILL_TOKENS", 24)
     monkeypatch.setattr(search_space, "PREFILL_PASTS", (0, 40))
-    (group,) = SUBJECTS["prefill"](bench(), False)
+    (group,) = SUBJECTS["prefill"](target(), False)
     assert [shape.name for shape in group.shapes] == ["prefill 24 of 24", "prefill 24 of 64"]
     for shape in group.shapes:
         assert shape.prepare()(shape.layout(group.candidates[0])) > 0
@@ -325,7 +325,7 @@ def test_decode_attention_is_given_the_plan_that_is_timed(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         kernel, "split_attention", lambda *args, plan, **options: given.append((args[3], plan))
     )
-    (group,) = SUBJECTS["decode"](bench(), True)
+    (group,) = SUBJECTS["decode"](target(), True)
     (shape,) = group.shapes
     layout = shape.layout(group.candidates[0])
     assert shape.prepare()(layout) > 0

@@ -1,0 +1,117 @@
+"""The commands `plot` and `report`, which present results that are already measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from granite_paged.cli.options import OK, SETTINGS, markdown_option, records_option
+from granite_paged.names import FIGURE_FORMATS
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument(
+    "results",
+    nargs=-1,
+    required=True,
+    metavar="RESULT.json...",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder for the figures.",
+)
+@click.option(
+    "--format",
+    "form",
+    default="png",
+    type=click.Choice(FIGURE_FORMATS),
+    help="Draw in this format.",
+)
+@markdown_option
+@click.option(
+    "--page",
+    metavar="FILE",
+    help="Put the first result's tables and two figures between the bench comments of this page.",
+)
+@records_option
+def plot(
+    results: Sequence[Path],
+    out: Path | None,
+    form: str,
+    markdown_file: str | None,
+    page: str | None,
+    records: Path,
+) -> int:
+    """Draw benchmark results and write their tables.
+
+    Time and memory against batch and context, decode steps, and the kernel alone, with the floor
+    drawn in and the original study's published curves beside ours, each labelled with its GPU.
+    Several results share the figures.
+
+    \b
+    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures
+    granite-paged plot before.json after.json --out figures --format svg
+    granite-paged plot decode.json --markdown decode.md
+    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures --page docs/benchmarks.md
+    """  # noqa: D301
+    from granite_paged.report.bench_figures import draw_all
+    from granite_paged.report.bench_results import read_result, writable_folder
+    from granite_paged.report.bench_tables import markdown, page_part, write_text
+    from granite_paged.report.markdown import put_between
+    from granite_paged.report.published import read_published
+
+    if out is None and markdown_file is None:
+        raise click.UsageError("nothing to write: pass --out DIR, --markdown FILE or both")
+    if page is not None and (out is None or form != "png"):
+        raise click.UsageError("--page shows figures: pass --out DIR and leave --format at png")
+    read = [read_result(path) for path in results]
+    if markdown_file is not None:
+        write_text(Path(markdown_file), markdown(read))
+        click.echo(markdown_file)
+    if out is not None:
+        for path in draw_all(read, read_published(records), writable_folder(out), form):
+            click.echo(path)
+    if page is not None and out is not None:
+        figures = os.path.relpath(out, Path(page).parent)
+        put_between(page, "bench", page_part(read[0], figures))
+    return OK
+
+
+@click.command("report", context_settings=SETTINGS)
+@click.argument("results", nargs=-1, required=True, type=click.Path())
+@click.option("--bench", multiple=True, metavar="FILE", type=click.Path(), help="As of eval.")
+@click.option(
+    "--out", "folder", default="report", metavar="DIR", type=click.Path(file_okay=False),
+    help="Where results.json, report.md and the figures go.",
+)  # fmt: skip
+@click.option(
+    "--page",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Also put tables and figures between the results comments of this Markdown page.",
+)
+def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: str | None) -> int:
+    """Write one report of several evaluations.
+
+    RESULTS are files that `granite-paged eval --json` wrote.
+
+    \b
+    granite-paged report mmlu.json truthfulqa.json --out report
+    granite-paged report golden/results/*.json --out out --page docs/evaluation.md
+    """  # noqa: D301
+    from granite_paged.report.eval_report import update_page, write_report
+    from granite_paged.report.eval_results import read_bench, read_evaluation
+
+    evaluations = [read_evaluation(path) for path in results]
+    rows = [row for path in bench for row in read_bench(path)]
+    figures = write_report(folder, evaluations, rows)
+    if page:
+        update_page(page, evaluations, rows, figures)
+    click.echo(f"{folder}/report.md and {len(figures)} figures")
+    return OK
