@@ -39,13 +39,16 @@ def _sections() -> Iterator[str]:
     sys.path.insert(0, str(ROOT))
     from granite_paged.cli.main import cli  # noqa: PLC0415  # imports no torch
 
-    for name, command in sorted(cli.commands.items()):
+    sizes = {"terminal_width": WIDTH, "max_content_width": WIDTH, **cli.context_settings}
+    for name, command in _named("", cli):
+        context = click.Context(command, info_name=f"granite-paged {name}", **sizes)
+        yield f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+
+
+def _named(prefix: str, group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    """Every visible command with its full name, subcommands after their group."""
+    for name, command in sorted(group.commands.items()):
         if not command.hidden:
-            context = click.Context(
-                command,
-                info_name=f"granite-paged {name}",
-                terminal_width=WIDTH,
-                max_content_width=WIDTH,
-                **cli.context_settings,
-            )
-            yield f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+            yield prefix + name, command
+        if isinstance(command, click.Group):
+            yield from _named(f"{prefix}{name} ", command)
