@@ -127,6 +127,13 @@ def test_no_module_hides_one_of_the_standard_library() -> None:
     assert names & sys.stdlib_module_names == set()
 
 
+def test_every_message_that_explains_the_gate_is_printed_by_it() -> None:
+    rows = re.findall(r'^\| [^|]*"([^"|]+)"', read("docs/golden.md"), flags=re.MULTILINE)
+    assert len(rows) == 3
+    gate = read("granite_paged/bench/gate.py")
+    assert not [message for message in rows if message not in gate]
+
+
 # -- snippets and numbers -----------------------------------------------------------------------
 
 
