@@ -136,7 +136,8 @@ def report(session: nox.Session) -> None:
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
-    records = sorted(map(str, Path("golden/perf").glob("nvidia-*.json")))
+    files = Path("golden/perf").glob("*.json")
+    records = sorted(str(path) for path in files if ".published." not in path.name)
     curves = [part for record in records for part in ("--bench", record)]
     pages = ("--out", "golden/figures/evaluation", "--page", "docs/evaluation.md")
     session.run("granite-paged", "report", *results, *curves, *pages)
