@@ -254,7 +254,7 @@ def product_kinds(model: Any, rows: int, multiprocessors: int) -> list[tuple[boo
 
     Only a single row goes through the head.
     """
-    from granite_paged.layers.triton.linear import has_few_columns
+    from granite_paged.layers.triton.tiles import has_few_columns
 
     layers = model.base_model.layers
     plain = {columns for layer in layers for columns in _plain_columns(layer)}
@@ -314,7 +314,7 @@ class DecodeSteps:
     @functools.cached_property
     def _timer(self) -> Timer:
         """Of a step that is recorded anew with the constants of a layout."""
-        from granite_paged.layers.triton.linear import using
+        from granite_paged.layers.triton.tiles import using
 
         self._target.fresh()
         shape, clock = Shape(self._rows, STEP_CONTEXT), self._target.clock

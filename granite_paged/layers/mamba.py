@@ -62,6 +62,7 @@ class MambaSizes(NamedTuple):
     @classmethod
     def of(cls, mixer: Any) -> MambaSizes:
         """Read off a `GraniteMoeHybridMambaLayer`."""
+        low, high = mixer.time_step_limit
         return cls(
             heads=mixer.num_heads,
             head_dim=mixer.head_dim,
@@ -69,7 +70,7 @@ class MambaSizes(NamedTuple):
             groups=mixer.n_groups,
             conv_width=mixer.conv_kernel_size,
             chunk_size=mixer.chunk_size,
-            time_step_limit=tuple(mixer.time_step_limit),
+            time_step_limit=(float(low), float(high)),
         )
 
     @property

@@ -18,6 +18,7 @@ from granite_paged.bench.search_space import (
     groups_of,
 )
 from granite_paged.bench.tune import sweep
+from granite_paged.layers.triton.tiles import few_rows_tiles, one_row_tiles
 from granite_paged.layers.tuning import TUNED
 from granite_paged.models import load
 
@@ -50,11 +51,11 @@ def test_every_choice_of_a_product_gives_the_same_answer(rows: int, gated: bool)
     expected = kernels.linear(x, weight, gated=gated)[0].double()
     case: dict[str, Any] = {"gated": gated, "few_columns": True}
     if rows == 1:
-        rule, choices, tiles = TUNED.for_one_row(**case), ONE_ROW_CHOICES, kernels.one_row_tiles
+        rule, choices, options_of = TUNED.for_one_row(**case), ONE_ROW_CHOICES, one_row_tiles
     else:
         rule = TUNED.for_few_rows(rows, **case)
-        choices, tiles = FEW_ROWS_CHOICES, kernels.few_rows_tiles
+        choices, options_of = FEW_ROWS_CHOICES, few_rows_tiles
     for constants in candidates(rule, choices, quick=True):
-        found = kernels.linear(x, weight, gated=gated, **tiles(constants, 512))[0].double()
+        found = kernels.linear(x, weight, gated=gated, **options_of(constants, 512))[0].double()
         difference = (found - expected).abs().max() / expected.abs().max()
         assert difference <= ONE_STEP, constants

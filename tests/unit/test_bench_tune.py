@@ -37,6 +37,7 @@ from granite_paged.bench.tune import (
 )
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import PagedConfig
+from granite_paged.layers.triton import tiles
 from granite_paged.layers.tuning import TUNED, OneRowConstants, read_tuned
 from granite_paged.models import geometry_config
 from granite_paged.runner.runner import Runner
@@ -223,7 +224,7 @@ def test_the_products_of_a_step_are_of_three_kinds(rows: int) -> None:
 
 def test_only_a_single_row_goes_through_the_head() -> None:
     """Its vocabulary is the one product of this model that has many columns."""
-    few_columns = pytest.importorskip("granite_paged.layers.triton.linear").FEW_COLUMNS
+    few_columns = tiles.FEW_COLUMNS
     model = tiny_model("dense")
     widest = max(len(w) for name, w in model.named_parameters() if "proj" in name or "mlp" in name)
     multiprocessors = widest // few_columns + 1
@@ -289,13 +290,13 @@ def test_calls_of_a_graph_are_timed_together() -> None:
 def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    linear = pytest.importorskip("granite_paged.layers.triton.linear")
+    pytest.importorskip("triton")
     monkeypatch.setattr(search_space, "STEP_CONTEXT", 20)
     monkeypatch.setattr(search_space, "_STEPS", 2)
     met, decode = [], Runner.decode
 
     def decoded(runner: Runner, *arguments: Any) -> Any:
-        met.append((bool(runner._captured), linear.tiles(16, 8, 64, False, 1)["SPLITS"]))
+        met.append((bool(runner._captured), tiles.tiles(16, 8, 64, False, 1)["SPLITS"]))
         return decode(runner, *arguments)
 
     monkeypatch.setattr(Runner, "decode", decoded)

@@ -13,6 +13,7 @@ import torch
 
 from granite_paged.errors import TunedFileError
 from granite_paged.layers.attention import DecodePlan, kernel_options
+from granite_paged.layers.triton import tiles
 from granite_paged.layers.tuning import PATH, ROW_TILES, TUNED, read_tuned
 from tests.helpers.strategies import make_geometry
 
@@ -67,8 +68,8 @@ FEW_ROWS = {
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_tiles_of_one_row_are_those_measured(name: str) -> None:
-    tiles = product_tiles(1, name)
-    assert tiles == dict(zip(("COLUMNS", "DEPTH", "num_warps"), ONE_ROW[name], strict=True))
+    found = product_tiles(1, name)
+    assert found == dict(zip(("COLUMNS", "DEPTH", "num_warps"), ONE_ROW[name], strict=True))
 
 
 @pytest.mark.parametrize(("rows", "name"), FEW_ROWS, ids=str)
@@ -88,9 +89,7 @@ def test_decode_plans_are_those_measured(batch: int, pages: int, splits: int) ->
 
 
 def product_tiles(rows: int, name: str) -> dict[str, int]:
-    tiles = pytest.importorskip("granite_paged.layers.triton.linear").tiles
-    found: dict[str, int] = tiles(rows, *PRODUCTS[name], H200)
-    return found
+    return tiles.tiles(rows, *PRODUCTS[name], H200)
 
 
 # -- the rules, whatever the constants ----------------------------------------------------------
@@ -102,17 +101,15 @@ def test_rows_take_the_least_tile_that_holds_them_or_the_largest(rows: int, tile
 
 
 def test_a_shallow_product_is_not_split_into_parts_of_nothing() -> None:
-    kernels = pytest.importorskip("granite_paged.layers.triton.linear")
     constants = replace(TUNED.few_rows[0], DEPTH=256, SPLITS=4)
-    found = [kernels.few_rows_tiles(constants, depth)["SPLITS"] for depth in (200, 300, 5000)]
+    found = [tiles.few_rows_tiles(constants, depth)["SPLITS"] for depth in (200, 300, 5000)]
     assert found == [1, 2, 4]
 
 
 def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
-    kernels = pytest.importorskip("granite_paged.layers.triton.linear")
     constants = replace(TUNED.one_row[0], COLUMNS=4)
     depths = (4096, 8192, 32768)
-    found = [kernels.one_row_tiles(constants, depth)["COLUMNS"] for depth in depths]
+    found = [tiles.one_row_tiles(constants, depth)["COLUMNS"] for depth in depths]
     assert found == [4, 2, 1]
 
 

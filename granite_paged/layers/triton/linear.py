@@ -1,37 +1,34 @@
-"""y = x W^T for few rows, with what stands around it in a decoder layer fused in.
+"""y = x W^T for few rows, fused with the operations around it in a decoder layer.
 
-A decode step reads every weight once and computes little with it, so its floor is the weights'
-bytes. Around each product stand a normalisation, a gate and a residual sum of a few rows, which as
-kernels of their own cost more than their work. Here they ride along::
+A decode step reads every weight once and computes little with it, so the bytes of the weights bound
+its time. The norm, gate, residual and convolution around a product touch only a few rows: as
+kernels of their own they would cost more to launch than to compute. They are part of the product::
 
-    gated      the weight holds two halves: y = silu(x W1^T) * (x W2^T)
+    gated      the weight has two halves: y = silu(x W1^T) * (x W2^T)
     residual   y <- residual + scale * y, in float32, rounded once
-    conv       some columns are a Mamba layer's channels: y <- silu(causal convolution), with the
-               channel's past from its ring, which takes y in
-    several    three products of one x, side by side, are one: a layer's q, k and v
-    norm       a product that comes before an RMS norm also leaves y * norm_weight, and the sums of
-               squares of its parts of each row (`DeferredNorm`). The next product multiplies by the
-               row's 1 / rms, which commutes with it
+    conv       some columns are channels of a Mamba layer: y <- silu(causal convolution). Earlier
+               inputs come from the channel's ring, which also stores y
+    several    three products of the same x are computed as one: a layer's q, k and v
+    norm       before an RMS norm, the product also writes y * norm_weight and the sums of squares
+               of each block of columns (`DeferredNorm`). The next product multiplies by the row's
+               1 / rms, which commutes with it
 
-A tile is computed as W x^T: a Hopper tensor core takes 64 rows of its first operand at least, which
-weights always have, and reads both from shared memory.
+A tile is computed as W x^T: a Hopper tensor core takes at least 64 rows of its first operand, which
+weights always have, and reads both operands from shared memory.
 
-Where there are fewer blocks of columns than multiprocessors, the depth is split; the last program
-of a tile to arrive adds the parts up in their order, so results repeat to the bit.
+If there are fewer blocks of columns than multiprocessors, the depth is split. The last program of a
+tile to finish adds the parts in their order, so results are identical from run to run.
 
-On compute capability 9.0 and later a kernel starts while the one before it ends (programmatic
-dependent launch). Meanwhile it fetches what that one does not write: weights, the residual, what a
-ring has of the past. So if the kernel right before a product is one of ours, only `x` may come from
-it.
+On compute capability 9.0 and later, kernels use programmatic dependent launch (PDL): a kernel
+starts before its predecessor finishes, and prefetches the inputs that the predecessor does not
+write: weights, the residual, the history of a convolution. Therefore only `x` may be written by the
+kernel right before a product, if that kernel is one of this package.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -41,23 +38,18 @@ from torch import Tensor
 
 from granite_paged.device import multiprocessors, shared_memory, stages_that_fit
 from granite_paged.layers.triton import SCRATCH_NUMBERS, SCRATCH_TILES
-from granite_paged.layers.tuning import TUNED, FewRowsConstants, OneRowConstants, Tuned
+from granite_paged.layers.triton.tiles import tiles
 
 MOST_ROWS = 64
-"""Beyond, a library's matrix product is faster than reading x once for every block of columns."""
-
-FEW_COLUMNS = 32
-"""A multiprocessor: with fewer, one block of columns each leaves some idle, so depths are split."""
-
-ONE_LOAD = 16384
-"""Most weights that a program of one row holds in registers at once."""
+"""Most rows for which these products are used. With more, cuBLAS is faster, since here every block
+of columns reads all of x."""
 
 
 class DeferredNorm(NamedTuple):
-    """Rows on their way through an RMS norm, but for the factor 1 / rms of each.
+    """Rows whose RMS norm is not finished: the consumer multiplies each by its 1 / rms.
 
-    values [rows, depth]: x * norm_weight.
-    squares [parts, rows] float32: sums of squares of x; a row's are to be added up.
+    values: [rows, depth], x * norm_weight.
+    squares: [parts, rows] float32, sums of squares over parts of each row of x.
     """
 
     values: Tensor
@@ -65,16 +57,20 @@ class DeferredNorm(NamedTuple):
 
     @classmethod
     def empty(cls, x: Tensor, parts: int = 1) -> DeferredNorm:
-        """For a kernel to write, of rows like x [rows, depth], each in so many parts."""
+        """Allocate for rows like x [rows, depth], with `parts` sums of squares per row."""
         squares = torch.empty(parts, len(x), dtype=torch.float32, device=x.device)
         return cls(torch.empty_like(x), squares)
 
 
 class Convolution(NamedTuple):
-    """Which columns of a product are convolved, and with what.
+    """The columns of a product that are convolved, and the inputs of the convolution.
 
-    first: the first of them. ring [rows of all states, channels, width]; rows, positions [rows of
-    the product] int, -1 for padding; weight [channels, width]; bias [channels] or None.
+    first: index of the first such column.
+    ring: [state rows, channels, width], the last inputs of each channel.
+    rows: [rows of the product] int, the state row of each; -1 for padding.
+    positions: [rows of the product] int; -1 for padding.
+    weight: [channels, width].
+    bias: [channels] or None.
     """
 
     first: int
@@ -87,7 +83,7 @@ class Convolution(NamedTuple):
 
 @triton.jit
 def wait(EARLY: tl.constexpr):
-    """Wait for the kernel before this one; from here on the next one may start."""
+    """Wait until the previous kernel has finished, and let the next one start (PDL)."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -95,7 +91,7 @@ def wait(EARLY: tl.constexpr):
 
 @triton.jit
 def _prefetch(pointers, EARLY: tl.constexpr):
-    """Ask for 128 bytes at each pointer to come to the L2 cache."""
+    """Prefetch the 128 bytes at each pointer into the L2 cache."""
     if EARLY:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers],
@@ -107,7 +103,7 @@ def _prefetch(pointers, EARLY: tl.constexpr):
 def _rows_of(
     weight_ptr, second_ptr, third_ptr, column, second_from, third_from, depth, SEVERAL: tl.constexpr
 ):
-    """Where the weights of these columns begin, be they in one matrix or in three."""
+    """Return pointers to the weights of these columns, which lie in one matrix or in three."""
     pointers = weight_ptr + column * depth
     if SEVERAL:
         second = second_ptr + (column - second_from) * depth
@@ -119,7 +115,7 @@ def _rows_of(
 
 @triton.jit
 def _squares(squares_ptr, row, row_there, rows, parts, PARTS: tl.constexpr):
-    """Sums of squares of a block of rows, part by part."""
+    """Load the sums of squares [PARTS, rows] of a block of rows."""
     part = tl.arange(0, PARTS)
     there = (part < parts)[:, None] & row_there[None, :]
     return tl.load(squares_ptr + part[:, None] * rows + row[None, :], mask=there, other=0.0)
@@ -130,9 +126,10 @@ def past_share(
     ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, row, row_there, column,
     first, channels, WIDTH: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """What a convolution [rows, columns] has from earlier tokens and its bias, in float32.
+    """Return the share of a convolution that comes from earlier tokens and the bias.
 
-    Also where the newest token goes in the ring, where it may, and its weight: for `convolve`.
+    [rows, columns] float32. For `convolve`, also returns where the newest input goes in the ring,
+    a mask of those to be stored, and the last tap [columns].
     """
     channel = column - first
     is_channel = (channel >= 0) & (channel < channels)
@@ -155,7 +152,11 @@ def past_share(
 
 @triton.jit
 def convolve(y, past, newest, there, last, column, first, channels):
-    """y [rows, columns] in the model's dtype: in its convolved columns, silu of the convolution."""
+    """Store y [rows, columns] in the ring, and return y with its channels convolved, in float32.
+
+    Arguments after y come from `past_share`. Channels pass through silu; other columns stay as
+    they are.
+    """
     is_channel = (column >= first) & (column < first + channels)
     total = past + y.to(tl.float32) * last[None, :]
     tl.store(newest, y, mask=there)
@@ -337,59 +338,6 @@ def _prenorm(
     tl.store(squares_ptr + row, tl.sum(x * x, axis=0))
 
 
-def tiles(rows: int, columns: int, depth: int, gated: bool, multiprocessors: int) -> dict[str, int]:
-    """Block sizes, splits, stages and warps for one product.
-
-    The weights stream past once, so what counts is bytes in flight. One row: a program takes whole
-    columns in one load. More: blocks of columns, and where there are few of them, their depth is
-    split. How large and how many is measured (`tuned.py`).
-    """
-    few_columns = has_few_columns(columns, multiprocessors)
-    if rows == 1:
-        return one_row_tiles(
-            _CONSTANTS.get().for_one_row(gated=gated, few_columns=few_columns), depth
-        )
-    constants = _CONSTANTS.get().for_few_rows(rows, gated=gated, few_columns=few_columns)
-    return few_rows_tiles(constants, depth)
-
-
-@contextlib.contextmanager
-def using(tuned: Tuned) -> Iterator[None]:
-    """Products go by these constants meanwhile, and not by those of the file."""
-    before = _CONSTANTS.set(tuned)
-    try:
-        yield
-    finally:
-        _CONSTANTS.reset(before)
-
-
-_CONSTANTS = ContextVar("_CONSTANTS", default=TUNED)
-
-
-def has_few_columns(columns: int, multiprocessors: int) -> bool:
-    """Whether a product has too few blocks of columns to fill the device."""
-    return columns < FEW_COLUMNS * multiprocessors
-
-
-def one_row_tiles(constants: OneRowConstants, depth: int) -> dict[str, int]:
-    """What these constants make of a product of one row."""
-    whole = int(triton.next_power_of_2(depth))
-    together = max(1, min(constants.COLUMNS, ONE_LOAD // whole))
-    return {"COLUMNS": together, "DEPTH": whole, "num_warps": constants.warps}
-
-
-def few_rows_tiles(constants: FewRowsConstants, depth: int) -> dict[str, int]:
-    """What these constants make of a product of several rows."""
-    return {
-        "ROWS": constants.rows,
-        "COLUMNS": constants.COLUMNS,
-        "DEPTH": constants.DEPTH,
-        "SPLITS": min(constants.SPLITS, -(-depth // constants.DEPTH)),
-        "num_warps": constants.warps,
-        "num_stages": constants.stages,
-    }
-
-
 def linear(
     x: Tensor | DeferredNorm,
     weight: Tensor | tuple[Tensor, Tensor, Tensor],
@@ -403,23 +351,23 @@ def linear(
     out: Tensor | None = None,
     **options: int,
 ) -> tuple[Tensor, DeferredNorm | None]:
-    """scale * f(x W^T) + residual, for at most `MOST_ROWS` rows or so.
+    """Compute scale * f(x W^T) + residual, for up to about `MOST_ROWS` rows.
 
     Args:
-        x: [rows, depth] contiguous, or such rows on their way through a norm.
-        weight: [columns, depth], or [2 * columns, depth] if gated; or three, whose columns together
-            are the result's.
-        eps: of the norm that x comes through.
-        residual: [rows, columns] or None; not of the product right before. May be `out`.
-        scale: factor on the product, before the residual.
-        gated: y = silu(first half) * second half.
-        norm: [columns], weight of the norm that the result goes through next, or None.
+        x: [rows, depth] contiguous, or a `DeferredNorm` of such rows.
+        weight: [columns, depth], or [2 * columns, depth] if gated; or three weights, whose columns
+            together are those of the result.
+        eps: epsilon of the norm, if x is a `DeferredNorm`.
+        residual: [rows, columns] or None; not a result of the kernel right before. May be `out`.
+        scale: factor on the product, applied before the residual is added.
+        gated: whether y = silu(first half) * second half.
+        norm: [columns], weight of the RMS norm that follows, or None.
         conv: a convolution of some of the result's columns, or None.
-        out: [rows, columns], where to write.
-        options: block sizes in place of those of `tiles`.
+        out: [rows, columns] to write to, or None.
+        options: kernel options that replace those of `tiles`.
 
     Returns:
-        [rows, columns] in x's dtype, or `out`; and the same before its norm, if asked for.
+        [rows, columns] in x's dtype (`out` if given), and its `DeferredNorm` if `norm` is given.
     """
     values, squares = x if isinstance(x, DeferredNorm) else (x, None)
     rows, depth = values.shape
@@ -462,7 +410,7 @@ def _launch_few_rows(
     numbers: tuple[Any, ...],
     chosen: dict[str, Any],
 ) -> None:
-    """Run `_few_rows` with as many stages and splits as there is memory for."""
+    """Run `_few_rows`, with stages that fit shared memory and splits that fit the scratch."""
     rows, depth = x.shape
     stage = (chosen["ROWS"] + chosen["COLUMNS"] * (1 + chosen["GATED"])) * chosen["DEPTH"]
     memory = shared_memory(x.device)
@@ -478,7 +426,7 @@ def _launch_few_rows(
 
 
 def prenorm(x: Tensor, norm: Tensor) -> DeferredNorm:
-    """The start of an RMS norm of x [rows, depth]: what a product leaves if told of the norm."""
+    """Return x [rows, depth] as a `DeferredNorm`, as a product with `norm` would leave it."""
     rows, depth = x.shape
     after = DeferredNorm.empty(x)
     block = int(triton.next_power_of_2(depth))
@@ -488,15 +436,16 @@ def prenorm(x: Tensor, norm: Tensor) -> DeferredNorm:
 
 @functools.cache
 def early(device: torch.device) -> dict[str, bool]:
-    """Options of a kernel that may start before the last one has ended."""
+    """Return the launch options for programmatic dependent launch, where the device has it."""
     can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": can, "launch_pdl": True} if can else {"EARLY": False}
 
 
 class Scratch:
-    """Parts of split products, and how many of a tile's have arrived: 0 between kernels.
+    """Memory for the parts of split products, shared by the kernels of one stream.
 
-    Kernels of one stream share it. Whoever records kernels in a graph keeps it alive.
+    `arrived` counts the finished parts of each tile; it is 0 between kernels. The owner of a CUDA
+    graph must keep the scratch alive that its kernels use.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -504,7 +453,7 @@ class Scratch:
         self.arrived = torch.zeros(SCRATCH_TILES, dtype=torch.int32, device=device)
 
     def holds(self, tiles: int, numbers: int) -> bool:
-        """Whether so many tiles of so many numbers each fit."""
+        """Return whether `tiles` tiles of `numbers` numbers each fit."""
         return tiles <= SCRATCH_TILES and tiles * numbers <= SCRATCH_NUMBERS
 
 
@@ -512,7 +461,7 @@ _SCRATCH: weakref.WeakValueDictionary[torch.device, Scratch] = weakref.WeakValue
 
 
 def scratch(device: torch.device) -> Scratch:
-    """The device's; made anew where nobody holds one."""
+    """Return the device's scratch; allocate it if no reference to one is left."""
     held = _SCRATCH.get(device)
     if held is None:
         held = _SCRATCH[device] = Scratch(device)

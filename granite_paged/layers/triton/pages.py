@@ -1,4 +1,4 @@
-"""New K and V into pages; which pages each part of a decode step's attention reads."""
+"""Write new K and V into pages; list the pages that each part of a decode step reads."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def write_pages(
     nonfinite: Tensor,
     page_size: int,
 ) -> None:
-    """Put new tokens where the page table says. Padding is written nowhere.
+    """Write K and V of new tokens to the slots that the page table names. Skip padding.
 
-    NaN and infinity are stored as 0 and reported, so that a pool holds finite numbers only: a
-    masked weight of 0 times a NaN would be a NaN.
+    NaN and infinity are stored as 0 and their row is flagged, so a pool holds finite numbers only:
+    a masked weight of 0 times a NaN would be a NaN.
 
     Args:
-        keys, values: [B * S, Hkv * D] each; a row is contiguous.
+        keys, values: [B * S, Hkv * D] each; each row is contiguous.
         pools: keys and values, [1, Hkv, slots, D] each.
-        rows: [B] int, of the page table.
-        positions: [B, S] int, -1 for padding.
+        rows: [B] int, rows of the page table.
+        positions: [B, S] int; -1 for padding.
         table: [rows, width] int32, logical page -> physical page.
-        nonfinite: [rows] uint8, set to 1 where NaN or infinity was met.
-        page_size: tokens a page.
+        nonfinite: [rows] uint8, set to 1 where a value was NaN or infinite.
+        page_size: tokens per page.
     """
     _, kv_heads, slots, head_dim = pools[0].shape
     tokens = positions.shape[1]
@@ -104,17 +104,17 @@ def split_pages(
     splits: int,
     page_size: int,
 ) -> None:
-    """Share each row's pages out over `splits` parts, evenly, in order.
+    """Divide each row's pages evenly over `splits` parts, in order.
 
     Args:
-        rows: [B] int, of the page table.
-        positions: [B] int, of the newest token; -1 for padding, which has no pages.
-        table: [rows, width] int32.
-        lists: written here, int32 each: how many whole pages a part has [B * splits], which
-            [B * splits, wide]; whether it has the partly filled one [B * splits], which
-            [B * splits, wide], of which only the first column is written.
-        splits: parts a row.
-        page_size: tokens a page.
+        rows: [B] int, rows of the page table.
+        positions: [B] int, position of the newest token; -1 for padding, which has no pages.
+        table: [rows, width] int32, logical page -> physical page.
+        lists: int32 tensors to write: the number of full pages of each part [B * splits] and their
+            names [B * splits, wide]; 1 for the part with the partly filled page, else 0
+            [B * splits], and that page's name [B * splits, wide], in the first column only.
+        splits: parts per row.
+        page_size: tokens per page.
     """
     whole_count, whole, partial_count, partial = lists
     wide = whole.shape[-1]

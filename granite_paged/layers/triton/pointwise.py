@@ -1,10 +1,22 @@
-"""What stands between matrix products of many rows: normalisation and gate."""
+"""Norm and gate between matrix products of many rows, and functions that kernels share."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def softplus(x):
+    """Return log(1 + exp(x)); x itself above 20, as torch does."""
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def silu(x):
+    """Return x * sigmoid(x)."""
+    return x * tl.sigmoid(x)
 
 
 @triton.jit
@@ -21,7 +33,7 @@ def _rms_norm(x_ptr, weight_ptr, out_ptr, depth, eps, groups, DEPTH: tl.constexp
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """RMS normalisation of each of `groups` equal parts of a row. x [rows, depth] contiguous."""
+    """Return the RMS norm of x [rows, depth], contiguous; each of `groups` parts by itself."""
     rows, depth = x.shape
     depth //= groups
     out = x.new_empty(x.shape)
@@ -39,12 +51,12 @@ def _silu_mul(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
     at = x_ptr + row * 2 * columns + column
     gate = tl.load(at, mask=there, other=0.0).to(tl.float32)
     by = tl.load(at + columns, mask=there, other=0.0).to(tl.float32)
-    out = gate * tl.sigmoid(gate) * by
+    out = silu(gate) * by
     tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """silu(first half) * second half of each row. x [rows, 2 * columns] contiguous."""
+    """Return silu(first half) * second half of each row of x [rows, 2 * columns], contiguous."""
     rows, columns = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, columns)
     block = min(1024, triton.next_power_of_2(columns))

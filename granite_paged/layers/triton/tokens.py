@@ -1,8 +1,8 @@
-"""The two ends of a decode step: from a row's token to hidden states, from logits to the next.
+"""The two ends of a decode step: from tokens to hidden states, and from logits to tokens.
 
 ::
 
-    tokens [rows] int64     what each row is fed; a step reads it first and writes it last
+    tokens [rows] int64     next input token per row: a step reads it first and writes it last
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from granite_paged.layers.triton.linear import DeferredNorm, early, wait
 
 BLOCK = 8192
-"""Most logits of a row that a program looks at together."""
+"""Most logits of a row that a program loads at once."""
 
 
 @triton.jit
@@ -40,17 +40,17 @@ def _embed(
 def embed(
     tokens: Tensor, rows: Tensor, table: Tensor, multiplier: float, norm: Tensor
 ) -> tuple[Tensor, DeferredNorm]:
-    """Hidden states of each row's token, and the same on their way through a norm.
+    """Return the hidden states of each row's token, also as a `DeferredNorm`.
 
     Args:
-        tokens: [rows of all sequences] int64.
-        rows: [B] int64, of the batch.
+        tokens: [rows] int64, input token of every row.
+        rows: [B] int64, the rows of the batch.
         table: [vocabulary, hidden], the embeddings.
-        multiplier: of the embeddings, before they are rounded.
-        norm: [hidden], weight of the norm that they go through first.
+        multiplier: factor on the embeddings, applied before they are rounded.
+        norm: [hidden], weight of the first RMS norm.
 
     Returns:
-        [B, hidden] in the table's dtype, and the start of its norm.
+        [B, hidden] in the table's dtype, and its `DeferredNorm`.
     """
     batch, depth = len(rows), table.shape[1]
     hidden = table.new_empty(batch, depth)
@@ -70,7 +70,7 @@ def _write_argmax(
     row = tl.load(rows_ptr + batch)
     logits = logits_ptr + batch.to(tl.int64) * columns
     at = tl.arange(0, BLOCK)
-    place = tl.minimum(at, columns - 1)  # valid, where nothing is greater than -inf
+    place = tl.minimum(at, columns - 1)  # a valid token even if no logit is above -inf
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
     wait(EARLY)
     for start in range(0, columns, BLOCK):
@@ -84,14 +84,12 @@ def _write_argmax(
 
 
 def write_argmax(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
-    """`tokens[rows[i]]` becomes the token of the greatest of `logits[i]`, the first of equals.
-
-    A NaN is not the greatest.
+    """Set `tokens[rows[i]]` to the argmax of `logits[i]`: the first of equals, never a NaN.
 
     Args:
         logits: [B, vocabulary], contiguous.
-        rows: [B] int64; of a row named twice, any of its tokens is taken.
-        tokens: [rows of all sequences] int64, written.
+        rows: [B] int64; a row that is named twice gets one of its tokens.
+        tokens: [rows] int64, input token of every row; written in place.
     """
     batch, columns = logits.shape
     block = min(BLOCK, int(triton.next_power_of_2(columns)))

@@ -1,0 +1,336 @@
+"""Mamba-2 in Triton, several tokens per row, computed by chunks. `mamba.py` gives the layouts.
+
+Four kernels: the convolution; the state that each chunk adds; the recurrence over chunks; the
+output. Decays are float32; operands of matrix products have the model's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.triton.pointwise import silu, softplus
+
+
+@triton.jit
+def _convolve(
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, out_ptr,
+    tokens, inner, channels, stride,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(0)
+    s = tl.program_id(1) * S + tl.arange(0, S)
+    c = tl.program_id(2) * C + tl.arange(0, C)
+    s_there, c_there = s < tokens, c < channels
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    positions = positions_ptr + batch * tokens
+    position = tl.load(positions + s, mask=s_there, other=-1)
+    first = batch.to(tl.int64) * tokens
+    token = (first + s) * stride
+    inputs = projected_ptr + inner + c[None, :]
+    total = tl.zeros([S, C], tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + c, mask=c_there, other=0.0).to(tl.float32)[None, :]
+    place = (first + s)[:, None] * channels + c[None, :]
+    start = tl.program_id(1) * S
+    inside = (start >= WIDTH - 1) & (start + S <= tokens)
+    if inside:  # padding is at the ends of a row: between two tokens are only tokens
+        oldest = tl.load(positions + start - (WIDTH - 1))
+        inside = (oldest >= 0) & (tl.load(positions + start + S - 1) >= 0)
+    if inside:
+        for age in tl.static_range(WIDTH):
+            tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
+            x = tl.load(inputs + (token - age * stride)[:, None], mask=c_there[None, :], other=0.0)
+            total += x.to(tl.float32) * tap.to(tl.float32)[None, :]
+        tl.store(out_ptr + place, silu(total).to(out_ptr.dtype.element_ty), mask=c_there[None, :])
+        return
+    for age in tl.static_range(WIDTH):
+        before = s - age
+        is_here = (before >= 0) & s_there
+        if age > 0:
+            is_here &= tl.load(positions + before, mask=is_here, other=-1) >= 0
+        wanted = position - age
+        here = tl.load(
+            inputs + (token - age * stride)[:, None],
+            mask=is_here[:, None] & c_there[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if age > 0:
+            stored = (wanted >= 0) & s_there & (is_here == 0)
+            ring = ring_ptr + row * channels * WIDTH + c[None, :] * WIDTH
+            here += tl.load(
+                ring + (wanted % WIDTH)[:, None],
+                mask=stored[:, None] & c_there[None, :],
+                other=0.0,
+            ).to(tl.float32)
+        tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
+        total += here * tap.to(tl.float32)[None, :]
+    total = silu(total)
+    tl.store(
+        out_ptr + place,
+        total.to(out_ptr.dtype.element_ty),
+        mask=s_there[:, None] & c_there[None, :],
+    )
+
+
+@triton.jit
+def _store_ring(
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr,
+    tokens, inner, channels, stride, WIDTH: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Store the inputs of each row's last `WIDTH` tokens in the slots of their positions."""
+    batch = tl.program_id(0)
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    there = c < channels
+    positions = positions_ptr + batch * tokens
+    last = tl.full([], -1, tl.int32)
+    column = tl.full([], 0, tl.int32)
+    for start in range(0, tokens, 1024):
+        s = start + tl.arange(0, 1024)
+        position = tl.load(positions + s, mask=s < tokens, other=-1).to(tl.int32)
+        highest = tl.max(position, axis=0)
+        if highest > last:
+            column = tl.max(tl.where(position == highest, s, -1), axis=0)
+            last = highest
+    for age in tl.static_range(WIDTH):
+        at = column - age + tl.zeros([C], tl.int32)  # the same for every channel
+        known = there & (at >= 0)
+        position = tl.load(positions + at, mask=known, other=-1)
+        token = (batch.to(tl.int64) * tokens + at) * stride
+        new = tl.load(projected_ptr + token + inner + c, mask=known, other=0.0)
+        slot = ring_ptr + row * channels * WIDTH + c * WIDTH + position % WIDTH
+        tl.store(slot, new, mask=known & (position >= 0))
+
+
+@triton.jit
+def _chunk_states(
+    convolved_ptr, projected_ptr, positions_ptr, dt_bias_ptr, a_log_ptr,
+    dt_ptr, decay_ptr, states_ptr,
+    tokens, chunks, heads, head_dim, state_size, groups, low, high, stride,
+    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Compute a chunk's dt, the cumulative sum of dt * A, and what the chunk adds to the state."""
+    batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    first = batch.to(tl.int64) * tokens
+    s = chunk * SIZE + tl.arange(0, SIZE)
+    is_token = tl.load(positions_ptr + first + s, mask=s < tokens, other=-1) >= 0
+    raw = tl.load(
+        projected_ptr + (first + s) * stride + inner + channels + head, mask=s < tokens, other=0.0
+    ).to(tl.float32)
+    dt = softplus(raw + tl.load(dt_bias_ptr + head).to(tl.float32))
+    dt = tl.where(is_token, tl.minimum(tl.maximum(dt, low), high), 0.0)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    decay = tl.cumsum(dt * rate, axis=0)
+    whole = tl.sum(dt * rate, axis=0)
+    by_head = (batch * heads + head).to(tl.int64) * chunks * SIZE + chunk * SIZE
+    tl.store(dt_ptr + by_head + tl.arange(0, SIZE), dt)
+    tl.store(decay_ptr + by_head + tl.arange(0, SIZE), decay)
+    tl.debug_barrier()
+
+    p, n, group = tl.arange(0, P), tl.arange(0, N), head // (heads // groups)
+    p_there, n_there = p < head_dim, n < state_size
+    added = tl.zeros([P, N], tl.float32)
+    for start in range(0, SIZE, L):
+        at = start + tl.arange(0, L)
+        here = chunk * SIZE + at < tokens
+        token = (first + chunk * SIZE + at) * channels
+        x = tl.load(
+            convolved_ptr + token[None, :] + (head * head_dim + p)[:, None],
+            mask=p_there[:, None] & here[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            convolved_ptr + token[:, None] + (inner + group * state_size + n)[None, :],
+            mask=here[:, None] & n_there[None, :],
+            other=0.0,
+        )
+        to_end = tl.exp(whole - tl.load(decay_ptr + by_head + at)) * tl.load(dt_ptr + by_head + at)
+        scaled = (x.to(tl.float32) * to_end[None, :]).to(b.dtype)
+        added = tl.dot(scaled, b, added, input_precision="ieee")
+    place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
+    there = p_there[:, None] & n_there[None, :]
+    tl.store(states_ptr + place + p[:, None] * state_size + n[None, :], added, mask=there)
+
+
+@triton.jit
+def _pass_on(
+    states_ptr, entering_ptr, ssm_ptr, rows_ptr, decay_ptr, chunks, heads, elements,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute the state that enters each chunk; the state after the last chunk goes to the row."""
+    batch, head = tl.program_id(0), tl.program_id(1)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows_ptr + batch).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
+    there = (at < elements) & (row >= 0)  # row -1 is padding
+    held = ssm_ptr + (row * heads + head) * elements + at
+    state = tl.load(held, mask=there, other=0.0)
+    ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
+    for chunk in range(chunks):
+        place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
+        added = tl.load(states_ptr + place, mask=at < elements, other=0.0)
+        entering = state.to(entering_ptr.dtype.element_ty)
+        tl.store(entering_ptr + place, entering, mask=at < elements)
+        state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
+    tl.store(held, state, mask=there)
+
+
+@triton.jit
+def _chunk_outputs(
+    convolved_ptr, projected_ptr, dt_ptr, decay_ptr, entering_ptr, skip_ptr, gated_ptr,
+    tokens, chunks, heads, head_dim, state_size, groups, stride,
+    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Compute (decayed C . state) + (masked, decayed C B^T) (dt x) + D x, times silu(gate)."""
+    batch, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = SIZE // L
+    chunk, part = part // parts, part % parts
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    first = batch.to(tl.int64) * tokens + chunk * SIZE
+    left = tokens - chunk * SIZE  # tokens from the start of this chunk to the end of the row
+    p, n, group = tl.arange(0, P), tl.arange(0, N), head // (heads // groups)
+    p_there, n_there = p < head_dim, n < state_size
+    to = part * L + tl.arange(0, L)
+    to_there = to < left
+    by_head = (batch * heads + head).to(tl.int64) * chunks * SIZE + chunk * SIZE
+    decay = tl.load(decay_ptr + by_head + to)
+    b_at = inner + group * state_size + n
+    c = tl.load(
+        convolved_ptr + (first + to)[:, None] * channels + (b_at + groups * state_size)[None, :],
+        mask=to_there[:, None] & n_there[None, :],
+        other=0.0,
+    )
+    place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
+    entering = tl.load(
+        entering_ptr + place + p[None, :] * state_size + n[:, None],
+        mask=p_there[None, :] & n_there[:, None],
+        other=0.0,
+    )
+    out = tl.dot(c, entering, input_precision="ieee") * tl.exp(decay)[:, None]
+    for start in range(0, (part + 1) * L, L):
+        at = start + tl.arange(0, L)
+        here = at < left
+        b = tl.load(
+            convolved_ptr + (first + at)[None, :] * channels + b_at[:, None],
+            mask=here[None, :] & n_there[:, None],
+            other=0.0,
+        )
+        x = tl.load(
+            convolved_ptr + (first + at)[:, None] * channels + (head * head_dim + p)[None, :],
+            mask=here[:, None] & p_there[None, :],
+            other=0.0,
+        )
+        later = decay[:, None] - tl.load(decay_ptr + by_head + at)[None, :]
+        causal = to[:, None] >= at[None, :]
+        weight = tl.exp(tl.where(causal, later, -float("inf")))
+        weight *= tl.load(dt_ptr + by_head + at)[None, :]
+        weight *= tl.dot(c, b, input_precision="ieee")
+        out = tl.dot(weight.to(x.dtype), x, out, input_precision="ieee")
+    token_there = to_there[:, None] & p_there[None, :]
+    column = (head * head_dim + p)[None, :]
+    x = tl.load(
+        convolved_ptr + (first + to)[:, None] * channels + column, mask=token_there, other=0.0
+    )
+    out += tl.load(skip_ptr + head).to(tl.float32) * x.to(tl.float32)
+    gate = tl.load(
+        projected_ptr + (first + to)[:, None] * stride + column, mask=token_there, other=0.0
+    )
+    out *= silu(gate.to(tl.float32))
+    place = (first + to)[:, None] * inner + column
+    tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=token_there)
+
+
+def scan(
+    sizes: MambaSizes,
+    projected: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: ScanWeights,
+    state: MambaState,
+) -> Tensor:
+    """Compute convolution, scan and gate for S tokens in each of B rows; update the state in place.
+
+    Args:
+        sizes: the layer's sizes.
+        projected: [B * S, inner + channels + heads], the output of `in_proj`.
+        positions: [B, S] int, contiguous; -1 for padding, on either side of a row.
+        weight, bias: of the convolution, [channels, width] and [channels] or None.
+        weights: the layer's parameters of the recurrence.
+        state: the layer's states of all rows; `state.rows` [B] int selects the batch's.
+
+    Returns:
+        [B * S, inner] gated output in projected's dtype; arbitrary finite values at padding.
+    """
+    batch, tokens = positions.shape
+    stride = projected.shape[1]
+    convolved = projected.new_empty(batch * tokens, sizes.channels)
+    width, has_bias = sizes.conv_width, bias is not None
+    block = 64
+    grid = (batch, triton.cdiv(tokens, 16), triton.cdiv(sizes.channels, block))
+    _convolve[grid](
+        projected, state.conv, state.rows, positions, weight, bias, convolved,
+        tokens, sizes.inner, sizes.channels, stride,
+        WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2,
+    )  # fmt: skip
+    _store_ring[(batch, triton.cdiv(sizes.channels, 256))](
+        projected, state.conv, state.rows, positions,
+        tokens, sizes.inner, sizes.channels, stride, WIDTH=width, C=256,
+    )  # fmt: skip
+    return _scan(sizes, projected, convolved, positions, weights, state)
+
+
+def _scan(
+    sizes: MambaSizes,
+    projected: Tensor,
+    convolved: Tensor,
+    positions: Tensor,
+    weights: ScanWeights,
+    state: MambaState,
+) -> Tensor:
+    batch, tokens = positions.shape
+    size = chunk_of(sizes, tokens)
+    block = min(64, size)
+    chunks = int(triton.cdiv(tokens, size))
+    dt = state.ssm.new_empty(2, batch, sizes.heads, chunks * size)
+    states = state.ssm.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
+    shape = (tokens, chunks, sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups)
+    stride = projected.shape[1]
+    blocks = {
+        "SIZE": size,
+        "L": block,
+        "P": max(16, triton.next_power_of_2(sizes.head_dim)),
+        "N": max(16, triton.next_power_of_2(sizes.state_size)),
+    }
+    _chunk_states[(batch, chunks, sizes.heads)](
+        convolved, projected, positions, *weights[:2], dt[0], dt[1], states,
+        *shape, *sizes.time_step_limit, stride, **blocks, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    elements = sizes.head_dim * sizes.state_size
+    entering = torch.empty_like(states, dtype=convolved.dtype)
+    _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
+        states, entering, state.ssm, state.rows, dt[1], chunks, sizes.heads, elements,
+        SIZE=size, BLOCK=1024,
+    )  # fmt: skip
+    gated = projected.new_empty(batch * tokens, sizes.inner)
+    _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
+        convolved, projected, dt[0], dt[1], entering, weights.skip, gated,
+        *shape, stride, **blocks, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return gated
+
+
+def chunk_of(sizes: MambaSizes, tokens: int) -> int:
+    """Return the tokens per chunk of the kernels.
+
+    That is the model's chunk size, rounded down to a power of two, from 16 to 256; less for short
+    prompts.
+    """
+    size = 1 << (sizes.chunk_size.bit_length() - 1)
+    return int(max(16, min(size, 256, triton.next_power_of_2(tokens))))
