@@ -1,4 +1,4 @@
-"""Every check of the project: `nox -l` lists them, `nox -s tests` is the one to run first."""
+"""Sessions that check the project. `nox -l` lists them; start with `nox -s tests`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROSE = (
 MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
 REQUIRE_GPU = """
 import sys, torch
-torch.cuda.is_available() or sys.exit("no CUDA device here, so nothing was tested or recorded")
+torch.cuda.is_available() or sys.exit("this session needs a CUDA device; nothing was run")
 """
 PRINT_SLUG = """
 import torch
@@ -42,7 +42,7 @@ print(slug(torch.cuda.get_device_name()))
 
 
 def install(session: nox.Session, *groups: str, package: bool = True) -> None:
-    """Dependency groups of pyproject.toml, and the package itself as a user would have it."""
+    """Install dependency groups of pyproject.toml, and the package as a user would."""
     session.install(*nox.project.dependency_groups(PROJECT, *groups), *(["."] if package else []))
 
 
@@ -69,14 +69,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """mypy, strict, on the package."""
+    """Check the types of the package: mypy, strict."""
     install(session, "typing")
     session.run("mypy")
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All layers that need no GPU. Arguments go to pytest: `nox -s tests -- -k fork`."""
+    """Run every test that needs no GPU. Arguments go to pytest: `nox -s tests -- -k fork`."""
     install(session, "tests")
     arguments = session.posargs or ["--durations=10"]
     session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *arguments)
@@ -84,7 +84,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="property")
 def property_(session: nox.Session) -> None:
-    """Allocator and engine for a million steps each, and generated cases many times deeper."""
+    """Run allocator and engine for a million steps each, and many more generated cases."""
     install(session, "tests")
     pytest = ("python", "-m", "pytest", "-n", WORKERS, *session.posargs)
     steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": DEEP_STEPS}
@@ -95,7 +95,7 @@ def property_(session: nox.Session) -> None:
 
 @nox.session
 def snapshots(session: nox.Session) -> None:
-    """Rewrite golden data, then show what changed. Logits are refused where paged is not SDPA."""
+    """Rewrite golden data and show what changed. Logits must agree with SDPA to be written."""
     install(session, "tests")
     session.run("python", "-m", "pytest", "tests/golden", "--snapshot-update", *session.posargs)
     session.run("git", "--no-pager", "diff", "--stat", "--", "golden", external=True)
@@ -105,14 +105,14 @@ def snapshots(session: nox.Session) -> None:
 
 @nox.session
 def verify(session: nox.Session) -> None:
-    """The main job, as a user runs it: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
+    """Compare paged with SDPA: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
     session.install(".")
     session.run("granite-paged", "verify", *session.posargs)
 
 
 @nox.session
 def eval_parity(session: nox.Session) -> None:
-    """All of MMLU and TruthfulQA against lm-eval's own scores. Fails where there is no data."""
+    """Compare all of MMLU and TruthfulQA with lm-eval's own scores. Needs the data."""
     data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
     if not (data / "mmlu_test.jsonl").exists():
         session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
@@ -145,7 +145,7 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def gpu_tests(session: nox.Session) -> None:
-    """Correctness, then the gate, on a CUDA device. Fails where there is none: nothing ran."""
+    """Run the GPU tests, then the gate. Needs a GPU."""
     install(session, "tests")
     session.run("python", "-c", REQUIRE_GPU)
     session.run("python", "-m", "pytest", "tests/gpu", "--durations=10", *session.posargs)
@@ -154,7 +154,7 @@ def gpu_tests(session: nox.Session) -> None:
 
 @nox.session
 def perf_record(session: nox.Session) -> None:
-    """Record this GPU in golden/perf, with figures. Arguments go to bench. Fails without a GPU."""
+    """Record this GPU in golden/perf, with figures. Arguments go to bench. Needs a GPU."""
     install(session, "tests")
     session.run("python", "-c", REQUIRE_GPU)
     name = session.run("python", "-c", PRINT_SLUG, silent=True).strip()
@@ -168,7 +168,7 @@ def perf_record(session: nox.Session) -> None:
 
 @nox.session
 def tune(session: nox.Session) -> None:
-    """Choose the constants of kernel options again. Arguments go to tune. Fails without a GPU."""
+    """Choose the constants of kernel options again. Arguments go to tune. Needs a GPU."""
     session.install(".")
     session.run("python", "-c", REQUIRE_GPU)
     constants = "granite_paged/layers/tuned.json"
@@ -181,7 +181,7 @@ def tune(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("resolution", ["lowest-direct", "highest"])
 def matrix(session: nox.Session, resolution: str) -> None:
-    """Both ends of every version range that pyproject.toml claims."""
+    """Run the tests at one end of the version ranges in pyproject.toml."""
     groups = nox.project.dependency_groups(PROJECT, "tests")
     session.run_install("uv", "pip", "install", f"--resolution={resolution}", ".", *groups)
     session.run("uv", "pip", "list", silent=False)
@@ -189,4 +189,4 @@ def matrix(session: nox.Session, resolution: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit("run it with nox: `nox -l`")
+    sys.exit("run this file with nox: `nox -l` lists the sessions")
