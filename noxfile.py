@@ -48,7 +48,7 @@ def install(session: nox.Session, *groups: str, package: bool = True) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff (rules and format), spelling, and the phrases that .prose.txt retires."""
+    """Check code with ruff, and text with codespell and the phrases in .prose.txt."""
     install(session, "lint", package=False)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
