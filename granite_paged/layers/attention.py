@@ -26,7 +26,12 @@ from torch.nn.attention.flex_attention import (
 from granite_paged.device import multiprocessors, shared_memory, stages_that_fit
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend, CacheGeometry
-from granite_paged.layers.backend import SMALLEST_KERNEL_BLOCK, attention_backend, check_compilable
+from granite_paged.layers.backend import (
+    COMPILING,
+    SMALLEST_KERNEL_BLOCK,
+    attention_backend,
+    check_compilable,
+)
 from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
 
 _T = TypeVar("_T")
@@ -326,7 +331,8 @@ def _call_compiled(function: Callable[..., _T], *args: Any) -> _T:
     Never with dynamic shapes: once page or group sizes have varied in a process, dynamo makes them
     symbols too, and FlexAttention then fails, or answers wrongly (seen with torch 2.11).
     """
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+    with COMPILING, torch._dynamo.config.patch(limits):
         compiled: Callable[..., _T] = _compiled(function)
         return compiled(*args)
 

@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import threading
 import warnings
 from typing import Any
 
@@ -27,6 +28,10 @@ from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
 
 HALF = (torch.bfloat16, torch.float16)
+
+COMPILING = threading.RLock()
+"""Held while something is compiled or captured. Engines on several GPUs share one process, and
+neither dynamo's tracing nor a CUDA graph's memory pool works in two threads at once."""
 
 SMALLEST_KERNEL_BLOCK = 16
 """Least tokens per page and elements per head of the fused kernel. Triton's matrix product needs

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.layers.attention import DecodePlan
+from granite_paged.layers.backend import COMPILING
 from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.runner.memory_plan import memory_refused
 from granite_paged.runner.model import EagerModel, Step, Storage
@@ -106,13 +107,16 @@ class CapturedStep:
         """
         self._inputs.copy_(self.padding().flat)
         what = f"a step of {self._batch} x {self._length} tokens"
-        with memory_refused(self._device, what), torch.inference_mode():
+        with COMPILING, memory_refused(self._device, what), torch.inference_mode():
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 self._compute()
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
+            # thread_local: threads of other GPUs go on allocating memory while this one records
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
                 self._compute()
         self._graph = graph
 
