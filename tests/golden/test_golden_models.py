@@ -1,4 +1,4 @@
-"""The golden logits have teeth: on live models, what moved is named."""
+"""Mutation tests of the golden logits: when a side is changed on purpose, it is the one named."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LENGTHS = (21, 16, 8, 5)
 
 @pytest.fixture
 def record(pytestconfig: pytest.Config) -> Record:
-    """What test_left_padded_batch[name] compares with."""
+    """The recorded logits of `test_left_padded_batch[name]`."""
 
     def read(name: str) -> Any:
         file = f"test_left_padded_batch-{name}.safetensors"
@@ -51,7 +51,7 @@ def measure(name: str) -> Measured:
 
 
 def broken_by(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """`paged_mask_mod` with its inverse map or its positions changed beforehand."""
+    """Return `paged_mask_mod` with its inverse map or positions changed first."""
     right = masks.paged_mask_mod
 
     def wrong(physical: Tensor, logical: Tensor, positions: Tensor, **sizes: int) -> Any:
@@ -74,7 +74,7 @@ def sees_a_token_ahead(logical: Tensor, positions: Tensor) -> tuple[Tensor, Tens
 
 @pytest.mark.parametrize("defect", [loses_the_last_token, loses_the_first_page, sees_a_token_ahead])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_wrong_mask_is_named_as_ours(
+def test_wrong_mask_is_reported_as_ours(
     name: str, defect: Any, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(masks, "paged_mask_mod", broken_by(defect))
@@ -82,11 +82,11 @@ def test_a_wrong_mask_is_named_as_ours(
     comparison = compare(measure(name), record(name))
 
     assert comparison.verdict == "paged moved, SDPA did not"
-    assert comparison.paged_sdpa.ratio > 100, "such a defect stands far above rounding"
+    assert comparison.paged_sdpa.ratio > 100, "such a defect must exceed the bound by far"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_changed_forward_is_named_as_transformers(
+def test_changed_forward_is_reported_as_transformers(
     name: str, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in golden_model(name).model.modules():
@@ -98,14 +98,14 @@ def test_a_changed_forward_is_named_as_transformers(
     assert comparison.verdict == "transformers' SDPA moved (we followed it)"
 
 
-def test_changed_weights_are_named_as_inputs(record: Record) -> None:
+def test_changed_weights_are_reported_as_inputs(record: Record) -> None:
     comparison = _with_origin(record("hybrid"), weights_sha256="of other weights")
 
     assert comparison.verdict == INPUTS_CHANGED
     assert comparison.changed_inputs == ("weights_sha256",)
 
 
-def test_changed_ids_are_named_as_inputs(record: Record) -> None:
+def test_changed_ids_are_reported_as_inputs(record: Record) -> None:
     comparison = _with_origin(record("hybrid"), ids_sha256="of other ids")
 
     assert comparison.verdict == INPUTS_CHANGED
@@ -117,15 +117,17 @@ def _with_origin(recorded: Any, **changed: str) -> Comparison:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_float32_rounding_is_a_small_part_of_the_bound(name: str, record: Record) -> None:
+def test_float32_rounding_stays_well_within_the_bound(name: str, record: Record) -> None:
     comparison = compare(measure(name), record(name))
 
     assert comparison.verdict == AGREE
-    assert comparison.paged_sdpa.ratio < 0.5, "these weights would make the comparison a gamble"
+    assert comparison.paged_sdpa.ratio < 0.5, (
+        "rounding comes too close to the bound: choose other weights"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_do_not_follow_the_global_generator(name: str) -> None:
+def test_weights_do_not_depend_on_the_global_seed(name: str) -> None:
     torch.manual_seed(1)
     one = MODELS[name]()
     torch.manual_seed(2)

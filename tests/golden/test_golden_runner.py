@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers.golden_models import MODELS
-from tests.helpers.golden_runner import decoded, difference, make_driver, prefilled, recorded
-from tests.helpers.tolerance import LOGITS_FLOAT32
+from tests.helpers.golden_runner import decoded, make_driver, prefilled, recorded
+from tests.helpers.tolerance import LOGITS_FLOAT32, largest_error
 
 every_model = pytest.mark.parametrize("name", MODELS)
 forms = pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 @forms
 def test_a_runners_prefill(name: str, kernels: bool) -> None:
     logits = prefilled(make_driver(name, "cpu", kernels=kernels), name)
-    assert difference(logits, recorded("prefill", name)["prefill"][0, -1]) <= LOGITS_FLOAT32
+    assert largest_error(logits, recorded("prefill", name)["prefill"][0, -1]) <= LOGITS_FLOAT32
 
 
 @every_model
@@ -29,4 +29,4 @@ def test_a_runners_prefill(name: str, kernels: bool) -> None:
 def test_a_runners_chunks_and_steps(name: str, kernels: bool) -> None:
     logits = decoded(make_driver(name, "cpu", kernels=kernels), name)
     expected = recorded("chunked_prefill_then_decode", name)["decode"]
-    assert difference(logits, expected) <= LOGITS_FLOAT32
+    assert largest_error(logits, expected) <= LOGITS_FLOAT32

@@ -15,7 +15,7 @@ from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle
 
 
-class SnapshotRecorder(EngineHarness):
+class ScheduleRecorder(EngineHarness):
     """An engine on paper that writes down every step. Pages of 4 tokens, states at 8."""
 
     def __init__(self, options: dict[str, Any] | None = None, **sizes: Any) -> None:
@@ -85,38 +85,38 @@ def _part(part: ScoreChunk) -> str:
 
 
 def test_a_long_prompt_beside_running_requests(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder(pages=40, rows=3, chunk_tokens=16)
-    diary.ask([1, 2, 3], 9)
-    diary.ask([4] * 5, 6)
-    diary.step()
-    diary.ask(list(range(60)), 3)
-    diary.ask([5], 2)
-    assert golden_table == diary.text()
+    recorder = ScheduleRecorder(pages=40, rows=3, chunk_tokens=16)
+    recorder.ask([1, 2, 3], 9)
+    recorder.ask([4] * 5, 6)
+    recorder.step()
+    recorder.ask(list(range(60)), 3)
+    recorder.ask([5], 2)
+    assert golden_table == recorder.text()
 
 
 def test_a_burst_that_begins_alike(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder(pages=60, rows=4, chunk_tokens=32)
+    recorder = ScheduleRecorder(pages=60, rows=4, chunk_tokens=32)
     beginning = list(range(20))
     for tail in ([70, 71], [72], [73] * 9):
-        diary.ask([*beginning, *tail], 2)
-    diary.ask([80], 3)
-    diary.step()
-    diary.step()
-    diary.ask([*beginning, 74], 2)
-    assert golden_table == diary.text()
+        recorder.ask([*beginning, *tail], 2)
+    recorder.ask([80], 3)
+    recorder.step()
+    recorder.step()
+    recorder.ask([*beginning, 74], 2)
+    assert golden_table == recorder.text()
 
 
 def test_pages_run_out(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder({"preemption": "swap", "state_bytes": 0}, pages=10, rows=3)
-    diary.ask([1] * 9, 12)
-    diary.ask([2] * 6, 9, priority=1)
-    diary.ask([3] * 5, 8)
-    assert golden_table == diary.text()
+    recorder = ScheduleRecorder({"preemption": "swap", "state_bytes": 0}, pages=10, rows=3)
+    recorder.ask([1] * 9, 12)
+    recorder.ask([2] * 6, 9, priority=1)
+    recorder.ask([3] * 5, 8)
+    assert golden_table == recorder.text()
 
 
 def test_samples_and_scores_fork(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder(pages=40, rows=3)
-    diary.score([1] * 11, [[2], [3, 4], [5, 6, 7]])
-    diary.lines.append("scoring 0: a context of 11 tokens, continuations of 1, 2 and 3")
-    diary.ask([8] * 6, 3, n=4, temperature=1.0)
-    assert golden_table == diary.text()
+    recorder = ScheduleRecorder(pages=40, rows=3)
+    recorder.score([1] * 11, [[2], [3, 4], [5, 6, 7]])
+    recorder.lines.append("scoring 0: a context of 11 tokens, continuations of 1, 2 and 3")
+    recorder.ask([8] * 6, 3, n=4, temperature=1.0)
+    assert golden_table == recorder.text()

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 # -- histories of the allocator -----------------------------------------------------------------
 
 
-class Ledger:
+class AllocatorRecorder:
     """Runs an allocator and its page table side by side and writes down every operation."""
 
     def __init__(self, pages: int, page_size: int) -> None:
@@ -141,103 +141,103 @@ def _numbers(numbers: Iterable[int]) -> str:
 
 
 def test_sequences_grow_page_by_page(golden_table: SnapshotAssertion) -> None:
-    ledger = Ledger(pages=8, page_size=4)
+    recorder = AllocatorRecorder(pages=8, page_size=4)
 
-    ledger.open()
-    ledger.append(s0=3)
-    ledger.append(s0=1)
-    ledger.open()
-    ledger.append(s0=1, s1=9)
-    ledger.append(s0=0, s1=3)
+    recorder.open()
+    recorder.append(s0=3)
+    recorder.append(s0=1)
+    recorder.open()
+    recorder.append(s0=1, s1=9)
+    recorder.append(s0=0, s1=3)
 
-    assert golden_table == ledger.text()
+    assert golden_table == recorder.text()
 
 
 def test_forks_share_pages_until_they_write(golden_table: SnapshotAssertion) -> None:
-    ledger = Ledger(pages=10, page_size=4)
+    recorder = AllocatorRecorder(pages=10, page_size=4)
 
-    ledger.open()
-    ledger.append(s0=6)
-    ledger.fork(0)
-    ledger.fork(0)
-    ledger.append(s1=1)
-    ledger.append(s0=1, s2=4)
-    ledger.fork(2)
-    ledger.release(2)
-    ledger.append(s3=1)
+    recorder.open()
+    recorder.append(s0=6)
+    recorder.fork(0)
+    recorder.fork(0)
+    recorder.append(s1=1)
+    recorder.append(s0=1, s2=4)
+    recorder.fork(2)
+    recorder.release(2)
+    recorder.append(s3=1)
 
-    assert golden_table == ledger.text()
+    assert golden_table == recorder.text()
 
 
 def test_a_fork_at_a_page_boundary_copies_nothing(golden_table: SnapshotAssertion) -> None:
-    ledger = Ledger(pages=6, page_size=4)
+    recorder = AllocatorRecorder(pages=6, page_size=4)
 
-    ledger.open()
-    ledger.append(s0=8)
-    ledger.fork(0)
-    ledger.append(s0=1, s1=1)
+    recorder.open()
+    recorder.append(s0=8)
+    recorder.fork(0)
+    recorder.append(s0=1, s1=1)
 
-    assert golden_table == ledger.text()
+    assert golden_table == recorder.text()
 
 
 def test_released_pages_are_issued_again_last_first(golden_table: SnapshotAssertion) -> None:
-    ledger = Ledger(pages=9, page_size=2)
+    recorder = AllocatorRecorder(pages=9, page_size=2)
 
     for tokens in (4, 3, 5):
-        ledger.open()
-        ledger.append(**{f"s{ledger.rows[-1]}": tokens})
-    ledger.release(1)
-    ledger.release(2, 0)
-    ledger.open()
-    ledger.append(s3=11)
+        recorder.open()
+        recorder.append(**{f"s{recorder.rows[-1]}": tokens})
+    recorder.release(1)
+    recorder.release(2, 0)
+    recorder.open()
+    recorder.append(s3=11)
 
-    assert golden_table == ledger.text()
+    assert golden_table == recorder.text()
 
 
 def test_refused_requests_change_nothing(golden_table: SnapshotAssertion) -> None:
-    ledger = Ledger(pages=5, page_size=4)
+    recorder = AllocatorRecorder(pages=5, page_size=4)
 
-    ledger.open()
-    ledger.append(s0=14)
-    ledger.append(s0=3)
-    ledger.append(s0=-1)
-    ledger.fork(0)
-    ledger.append(s0=1, s1=1)
-    ledger.release(1, 1)
-    ledger.append(s7=1)
-    ledger.release(1)
-    ledger.release(1)
+    recorder.open()
+    recorder.append(s0=14)
+    recorder.append(s0=3)
+    recorder.append(s0=-1)
+    recorder.fork(0)
+    recorder.append(s0=1, s1=1)
+    recorder.release(1, 1)
+    recorder.append(s7=1)
+    recorder.release(1)
+    recorder.release(1)
 
-    assert golden_table == ledger.text()
+    assert golden_table == recorder.text()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_schedule(seed: int, golden_table: SnapshotAssertion) -> None:
-    ledger, draw = Ledger(pages=12, page_size=4), random.Random(seed)
+    recorder, draw = AllocatorRecorder(pages=12, page_size=4), random.Random(seed)
 
-    ledger.open()
+    recorder.open()
     for _ in range(24):
-        _random_operation(ledger, draw)()
+        _random_operation(recorder, draw)()
 
-    assert golden_table == ledger.text()
+    assert golden_table == recorder.text()
 
 
-def _random_operation(ledger: Ledger, draw: random.Random) -> Callable[[], None]:
-    if not ledger.rows:
-        return ledger.open
+def _random_operation(recorder: AllocatorRecorder, draw: random.Random) -> Callable[[], None]:
+    if not recorder.rows:
+        return recorder.open
     # random() alone is promised to give the same numbers in every version of Python
-    chance, sequence = draw.random(), ledger.rows[int(draw.random() * len(ledger.rows))]
+    chance, sequence = draw.random(), recorder.rows[int(draw.random() * len(recorder.rows))]
     if chance < 0.6:
-        return partial(ledger.append, **{f"s{sequence}": 1 + int(draw.random() * 7)})
+        return partial(recorder.append, **{f"s{sequence}": 1 + int(draw.random() * 7)})
     if chance < 0.8:
-        return partial(ledger.fork, sequence)
-    return partial(ledger.release, sequence) if chance < 0.95 else ledger.open
+        return partial(recorder.fork, sequence)
+    return partial(recorder.release, sequence) if chance < 0.95 else recorder.open
 
 
 # -- steps of a cache ---------------------------------------------------------------------------
 
 
-class SnapshotRecorder:
+class CacheRecorder:
     """Runs a `PagedCache` without a model and writes down what the layers would get."""
 
     def __init__(self, page_size: int, max_tokens: int) -> None:
@@ -325,34 +325,34 @@ def _decoded(mask: Tensor, columns: int = 1) -> Tensor:
 
 
 def test_ragged_prefill_then_decode(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder(page_size=4, max_tokens=64)
+    recorder = CacheRecorder(page_size=4, max_tokens=64)
     mask = _ragged(10, 4, 7, width=10)
 
-    diary.step("prefill 10, 4 and 7 tokens", mask, columns=10)
+    recorder.step("prefill 10, 4 and 7 tokens", mask, columns=10)
     for number in (1, 2):
         mask = _decoded(mask)
-        diary.step(f"decode, step {number}", mask, columns=1)
+        recorder.step(f"decode, step {number}", mask, columns=1)
 
-    assert golden_table == diary.text()
+    assert golden_table == recorder.text()
 
 
 def test_prefill_of_several_query_blocks(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder(page_size=16, max_tokens=256)
+    recorder = CacheRecorder(page_size=16, max_tokens=256)
     mask = _ragged(100, 50, width=100)
 
-    diary.step("chunk 1, tokens 0 to 63; row 1 starts at column 50", mask[:, :64], columns=64)
-    diary.step("chunk 2, the rest", mask, columns=36)
+    recorder.step("chunk 1, tokens 0 to 63; row 1 starts at column 50", mask[:, :64], columns=64)
+    recorder.step("chunk 2, the rest", mask, columns=36)
 
-    assert golden_table == diary.text()
+    assert golden_table == recorder.text()
 
 
 def test_beams_share_pages_and_copy_the_last(golden_table: SnapshotAssertion) -> None:
-    diary = SnapshotRecorder(page_size=4, max_tokens=64)
+    recorder = CacheRecorder(page_size=4, max_tokens=64)
     mask = _ragged(6, 5, 9, width=9)
 
-    diary.step("prefill 6, 5 and 9 tokens", mask, columns=9)
+    recorder.step("prefill 6, 5 and 9 tokens", mask, columns=9)
     rows = (2, 2, 0)
-    diary.reorder(*rows)
-    diary.step("decode", _decoded(mask[list(rows)]), columns=1)
+    recorder.reorder(*rows)
+    recorder.step("decode", _decoded(mask[list(rows)]), columns=1)
 
-    assert golden_table == diary.text()
+    assert golden_table == recorder.text()

@@ -1,1 +1,32 @@
-"""What several tests share."""
+"""Helpers that two or more test files share. Index, by what a test needs:
+
+Models and data
+    tiny_models       small random models of every kind, and prompts for them
+    golden_models     models and inputs that are the same to the bit everywhere (golden logits)
+    mamba_layers      one Mamba-2 layer of transformers, for tests of operators
+    evaluation        small tasks, requests and evaluations; where the real data lies
+
+What is right
+    reference         attention from its formula, in float64; imports nothing of the package
+    tolerance         the tolerances: use these, never a number of a test's own
+    golden_extension  compare with files in golden/, and say which side moved
+    golden_runner     a runner on the inputs of the golden logits
+
+Pages, tables and masks
+    strategies        generated histories of a pool, and checks of masks and of attention's output
+    allocator_model   AllocatorModel: an allocator checked against lists of tokens; its state
+                      machine and random walk
+    paged_case        ragged sequences in a pool on a GPU, with the error of attention over them
+
+Runners and engines
+    driver            Driver: a real runner with an allocator; use it to test a runner
+    recording_runner  RecordingRunner: computes nothing and records calls; use it to test benchmarks
+    simulated_runner  SimulatedRunner: pages hold token ids, so that a wrong page is a wrong answer;
+                      oracles, which compute the expected logits
+    engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
+                      to test scheduling. random_walk: random requests on one
+
+Faults
+    faults            bugs of paging injected on purpose; a new check must detect one
+    compile_kernels   a program that compiles every Triton kernel for a GPU that is not present
+"""

@@ -1,10 +1,10 @@
-"""Compile every kernel for a GPU that need not be there.
+"""Compile every Triton kernel for a GPU that need not be present.
 
     python -m tests.helpers.compile_kernels CAPABILITY SHARED_BYTES
 
-The second is the shared memory that a program may have there. Prints one JSON object, kernel ->
-bytes of it that a program takes at most. The calls are those of granite-4.0-h-1b's layers in
-bfloat16; nothing is launched.
+SHARED_BYTES is the shared memory that a program may use on that GPU. Prints one JSON object that
+maps each kernel to the most shared memory, in bytes, that one of its programs takes. The calls are
+those of granite-4.0-h-1b's layers in bfloat16; nothing is launched.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from granite_paged.layers.triton import linear, mamba, pages, pointwise, tokens
 from granite_paged.models import geometry_config
 
 ROWS = (1, 5, 20, 40)
-"""Of decode steps: one row, and each tile of several."""
+"""Rows of the decode steps: one row, and one number per tile size."""
 
 
 class AbsentGpu:
-    """As much of Triton's driver as compiling asks for."""
+    """The part of Triton's driver that compiling needs."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)

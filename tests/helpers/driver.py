@@ -1,4 +1,4 @@
-"""A runner with an allocator beside it: the least policy that drives it, for tests."""
+"""A runner driven by an allocator: the smallest policy that can run steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from granite_paged.runner.runner import Chunk, Runner
 
 
 class Driver:
-    """Sequences in rows of a runner. Row r of the runner is sequence `sequences[r]`."""
+    """A runner whose row `r` holds the allocator's sequence `sequences[r]`."""
 
     def __init__(self, model: Any, config: PagedConfig | None = None) -> None:
         self.runner = Runner.for_model(model, config)
@@ -33,7 +33,10 @@ class Driver:
         self.runner.fork_row(source, target)
 
     def prefill(self, tokens: dict[int, Sequence[int]]) -> Tensor:
-        """Row -> its next tokens, at most `chunk_tokens` of them. Logits of the last of each."""
+        """Run the next tokens of each row, at most `chunk_tokens` in all.
+
+        Returns the logits of each row's last token, [rows, V].
+        """
         return self.runner.prefill(self.chunks(tokens))
 
     def chunks(self, tokens: dict[int, Sequence[int]]) -> list[Chunk]:
@@ -51,7 +54,7 @@ class Driver:
         return self.runner.decode(rows, positions)
 
     def greedy(self, row: int, prompt: Sequence[int], count: int, chunk: int) -> list[int]:
-        """The prompt in chunks, then so many tokens."""
+        """Prefill a prompt in chunks of `chunk` tokens and return `count` greedy tokens."""
         for start in range(0, len(prompt), chunk):
             logits = self.prefill({row: prompt[start : start + chunk]})
         answer = [int(logits[0].argmax())]

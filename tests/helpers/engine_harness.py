@@ -1,4 +1,4 @@
-"""An engine on paper under load, with what every answer must be: that of the request alone."""
+"""An engine under load, checked after each step against each request run by itself."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from granite_paged.errors import GranitePagedError
 from tests.helpers.simulated_runner import Oracle, SimulatedRunner
 
 
-def alone(
+def expected_tokens(
     oracle: Oracle, prompt: Sequence[int], params: SamplingParams, sample: int = 0
 ) -> list[int]:
-    """The answer to one prompt with nobody else there."""
+    """Return the tokens that one sample of a request gets when it runs by itself."""
     tokens = list(prompt)
     seed = (params.seed + sample * _SAMPLE_STRIDE) % 2**63
     seen = seen_tokens(prompt, oracle.last(tuple(prompt)))
@@ -34,19 +34,19 @@ def alone(
     return tokens[len(prompt) :]
 
 
-def logprobs_alone(
+def expected_logprobs(
     oracle: Oracle, context: Sequence[int], continuation: Sequence[int]
 ) -> list[float]:
-    """Log-probability of each token of a continuation."""
+    """Return the log-probability of each token of a continuation, from the oracle."""
     logits = oracle.logits((*context, *continuation))[len(context) - 1 : -1]
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])
     return [float(one) for one in chosen[:, 0]]
 
 
-def search_alone(
+def expected_beams(
     oracle: Oracle, prompt: Sequence[int], params: SamplingParams, beams: int
 ) -> list[list[int]]:
-    """The answers of a beam search with nobody else there, and room for everything."""
+    """Return the answers of a beam search that runs by itself with ample memory."""
     runner: Any = SimulatedRunner(oracle, pages=400, rows=2 * beams)
     with Engine(None, runner=runner) as engine:
         (outputs,) = engine.search([prompt], params, beams=beams)
@@ -54,13 +54,13 @@ def search_alone(
 
 
 class EngineHarness:
-    """Requests come and go; after each step every invariant holds and every answer is right.
+    """An engine with every invariant checked after each step, and every answer when it is done.
 
     Args:
-        oracle: what says which answers are right.
-        options: of the `Engine`.
-        runner: one on paper, unless given.
-        sizes: of the runner on paper.
+        oracle: gives the expected answers.
+        options: keyword arguments of `Engine`.
+        runner: a runner to use in place of a `SimulatedRunner`.
+        sizes: keyword arguments of the `SimulatedRunner`.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class EngineHarness:
         self.engine = Engine(None, runner=self.runner, **(options or {}))  # type: ignore[arg-type]
         self.open: list[Request | Scoring] = []
         self.met: Counter[str] = Counter()
-        self.faulty = False  # whether requests may fail
+        self.faulty = False  # whether a request may end with an error
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request | None:
-        """A request, unless it is refused."""
+        """Submit a request. Return None, and count the error, if it is refused."""
         try:
             request = self.engine.submit(prompt, params)
         except GranitePagedError as refusal:
@@ -88,41 +88,41 @@ class EngineHarness:
         return request
 
     def search(self, prompt: Sequence[int], params: SamplingParams, beams: int) -> None:
-        """A beam search, unless it is refused."""
+        """Submit a beam search, and count the error if it is refused."""
         try:
             self.open.append(self.engine.submit_search(prompt, params, beams=beams))
         except GranitePagedError as refusal:
             self.met[type(refusal).__name__] += 1
 
     def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
-        """Continuations of a context, unless they are refused."""
+        """Submit continuations to score, and count the error if they are refused."""
         try:
             self.open.append(self.engine.submit_scoring(context, continuations))
         except GranitePagedError as refusal:
             self.met[type(refusal).__name__] += 1
 
     def cancel(self, pick: int) -> None:
-        """The pick-th open request, if there is any."""
+        """Cancel the `pick`-th open request (modulo their number), if any is open."""
         if self.open:
             self.engine.cancel(self.open[pick % len(self.open)])
         self.check()
 
     def evict(self) -> None:
-        """The prefix cache loses everything."""
+        """Empty the prefix cache."""
         self.engine._prefix.clear()
         self.check()
 
     def step(self) -> bool:
-        """One step of the engine, checked."""
+        """Run one step of the engine and check it. Return whether work is left."""
         busy = self.engine.step()
         self.check()
         return busy
 
     def drain(self) -> None:
-        """Until nothing is open; then nothing may be held."""
+        """Step until no request is open, then check that nothing leaked."""
         while self.step():
             pass
-        assert not self.open, "the engine has no work, but a request is open"
+        assert not self.open, "the engine says that it has no work, but a request is still open"
         self.evict()
         assert self.engine._allocator.held == 0, "pages leaked"
         assert not self.engine._allocator.sequences, "a sequence leaked"
@@ -138,64 +138,69 @@ class EngineHarness:
         )
 
     def check(self) -> None:
-        """Everything that must hold between two steps."""
+        """Check every invariant, and the answers of requests that have finished."""
         self.engine.check_valid()
         assert not getattr(self.runner, "mismatches", None), self.runner.mismatches
         for asked in [asked for asked in self.open if asked.finished]:
             self.open.remove(asked)
             if isinstance(asked, BeamRequest):
-                self._judge_search(asked)
+                self._check_search(asked)
             elif isinstance(asked, Request):
                 for output in asked.outputs:
-                    self._judge(asked, output)
+                    self._check_output(asked, output)
             elif asked.error is None:
-                self._judge_scores(asked)
+                self._check_scores(asked)
 
-    def _judge(self, request: Request, output: Output) -> None:
+    def _check_output(self, request: Request, output: Output) -> None:
         self.met[f"finish {output.finish}"] += 1
         if output.finish == "error" and not self.faulty:
             raise AssertionError(f"request {request.number} failed") from output.error
-        expected = alone(self.oracle, request.prompt, request.params, output.index)
+        expected = expected_tokens(self.oracle, request.prompt, request.params, output.index)
         if output.finish in ("cancelled", "error"):
             expected = expected[: len(output.tokens)]
-        assert output.tokens == expected, f"request {request.number}: {output} is not {expected}"
+        assert output.tokens == expected, (
+            f"request {request.number}: {output}, expected tokens {expected}"
+        )
 
-    def _judge_search(self, asked: BeamRequest) -> None:
+    def _check_search(self, asked: BeamRequest) -> None:
         found = [output.tokens for output in asked.outputs if output.error is None]
         if found:
             params = replace(asked.params, logprobs=None)
-            assert found == search_alone(self.oracle, asked.prompt, params, asked.width)
+            assert found == expected_beams(self.oracle, asked.prompt, params, asked.width)
 
-    def _judge_scores(self, asked: Scoring) -> None:
+    def _check_scores(self, asked: Scoring) -> None:
         for continuation, score in zip(asked.continuations, asked.scores, strict=True):
             assert score is not None
-            expected = logprobs_alone(self.oracle, asked.context, continuation)
+            expected = expected_logprobs(self.oracle, asked.context, continuation)
             torch.testing.assert_close(list(score.tokens), expected, atol=1e-4, rtol=1e-4)
             self.met["scored"] += 1
 
 
-def walk(office: EngineHarness, steps: int, seed: int) -> None:
-    """Requests of every kind in random order, as the state machine without shrinking."""
+def random_walk(harness: EngineHarness, steps: int, seed: int) -> None:
+    """Submit requests of every kind in random order for `steps` steps, then drain.
+
+    It does what the state machine of `test_engine_machine.py` does, faster and without shrinking.
+    """
     chance = random.Random(seed)
-    vocabulary = office.oracle.vocabulary
+    vocabulary = harness.oracle.vocabulary
     stems = [_tokens(chance, 24, vocabulary - 1) for _ in range(2)]
-    stems.append([stems[0][0] ^ 1, *stems[0][1:]])  # a twin but for one token
-    while office.engine._scheduler.counts.steps < steps:
+    stems.append([stems[0][0] ^ 1, *stems[0][1:]])  # differs in its first token only
+    while harness.engine._scheduler.counts.steps < steps:
         action = chance.random()
-        if action < 0.10 and len(office.open) < 12:
-            office.submit(_prompt(chance, stems, vocabulary), _params(chance, vocabulary))
-        elif action < 0.13 and len(office.open) < 12:
+        if action < 0.10 and len(harness.open) < 12:
+            harness.submit(_prompt(chance, stems, vocabulary), _params(chance, vocabulary))
+        elif action < 0.13 and len(harness.open) < 12:
             context = _prompt(chance, stems, vocabulary)
             longest = chance.choice([1, 6])
             lengths = [chance.randint(1, longest) for _ in range(chance.randint(1, 4))]
-            office.score(context, [_tokens(chance, n, vocabulary) for n in lengths])
+            harness.score(context, [_tokens(chance, n, vocabulary) for n in lengths])
         elif action < 0.14:
-            office.cancel(chance.randrange(8))
+            harness.cancel(chance.randrange(8))
         elif action < 0.142:
-            office.evict()
+            harness.evict()
         else:
-            office.step()
-    office.drain()
+            harness.step()
+    harness.drain()
 
 
 def _prompt(chance: random.Random, stems: list[list[int]], vocabulary: int) -> list[int]:

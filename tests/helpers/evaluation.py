@@ -1,4 +1,4 @@
-"""Small evaluations: questions of token ids, models of milliseconds, data where it is there."""
+"""Small evaluations: questions of token ids on tiny models, and real data where it is available."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import EOS, VOCABULARY, tiny_model
 SMALL_PAGES = PagedConfig(page_size=8)
 
 DATA = Path(os.environ.get("GRANITE_PAGED_DATA", Path(__file__).parents[3] / "shared" / "data"))
-"""Beside the repository, never in it."""
+"""Folder of the MMLU and TruthfulQA files. They are never part of the repository."""
 
 
 MMLU: dict[str, Any] = {
@@ -35,26 +35,26 @@ TRUTHFULQA: dict[str, Any] = {"question": "Is it?", "mc1_targets": TARGETS, "mc2
 
 
 def write(folder: Path, name: str, *rows: dict[str, Any] | str) -> str:
-    """A JSONL file of that name in a folder. Returns the folder."""
+    """Write `rows` to `folder/name.jsonl`. Return the folder."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(folder)
 
 
 def data_folder() -> str:
-    """Skips, with the reason, where there is none."""
+    """Return the folder of real data. Skip the test, with the reason, if it is not available."""
     if not (DATA / "mmlu_test.jsonl").exists():
         pytest.skip(f"no evaluation data in {DATA}: set GRANITE_PAGED_DATA to a folder that has it")
     return str(DATA)
 
 
 def tiny_loaded(flavour: str = "hybrid", **sizes: Any) -> LoadedModel:
-    """Sharp enough that choices differ: with small weights every choice is as likely."""
+    """Load a tiny model with weights large enough that choices differ in likelihood."""
     return LoadedModel("tiny", tiny_model(flavour, **{"initializer_range": 0.3, **sizes}), None)
 
 
 def requests(count: int = 6, *, prefix: int = 40, seed: int = 0) -> list[Request]:
-    """Contexts of many lengths that begin alike, with four continuations of 1 to 5 tokens."""
+    """Make requests of many lengths with a common prefix, each with 4 short continuations."""
     draw = random.Random(seed)
 
     def tokens(least: int, most: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""Faults put in on purpose: what a bug in paging would do, one at a time.
+"""Faults injected on purpose, one at a time: what a bug in paging would do.
 
-Each is a context manager around `granite_paged`'s own parts. None may go unseen.
+Each is a context manager that patches `granite_paged`'s own parts. The tests prove that each is
+detected.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @contextlib.contextmanager
 def after_table_write(spoil: Callable[[PageTable], None]) -> Iterator[None]:
-    """Spoil the device's page table whenever it was written."""
+    """Call `spoil` on the device's page table after every write to it."""
 
     def spoiling(change: Callable[..., None]) -> Callable[..., None]:
         def changed(self: PageTable, *args: Any) -> None:
@@ -52,7 +53,7 @@ def foreign_page() -> contextlib.AbstractContextManager[Any]:
 
 
 def dropped_page() -> contextlib.AbstractContextManager[Any]:
-    """Nobody owns row 0's second page any more."""
+    """The inverse map loses the owner of row 0's second page."""
 
     def spoil(table: PageTable) -> None:
         table.logical[table.physical[0, 1].long()] = NOBODY
@@ -61,7 +62,7 @@ def dropped_page() -> contextlib.AbstractContextManager[Any]:
 
 
 def duplicated_page() -> contextlib.AbstractContextManager[Any]:
-    """Row 0's first page stands in the place of its second, too."""
+    """Row 0's table names its first page twice, also in place of its second."""
 
     def spoil(table: PageTable) -> None:
         table.physical[0, 1] = table.physical[0, 0]
@@ -70,7 +71,7 @@ def duplicated_page() -> contextlib.AbstractContextManager[Any]:
 
 
 def crossed_values() -> contextlib.AbstractContextManager[Any]:
-    """V goes to the neighbouring page of the one that K goes to."""
+    """V is written to the page next to the one that K is written to."""
     write = KVPool.write
 
     def crossed(self: KVPool, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def crossed_values() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def stale_tail() -> Iterator[None]:
-    """The mask is bounded by pages instead of tokens: the rest of the last page is attended."""
+    """The mask ends at a page instead of a token, so the rest of the last page is attended."""
     mask_mod = masks.paged_mask_mod
 
     def by_page(physical: Tensor, logical: Tensor, positions: Tensor, **sizes: Any) -> Any:
@@ -102,7 +103,7 @@ def stale_tail() -> Iterator[None]:
 
 @contextlib.contextmanager
 def partial_page_taken_as_full() -> Iterator[None]:
-    """The block lists call every touched page whole, so that no mask_mod is applied to it."""
+    """The block lists call every touched page full, so that no mask_mod is applied to it."""
     seen = masks._pages_seen
 
     def all_whole(positions: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ def partial_page_taken_as_full() -> Iterator[None]:
 
 @contextlib.contextmanager
 def wrong_scale() -> Iterator[None]:
-    """Scores are twice what they should be."""
+    """Attention scores are scaled by twice the right factor."""
     attention = patching.paged_attention
 
     def doubled(*args: Any, scale: float, **kwargs: Any) -> Tensor:
@@ -136,7 +137,7 @@ def shifted_slot() -> contextlib.AbstractContextManager[Any]:
 
 
 def unforked_state() -> contextlib.AbstractContextManager[Any]:
-    """Mamba states stay where they were when rows are forked."""
+    """Mamba states do not move with their rows when rows are forked."""
 
     def keep(self: MambaRows, rows: Tensor) -> None:
         for states in (self.conv_states, self.recurrent_states):
@@ -147,7 +148,7 @@ def unforked_state() -> contextlib.AbstractContextManager[Any]:
 
 
 def stored_nan() -> contextlib.AbstractContextManager[Any]:
-    """Pools take NaN and infinity as they come."""
+    """Pools store NaN and infinity instead of replacing them by 0."""
     return mock.patch.object(torch, "nan_to_num", lambda numbers, *instead: numbers)
 
 

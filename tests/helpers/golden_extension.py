@@ -6,12 +6,12 @@
     golden/tables/<test>.txt           text
 
 A test compares once: `assert golden_logits == Measured(...)`, `assert golden_table == text`. Logits
-are compared three ways (SDPA, paged, recorded), so that a failure says who moved. Only SDPA's are
-recorded: there is one truth. syrupy writes with `--snapshot-update` and never otherwise.
+are compared three ways (SDPA, paged, recorded), so that a failure says which side moved. Only
+SDPA's are recorded, as the one reference. syrupy writes files only with `--snapshot-update`.
 
-Unused files are not left to syrupy. With paths on its command line it overlooks orphans that lie
-outside the test tree, and without them `--snapshot-update` deletes the file of a test that failed
-before it compared. `claims` and `orphans` do it instead, and nothing is deleted.
+syrupy does not look for unused files here. With paths on its command line it overlooks orphans that
+lie outside the test tree, and without them `--snapshot-update` deletes the file of a test that
+failed before it compared. `claims` and `orphans` find them instead, and nothing is deleted.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Logits = Mapping[str, Tensor]
 
 @dataclass(frozen=True, repr=False)
 class Measured:
-    """What one golden test computed, both ways from the same inputs.
+    """What one golden test computed from the same inputs, by SDPA and by paged attention.
 
     Attributes:
-        sdpa, paged: logits by name, of the same names, shapes and dtype.
-        origin: what they were computed from: seed, dtype and fingerprints.
+        sdpa, paged: logits by name, with the same names, shapes and dtypes.
+        origin: seed, dtype and fingerprints of what they were computed from.
     """
 
     sdpa: Logits
@@ -62,7 +62,7 @@ class Measured:
 
 @dataclass(frozen=True, repr=False)
 class Recorded:
-    """What a golden file holds."""
+    """The contents of a golden file."""
 
     sdpa: Logits
     origin: Mapping[str, str]
@@ -73,7 +73,7 @@ class Recorded:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], **settings: Any) -> str:
-    """SHA-256 of tensors by name, shape, dtype and bytes, and of settings that go with them."""
+    """Return the SHA-256 of tensors (names, shapes, dtypes, bytes) and of their settings."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -81,7 +81,7 @@ def fingerprint(tensors: Mapping[str, Tensor], **settings: Any) -> str:
     return digest.hexdigest()
 
 
-# -- who moved ----------------------------------------------------------------------------------
+# -- which side moved ---------------------------------------------------------------------------
 
 AGREE = "all agree"
 INPUTS_CHANGED = "the inputs changed: weights or ids differ from the recorded ones"
@@ -104,8 +104,8 @@ class Difference:
     """The largest difference between two sets of logits.
 
     Attributes:
-        ratio: to the bound; infinite where the two cannot be compared or one is not finite.
-        text: how large, where, and against which bound.
+        ratio: difference over bound; infinite if the two cannot be compared or one is not finite.
+        text: how large it is, where, and its ratio to the bound.
     """
 
     ratio: float
@@ -113,13 +113,13 @@ class Difference:
 
     @property
     def off(self) -> bool:
-        """Whether it is past the bound."""
+        """Whether it exceeds the bound."""
         return self.ratio > 1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The three differences, and what they say together."""
+    """The three differences, and the verdict that follows from them."""
 
     verdict: str
     sdpa_recorded: Difference
@@ -133,7 +133,7 @@ class Comparison:
         return self.verdict == AGREE
 
     def lines(self) -> list[str]:
-        """The verdict first, since pytest cuts long explanations off."""
+        """Return the report, verdict first, since pytest cuts long explanations off."""
         changed = f" ({', '.join(self.changed_inputs)})" if self.changed_inputs else ""
         pairs = {
             "SDPA-recorded ": self.sdpa_recorded,
@@ -147,7 +147,7 @@ class Comparison:
 
 
 def compare(measured: Measured, recorded: Recorded) -> Comparison:
-    """Say who moved."""
+    """Compare SDPA, paged and recorded logits, and say which side moved."""
     differences = (
         difference(measured.sdpa, recorded.sdpa),
         difference(measured.paged, recorded.sdpa),
@@ -160,12 +160,17 @@ def compare(measured: Measured, recorded: Recorded) -> Comparison:
 
 
 def difference(actual: Logits, expected: Logits) -> Difference:
-    """The worst of all tensors: names, shapes and dtypes exact, float32 values by the bound."""
+    """Return the largest difference over all tensors, in units of the bound.
+
+    Names, shapes and dtypes must be equal.
+    """
     form, wanted = _form(actual), _form(expected)
     if form != wanted:
-        return Difference(math.inf, f"{_only_in(form, wanted)} for {_only_in(wanted, form)}")
+        return Difference(
+            math.inf, f"got {_only_in(form, wanted)}, expected {_only_in(wanted, form)}"
+        )
     each = [_largest(name, actual[name], expected[name]) for name in expected]
-    return max(each, key=lambda d: d.ratio, default=Difference(math.inf, "there are no logits"))
+    return max(each, key=lambda d: d.ratio, default=Difference(math.inf, "no logits to compare"))
 
 
 def _form(logits: Logits) -> dict[str, str]:
@@ -182,7 +187,7 @@ def _only_in(form: dict[str, str], other: dict[str, str]) -> str:
 
 def _largest(name: str, actual: Tensor, expected: Tensor) -> Difference:
     if expected.dtype != torch.float32:
-        return Difference(math.inf, f"{name}: there is no bound for {expected.dtype}")
+        return Difference(math.inf, f"{name}: no bound is defined for {expected.dtype}")
     if not expected.numel():
         return Difference(math.inf, f"{name} is empty")
     gap = (actual.double() - expected.double()).abs().nan_to_num(nan=math.inf)
@@ -193,15 +198,16 @@ def _largest(name: str, actual: Tensor, expected: Tensor) -> Difference:
     ratio = largest / bound if bound and math.isfinite(bound) else (0.0 if within else math.inf)
     return Difference(
         ratio,
-        f"{ratio:.2g} x the bound: {largest:.1e} at {name}{list(at)}, {value:.6g} for {wanted:.6g}",
+        f"{ratio:.2g} x the bound: {largest:.1e} at {name}{list(at)}, "
+        f"got {value:.6g}, expected {wanted:.6g}",
     )
 
 
-# -- where it lies ------------------------------------------------------------------------------
+# -- where a file lies --------------------------------------------------------------------------
 
 
 class _GoldenFile(SingleFileSnapshotExtension):
-    """One file a test, named after it, in a folder of `golden/` beside pyproject.toml."""
+    """One file per test, named after it, in a folder of `golden/` at the repository root."""
 
     folder: ClassVar[str]
 
@@ -212,7 +218,9 @@ class _GoldenFile(SingleFileSnapshotExtension):
     @classmethod
     def get_snapshot_name(cls, *, test_location: PyTestLocation, index: Any = 0) -> str:
         if index != 0:
-            raise ValueError("a test compares with its golden file once: parametrise it instead")
+            raise ValueError(
+                "a test may compare with its golden file only once: parametrise it instead"
+            )
         return re.sub(r"[^A-Za-z0-9_.]+", "-", test_location.snapshot_name).strip("-")
 
     @classmethod
@@ -222,12 +230,12 @@ class _GoldenFile(SingleFileSnapshotExtension):
         return cls.get_location(test_location=test_location, index=0) == snapshot_location
 
     def discover_snapshots(self, **_: Any) -> SnapshotCollections:
-        """None, so that syrupy neither reports nor deletes what it takes to be unused."""
+        """Return none, so that syrupy neither reports nor deletes any file as unused."""
         return SnapshotCollections()
 
 
 class TableExtension(_GoldenFile):
-    """Text, compared to the letter."""
+    """Text, compared character by character."""
 
     folder = "tables"
     file_extension = "txt"
@@ -235,7 +243,7 @@ class TableExtension(_GoldenFile):
 
 
 class LogitsExtension(_GoldenFile):
-    """`Measured` logits, compared with the recorded ones by the bound of `tolerance`."""
+    """`Measured` logits, compared with the recorded ones within `LOGITS_FLOAT32`."""
 
     folder = "logits"
     file_extension = "safetensors"
@@ -255,7 +263,7 @@ class LogitsExtension(_GoldenFile):
         yield from compare(serialized_data, snapshot_data).lines()
         if snapshot_data.versions != _versions():
             yield f"recorded with {_named(snapshot_data.versions)}, now {_named(_versions())}"
-        yield f"if it is meant, and paged agrees with SDPA: {UPDATE}"
+        yield f"if the change is intended, and paged agrees with SDPA: {UPDATE}"
 
     def read_snapshot_data_from_location(self, *, snapshot_location: str, **_: Any) -> Any:
         if not Path(snapshot_location).is_file():
@@ -273,7 +281,7 @@ class LogitsExtension(_GoldenFile):
         apart = difference(measured.paged, measured.sdpa)
         if apart.off:
             raise ValueError(f"not recorded, paged and SDPA are apart: {apart.text}")
-        # one key, since safetensors keeps several in no fixed order
+        # one key only: safetensors keeps several keys in no fixed order
         metadata = json.dumps(
             {"origin": dict(measured.origin), "versions": _versions()}, sort_keys=True
         )
@@ -290,7 +298,7 @@ def _named(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{package} {number}" for package, number in sorted(versions.items()))
 
 
-# -- whose it is --------------------------------------------------------------------------------
+# -- which test owns a file ---------------------------------------------------------------------
 
 FIXTURES: dict[str, type[_GoldenFile]] = {
     "golden_logits": LogitsExtension,
@@ -299,7 +307,7 @@ FIXTURES: dict[str, type[_GoldenFile]] = {
 
 
 def claims(items: Iterable[pytest.Item]) -> dict[Path, list[str]]:
-    """Golden file -> ids of the tests that compare with it."""
+    """Map each golden file to the ids of the tests that compare with it."""
     claimed: defaultdict[Path, list[str]] = defaultdict(list)
     for item in items:
         for fixture in FIXTURES.keys() & set(getattr(item, "fixturenames", ())):
@@ -310,14 +318,14 @@ def claims(items: Iterable[pytest.Item]) -> dict[Path, list[str]]:
 
 
 def orphans(root: Path, claimed: Iterable[Path]) -> list[str]:
-    """Files in the folders of golden data that no test claims, relative to `root`."""
+    """Return the files of golden data that no test claims, relative to `root`."""
     folders = [root / "golden" / extension.folder for extension in FIXTURES.values()]
     files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
     return sorted(path.relative_to(root).as_posix() for path in files - set(claimed))
 
 
 def contested(claimed: Mapping[Path, list[str]]) -> list[list[str]]:
-    """Groups of tests that would share a file, on file systems that ignore case as well."""
+    """Return groups of tests that would share a file, also on file systems that ignore case."""
     by_name: defaultdict[str, list[str]] = defaultdict(list)
     for path, tests in claimed.items():
         by_name[str(path).lower()].extend(tests)

@@ -1,8 +1,8 @@
-"""Models and work of the golden logits: the same to the bit on every machine and version.
+"""Models and inputs of the golden logits: the same to the bit on every machine and version.
 
 transformers' random initialisation may change between releases, so weights are made here, under
-the names of published checkpoints, which can not. They are integers times a scale: torch's normal
-distribution differs by a rounding between processors, its integers do not.
+the names that published checkpoints use, which cannot change. They are integers times a scale:
+torch's normal distribution differs by a rounding between processors, its integers do not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CHUNK = 16  # a multiple of mamba_chunk_size: others change float32 logits in SD
 
 @dataclass(frozen=True)
 class GoldenModel:
-    """A live model, and what its checkpoint was.
+    """A live model, and the origin of its weights.
 
     Attributes:
         model: float32, in eval mode, attending by SDPA.
@@ -47,10 +47,10 @@ class GoldenModel:
 
 
 def load(settings: Mapping[str, Any], weights: Mapping[str, Tensor], seed: str) -> GoldenModel:
-    """A model from its config's values and the tensors of its checkpoint.
+    """Build a model from the values of its config and the tensors of its checkpoint.
 
     Args:
-        seed: where the weights came from.
+        seed: the seed of the weights, for the golden file.
     """
     model, report = GraniteMoeHybridForCausalLM.from_pretrained(
         None,
@@ -83,17 +83,17 @@ MODELS: dict[str, Callable[[], GoldenModel]] = {
     **{flavour: functools.partial(_tiny, flavour) for flavour in FLAVOURS},
     "tiny-recall": _embedded,
 }
-"""Every case of the golden logits runs on each of these."""
+"""Makers of the models, by name. Every case of the golden logits runs on each."""
 
 
 @functools.cache
 def golden_model(name: str) -> GoldenModel:
-    """One of `MODELS`, made once."""
+    """Return one of `MODELS`, built once."""
     return MODELS[name]()
 
 
 def tiny_weights(config: Any, seed: int) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, in the order of names from one stream of random integers."""
+    """Draw every tensor of a checkpoint, in order of name, from one stream of random integers."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _fill(name, shape, generator) for name, shape in sorted(_tensors(config).items())}
 
@@ -103,13 +103,13 @@ def _fill(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
     steps = torch.arange(shape[0], dtype=torch.float32)
     if "norm" in name:
         return torch.ones(shape)
-    if kind == "A_log":  # a head forgets faster than the one before
+    if kind == "A_log":  # each head forgets faster than the one before
         return steps / 4
     if kind == "dt_bias":
         return steps / 4 - 1
     if kind == "D":
         return 1 - steps / 8
-    # uniform with variance 1 / fan_in: activations keep their scale, attention is far from even
+    # uniform with variance 1 / fan_in: activations keep their scale, attention is far from uniform
     limit = math.sqrt(3 / math.prod(shape[1:])) if len(shape) < 3 else math.sqrt(3 / shape[-1])
     integers = torch.randint(-(2**15), 2**15, shape, generator=generator)
     return (integers.double() / 2**15 * limit).float()
@@ -193,7 +193,7 @@ Work = Callable[[Any, Any, Tokens], dict[str, Tensor]]
 
 
 def tokens(model: Any, lengths: tuple[int, ...], seed: int) -> Tokens:
-    """Random ids of the model's vocabulary, rows of these lengths."""
+    """Draw rows of random token ids of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
     shape = (len(lengths), width)
@@ -203,12 +203,12 @@ def tokens(model: Any, lengths: tuple[int, ...], seed: int) -> Tokens:
 
 
 def prefill(model: Any, cache: Any, tokens: Tokens) -> dict[str, Tensor]:
-    """All tokens at once."""
+    """Run all tokens in one forward pass."""
     return {"prefill": _forward(model, cache, tokens, slice(None), KEPT)}
 
 
 def chunks_then_decode(model: Any, cache: Any, tokens: Tokens) -> dict[str, Tensor]:
-    """All but the last tokens in chunks, then those one by one, whatever the model would say."""
+    """Prefill all but the last `DECODED` tokens in chunks, then feed those one by one."""
     prompt = tokens.ids.shape[1] - DECODED
     chunks = [
         _forward(model, cache, tokens, slice(start, min(start + CHUNK, prompt)), 1)
@@ -233,7 +233,7 @@ def _forward(model: Any, cache: Any, tokens: Tokens, columns: slice, keep: int) 
 
 @torch.inference_mode()
 def three_way(golden: GoldenModel, work: Work, tokens: Tokens) -> Measured:
-    """The same work by transformers' SDPA and by paged attention."""
+    """Do the same work by transformers' SDPA and by paged attention."""
     model, config = golden.model, PagedConfig(page_size=PAGE_SIZE)
     sdpa = work(model, DynamicCache(config=model.config), tokens)
     with paged(model, config):

@@ -1,4 +1,4 @@
-"""A runner, in any of its forms and on any device, against the golden logits of SDPA."""
+"""A runner, with either model and on any device, on the inputs of SDPA's golden logits."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ CONFIG = PagedConfig(page_size=16, max_tokens=256, max_sequences=2, chunk_tokens
 
 
 def recorded(case: str, name: str) -> dict[str, Tensor]:
-    """What SDPA gave once, by name."""
+    """Return the recorded logits of SDPA, by name."""
     return load_file(LOGITS / f"test_{case}-{name}.safetensors")
 
 
 def make_driver(name: str, device: str, *, kernels: bool) -> Driver:
-    """A runner for a golden model, in float32; with the kernels' forms if asked for."""
+    """Build a float32 runner for a golden model, with the Triton kernels if `kernels`."""
     model = golden_model(name).model
     driver = Driver(model if device == "cpu" else _copy(name, device), CONFIG)
-    if kernels:  # a runner takes them for half precision only, but they are right in any
+    if kernels:  # a runner chooses them for half precision only, but they are right in every dtype
         runner = driver.runner
         runner._model = TritonModel(model, runner.storage, "auto")
     return driver
 
 
 def prefilled(driver: Driver, name: str) -> Tensor:
-    """[vocabulary] of the golden prefill's last token."""
+    """Return the logits of the golden prefill's last token, [V]."""
     prompt = tokens(golden_model(name).model, (37,), seed=1).ids[0].tolist()
     driver.open(1)
     return driver.prefill({1: prompt})[0].cpu()
 
 
 def decoded(driver: Driver, name: str) -> Tensor:
-    """[rows, DECODED, vocabulary] of the golden chunks and steps, both rows in one batch."""
+    """Return the logits of the golden decode steps, both rows in one batch, [rows, DECODED, V]."""
     golden = tokens(golden_model(name).model, (40, 31), seed=3)
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(golden.ids, golden.mask, strict=True)]
     for row, text in enumerate(rows, start=1):
@@ -55,11 +55,6 @@ def decoded(driver: Driver, name: str) -> Tensor:
         for at in range(-DECODED, 0)
     ]
     return torch.stack(steps, dim=1)
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest, as a part of the largest logit."""
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def _copy(name: str, device: str) -> Any:

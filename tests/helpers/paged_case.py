@@ -1,4 +1,4 @@
-"""Ragged sequences in shuffled pages of a GPU pool, and what attention over them must be."""
+"""Ragged sequences in shuffled pages of a GPU pool, and the error of attention over them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PagedCase:
     group: int
     head_dim: int
     dtype: torch.dtype
-    pool_pages: int = 0  # 0: just enough
+    pool_pages: int = 0  # 0: as many as the sequences need
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class PagedCase:
         allocator = PageAllocator(needed, self.page_size)
         sequences = [allocator.open() for _ in self.lengths]
         allocator.append(dict(zip(sequences, self.lengths, strict=True)))
-        # spread over the pool, its last page included: offsets beyond 32 bits are then real
+        # spread over the whole pool, its last page included, so that offsets exceed 32 bits
         place = torch.randperm(pages - 1, generator=torch.Generator().manual_seed(0)) + 1
         place[place == pages - 1] = place[0].clone()
         place[0] = pages - 1
@@ -61,7 +61,7 @@ class PagedCase:
         )
 
     def slots(self, row: int) -> Tensor:
-        """Slots of a row's tokens, in order."""
+        """Return the slots of a row's tokens, in order."""
         offsets = torch.arange(self.page_size)
         slots = (self.pages[row][:, None] * self.page_size + offsets).flatten()
         return slots[: self.lengths[row]].to(self.device)
@@ -77,7 +77,7 @@ class PagedCase:
         return paged_attention(self.query, self.keys, self.values, mask, scale=self.scale)
 
     def errors(self) -> tuple[float, float]:
-        """Root mean square errors against float64, ours and SDPA's, as parts of the answer's."""
+        """Return the RMS errors of ours and of SDPA against float64, relative to the answer."""
         ours = self.ours()
         squares = [0.0, 0.0, 0.0]
         for row, n in enumerate(self.lengths):

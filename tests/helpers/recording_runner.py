@@ -1,4 +1,4 @@
-"""A runner that computes nothing but keeps books: what is asked of it must make sense."""
+"""A runner that computes nothing: it records its calls and checks that they are consistent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from granite_paged.runner.runner import Chunk
 from granite_paged.runner.shapes import Shapes
 
 
-class Runner:
-    """Rows and pages as `PagedConfig` bounds them; refuses tokens whose pages were not written."""
+class RecordingRunner:
+    """Records every call. Refuses to read a token whose page was never written.
+
+    Rows and pages are those of `PagedConfig`. Its logits are zeros.
+    """
 
     chunk_tokens = 64
     alignment = 16
     shapes = Shapes(chunk_tokens, 8, captured=False)
     fallback = ""
-    made: list[Runner]
+    made: list[RecordingRunner]
 
     def __init__(self, model: Any, config: PagedConfig) -> None:
         assert config.max_sequences is not None
@@ -45,7 +48,7 @@ class Runner:
         self.closed = False
 
     @classmethod
-    def for_model(cls, model: Any, config: PagedConfig) -> Runner:
+    def for_model(cls, model: Any, config: PagedConfig) -> RecordingRunner:
         cls.made.append(cls(model, config))
         return cls.made[-1]
 
@@ -71,7 +74,7 @@ class Runner:
         self.lengths[row] = state
 
     def save_pages(self, pages: Sequence[int]) -> int:
-        assert set(pages) <= self.filled, "pages that hold nothing"
+        assert set(pages) <= self.filled, "pages were saved that hold no tokens"
         return len(pages)
 
     def load_pages(self, pages: Sequence[int], contents: int) -> None:
@@ -82,7 +85,7 @@ class Runner:
         assert self.shapes.fits([len(chunk.tokens) for chunk in chunks])
         self.calls.append(("prefill", [(c.row, c.start, len(c.tokens)) for c in chunks]))
         for row, start, tokens in chunks:
-            assert start == self.lengths[row], "a chunk that does not go on where its row stopped"
+            assert start == self.lengths[row], "a chunk does not start where its row ended"
             assert start % self.alignment == 0
             self.lengths[row] += len(tokens)
             self._fill(row, start, self.lengths[row])
@@ -92,7 +95,7 @@ class Runner:
         self.calls.append(("decode", (list(rows), list(positions))))
         for row, position in zip(rows, positions, strict=True):
             before = {self._page(row, at) for at in range(position)}
-            assert before <= self.filled, "a context that was never filled"
+            assert before <= self.filled, "a context is read that was never filled"
             self._fill(row, position, position + 1)
         return torch.zeros(len(rows), self.vocabulary)
 
@@ -107,9 +110,9 @@ class Runner:
 
 
 @contextmanager
-def installed() -> Iterator[type[Runner]]:
-    """The fake in the place of the engine's."""
-    made = type("Runner", (Runner,), {"made": []})
+def installed() -> Iterator[type[RecordingRunner]]:
+    """Replace the benchmark's runner by a `RecordingRunner`. Yields the class; see its `made`."""
+    made = type("RecordingRunner", (RecordingRunner,), {"made": []})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modes, "Runner", made)
         yield made

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, first: int, scale: float) -> Tensor:
-    """Query tokens `first, first + 1, ...` of one sequence over all its keys.
+    """Attend from the query tokens `first, first + 1, ...` of one sequence to all its keys.
 
     query [Hq, S, D]; keys, values [Hkv, n, D] with n >= first + S. Returns [Hq, S, D] float64.
     """
@@ -25,7 +25,7 @@ def attention(query: Tensor, keys: Tensor, values: Tensor, first: int, scale: fl
 
 
 def sdpa(query: Tensor, keys: Tensor, values: Tensor, first: int, scale: float) -> Tensor:
-    """The same in the inputs' own dtype, by PyTorch's SDPA: the error a user already has."""
+    """Compute the same by PyTorch's SDPA in the inputs' dtype, to know its error."""
     group = query.shape[0] // keys.shape[0]
     k, v = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
     at = torch.arange(first, first + query.shape[1], device=query.device)[:, None]

@@ -1,8 +1,8 @@
-"""A runner on paper: pages hold tokens, and a Mamba state is the list of tokens it saw.
+"""A simulated runner: pages hold token ids, and a Mamba state is the list of tokens it has seen.
 
-What the engine decides is carried out literally, so a page of another sequence, a
-state of another boundary or a lost row is seen as other tokens: `mismatches` says so, and the
-logits are those of what was read. They come from an `Oracle`, which knows whole sequences only.
+It carries out the engine's decisions literally. If the engine names another sequence's page, a
+state of another boundary or a lost row, other tokens are read: `mismatches` then says so, and the
+logits are those of the tokens that were read. An `Oracle` computes them from a whole sequence.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Oracle(Protocol):
     vocabulary: int
 
     def logits(self, tokens: tuple[int, ...]) -> Tensor:
-        """[len(tokens), V] of a sequence run alone."""
+        """Return the logits of a sequence run by itself, [len(tokens), V]."""
         ...
 
     def last(self, tokens: tuple[int, ...]) -> Tensor:
-        """[V], the last of them."""
+        """Return the logits of its last token, [V]."""
         ...
 
 
 class ModelOracle:
-    """Plain transformers: SDPA, no cache, one sequence at a time."""
+    """Logits of plain transformers: SDPA, no cache, one sequence at a time."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -54,7 +54,7 @@ class ModelOracle:
 
 
 class HashOracle:
-    """As quick as can be: the next token is a hash of all before it."""
+    """A cheap oracle: the next token is a hash of all tokens before it."""
 
     def __init__(self, vocabulary: int = 97) -> None:
         self.vocabulary = vocabulary
@@ -68,7 +68,7 @@ class HashOracle:
         return self._rows[first] + 0.5 * self._rows[second]
 
 
-class PaperState(NamedTuple):
+class SimulatedState(NamedTuple):
     tokens: tuple[int, ...]
     unsound: bool
 
@@ -77,7 +77,7 @@ class PaperState(NamedTuple):
         return SimulatedRunner.row_bytes
 
 
-class PaperPages(NamedTuple):
+class SimulatedPages(NamedTuple):
     contents: list[list[int | None]]
 
     @property
@@ -86,16 +86,16 @@ class PaperPages(NamedTuple):
 
 
 @dataclass
-class PaperScores:
+class SimulatedScores:
     logprobs: Tensor
     greedy: Tensor
 
 
 class SimulatedRunner:
-    """The runner's API on paper.
+    """The runner's API without a model.
 
     Args:
-        nan: a token whose computation gives NaN.
+        nan: a token id whose computation gives NaN.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
@@ -132,8 +132,8 @@ class SimulatedRunner:
         self.nonfinite = torch.zeros(rows + 1, dtype=torch.bool)
         self.mismatches: list[str] = []
         self.calls: Counter[str] = Counter()
-        self.computed = 0  # tokens
-        self.forked = 0  # rows
+        self.computed = 0  # number of tokens
+        self.forked = 0  # number of rows
         self.fault: Callable[[str, Sequence[int]], None] = lambda call, rows: None
         self.closed = False
         self._nan = nan
@@ -173,25 +173,25 @@ class SimulatedRunner:
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         self._called("set_pages", [row])
         self._tables[row] = dict(enumerate(pages))
-        if not self._stateful:  # nothing else says where the row stands
+        if not self._stateful:  # the pages alone say how long the row is
             self._states[row] = tuple(
                 t for page in pages for t in self._page(page) if t is not None
             )
 
-    def save_row(self, row: int, *, to_host: bool = False) -> PaperState:
+    def save_row(self, row: int, *, to_host: bool = False) -> SimulatedState:
         self._called("save_row", [row])
-        return PaperState(self._states[row], bool(self.nonfinite[row]))
+        return SimulatedState(self._states[row], bool(self.nonfinite[row]))
 
-    def load_row(self, row: int, state: PaperState) -> None:
+    def load_row(self, row: int, state: SimulatedState) -> None:
         self._called("load_row", [row])
         self._states[row] = state.tokens
         self.nonfinite[row] = state.unsound
 
-    def save_pages(self, pages: Sequence[int]) -> PaperPages:
+    def save_pages(self, pages: Sequence[int]) -> SimulatedPages:
         self._called("save_pages", [])
-        return PaperPages([list(self._page(page)) for page in pages])
+        return SimulatedPages([list(self._page(page)) for page in pages])
 
-    def load_pages(self, pages: Sequence[int], contents: PaperPages) -> None:
+    def load_pages(self, pages: Sequence[int], contents: SimulatedPages) -> None:
         self._called("load_pages", [])
         for page, content in zip(pages, contents.contents, strict=True):
             self._contents[page] = list(content)
@@ -200,23 +200,29 @@ class SimulatedRunner:
 
     def prefill(self, chunks: Sequence[Any]) -> Tensor:
         self._called("prefill", [chunk.row for chunk in chunks])
-        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), "more than one call takes"
-        assert all(chunk.start % self.alignment == 0 for chunk in chunks), "a chunk out of line"
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), (
+            "more tokens than one call takes"
+        )
+        assert all(chunk.start % self.alignment == 0 for chunk in chunks), (
+            "a chunk starts off the alignment"
+        )
         return torch.stack([self._last(c.row, c.start, c.tokens) for c in chunks])
 
-    def score(self, chunks: Sequence[Any], targets: Sequence[Sequence[int]]) -> PaperScores:
+    def score(self, chunks: Sequence[Any], targets: Sequence[Sequence[int]]) -> SimulatedScores:
         self._called("score", [chunk.row for chunk in chunks])
-        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), "more than one call takes"
+        assert self.shapes.fits([len(chunk.tokens) for chunk in chunks]), (
+            "more tokens than one call takes"
+        )
         rows = [self._all(c.row, c.start, c.tokens)[-len(c.tokens) :] for c in chunks]
         wanted = torch.tensor([target for each in targets for target in each])
         logits = torch.cat(rows)
-        assert len(wanted) == len(logits), "a target a token"
+        assert len(wanted) == len(logits), "one target per token"
         chosen = logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-        return PaperScores(chosen, logits.argmax(-1) == wanted)
+        return SimulatedScores(chosen, logits.argmax(-1) == wanted)
 
     def decode(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         self._called("decode", rows)
-        assert len(set(rows)) == len(rows), "a row twice"
+        assert len(set(rows)) == len(rows), "a row appears twice"
         fed = [int(self.tokens[row]) for row in rows]
         outputs = [
             self._last(row, position, [token])
@@ -252,8 +258,8 @@ class SimulatedRunner:
         return torch.full((tokens, self.vocabulary), float("nan"))
 
     def _compute(self, row: int, start: int, tokens: Sequence[int]) -> tuple[Any, ...]:
-        """Write the tokens, and say what is read: the pages, if all is well also the state."""
-        assert 0 < row <= self.rows, "the null row computes nothing"
+        """Write the tokens to pages and state, and return the tokens that the pages hold."""
+        assert 0 < row <= self.rows, "the null row must compute nothing"
         self.computed += len(tokens)
         if len(self._states[row]) != start:
             self.mismatches.append(f"row {row}: state of {len(self._states[row])}, start {start}")

@@ -1,17 +1,15 @@
-"""Generated block tables, and the way from one to attention's output.
+"""Hypothesis strategies for block tables, and the steps from a block table to attention's output.
 
-A `History` says what happened to a pool (opened, grown, forked, released); `Paged` carries it out
-as the cache does, through allocator, page table and pool, and remembers beside them, contiguously,
-what every sequence wrote. `Step` is the tensors of one forward step: laws are stated by replacing
-some of them.
+A `History` lists what happened to a pool (open, grow, fork, release). `Paged` carries it out as the
+cache does, through allocator, page table and pool, and also keeps every sequence's K and V
+contiguously. `Step` holds the tensors of one forward step: a test states a law by replacing some.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +44,7 @@ def make_geometry(
     head_dim: int = 16,
     dtype: torch.dtype = torch.float64,
 ) -> CacheGeometry:
-    """One attention layer."""
+    """Return the geometry of one attention layer."""
     return CacheGeometry(
         page_size=page_size,
         attention_layers=(0,),
@@ -63,14 +61,14 @@ def make_geometry(
 
 @dataclass(frozen=True)
 class Open:
-    """A new sequence of so many tokens."""
+    """Open a sequence of `tokens` tokens."""
 
     tokens: int
 
 
 @dataclass(frozen=True)
 class Grow:
-    """The `pick`-th open sequence gets more tokens."""
+    """Append `tokens` tokens to the `pick`-th open sequence."""
 
     pick: int
     tokens: int
@@ -78,14 +76,14 @@ class Grow:
 
 @dataclass(frozen=True)
 class Fork:
-    """The `pick`-th open sequence is forked."""
+    """Fork the `pick`-th open sequence."""
 
     pick: int
 
 
 @dataclass(frozen=True)
 class Release:
-    """The `pick`-th open sequence is closed, unless it is the only one."""
+    """Close the `pick`-th open sequence, unless it is the only one."""
 
     pick: int
 
@@ -95,7 +93,7 @@ Event = Open | Grow | Fork | Release
 
 @dataclass(frozen=True)
 class History:
-    """What happened to a pool. It begins with an `Open`, so a sequence is always open."""
+    """The events of a pool. The first is an `Open`, so a sequence is always open."""
 
     geometry: CacheGeometry
     events: tuple[Event, ...]
@@ -107,7 +105,7 @@ def geometries(
     page_sizes: Sequence[int] = PAGE_SIZES,
     head_dims: Sequence[int] = HEAD_DIMS,
 ) -> st.SearchStrategy[CacheGeometry]:
-    """Head counts, widths and page sizes of one attention layer."""
+    """Draw head counts, head sizes and page sizes of one attention layer."""
     return st.builds(
         make_geometry,
         page_size=st.sampled_from(page_sizes),
@@ -119,7 +117,7 @@ def geometries(
 
 
 def events(max_size: int = 8) -> st.SearchStrategy[tuple[Event, ...]]:
-    """Ragged lengths, shared pages and holes."""
+    """Draw events that give ragged lengths, shared pages and holes."""
     tokens, pick = st.integers(0, LONGEST_HISTORY), st.integers(0, 7)
     later = st.one_of(
         st.builds(Open, tokens),
@@ -137,12 +135,12 @@ def events(max_size: int = 8) -> st.SearchStrategy[tuple[Event, ...]]:
 def histories(
     geometry: st.SearchStrategy[CacheGeometry], max_size: int = 8
 ) -> st.SearchStrategy[History]:
-    """Block tables with shuffled pages, as a history that leads to one."""
+    """Draw histories that lead to block tables with shuffled pages."""
     return st.builds(History, geometry, events(max_size), st.integers(0, 2**16 - 1))
 
 
 def additions(rows: int, kind: str) -> st.SearchStrategy[tuple[int, ...]]:
-    """New tokens of each row: `decode` one, `prefill` and `chunk` any, `ragged` perhaps none."""
+    """Draw the new tokens of each row: 1 for `decode`, else 1 to 50, or 0 to 50 for `ragged`."""
     if kind == "decode":
         return st.just((1,) * rows)
     fewest = 0 if kind == "ragged" else 1
@@ -166,7 +164,7 @@ class Step:
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(D): scores of about one."""
+        """1 / sqrt(D), so that scores are about one."""
         return float(self.geometry.head_dim**-0.5)
 
     @property
@@ -175,18 +173,18 @@ class Step:
         return self.positions < 0
 
     def replace(self, **tensors: Tensor) -> Step:
-        """The same step, but."""
+        """Return the step with some tensors replaced."""
         return dataclasses.replace(self, **tensors)
 
     def rows(self, rows: Sequence[int]) -> Step:
-        """A batch of some of the rows, in any order."""
+        """Return a step of some of the rows, in any order."""
         index = torch.tensor(rows)
         return self.replace(
             physical=self.physical[index], positions=self.positions[index], query=self.query[index]
         )
 
     def mask(self) -> BlockMask:
-        """The step's BlockMask, by the package under test."""
+        """Build the step's BlockMask by the package under test."""
         return masks.paged_block_mask(
             self.physical,
             self.logical,
@@ -196,7 +194,7 @@ class Step:
         )
 
     def attend(self, *, backend: Backend = "eager", **options: Any) -> Tensor:
-        """[B, Hq, S, D], by the package under test."""
+        """Compute attention by the package under test, [B, Hq, S, D]."""
         options = {"scale": self.scale, **options}
         return paged_attention(
             self.query, self.keys, self.values, self.mask(), backend=backend, **options
@@ -204,13 +202,13 @@ class Step:
 
 
 class Paged:
-    """Allocator, page table and pool in step; and every sequence's K and V, contiguous.
+    """An allocator, page table and pool kept in step, and a contiguous copy of every K and V.
 
     Args:
-        geometry: of one attention layer.
-        seed: of contents and of the order of physical pages.
-        scattered: pages dirtied and returned in random order first, so that later sequences get
-            shuffled pages full of an earlier owner's tokens.
+        geometry: one attention layer.
+        seed: seeds the contents and the order of physical pages.
+        scattered: number of pages that are first written and released in random order, so that
+            later sequences get shuffled pages full of an earlier owner's tokens.
     """
 
     def __init__(self, geometry: CacheGeometry, *, seed: int = 0, scattered: int = 6) -> None:
@@ -229,7 +227,7 @@ class Paged:
 
     @classmethod
     def after(cls, history: History) -> Paged:
-        """The pool at the end of a history."""
+        """Return the state at the end of a history."""
         paged = cls(history.geometry, seed=history.seed)
         for event in history.events:
             paged.happen(event)
@@ -248,11 +246,11 @@ class Paged:
                 self.release(self.pick(pick))
 
     def pick(self, number: int) -> int:
-        """An open sequence."""
+        """Return the `number`-th open sequence (modulo their number)."""
         return self.rows[number % len(self.rows)]
 
     def open(self, tokens: int) -> int:
-        """A new sequence of so many random tokens."""
+        """Open a sequence of `tokens` random tokens."""
         sequence = self.allocator.open()
         self.rows.append(sequence)
         self.keys[sequence] = self.values[sequence] = self._random(self.geometry.kv_heads, 0)
@@ -260,7 +258,7 @@ class Paged:
         return sequence
 
     def fork(self, parent: int) -> int:
-        """A new sequence with the parent's tokens."""
+        """Fork a sequence: the child begins with the parent's tokens."""
         child = self.allocator.fork(parent)
         self._select([*self.rows, parent])
         self.rows[-1] = child
@@ -268,7 +266,7 @@ class Paged:
         return child
 
     def release(self, sequence: int) -> None:
-        """Close a sequence. Its row stays in the table, stale, until another one takes it."""
+        """Close a sequence. Its stale row stays in the table until another sequence takes it."""
         freed = self.allocator.release(sequence)
         self.table.forget(torch.tensor(freed, dtype=torch.int64))
         kept = [other for other in self.rows if other != sequence]
@@ -277,7 +275,7 @@ class Paged:
         del self.keys[sequence], self.values[sequence]
 
     def append(self, growth: dict[int, int]) -> AppendPlan:
-        """Grow sequences by random tokens; the pool is extended where it must be."""
+        """Grow sequences by random tokens, and extend the pool if it is too small."""
         try:
             plan = self.allocator.append(growth)
         except OutOfPages as refusal:
@@ -291,19 +289,19 @@ class Paged:
         return plan
 
     def step(self, added: dict[int, int], *, padding: int = 0) -> Step:
-        """Grow sequences and ask for the new tokens' outputs, rows in the order of `added`."""
+        """Grow sequences, and return the step of the new tokens, rows in the order of `added`."""
         self.append(added)
         return self.look(added, padding=padding)
 
     def look(self, added: dict[int, int], *, padding: int = 0) -> Step:
-        """The step that asks for the outputs of each sequence's last tokens."""
+        """Return the step that computes each sequence's last tokens."""
         g, columns = self.geometry, max(1, padding + max(added.values()))
         positions = torch.full((len(added), columns), masks.PADDING, dtype=torch.int32)
         for row, (sequence, tokens) in enumerate(added.items()):
             end = self.allocator.length(sequence)
             positions[row, columns - tokens :] = torch.arange(end - tokens, end)
         rows = torch.tensor([self.rows.index(sequence) for sequence in added])
-        # as a model hands them over: tokens before heads in memory
+        # in a model's layout: tokens before heads in memory
         query = self._random(len(added), columns, g.query_heads).transpose(1, 2)
         return Step(
             geometry=g,
@@ -316,7 +314,7 @@ class Paged:
         )
 
     def slots(self, sequence: int) -> Tensor:
-        """[tokens] int64: where the sequence's tokens lie, from the allocator alone."""
+        """Return the slots of the sequence's tokens, [tokens] int64, from the allocator alone."""
         at = torch.arange(self.allocator.length(sequence))
         pages = torch.tensor(self.allocator.pages_of(sequence), dtype=torch.int64)
         return pages[at // self.geometry.page_size] * self.geometry.page_size + (
@@ -324,14 +322,17 @@ class Paged:
         )
 
     def unread_slots(self, sequences: Iterable[int]) -> Tensor:
-        """[slots] bool: free pages, others' pages, the null page and tails of partial pages."""
+        """Return the slots that these sequences must not read, [slots] bool.
+
+        They are free pages, other sequences' pages, the null page and tails of partial pages.
+        """
         unread = torch.ones(self.pool.keys.shape[2], dtype=torch.bool)
         for sequence in sequences:
             unread[self.slots(sequence)] = False
         return unread
 
     def check_valid(self) -> None:
-        """Prove that allocator, page table and pool agree."""
+        """Check that allocator, page table, pool and the contiguous copies agree."""
         self.allocator.check_valid()
         self.table.check_valid(self.allocator, self.rows)
         for stored in (self.pool.keys, self.pool.values):
@@ -349,7 +350,7 @@ class Paged:
         self.keys[sequence] = torch.cat([self.keys[sequence], k], dim=1)
         self.values[sequence] = torch.cat([self.values[sequence], v], dim=1)
         start = self.allocator.length(sequence) - tokens
-        # before them a token of padding, which may be anything and goes to the null page
+        # preceded by a padding token with arbitrary contents, which goes to the null page
         nan = k.new_full((len(k), 1, k.shape[2]), torch.nan)
         slots = torch.nn.functional.pad(self.slots(sequence)[start:], (1, 0))
         padded = (torch.cat([nan, new], dim=1)[None] for new in (k, v))
@@ -380,14 +381,14 @@ class Paged:
         return numbers.to(self.geometry.dtype)
 
 
-# -- judging it ---------------------------------------------------------------------------------
+# -- what is right -------------------------------------------------------------------------------
 
 
 def error_bound(dtype: torch.dtype, terms: int, *, sdpa_error: float, roundings: int = 1) -> float:
-    """Largest relative error of a right answer.
+    """Return the largest relative error of a right answer.
 
-    SDPA's own, or where SDPA happens to be exact: float32 sums in any order, and so many roundings
-    to a half type (each at most half its eps) on the way out.
+    It is SDPA's own error, or at least that of float32 sums in any order plus `roundings` roundings
+    to a half type (each at most half its eps): SDPA may happen to be exact.
     """
     if dtype == torch.float64:
         return ATTENTION_FLOAT64
@@ -400,7 +401,7 @@ def error_bound(dtype: torch.dtype, terms: int, *, sdpa_error: float, roundings:
 def assert_right(
     paged: Paged, step: Step, added: dict[int, int], out: Tensor, *, roundings: int = 1
 ) -> None:
-    """Every row is what float64 says from the row's own contiguous tokens, and padding is zero."""
+    """Check every row against float64 attention over its own tokens; padding must be zero."""
     assert out.shape == step.query.shape
     assert out.dtype == step.query.dtype
     assert not out.transpose(1, 2)[step.padding].any(), "padding attended to something"
@@ -418,20 +419,24 @@ def assert_right(
             sdpa_error=relative_error(sdpa(*inputs), exact),
             roundings=roundings,
         )
-        assert error <= bound, f"row {row}: error {error:.2g}, {bound:.2g} is allowed"
+        assert error <= bound, (
+            f"row {row}: relative error {error:.2g} exceeds the bound {bound:.2g}"
+        )
 
 
 def assert_same_outputs(actual: Tensor, expected: Tensor) -> None:
-    """Of two float64 runs that differ in the order of sums."""
+    """Check that two float64 runs differ only in the order of their sums."""
     assert actual.dtype == torch.float64
     norm = expected.norm()
     difference = (actual - expected).norm()
-    # two right answers, each off by its own rounding
-    assert difference <= 2 * ATTENTION_FLOAT64 * norm, f"{difference / norm:.2g} apart"
+    # both are right, and each has a rounding error of its own
+    assert difference <= 2 * ATTENTION_FLOAT64 * norm, (
+        f"relative difference {difference / norm:.2g} exceeds {2 * ATTENTION_FLOAT64:.2g}"
+    )
 
 
 def move_pages(step: Step, seed: int) -> Step:
-    """The same tokens in other physical pages: page p moves to `target[p]`; the null page stays."""
+    """Return the step with its pages moved at random; the null page stays where it is."""
     pages, page_size = len(step.logical), step.geometry.page_size
     generator = torch.Generator().manual_seed(seed)
     target = torch.cat([torch.zeros(1), 1 + torch.randperm(pages - 1, generator=generator)]).long()
@@ -445,11 +450,11 @@ def move_pages(step: Step, seed: int) -> Step:
     )
 
 
-# -- what a mask says ---------------------------------------------------------------------------
+# -- what a mask allows --------------------------------------------------------------------------
 
 
 def allowed_slots(mask: BlockMask) -> Tensor:
-    """[B, folded rows, slots] bool: the mask_mod asked about every pair."""
+    """Evaluate the mask_mod on every pair, [B, folded rows, slots] bool."""
     batch, _, rows, slots = mask.shape
     return mask.mask_mod(
         torch.arange(batch)[:, None, None],
@@ -460,32 +465,34 @@ def allowed_slots(mask: BlockMask) -> Tensor:
 
 
 def partial_pages(mask: BlockMask) -> Tensor:
-    """[B, query blocks, pages] int: how often a page is listed for the mask_mod to decide."""
+    """Count how often each page is listed as partial, [B, query blocks, pages]."""
     return _listed(mask, mask.kv_num_blocks, mask.kv_indices)
 
 
 def whole_pages(mask: BlockMask) -> Tensor:
-    """[B, query blocks, pages] int: how often a page is listed as allowed throughout."""
+    """Count how often each page is listed as whole, [B, query blocks, pages]."""
     return _listed(mask, mask.full_kv_num_blocks, mask.full_kv_indices)
 
 
 def assert_unlisted_pages_hold_nothing(step: Step) -> None:
-    """Dropping what is not listed drops nothing that the mask_mod allows."""
+    """Check that the mask_mod allows no slot of an unlisted page."""
     mask = step.mask()
     listed = partial_pages(mask) + whole_pages(mask) > 0
     needed = _by_block(mask, padded_rows_allow=False).any(dim=4).any(dim=2)
-    assert not (needed & ~listed).any(), "the mask_mod allows what no list names"
+    assert not (needed & ~listed).any(), "the mask_mod allows slots of a page that no list names"
 
 
 def assert_whole_pages_are_allowed(step: Step) -> None:
-    """Every slot of a page listed whole is allowed to every row of the block."""
+    """Check that every row of a block may read every slot of a page that is listed whole."""
     mask = step.mask()
     allowed = _by_block(mask, padded_rows_allow=True).all(dim=4).all(dim=2)
-    assert allowed[whole_pages(mask) > 0].all(), "a page is listed whole that is not"
+    assert allowed[whole_pages(mask) > 0].all(), (
+        "a page is listed as whole, but the mask_mod hides some of its slots"
+    )
 
 
 def assert_no_page_is_listed_twice(step: Step) -> None:
-    """Neither in one list nor once in each."""
+    """Check that no page is listed twice, in one list or once in each."""
     mask = step.mask()
     assert (partial_pages(mask) + whole_pages(mask)).max() <= 1, "a page is listed twice"
 
@@ -498,130 +505,9 @@ def _listed(mask: BlockMask, counts: Tensor, indices: Tensor) -> Tensor:
 
 
 def _by_block(mask: BlockMask, *, padded_rows_allow: bool) -> Tensor:
-    """[B, query blocks, rows of a block, pages, page_size] bool: what the mask_mod allows."""
+    """Evaluate the mask_mod by block, [B, query blocks, rows of a block, pages, page_size]."""
     allowed, (block_rows, page_size) = allowed_slots(mask), mask.BLOCK_SIZE
     missing = -allowed.shape[1] % block_rows
     padded = torch.nn.functional.pad(allowed, (0, 0, 0, missing), value=padded_rows_allow)
     pages = mask.shape[-1] // page_size
     return padded.view(len(allowed), -1, block_rows, pages, page_size)
-
-
-# -- contents without tensors -------------------------------------------------------------------
-
-
-class Ledger:
-    """An allocator beside a model of it: pages as lists of tokens, and what every sequence wrote.
-
-    A token is a number that was never written before. The plans of the allocator under test are
-    carried out literally on the pages: what a device would hold is what the lists hold.
-    """
-
-    def __init__(self, allocator: PageAllocator) -> None:
-        self.allocator = allocator
-        self.histories: dict[int, list[int]] = {}
-        self.closed: list[int] = []
-        self.met: Counter[str] = Counter()  # copies and refusals: a walk without any proves little
-        self._issued: set[int] = set()
-        self._written = 0
-        self._contents: dict[int, list[int | None]] = {}
-
-    def open(self) -> int:
-        """A new sequence."""
-        sequence = self.allocator.open()
-        self._first_seen(sequence)
-        self.histories[sequence] = []
-        return sequence
-
-    def fork(self, parent: int) -> int:
-        """A new sequence with the parent's tokens."""
-        free = self.allocator.free
-        child = self.allocator.fork(parent)
-        assert self.allocator.free == free, "a fork took pages"
-        self._first_seen(child)
-        self.histories[child] = list(self.histories[parent])
-        return child
-
-    def share(self, parent: int, pages: int) -> int:
-        """A new sequence that begins with so many whole pages of the parent's, if it has them."""
-        size, history = self.allocator.page_size, self.histories[parent]
-        pages = min(pages, len(history) // size)
-        free = self.allocator.free
-        child = self.allocator.open(self.allocator.pages_of(parent)[:pages])
-        assert self.allocator.free == free, "sharing took pages"
-        self._first_seen(child)
-        self.histories[child] = history[: pages * size]
-        return child
-
-    def append(self, growth: dict[int, int]) -> AppendPlan:
-        """Grow sequences, carry the plan out, write the tokens."""
-        needed, free = self.allocator.pages_needed(growth), self.allocator.free
-        plan = self.allocator.append(growth)
-        assert self.allocator.free == free - needed, "append took other than it said it needs"
-        self.met["copy"] += len(plan.copies)
-        for copy in plan.copies:
-            self._contents[copy.target] = list(self._page(copy.source))
-        for sequence, tokens in growth.items():
-            self._write(sequence, tokens)
-        return plan
-
-    def release(self, *sequences: int) -> list[int]:
-        """Close sequences."""
-        free = self.allocator.free
-        freed = self.allocator.release(*sequences)
-        assert self.allocator.free == free + len(freed), "other pages were freed than were said"
-        for sequence in sequences:
-            del self.histories[sequence]
-            self.closed.append(sequence)
-        return freed
-
-    def refuses(
-        self, error: type[Exception], request: Callable[..., object], *arguments: Any
-    ) -> None:
-        """A request is refused by name and changes nothing."""
-        before = state_of(self.allocator)
-        try:
-            request(*arguments)
-        except error:
-            pass
-        else:
-            raise AssertionError(f"{error.__name__} was not raised")
-        assert state_of(self.allocator) == before, "a refused request changed something"
-        self.met[error.__name__] += 1
-
-    def check_valid(self) -> None:
-        """Prove that every sequence reads its own tokens."""
-        self.allocator.check_valid()
-        assert set(self.allocator.sequences) == set(self.histories), "other sequences are open"
-        for sequence, history in self.histories.items():
-            assert self.allocator.length(sequence) == len(history), "a length is wrong"
-            read: list[int | None] = []
-            for page in self.allocator.pages_of(sequence):
-                read.extend(self._page(page))
-            assert read[: len(history)] == history, f"sequence {sequence} reads other tokens"
-
-    def _first_seen(self, sequence: int) -> None:
-        assert sequence not in self._issued, "an id was issued twice"
-        self._issued.add(sequence)
-
-    def _write(self, sequence: int, tokens: int) -> None:
-        history, size = self.histories[sequence], self.allocator.page_size
-        pages = self.allocator.pages_of(sequence)
-        for at in range(len(history), len(history) + tokens):
-            self._written += 1
-            self._page(pages[at // size])[at % size] = self._written
-            history.append(self._written)
-
-    def _page(self, page: int) -> list[int | None]:
-        return self._contents.setdefault(page, [None] * self.allocator.page_size)
-
-
-def state_of(allocator: PageAllocator) -> object:
-    """All that can be seen of an allocator, to say that nothing of it changed."""
-    return (
-        allocator.pages,
-        allocator.free,
-        allocator.held,
-        allocator.tokens,
-        [(s, allocator.length(s), allocator.pages_of(s)) for s in allocator.sequences],
-        {p: allocator.references(p) for s in allocator.sequences for p in allocator.pages_of(s)},
-    )

@@ -1,4 +1,4 @@
-"""Small models with every feature of the family, random weights, made in milliseconds."""
+"""Small models with every feature of the family: random weights, built in milliseconds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(flavour: str = "hybrid", seed: int = 0, **sizes: Any) -> GraniteMoeHybridForCausalLM:
-    """A `GraniteMoeHybridForCausalLM` in eval mode, float32."""
+    """Build a float32 `GraniteMoeHybridForCausalLM` in eval mode."""
     torch.manual_seed(seed)
     config = GraniteMoeHybridConfig(**{**SIZES, **FLAVOURS[flavour], **sizes})
     return GraniteMoeHybridForCausalLM(config).eval()
@@ -63,5 +63,5 @@ def prompts(
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output, or in that of `generate()`, under any release's name."""
+    """Return the cache in the output of a model or `generate()`, under any release's name."""
     return getattr(output, CACHE)

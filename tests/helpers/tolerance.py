@@ -1,8 +1,9 @@
-"""Bounds of the tests. The laws are the package's own; none was tuned to make a test pass."""
+"""Tolerances of the tests, taken from `granite_paged.tolerances`. None was tuned to pass a test."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from granite_paged.tolerances import (
     LOGITS_FLOAT32,
@@ -20,6 +21,7 @@ __all__ = [
     "RECALL",
     "SDPA_RATIO",
     "WASTE",
+    "largest_error",
     "relative_error",
     "rounding_floor",
 ]
@@ -27,7 +29,15 @@ __all__ = [
 ATTENTION_FLOAT64 = LOGITS_FLOAT64
 
 
+def largest_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a fraction of the largest expected value."""
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
 def rounding_floor(dtype: torch.dtype, terms: int) -> float:
-    """Error that summing so many terms may make in a dtype whatever the order: for cases so small
-    that SDPA happens to be exact and a ratio means nothing."""
+    """Return the error that a sum of `terms` terms may have, whatever its order: eps * sqrt(terms).
+
+    It is the bound where a case is so small that SDPA happens to be exact, so that a ratio to
+    SDPA's error means nothing.
+    """
     return torch.finfo(dtype).eps * terms**0.5

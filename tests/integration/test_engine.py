@@ -26,7 +26,7 @@ from granite_paged.errors import (
     TokenizerError,
 )
 from granite_paged.models import load
-from tests.helpers.engine_harness import alone, logprobs_alone
+from tests.helpers.engine_harness import expected_logprobs, expected_tokens
 from tests.helpers.simulated_runner import ModelOracle
 from tests.helpers.tiny_models import EOS, FLAVOURS, VOCABULARY, tiny_model
 
@@ -105,14 +105,14 @@ def test_samples_are_those_of_the_request_alone(model: Any, engine: Engine) -> N
     )  # fmt: skip
     outputs = engine.generate(PROMPTS[:3], params)
     oracle = ModelOracle(model)
-    expected = [alone(oracle, p, params, n) for p in PROMPTS[:3] for n in range(3)]
+    expected = [expected_tokens(oracle, p, params, n) for p in PROMPTS[:3] for n in range(3)]
     assert [answer(output) for output in outputs] == expected
     assert len({tuple(tokens) for tokens in expected}) == len(expected), "samples are alike"
 
 
 def test_logprobs_are_those_of_sdpa(model: Any, engine: Engine) -> None:
     (output,) = engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=5, logprobs=3))
-    expected = logprobs_alone(ModelOracle(model), PROMPTS[0], output.tokens)
+    expected = expected_logprobs(ModelOracle(model), PROMPTS[0], output.tokens)
     torch.testing.assert_close(
         [one.logprob for one in output.logprobs], expected, atol=1e-5, rtol=1e-5
     )
@@ -212,7 +212,7 @@ def test_scores_are_those_of_sdpa_whatever_is_shared(model: Any, engine: Engine)
     for (context, continuations), scores in zip(items, engine.score(items), strict=True):
         assert len(scores) == len(continuations)
         for continuation, score in zip(continuations, scores, strict=True):
-            expected = logprobs_alone(oracle, context, continuation)
+            expected = expected_logprobs(oracle, context, continuation)
             torch.testing.assert_close(list(score.tokens), expected, atol=2e-5, rtol=2e-5)
             assert score.logprob == pytest.approx(sum(expected), abs=1e-4)
 
@@ -373,7 +373,7 @@ def test_prefixes_are_forgotten_while_others_run(model: Any, engine: Engine) -> 
     engine.check_valid()
     while engine.step():
         engine.check_valid()
-    assert running.outputs[0].tokens == alone(ModelOracle(model), PROMPTS[3], params)
+    assert running.outputs[0].tokens == expected_tokens(ModelOracle(model), PROMPTS[3], params)
 
 
 def test_stats_say_what_was_done(engine: Engine) -> None:

@@ -77,21 +77,21 @@ def test_beams_that_do_not_fit_at_once_are_computed_again(rows: int, pages: int)
 
 
 def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
-    office = EngineHarness(HashOracle(), pages=80, rows=4)
-    office.engine.submit_search(list(range(40)), SamplingParams(max_new_tokens=6), beams=4)
+    harness = EngineHarness(HashOracle(), pages=80, rows=4)
+    harness.engine.submit_search(list(range(40)), SamplingParams(max_new_tokens=6), beams=4)
     most = 0
-    while office.engine.step():
-        office.check()
-        most = max(most, office.engine._allocator.held)
+    while harness.engine.step():
+        harness.check()
+        most = max(most, harness.engine._allocator.held)
     assert most <= 10 + 4 * 3, "forty tokens in ten pages, and a few for each beam"
-    assert office.runner.forked >= 3
+    assert harness.runner.forked >= 3
 
 
 @pytest.mark.parametrize("call", ["decode", "fork_row", "write_pages", "prefill"])
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) -> None:
-    office = EngineHarness(HashOracle(), pages=60, rows=6)
-    office.faulty = True
+    harness = EngineHarness(HashOracle(), pages=60, rows=6)
+    harness.faulty = True
     params = SamplingParams(max_new_tokens=8, stop_tokens=())
     made = 0
 
@@ -101,10 +101,10 @@ def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) 
         if what == call and made == number:
             raise RuntimeError("once")
 
-    office.runner.fault = fault
-    request = office.engine.submit_search([1, 2, 3, 4, 5], params, beams=3)
-    other = office.submit([9], params)
-    office.drain()
+    harness.runner.fault = fault
+    request = harness.engine.submit_search([1, 2, 3, 4, 5], params, beams=3)
+    other = harness.submit([9], params)
+    harness.drain()
     assert request.finished
     assert other is not None
     assert other.outputs[0].finish in ("length", "error")
@@ -113,12 +113,12 @@ def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) 
 
 
 def test_a_cancelled_search_leaves_nothing() -> None:
-    office = EngineHarness(HashOracle(), pages=60, rows=6)
-    request = office.engine.submit_search([1, 2, 3], SamplingParams(max_new_tokens=20), beams=3)
+    harness = EngineHarness(HashOracle(), pages=60, rows=6)
+    request = harness.engine.submit_search([1, 2, 3], SamplingParams(max_new_tokens=20), beams=3)
     for _ in range(6):
-        office.step()
-    office.engine.cancel(request)
-    office.drain()
+        harness.step()
+    harness.engine.cancel(request)
+    harness.drain()
     assert [output.finish for output in request.outputs] == ["cancelled"] * 3
 
 

@@ -54,26 +54,28 @@ def raising_at(number: int, call: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def busy_office() -> EngineHarness:
+def busy_harness() -> EngineHarness:
     """Prefix hits, forks, preemption with swapping, scores: every call site is passed."""
-    office = EngineHarness(HashOracle(), {"preemption": "swap"}, pages=19, rows=4)
-    office.faulty = True
-    return office
+    harness = EngineHarness(HashOracle(), {"preemption": "swap"}, pages=19, rows=4)
+    harness.faulty = True
+    return harness
 
 
-def fill(office: EngineHarness) -> list[Request]:
-    office.score(STEM[:13], [[1, 2], [3], [4, 5, 6]])
+def fill(harness: EngineHarness) -> list[Request]:
+    harness.score(STEM[:13], [[1, 2], [3], [4, 5, 6]])
     asked = [
-        office.submit([*STEM[: 4 * i], 50 + i], SamplingParams(max_new_tokens=9 + i, temperature=t))
+        harness.submit(
+            [*STEM[: 4 * i], 50 + i], SamplingParams(max_new_tokens=9 + i, temperature=t)
+        )
         for i, t in enumerate((0, 0.5, 0, 0.5, 0, 0))
     ]
-    asked.append(office.submit(STEM, SamplingParams(n=2, max_new_tokens=7)))
-    office.step()
-    asked += [office.submit([*STEM, i], SamplingParams(max_new_tokens=12)) for i in range(4)]
+    asked.append(harness.submit(STEM, SamplingParams(n=2, max_new_tokens=7)))
+    harness.step()
+    asked += [harness.submit([*STEM, i], SamplingParams(max_new_tokens=12)) for i in range(4)]
     return [request for request in asked if request is not None]
 
 
-def assert_only_named_failures(office: EngineHarness, asked: Sequence[Request]) -> None:
+def assert_only_named_failures(harness: EngineHarness, asked: Sequence[Request]) -> None:
     """`EngineHarness` judged the answers; what failed says so and why."""
     for output in (output for request in asked for output in request.outputs):
         if output.error is not None:
@@ -89,56 +91,56 @@ def assert_only_named_failures(office: EngineHarness, asked: Sequence[Request]) 
 def test_a_fault_on_the_host_ends_at_most_one_request(
     site: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    office = busy_office()
-    asked = fill(office)
+    harness = busy_harness()
+    asked = fill(harness)
     owner, name = HOST[site]
     broken = raising_at(number, getattr(owner, name))
     monkeypatch.setattr(owner, name, broken)
 
-    office.drain()
+    harness.drain()
 
     if number == 1:
         assert broken.count(), "the fault was never met"  # type: ignore[attr-defined]
-    assert_only_named_failures(office, asked)
+    assert_only_named_failures(harness, asked)
 
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("call", DEVICE)
 def test_a_fault_of_the_device_ends_at_most_one_request(call: str, number: int) -> None:
-    office = busy_office()
-    asked = fill(office)
+    harness = busy_harness()
+    asked = fill(harness)
     broken = raising_at(number, lambda: None)
-    office.runner.fault = lambda made, rows: broken() if made == call else None
+    harness.runner.fault = lambda made, rows: broken() if made == call else None
 
-    office.drain()
+    harness.drain()
 
     if number == 1:
         assert broken.count(), "the fault was never met"  # type: ignore[attr-defined]
-    assert_only_named_failures(office, asked)
+    assert_only_named_failures(harness, asked)
 
 
 @pytest.mark.parametrize("call", ["write_pages", "clear_rows", "prefill", "decode"])
 def test_a_request_that_breaks_every_call_it_is_in_fails_alone(call: str) -> None:
-    office = busy_office()
-    asked = fill(office)
+    harness = busy_harness()
+    asked = fill(harness)
     victim = asked[4]  # whose row somebody had before
 
     def fault(made: str, rows: Sequence[int]) -> None:
         if made == call and any(job.row in rows for job in victim.jobs):
             raise Broken("always")
 
-    office.runner.fault = fault
-    office.drain()
+    harness.runner.fault = fault
+    harness.drain()
 
     assert [r for r in asked if r.outputs[0].finish == "error"] == [victim]
-    assert_only_named_failures(office, asked)
+    assert_only_named_failures(harness, asked)
     assert f"request {victim.number} raised Broken (always)" in str(victim.outputs[0].error)
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 9, 20, 40, 60])
 def test_an_interrupted_step_is_done_again(number: int) -> None:
-    office = busy_office()
-    asked = fill(office)
+    harness = busy_harness()
+    asked = fill(harness)
     calls = 0
 
     def interrupt(made: str, rows: Sequence[int]) -> None:
@@ -147,10 +149,10 @@ def test_an_interrupted_step_is_done_again(number: int) -> None:
         if calls == number:
             raise KeyboardInterrupt
 
-    office.runner.fault = interrupt
+    harness.runner.fault = interrupt
     with pytest.raises(KeyboardInterrupt):
-        office.drain()
+        harness.drain()
 
-    office.drain()
+    harness.drain()
 
     assert {request.outputs[0].finish for request in asked} == {"length"}

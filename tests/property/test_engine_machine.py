@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from granite_paged.engine.request import SamplingParams
 from granite_paged.geometry import PagedConfig
 from granite_paged.runner.runner import Runner
-from tests.helpers.engine_harness import EngineHarness, walk
+from tests.helpers.engine_harness import EngineHarness, random_walk
 from tests.helpers.simulated_runner import HashOracle, ModelOracle, SimulatedRunner
 from tests.helpers.tiny_models import tiny_model
 
@@ -59,43 +59,43 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def start(self, preemption: str, state_bytes: int, **sizes: int) -> None:
         options = {"preemption": preemption, "state_bytes": state_bytes}
-        self.office = EngineHarness(model_oracle(), options, self.runner(**sizes))
+        self.harness = EngineHarness(model_oracle(), options, self.runner(**sizes))
 
     def runner(self, **sizes: int) -> Any:
         return SimulatedRunner(model_oracle(), **sizes)
 
     @rule(prompt=PROMPTS, params=PARAMS)
     def submit(self, prompt: list[int], params: SamplingParams) -> None:
-        self.office.submit(prompt, params)
+        self.harness.submit(prompt, params)
 
     @rule(
         context=PROMPTS,
         continuations=st.lists(st.lists(TOKENS, min_size=1, max_size=4), max_size=3),
     )
     def score(self, context: list[int], continuations: list[list[int]]) -> None:
-        self.office.score(context, continuations)
+        self.harness.score(context, continuations)
 
     @rule(prompt=PROMPTS, new=st.integers(1, 5), beams=st.integers(1, 3))
     def search(self, prompt: list[int], new: int, beams: int) -> None:
         params = SamplingParams(max_new_tokens=new, stop_tokens=(11, 29, 60))
-        self.office.search(prompt, params, beams)
+        self.harness.search(prompt, params, beams)
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
         for _ in range(steps):
-            self.office.step()
+            self.harness.step()
 
     @rule(pick=st.integers(0, 7))
     def cancel(self, pick: int) -> None:
-        self.office.cancel(pick)
+        self.harness.cancel(pick)
 
     @rule()
     def evict(self) -> None:
-        self.office.evict()
+        self.harness.evict()
 
     def teardown(self) -> None:
-        if hasattr(self, "office"):
-            self.office.drain()
+        if hasattr(self, "harness"):
+            self.harness.drain()
 
 
 class LiveMachine(EngineMachine):
@@ -139,9 +139,9 @@ EXPECTED = {
 @pytest.mark.parametrize("kind", WALKS)
 def test_a_long_random_walk_leaves_every_answer_right_and_nothing_held(kind: str) -> None:
     options, sizes = WALKS[kind]
-    office = EngineHarness(HashOracle(), options, **sizes)
+    harness = EngineHarness(HashOracle(), options, **sizes)
 
-    walk(office, DEEP_STEPS // len(WALKS), seed=len(kind))
+    random_walk(harness, DEEP_STEPS // len(WALKS), seed=len(kind))
 
-    met = {what for what, times in office.met.items() if times}
+    met = {what for what, times in harness.met.items() if times}
     assert met >= EXPECTED[kind], f"the walk never met {EXPECTED[kind] - met}"

@@ -15,18 +15,18 @@ from granite_paged.errors import (
     UnknownSequence,
 )
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator, PageCopy, PageWrite
-from tests.helpers.strategies import Ledger
+from tests.helpers.allocator_model import AllocatorModel
 
 
-def make(pages: int = 11, page_size: int = 4) -> tuple[Ledger, PageAllocator]:
-    """An allocator with ten usable pages of four tokens, in a ledger."""
-    ledger = Ledger(PageAllocator(pages, page_size))
-    return ledger, ledger.allocator
+def make(pages: int = 11, page_size: int = 4) -> tuple[AllocatorModel, PageAllocator]:
+    """An allocator with ten usable pages of four tokens, in a model."""
+    model = AllocatorModel(PageAllocator(pages, page_size))
+    return model, model.allocator
 
 
-def opened(ledger: Ledger, *lengths: int) -> list[int]:
-    sequences = [ledger.open() for _ in lengths]
-    ledger.append(dict(zip(sequences, lengths, strict=True)))
+def opened(model: AllocatorModel, *lengths: int) -> list[int]:
+    sequences = [model.open() for _ in lengths]
+    model.append(dict(zip(sequences, lengths, strict=True)))
     return sequences
 
 
@@ -39,8 +39,8 @@ def test_a_new_pool_is_free_but_for_the_null_page() -> None:
 
 
 def test_the_null_page_is_never_handed_out() -> None:
-    ledger, allocator = make(pages=11)
-    (everything,) = opened(ledger, 40)
+    model, allocator = make(pages=11)
+    (everything,) = opened(model, 40)
     assert allocator.free == 0
     assert NULL_PAGE not in allocator.pages_of(everything)
     assert allocator.references(NULL_PAGE) == 0
@@ -50,21 +50,21 @@ def test_the_null_page_is_never_handed_out() -> None:
     ("tokens", "pages"), [(0, 0), (1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (40, 10)]
 )
 def test_a_sequence_holds_just_the_pages_its_tokens_fill(tokens: int, pages: int) -> None:
-    ledger, allocator = make()
-    (sequence,) = opened(ledger, tokens)
+    model, allocator = make()
+    (sequence,) = opened(model, tokens)
     assert len(allocator.pages_of(sequence)) == pages
     assert allocator.free == 10 - pages
 
 
 @pytest.mark.parametrize("steps", [[1] * 13, [3, 5, 4, 1], [13], [0, 13, 0]], ids=str)
 def test_how_a_sequence_grew_does_not_show(steps: list[int]) -> None:
-    ledger, allocator = make()
-    (sequence,) = opened(ledger, 0)
+    model, allocator = make()
+    (sequence,) = opened(model, 0)
     for tokens in steps:
-        ledger.append({sequence: tokens})
+        model.append({sequence: tokens})
     assert allocator.length(sequence) == 13
     assert len(allocator.pages_of(sequence)) == 4
-    ledger.check_valid()
+    model.check_valid()
 
 
 def test_the_plan_names_each_new_page_once() -> None:
@@ -78,50 +78,50 @@ def test_the_plan_names_each_new_page_once() -> None:
 
 
 def test_released_pages_are_free_again_and_named() -> None:
-    ledger, allocator = make()
-    first, second = opened(ledger, 9, 4)
+    model, allocator = make()
+    first, second = opened(model, 9, 4)
     pages = allocator.pages_of(first)
-    assert sorted(ledger.release(first)) == sorted(pages)
+    assert sorted(model.release(first)) == sorted(pages)
     assert allocator.sequences == (second,)
     assert (allocator.free, allocator.held, allocator.tokens) == (9, 1, 4)
 
 
 def test_recycled_pages_are_used_before_new_ones() -> None:
     """So that the part of the pool ever touched stays small."""
-    ledger, allocator = make()
-    (first,) = opened(ledger, 12)
+    model, allocator = make()
+    (first,) = opened(model, 12)
     pages = set(allocator.pages_of(first))
-    ledger.release(first)
-    (second,) = opened(ledger, 12)
+    model.release(first)
+    (second,) = opened(model, 12)
     assert set(allocator.pages_of(second)) == pages
 
 
 def test_releasing_nothing_does_nothing() -> None:
-    ledger, allocator = make()
-    opened(ledger, 5)
-    assert ledger.release() == []
+    model, allocator = make()
+    opened(model, 5)
+    assert model.release() == []
     assert allocator.held == 2
 
 
 def test_ids_are_never_reused() -> None:
-    ledger, _ = make()
+    model, _ = make()
     seen = set()
     for _ in range(5):
-        (sequence,) = opened(ledger, 1)
-        ledger.release(sequence)
+        (sequence,) = opened(model, 1)
+        model.release(sequence)
         seen.add(sequence)
     assert len(seen) == 5
 
 
 def test_an_extended_pool_keeps_every_page_in_its_place() -> None:
-    ledger, allocator = make(pages=3)
-    (sequence,) = opened(ledger, 8)
+    model, allocator = make(pages=3)
+    (sequence,) = opened(model, 8)
     pages = allocator.pages_of(sequence)
     allocator.extend_pool(5)
-    ledger.append({sequence: 8})
+    model.append({sequence: 8})
     assert allocator.pages_of(sequence)[:2] == pages
     assert (allocator.pages, allocator.free) == (5, 0)
-    ledger.check_valid()
+    model.check_valid()
 
 
 def test_importing_the_allocator_needs_no_torch() -> None:
@@ -146,10 +146,10 @@ def test_importing_the_allocator_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("length", [0, 3, 4, 10])
 def test_a_fork_shares_every_page_and_takes_none(length: int) -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, length)
+    model, allocator = make()
+    (parent,) = opened(model, length)
     free = allocator.free
-    child = ledger.fork(parent)
+    child = model.fork(parent)
     assert allocator.pages_of(child) == allocator.pages_of(parent)
     assert allocator.length(child) == length
     assert allocator.free == free
@@ -157,83 +157,83 @@ def test_a_fork_shares_every_page_and_takes_none(length: int) -> None:
 
 
 def test_a_shared_page_is_freed_by_its_last_holder() -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    child = ledger.fork(parent)
-    assert ledger.release(parent) == []
-    assert len(ledger.release(child)) == 2
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    child = model.fork(parent)
+    assert model.release(parent) == []
+    assert len(model.release(child)) == 2
     assert allocator.free == 10
 
 
 def test_both_holders_released_in_one_call_free_each_page_once() -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    freed = ledger.release(parent, ledger.fork(parent))
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    freed = model.release(parent, model.fork(parent))
     assert len(freed) == len(set(freed)) == 2
     allocator.check_valid()
 
 
 @pytest.mark.parametrize("writer", ["parent", "child"])
 def test_writing_into_a_shared_page_copies_it_first(writer: str) -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    child = ledger.fork(parent)
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    child = model.fork(parent)
     shared = allocator.pages_of(parent)[-1]
     writes, waits = (parent, child) if writer == "parent" else (child, parent)
-    plan = ledger.append({writes: 1})
+    plan = model.append({writes: 1})
     own = allocator.pages_of(writes)[-1]
     assert plan.copies == [PageCopy(shared, own)]
     assert plan.writes == [PageWrite(writes, 1, own)]
     assert allocator.pages_of(waits)[-1] == shared != own
-    ledger.check_valid()
+    model.check_valid()
 
 
 def test_full_shared_pages_are_never_copied() -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 8)
-    child = ledger.fork(parent)
-    assert ledger.append({child: 1}).copies == []
+    model, allocator = make()
+    (parent,) = opened(model, 8)
+    child = model.fork(parent)
+    assert model.append({child: 1}).copies == []
     assert allocator.pages_of(child)[:2] == allocator.pages_of(parent)
 
 
 def test_the_last_of_several_writers_keeps_the_original() -> None:
     """Of r holders that all write, r - 1 copy: no page is wasted, none is written by two."""
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    family = [parent, ledger.fork(parent), ledger.fork(parent)]
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    family = [parent, model.fork(parent), model.fork(parent)]
     growth = dict.fromkeys(family, 1)
     assert allocator.pages_needed(growth) == 2
-    assert len(ledger.append(growth).copies) == 2
+    assert len(model.append(growth).copies) == 2
     last_pages = {allocator.pages_of(sequence)[-1] for sequence in family}
     assert len(last_pages) == 3
-    ledger.check_valid()
+    model.check_valid()
 
 
 def test_a_fork_that_does_not_grow_copies_nothing() -> None:
-    ledger, _ = make()
-    (parent,) = opened(ledger, 6)
-    child = ledger.fork(parent)
-    plan = ledger.append({parent: 0, child: 0})
+    model, _ = make()
+    (parent,) = opened(model, 6)
+    child = model.fork(parent)
+    plan = model.append({parent: 0, child: 0})
     assert (plan.writes, plan.copies) == ([], [])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9])
 def test_copies_on_write_are_counted_before_they_are_granted(tokens: int) -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    child = ledger.fork(parent)
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    child = model.fork(parent)
     growth = {parent: tokens, child: tokens}
     needed, free = allocator.pages_needed(growth), allocator.free
-    ledger.append(growth)
+    model.append(growth)
     assert allocator.free == free - needed
 
 
 def test_a_copy_that_does_not_fit_is_refused() -> None:
-    ledger, allocator = make(pages=3)
-    (parent,) = opened(ledger, 6)
-    child = ledger.fork(parent)
+    model, allocator = make(pages=3)
+    (parent,) = opened(model, 6)
+    child = model.fork(parent)
     assert allocator.free == 0
-    ledger.refuses(OutOfPages, allocator.append, {child: 1})
+    model.refuses(OutOfPages, allocator.append, {child: 1})
 
 
 # -- refusals -----------------------------------------------------------------------------------
@@ -247,58 +247,58 @@ def test_a_pool_too_small_to_use_is_refused(pages: int, page_size: int) -> None:
 
 def test_a_double_free_is_refused() -> None:
     """Seen in transformers' continuous batching: a block freed twice is issued to two owners."""
-    ledger, allocator = make()
-    first, _ = opened(ledger, 5, 5)
-    ledger.release(first)
-    ledger.refuses(DoubleFree, allocator.release, first)
-    ledger.check_valid()
+    model, allocator = make()
+    first, _ = opened(model, 5, 5)
+    model.release(first)
+    model.refuses(DoubleFree, allocator.release, first)
+    model.check_valid()
 
 
 def test_a_double_free_after_the_pages_moved_on_is_refused() -> None:
     """The pages have another owner by then."""
-    ledger, allocator = make()
-    (first,) = opened(ledger, 40)
-    ledger.release(first)
-    (heir,) = opened(ledger, 40)
-    ledger.refuses(DoubleFree, allocator.release, first)
+    model, allocator = make()
+    (first,) = opened(model, 40)
+    model.release(first)
+    (heir,) = opened(model, 40)
+    model.refuses(DoubleFree, allocator.release, first)
     assert len(allocator.pages_of(heir)) == 10
 
 
 def test_a_double_free_by_one_owner_of_a_shared_page_is_refused() -> None:
     """Seen in vLLM: it drops the other owner's reference, and the page is reissued in use."""
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    child = ledger.fork(parent)
-    ledger.release(child)
-    ledger.refuses(DoubleFree, allocator.release, child)
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    child = model.fork(parent)
+    model.release(child)
+    model.refuses(DoubleFree, allocator.release, child)
     assert {allocator.references(page) for page in allocator.pages_of(parent)} == {1}
 
 
 def test_a_reference_count_never_falls_below_zero() -> None:
     """Seen in vLLM: a double free is accepted with a count of -1."""
-    ledger, allocator = make()
-    (sequence,) = opened(ledger, 4)
+    model, allocator = make()
+    (sequence,) = opened(model, 4)
     (page,) = allocator.pages_of(sequence)
-    ledger.release(sequence)
-    ledger.refuses(DoubleFree, allocator.release, sequence)
+    model.release(sequence)
+    model.refuses(DoubleFree, allocator.release, sequence)
     assert allocator.references(page) == 0
 
 
 @pytest.mark.parametrize("twice_first", [True, False])
 def test_an_id_named_twice_in_one_call_is_refused_whole(twice_first: bool) -> None:
     """Seen in torch PagedAttention.erase([0, 0]): the pages enter the free list twice."""
-    ledger, allocator = make()
-    first, second = opened(ledger, 5, 5)
+    model, allocator = make()
+    first, second = opened(model, 5, 5)
     named = (first, first, second) if twice_first else (second, first, first)
-    ledger.refuses(DoubleFree, allocator.release, *named)
+    model.refuses(DoubleFree, allocator.release, *named)
     assert allocator.sequences == (first, second)
 
 
 @pytest.mark.parametrize("foreign", [-1, 2, 10**9])
 @pytest.mark.parametrize("request_name", ["append", "fork", "release", "length", "pages_of"])
 def test_an_id_that_was_never_issued_is_refused(foreign: int, request_name: str) -> None:
-    ledger, allocator = make()
-    known, _ = opened(ledger, 3, 3)
+    model, allocator = make()
+    known, _ = opened(model, 3, 3)
     requests = {
         "append": ({known: 1, foreign: 1},),
         "fork": (foreign,),
@@ -306,66 +306,66 @@ def test_an_id_that_was_never_issued_is_refused(foreign: int, request_name: str)
         "length": (foreign,),
         "pages_of": (foreign,),
     }
-    ledger.refuses(UnknownSequence, getattr(allocator, request_name), *requests[request_name])
+    model.refuses(UnknownSequence, getattr(allocator, request_name), *requests[request_name])
 
 
 @pytest.mark.parametrize("request_name", ["append", "fork", "length", "pages_of"])
 def test_a_closed_sequence_can_do_nothing_more(request_name: str) -> None:
-    ledger, allocator = make()
-    closed, _ = opened(ledger, 3, 3)
-    ledger.release(closed)
+    model, allocator = make()
+    closed, _ = opened(model, 3, 3)
+    model.release(closed)
     argument = {closed: 1} if request_name == "append" else closed
-    ledger.refuses(DoubleFree, getattr(allocator, request_name), argument)
+    model.refuses(DoubleFree, getattr(allocator, request_name), argument)
 
 
 @pytest.mark.parametrize("tokens", [-1, -4, -(10**12)])
 def test_a_negative_growth_is_refused(tokens: int) -> None:
     """Seen in vLLM: asking for a negative number of pages inflates the pool."""
-    ledger, allocator = make()
-    first, second = opened(ledger, 5, 5)
-    ledger.refuses(InvalidRequest, allocator.append, {first: 3, second: tokens})
+    model, allocator = make()
+    first, second = opened(model, 5, 5)
+    model.refuses(InvalidRequest, allocator.append, {first: 3, second: tokens})
     assert allocator.free == 6
 
 
 @pytest.mark.parametrize("tokens", [33, 10**6, 10**30])
 def test_a_growth_that_does_not_fit_is_refused_with_the_numbers(tokens: int) -> None:
-    ledger, allocator = make()
-    (sequence,) = opened(ledger, 8)
-    ledger.refuses(OutOfPages, allocator.append, {sequence: tokens})
+    model, allocator = make()
+    (sequence,) = opened(model, 8)
+    model.refuses(OutOfPages, allocator.append, {sequence: tokens})
     with pytest.raises(OutOfPages) as refusal:
         allocator.append({sequence: tokens})
     assert (refusal.value.needed, refusal.value.free) == (-(-tokens // 4), 8)
 
 
 def test_a_batch_is_granted_whole_or_not_at_all() -> None:
-    ledger, allocator = make()
-    first, second = opened(ledger, 4, 4)
-    ledger.refuses(OutOfPages, allocator.append, {first: 16, second: 20})
-    assert len(ledger.append({first: 16, second: 16}).writes) == 8
+    model, allocator = make()
+    first, second = opened(model, 4, 4)
+    model.refuses(OutOfPages, allocator.append, {first: 16, second: 20})
+    assert len(model.append({first: 16, second: 16}).writes) == 8
 
 
 def test_the_last_free_page_can_be_had() -> None:
-    ledger, allocator = make()
-    (sequence,) = opened(ledger, 36)
+    model, allocator = make()
+    (sequence,) = opened(model, 36)
     assert allocator.pages_needed({sequence: 4}) == allocator.free == 1
     assert allocator.pages_needed({sequence: 5}) == 2
-    ledger.append({sequence: 4})
+    model.append({sequence: 4})
     assert allocator.free == 0
 
 
 def test_asking_whether_changes_nothing() -> None:
-    ledger, allocator = make()
-    (parent,) = opened(ledger, 6)
-    growth = {parent: 3, ledger.fork(parent): 90}
+    model, allocator = make()
+    (parent,) = opened(model, 6)
+    growth = {parent: 3, model.fork(parent): 90}
     answers = [allocator.pages_needed(growth) for _ in range(3)]
     assert len(set(answers)) == 1
-    ledger.check_valid()
+    model.check_valid()
 
 
 @pytest.mark.parametrize("pages", [10, 2, 0, -1])
 def test_a_pool_cannot_shrink(pages: int) -> None:
-    ledger, allocator = make(pages=11)
-    ledger.refuses(GeometryError, allocator.extend_pool, pages)
+    model, allocator = make(pages=11)
+    model.refuses(GeometryError, allocator.extend_pool, pages)
 
 
 # -- sharing whole pages ------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from granite_paged.engine.request import Job, State
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
-from tests.helpers.engine_harness import EngineHarness, walk
-from tests.helpers.simulated_runner import HashOracle, PaperState, SimulatedRunner
+from tests.helpers.engine_harness import EngineHarness, random_walk
+from tests.helpers.simulated_runner import HashOracle, SimulatedRunner, SimulatedState
 
 Patch = pytest.MonkeyPatch
 STEPS = 3000
@@ -25,7 +25,7 @@ def state_of_another_boundary(patch: Patch) -> None:
     """A state is kept from before the block it is said to follow."""
     save = SimulatedRunner.save_row
 
-    def early(self: SimulatedRunner, row: int, *, to_host: bool = False) -> PaperState:
+    def early(self: SimulatedRunner, row: int, *, to_host: bool = False) -> SimulatedState:
         state = save(self, row, to_host=to_host)
         return state if to_host else state._replace(tokens=state.tokens[:-8])
 
@@ -159,21 +159,21 @@ BROKEN = [
 ]
 
 
-def busy() -> EngineHarness:
+def busy_harness() -> EngineHarness:
     return EngineHarness(HashOracle(), {"preemption": "swap"}, pages=20, rows=4)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_broken_engine_is_noticed(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:
-    office = busy()
+    harness = busy_harness()
     broken(monkeypatch)
     with pytest.raises((AssertionError, BrokenInvariant, GranitePagedError, IndexError)):
-        walk(office, STEPS, seed=1)
+        random_walk(harness, STEPS, seed=1)
 
 
 def test_the_walk_that_notices_them_passes_unbroken() -> None:
-    office = busy()
-    walk(office, STEPS, seed=1)
-    assert office.met["swapped"]
-    assert office.met["hits"]
-    assert office.met["forked"]
+    harness = busy_harness()
+    random_walk(harness, STEPS, seed=1)
+    assert harness.met["swapped"]
+    assert harness.met["hits"]
+    assert harness.met["forked"]

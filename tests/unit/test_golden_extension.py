@@ -1,4 +1,4 @@
-"""Golden data catches what moved, says who, and is written by an update only."""
+"""Golden data: a failure says which side moved, and only an update writes files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BOUND = LOGITS_FLOAT32 * LARGEST_LOGIT
 
 
 def logits(shift: float = 0.0) -> dict[str, Tensor]:
-    """Values up to LARGEST_LOGIT; one of them is moved by so many times the bound."""
+    """Return values up to LARGEST_LOGIT; one of them is moved by `shift` times the bound."""
     values = torch.linspace(-4, LARGEST_LOGIT, 24, dtype=torch.float64).reshape(2, 3, 4)
     values[1, 0, 2] += shift * BOUND
     return {"last": values.float()}
@@ -57,7 +57,7 @@ def logits(shift: float = 0.0) -> dict[str, Tensor]:
         (0.8, 1.5, "both drifted together, paged past the bound of the record"),
     ],
 )
-def test_verdict_says_who_moved(sdpa: float, paged: float, verdict: str) -> None:
+def test_verdict_says_which_side_moved(sdpa: float, paged: float, verdict: str) -> None:
     measured = Measured(logits(sdpa), logits(paged), ORIGIN)
 
     comparison = compare(measured, Recorded(logits(), ORIGIN, {}))
@@ -67,12 +67,12 @@ def test_verdict_says_who_moved(sdpa: float, paged: float, verdict: str) -> None
     assert comparison.lines()[0] == verdict
 
 
-def test_every_pattern_of_differences_has_a_verdict_of_its_own() -> None:
+def test_each_pattern_of_differences_has_its_own_verdict() -> None:
     assert len(VERDICTS) == len(set(VERDICTS.values())) == 2**3
 
 
 @pytest.mark.parametrize("shift", [0, 50])
-def test_changed_inputs_are_told_from_a_changed_forward(shift: float) -> None:
+def test_changed_inputs_are_not_reported_as_a_changed_forward(shift: float) -> None:
     measured = Measured(logits(shift), logits(shift), {**ORIGIN, "weights_sha256": "other"})
 
     comparison = compare(measured, Recorded(logits(), ORIGIN, {}))
@@ -81,7 +81,7 @@ def test_changed_inputs_are_told_from_a_changed_forward(shift: float) -> None:
     assert comparison.lines()[0] == f"{INPUTS_CHANGED} (weights_sha256)"
 
 
-def test_message_states_the_largest_difference_where_and_its_ratio_to_the_bound() -> None:
+def test_message_gives_largest_difference_place_and_ratio() -> None:
     moved = difference(logits(50), logits())
 
     assert moved.ratio == pytest.approx(50, rel=0.01)
@@ -89,21 +89,21 @@ def test_message_states_the_largest_difference_where_and_its_ratio_to_the_bound(
 
 
 @pytest.mark.parametrize(("shift", "off"), [(0.9, False), (1.1, True)])
-def test_bound_is_a_part_of_the_largest_logit(shift: float, off: bool) -> None:
+def test_bound_is_relative_to_the_largest_logit(shift: float, off: bool) -> None:
     assert difference(logits(shift), logits()).off == off
 
 
 @pytest.mark.parametrize(
     ("actual", "named"),
     [
-        ({"first": torch.ones(2)}, "first float32[2] for last float32[2]"),
-        ({"last": torch.ones(3)}, "last float32[3] for last float32[2]"),
-        ({"last": torch.ones(2, 1)}, "last float32[2, 1] for last float32[2]"),
-        ({"last": torch.ones(2).double()}, "last float64[2] for last float32[2]"),
-        ({"last": torch.ones(2), "more": torch.ones(1)}, "more float32[1] for nothing"),
+        ({"first": torch.ones(2)}, "got first float32[2], expected last float32[2]"),
+        ({"last": torch.ones(3)}, "got last float32[3], expected last float32[2]"),
+        ({"last": torch.ones(2, 1)}, "got last float32[2, 1], expected last float32[2]"),
+        ({"last": torch.ones(2).double()}, "got last float64[2], expected last float32[2]"),
+        ({"last": torch.ones(2), "more": torch.ones(1)}, "got more float32[1], expected nothing"),
     ],
 )
-def test_names_shapes_and_dtypes_are_exact(actual: dict[str, Tensor], named: str) -> None:
+def test_names_shapes_and_dtypes_must_be_equal(actual: dict[str, Tensor], named: str) -> None:
     compared = difference(actual, {"last": torch.ones(2)})
 
     assert compared.off
@@ -112,7 +112,7 @@ def test_names_shapes_and_dtypes_are_exact(actual: dict[str, Tensor], named: str
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("both", [False, True])
-def test_logits_that_are_not_finite_never_agree(bad: float, both: bool) -> None:
+def test_non_finite_logits_never_agree(bad: float, both: bool) -> None:
     broken, sound = {"last": torch.tensor([1.0, bad])}, {"last": torch.tensor([1.0, 2.0])}
 
     assert difference(broken, broken if both else sound).off
@@ -122,12 +122,12 @@ def test_logits_that_are_not_finite_never_agree(bad: float, both: bool) -> None:
 @pytest.mark.parametrize(
     "expected", [{}, {"last": torch.ones(0)}, {"last": torch.ones(2, dtype=torch.bfloat16)}]
 )
-def test_what_cannot_be_judged_never_agrees(expected: dict[str, Tensor]) -> None:
+def test_logits_without_a_bound_never_agree(expected: dict[str, Tensor]) -> None:
     assert difference(expected, expected).off
 
 
 @pytest.mark.parametrize(("value", "off"), [(0.0, False), (1e-30, True)])
-def test_all_zero_logits_agree_with_zeros_only(value: float, off: bool) -> None:
+def test_zero_logits_agree_only_with_zeros(value: float, off: bool) -> None:
     assert difference({"last": torch.full((2,), value)}, {"last": torch.zeros(2)}).off == off
 
 
@@ -142,7 +142,7 @@ def test_all_zero_logits_agree_with_zeros_only(value: float, off: bool) -> None:
     ],
     ids=["value", "name", "shape", "dtype", "setting"],
 )
-def test_fingerprint_sees_every_change(other: str) -> None:
+def test_fingerprint_changes_with_every_property(other: str) -> None:
     assert fingerprint({"w": torch.tensor([1.0, 2.0])}, size=1) != other
 
 
@@ -152,7 +152,7 @@ def test_fingerprint_does_not_depend_on_order_or_layout() -> None:
     assert fingerprint({"a": a, "b": b}) == fingerprint({"b": b, "a": a.T.contiguous().T})
 
 
-def test_names_that_differ_in_case_only_are_contested() -> None:
+def test_names_that_differ_only_in_case_are_contested() -> None:
     claimed = {Path("golden/Test_a.txt"): ["x"], Path("golden/test_a.txt"): ["y"], Path("b"): ["z"]}
 
     assert contested(claimed) == [["x", "y"]]
@@ -192,7 +192,7 @@ FILES = {
 
 
 class Suite:
-    """A small project of its own, with this project's fixtures and rules for golden data."""
+    """A small project with this project's fixtures and rules for golden data."""
 
     def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root, self._pytester, self._monkeypatch = pytester.path, pytester, monkeypatch
@@ -208,7 +208,7 @@ class Suite:
         (suite / "test_cases.py").write_text(CASES)
 
     def run(self, *arguments: str, **environment: object) -> pytest.RunResult:
-        """In this process, leaving syrupy's globals as they were."""
+        """Run pytest in this process, and restore syrupy's globals afterwards."""
         with self._monkeypatch.context() as patch:
             patch.setattr(syrupy, "_syrupy", syrupy._syrupy)
             for name, value in environment.items():
@@ -220,11 +220,11 @@ class Suite:
         return self.run("--snapshot-update", **environment)
 
     def spread(self) -> pytest.RunResult:
-        """Over two workers of pytest-xdist."""
+        """Run the suite over two workers of pytest-xdist."""
         return self._pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "2")
 
     def files(self) -> dict[str, tuple[bytes, int]]:
-        """Bytes and time of change of all golden data."""
+        """Return the bytes and the modification time of every golden file."""
         golden = [path for path in (self.root / "golden").rglob("*") if path.is_file()]
         return {
             path.relative_to(self.root).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -239,12 +239,12 @@ def empty(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
 
 @pytest.fixture
 def suite(empty: Suite) -> Suite:
-    """With golden data of all its tests."""
+    """A suite whose tests all have their golden files."""
     assert empty.update().ret == 0
     return empty
 
 
-def test_missing_golden_fails_and_is_not_written(empty: Suite) -> None:
+def test_missing_golden_file_fails_and_is_not_written(empty: Suite) -> None:
     result = empty.run()
 
     result.assert_outcomes(failed=3, passed=3)
@@ -252,14 +252,14 @@ def test_missing_golden_fails_and_is_not_written(empty: Suite) -> None:
     assert not empty.files()
 
 
-def test_update_writes_one_file_a_test(empty: Suite) -> None:
+def test_update_writes_one_file_per_test(empty: Suite) -> None:
     empty.update().assert_outcomes(passed=6)
 
     assert empty.files().keys() == FILES
     assert empty.files()["golden/tables/test_table.txt"][0] == b"page 1: sequence 0\n"
 
 
-def test_an_update_of_the_same_logits_gives_the_same_bytes(suite: Suite) -> None:
+def test_updates_with_the_same_logits_write_the_same_bytes(suite: Suite) -> None:
     before = suite.files()
     shutil.rmtree(suite.root / "golden")
 
@@ -270,7 +270,7 @@ def test_an_update_of_the_same_logits_gives_the_same_bytes(suite: Suite) -> None
     }
 
 
-def test_an_update_leaves_what_still_agrees(suite: Suite) -> None:
+def test_update_leaves_files_that_still_agree(suite: Suite) -> None:
     before = suite.files()
 
     suite.update(SDPA=BOUND / 4, PAGED=BOUND / 4)
@@ -279,7 +279,7 @@ def test_an_update_leaves_what_still_agrees(suite: Suite) -> None:
 
 
 @pytest.mark.parametrize("moved", [{}, {"PAGED": 1}, {"SDPA": 1, "PAGED": 1}, {"TABLE": "other"}])
-def test_an_ordinary_run_writes_nothing(suite: Suite, moved: dict[str, object]) -> None:
+def test_run_without_update_writes_nothing(suite: Suite, moved: dict[str, object]) -> None:
     before = suite.files()
 
     result = suite.run(**moved)
@@ -298,28 +298,30 @@ def test_an_ordinary_run_writes_nothing(suite: Suite, moved: dict[str, object]) 
         ({"SEED": 1}, f"{INPUTS_CHANGED} (seed)"),
     ],
 )
-def test_a_failure_names_who_moved(suite: Suite, moved: dict[str, object], verdict: str) -> None:
+def test_failure_says_which_side_moved(
+    suite: Suite, moved: dict[str, object], verdict: str
+) -> None:
     result = suite.run(**moved)
 
     result.assert_outcomes(failed=2, passed=4)
     assert f"E         {verdict}" in result.outlines
-    assert "truncated" not in result.stdout.str(), "pytest cut the message off"
+    assert "truncated" not in result.stdout.str(), "pytest truncated the message"
 
 
-def test_a_changed_table_shows_the_changed_line(suite: Suite) -> None:
+def test_changed_table_shows_the_changed_line(suite: Suite) -> None:
     result = suite.run(TABLE="page 1: sequence 7")
 
     result.assert_outcomes(failed=1, passed=5)
     result.stdout.fnmatch_lines(["*- page 1: sequence 0", "*+ page 1: sequence 7"])
 
 
-def test_an_update_records_what_moved(suite: Suite) -> None:
+def test_update_records_the_new_values(suite: Suite) -> None:
     suite.update(SDPA=0.5, PAGED=0.5, TABLE="other").assert_outcomes(passed=6)
 
     suite.run(SDPA=0.5, PAGED=0.5, TABLE="other").assert_outcomes(passed=6)
 
 
-def test_an_update_refuses_logits_that_paged_does_not_share(suite: Suite) -> None:
+def test_update_is_refused_where_paged_differs_from_sdpa(suite: Suite) -> None:
     before = suite.files()
 
     result = suite.update(SDPA=0.5)
@@ -329,7 +331,7 @@ def test_an_update_refuses_logits_that_paged_does_not_share(suite: Suite) -> Non
     assert suite.files() == before
 
 
-def test_an_update_keeps_the_golden_of_a_test_that_failed_before(suite: Suite) -> None:
+def test_update_keeps_the_file_of_a_failed_test(suite: Suite) -> None:
     before = suite.files()
 
     suite.update(BROKEN=1).assert_outcomes(failed=2, passed=4)
@@ -348,7 +350,7 @@ def leave_behind(suite: Suite, name: str) -> None:
 @pytest.mark.parametrize(
     "selection", [(), ("suite",), ("-k", "files or belongs"), ("--deselect", "suite/test_cases.py")]
 )
-def test_an_orphan_fails_whatever_is_selected(
+def test_orphan_fails_whatever_tests_are_selected(
     suite: Suite, name: str, selection: tuple[str, ...]
 ) -> None:
     leave_behind(suite, name)
@@ -362,7 +364,7 @@ def test_an_orphan_fails_whatever_is_selected(
 @pytest.mark.parametrize(
     "part", ["suite/test_golden_files.py", "suite/test_golden_files.py::test_every_golden_file_*"]
 )
-def test_golden_data_of_tests_that_were_not_collected_is_no_orphan(suite: Suite, part: str) -> None:
+def test_files_of_uncollected_tests_are_not_orphans(suite: Suite, part: str) -> None:
     name = "test_every_golden_file_belongs_to_a_test"
 
     result = suite.run(part.replace("test_every_golden_file_*", name), "-k", name)
@@ -370,7 +372,7 @@ def test_golden_data_of_tests_that_were_not_collected_is_no_orphan(suite: Suite,
     assert result.parseoutcomes()["skipped"] == 1
 
 
-def test_orphans_and_ordinary_runs_are_the_same_under_xdist(suite: Suite) -> None:
+def test_orphans_are_reported_under_xdist(suite: Suite) -> None:
     leave_behind(suite, "tables/test_gone.txt")
     before = suite.files()
 
@@ -386,24 +388,24 @@ def with_test(suite: Suite, code: str) -> Suite:
     return suite
 
 
-def test_a_test_that_compares_nothing_fails(suite: Suite) -> None:
+def test_comparing_nothing_fails(suite: Suite) -> None:
     result = with_test(suite, "def test_idle(golden_table): pass").run("-k", "idle")
 
     result.assert_outcomes(failed=1, deselected=6)
     result.stdout.fnmatch_lines(["*nothing was compared with golden_table*"])
 
 
-def test_a_test_that_compares_twice_fails(suite: Suite) -> None:
+def test_comparing_twice_fails(suite: Suite) -> None:
     twice = "def test_twice(golden_table):\n    assert golden_table == 'a'\n"
     code = f"{twice}    assert golden_table == 'b'\n"
 
     result = with_test(suite, code).run("-k", "twice", "--snapshot-update")
 
     result.assert_outcomes(failed=1, deselected=6)
-    result.stdout.fnmatch_lines(["*compares with its golden file once*"])
+    result.stdout.fnmatch_lines(["*compare with its golden file only once*"])
 
 
-def test_two_tests_of_one_name_fail(suite: Suite) -> None:
+def test_two_tests_with_one_file_fail(suite: Suite) -> None:
     same = "def test_table(golden_table):\n    assert golden_table == 'page 1: sequence 0\\n'\n"
 
     result = with_test(suite, same).run()

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, mix
-from tests.unit.test_mamba import error, layer
+from tests.helpers.mamba_layers import mamba_layer
+from tests.helpers.tolerance import largest_error
 
 pytest.importorskip("triton")
 
@@ -125,7 +126,7 @@ def test_a_product_of_few_rows_is_the_formula(
         gated=gated,
     )
     assert nothing is None
-    assert error(actual.double(), expected) <= FLOAT32
+    assert largest_error(actual.double(), expected) <= FLOAT32
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -144,10 +145,10 @@ def test_products_in_a_row_pass_their_norm_on(
         actual, passed = few_rows.linear(
             given, weight, eps=1e-5, residual=held, gated=gated, norm=after, **options
         )
-        assert error(actual.double(), expected) <= FLOAT32
+        assert largest_error(actual.double(), expected) <= FLOAT32
         assert passed is not None
         inverse = torch.rsqrt(passed.squares.sum(0) / 40 + 1e-5)[:, None]
-        assert error(passed.values * inverse, rms_norm(actual, after)) <= FLOAT32
+        assert largest_error(passed.values * inverse, rms_norm(actual, after)) <= FLOAT32
         assert not shared.arrived.any(), "the next product would not wait for its parts"
 
 
@@ -157,7 +158,8 @@ def test_three_products_of_one_x_are_one(rows: int) -> None:
     query, key, value = (torch.randn(columns, 200, device=DEVICE) for columns in (75, 40, 16))
     actual, _ = few_rows.linear(x, (query, key, value))
     assert (
-        error(actual.double(), formula(x, torch.cat([query, key, value]), None, False)) <= FLOAT32
+        largest_error(actual.double(), formula(x, torch.cat([query, key, value]), None, False))
+        <= FLOAT32
     )
 
 
@@ -166,20 +168,20 @@ def test_a_product_adds_to_its_residual_in_place() -> None:
     hidden = torch.randn(3, 32, device=DEVICE)
     expected = hidden + 0.5 * x @ weight.T
     assert few_rows.linear(x, weight, residual=hidden, scale=0.5, out=hidden)[0] is hidden
-    assert error(hidden, expected) <= FLOAT32
+    assert largest_error(hidden, expected) <= FLOAT32
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_rms_norm_is_the_formula(groups: int) -> None:
     x, weight = torch.randn(5, 96, device=DEVICE), torch.randn(96, device=DEVICE)
     parts = rms_norm(x.view(5, groups, -1), weight.view(groups, -1)).view(5, 96)
-    assert error(pointwise.rms_norm(x, weight, 1e-5, groups).double(), parts) <= FLOAT32
+    assert largest_error(pointwise.rms_norm(x, weight, 1e-5, groups).double(), parts) <= FLOAT32
 
 
 def test_the_gate_is_the_formula() -> None:
     x = torch.randn(4, 2 * 75, device=DEVICE)
     expected = silu(x[:, :75]) * x[:, 75:]
-    assert error(pointwise.silu_mul(x), expected) <= FLOAT32
+    assert largest_error(pointwise.silu_mul(x), expected) <= FLOAT32
 
 
 # -- the ends of a decode step ------------------------------------------------------------------
@@ -192,8 +194,8 @@ def test_a_token_becomes_its_scaled_embedding_on_its_way_through_a_norm(depth: i
     rows = torch.tensor([2, 1, 3], device=DEVICE)
     hidden, normed = tokens.embed(fed, rows, table, 12.0, norm)
     assert torch.equal(hidden, 12.0 * table[[29, 4, 0]])
-    assert error(normed.values, hidden * norm) <= FLOAT32
-    assert error(normed.squares[0], hidden.square().sum(1)) <= FLOAT32
+    assert largest_error(normed.values, hidden * norm) <= FLOAT32
+    assert largest_error(normed.squares[0], hidden.square().sum(1)) <= FLOAT32
 
 
 def test_an_embedding_is_rounded_once() -> None:
@@ -267,7 +269,7 @@ def states(sizes: MambaSizes, dtype: torch.dtype = torch.float32) -> tuple[Mamba
     ids=["step", "step, padding", "scan", "right padding", "left padding"],
 )
 def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]]) -> None:
-    mixer, _ = layer(**SHAPES[shape])
+    mixer, _ = mamba_layer(**SHAPES[shape])
     mixer = mixer.to(DEVICE)
     at = torch.tensor(positions, device=DEVICE)
     hidden = torch.randn(*at.shape, 24, device=DEVICE)
@@ -279,15 +281,17 @@ def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]
         actual = mamba.mix(mixer, hidden, at, mine)
         expected = mix(mixer, hidden, at, defined)
     token = at >= 0
-    assert error(actual[token], expected[token]) <= 10 * FLOAT32  # decays by float32 differences
-    assert error(mine.ssm, defined.ssm) <= 10 * FLOAT32
-    assert error(mine.conv, defined.conv) <= FLOAT32
+    assert (
+        largest_error(actual[token], expected[token]) <= 10 * FLOAT32
+    )  # decays by float32 differences
+    assert largest_error(mine.ssm, defined.ssm) <= 10 * FLOAT32
+    assert largest_error(mine.conv, defined.conv) <= FLOAT32
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 @pytest.mark.parametrize("form", [mix, mamba.mix], ids=["plain", "kernels"])
 def test_a_ring_is_not_read_before_position_0(tokens: int, form: Any) -> None:
-    mixer, _ = layer()
+    mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     at = torch.arange(tokens, device=DEVICE)[None]
     hidden = torch.randn(1, tokens, 24, device=DEVICE)
@@ -300,7 +304,7 @@ def test_a_ring_is_not_read_before_position_0(tokens: int, form: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_a_row_of_padding_needs_no_state(tokens: int) -> None:
-    mixer, _ = layer()
+    mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     sizes = MambaSizes.of(mixer)
     at = torch.arange(tokens, device=DEVICE).expand(2, -1).clone()
@@ -312,15 +316,15 @@ def test_a_row_of_padding_needs_no_state(tokens: int) -> None:
     with torch.inference_mode():
         out = mamba.mix(mixer, hidden, at, one)
         expected = mamba.mix(mixer, hidden[:1], at[:1], alone)
-    assert error(out[:1], expected) <= FLOAT32
+    assert largest_error(out[:1], expected) <= FLOAT32
     assert out.isfinite().all()
-    assert error(one.ssm, alone.ssm) <= FLOAT32
-    assert error(one.conv, alone.conv) <= FLOAT32
+    assert largest_error(one.ssm, alone.ssm) <= FLOAT32
+    assert largest_error(one.conv, alone.conv) <= FLOAT32
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
-    mixer, _ = layer()
+    mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     at = torch.arange(tokens, device=DEVICE).expand(2, -1)
     hidden = torch.randn(2, tokens, 24, device=DEVICE).half()
@@ -329,13 +333,13 @@ def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
     with torch.inference_mode():
         expected = mix(mixer, hidden.float(), at, defined)
         actual = mamba.mix(mixer.half(), hidden, at, mine)
-    assert error(actual.float(), expected) <= HALF
-    assert error(mine.ssm, defined.ssm) <= HALF
+    assert largest_error(actual.float(), expected) <= HALF
+    assert largest_error(mine.ssm, defined.ssm) <= HALF
 
 
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_a_step_passes_its_norm_on(batch: int) -> None:
-    mixer, _ = layer(mamba_n_heads=3, mamba_d_head=16)
+    mixer, _ = mamba_layer(mamba_n_heads=3, mamba_d_head=16)
     mixer = mixer.to(DEVICE)
     sizes = MambaSizes.of(mixer)
     held = sizes.empty_state(batch + 1, torch.float32, DEVICE)
@@ -351,11 +355,11 @@ def test_a_step_passes_its_norm_on(batch: int) -> None:
 
     plain, passed = stepped(None), stepped(mixer.norm.weight)
     inverse = torch.rsqrt(passed.squares.sum(0) / sizes.inner + 1e-5)[:, None]
-    assert error(passed.values * inverse, rms_norm(plain, mixer.norm.weight)) <= FLOAT32
+    assert largest_error(passed.values * inverse, rms_norm(plain, mixer.norm.weight)) <= FLOAT32
 
 
 def test_a_convolution_by_itself_is_the_one_that_rides_along() -> None:
-    mixer, _ = layer()
+    mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     mine, other = states(MambaSizes.of(mixer))
     hidden = torch.randn(2, 24, device=DEVICE)
@@ -366,7 +370,7 @@ def test_a_convolution_by_itself_is_the_one_that_rides_along() -> None:
         )
         projected, _ = few_rows.linear(hidden, mixer.in_proj.weight)
         mamba.convolve_step(projected, mamba.convolution(mixer, at[:, 0].contiguous(), other))
-    assert error(projected, expected) <= FLOAT32
+    assert largest_error(projected, expected) <= FLOAT32
     assert torch.equal(mine.conv, other.conv)
 
 

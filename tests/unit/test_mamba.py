@@ -9,46 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, GraniteMoeHybridConfig
-from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
-    GraniteMoeHybridMambaLayer,
-)
+from transformers import DynamicCache
 
 from granite_paged.layers.mamba import MambaSizes, MambaState, mix
+from tests.helpers.mamba_layers import mamba_layer
+from tests.helpers.tolerance import largest_error
 
 FLOAT32 = 2e-6
 """Largest error as a part of the largest value: about 17 roundings of 2**-23."""
-
-
-def layer(seed: int = 0, **sizes: Any) -> tuple[GraniteMoeHybridMambaLayer, GraniteMoeHybridConfig]:
-    config = GraniteMoeHybridConfig(
-        **{
-            "hidden_size": 24,
-            "num_hidden_layers": 1,
-            "layer_types": ["mamba"],
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 12,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
-            "mamba_d_conv": 4,
-            "mamba_chunk_size": 8,
-            "mamba_expand": 2,
-            "initializer_range": 0.2,
-            **sizes,
-        }
-    )
-    torch.manual_seed(seed)
-    mixer = GraniteMoeHybridMambaLayer(config, 0).eval()
-    with torch.no_grad():
-        for weight in (mixer.in_proj.weight, mixer.out_proj.weight):
-            weight.normal_(std=0.2)
-        mixer.dt_bias.normal_()
-        mixer.A_log.normal_()
-        mixer.D.normal_()
-        mixer.norm.weight.normal_()
-    return mixer, config
 
 
 class Ours:
@@ -83,10 +51,6 @@ class Theirs:
         return self.cache.layers[0].recurrent_states[0]
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 @given(
     batch=st.integers(1, 3),
     heads=st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)]),
@@ -109,7 +73,7 @@ def test_every_form_agrees_with_transformers_from_any_state(
     lengths: list[int],
     seed: int,
 ) -> None:
-    mixer, config = layer(
+    mixer, config = mamba_layer(
         seed,
         hidden_size=heads[0] * head_dim,
         mamba_expand=1,
@@ -126,8 +90,8 @@ def test_every_form_agrees_with_transformers_from_any_state(
     draw = torch.Generator().manual_seed(seed)
     for tokens in lengths:
         hidden = torch.randn(batch, tokens, heads[0] * head_dim, generator=draw)
-        assert error(ours(hidden), theirs(hidden)) <= FLOAT32
-        assert error(ours.state.ssm, theirs.ssm) <= FLOAT32
+        assert largest_error(ours(hidden), theirs(hidden)) <= FLOAT32
+        assert largest_error(ours.state.ssm, theirs.ssm) <= FLOAT32
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -135,7 +99,7 @@ def test_every_form_agrees_with_transformers_from_any_state(
 def test_padding_leaves_states_and_outputs_as_if_it_were_not_there(
     side: str, tokens: tuple[int, ...]
 ) -> None:
-    mixer, _ = layer()
+    mixer, _ = mamba_layer()
     width = max(tokens) + 2
     batch = Ours(mixer, len(tokens))
     alone = [Ours(mixer, 1) for _ in tokens]
@@ -149,13 +113,13 @@ def test_padding_leaves_states_and_outputs_as_if_it_were_not_there(
         for row, one in enumerate(alone):
             if tokens[row]:
                 expected = one(hidden[row][is_token[row]][None])
-                assert error(out[row][is_token[row]][None], expected) <= FLOAT32
+                assert largest_error(out[row][is_token[row]][None], expected) <= FLOAT32
             torch.testing.assert_close(batch.state.ssm[row], one.state.ssm[0])
             torch.testing.assert_close(batch.state.conv[row], one.state.conv[0])
 
 
 def test_a_batch_updates_the_rows_it_names_and_no_other() -> None:
-    mixer, _ = layer()
+    mixer, _ = mamba_layer()
     whole = MambaSizes.of(mixer).empty_state(5, torch.float32, torch.device("cpu"))
     before = MambaState(whole.conv.normal_().clone(), whole.ssm.normal_().clone(), None)
     rows = torch.tensor([3, 1])

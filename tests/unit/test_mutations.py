@@ -19,8 +19,8 @@ from granite_paged.paging import masks
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
 from granite_paged.paging.page_table import NOBODY, PageTable
 from granite_paged.paging.pool import KVPool
+from tests.helpers.allocator_model import AllocatorMachine, AllocatorModel, random_walk
 from tests.helpers.strategies import (
-    Ledger,
     Open,
     Paged,
     Step,
@@ -32,7 +32,6 @@ from tests.helpers.strategies import (
     make_geometry,
     move_pages,
 )
-from tests.property.test_allocator_machine import AllocatorMachine, walk
 
 # -- allocators ---------------------------------------------------------------------------------
 
@@ -172,21 +171,21 @@ def test_the_state_machine_catches_a_broken_allocator(broken: type[PageAllocator
 @pytest.mark.parametrize("broken", BROKEN_ALLOCATORS, ids=lambda kind: kind.__name__)
 def test_the_random_walk_catches_a_broken_allocator(broken: type[PageAllocator]) -> None:
     with pytest.raises(AssertionError):
-        walk(Ledger(broken(20, 3)), steps=5000, seed=0)
+        random_walk(AllocatorModel(broken(20, 3)), steps=5000, seed=0)
 
 
 def test_the_same_hunt_finds_nothing_in_the_real_allocator() -> None:
     """So what the hunts above find is what was broken."""
     run_state_machine_as_test(AllocatorMachine, settings=settings(HUNT, max_examples=20))
-    ledger = Ledger(PageAllocator(20, 3))
-    walk(ledger, steps=1000, seed=0)
-    assert ledger.met["copy"] > 0
+    model = AllocatorModel(PageAllocator(20, 3))
+    random_walk(model, steps=1000, seed=0)
+    assert model.met["copy"] > 0
 
 
 def test_a_refusal_that_does_not_come_is_caught() -> None:
-    ledger = Ledger(PageAllocator(4, 4))
+    model = AllocatorModel(PageAllocator(4, 4))
     with pytest.raises(AssertionError, match="DoubleFree was not raised"):
-        ledger.refuses(DoubleFree, ledger.allocator.release)
+        model.refuses(DoubleFree, model.allocator.release)
 
 
 # -- page tables and pools ----------------------------------------------------------------------

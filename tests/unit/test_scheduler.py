@@ -19,12 +19,12 @@ STEP_SECONDS = 0.3e-3
 """Most that a decode step of 256 sequences may cost the scheduler."""
 
 
-def office(options: dict[str, Any] | None = None, **sizes: Any) -> EngineHarness:
+def make_harness(options: dict[str, Any] | None = None, **sizes: Any) -> EngineHarness:
     return EngineHarness(HashOracle(), options, **sizes)
 
 
-def ask(office: EngineHarness, prompt: Sequence[int], new: int = 4, **params: Any) -> Request:
-    request = office.submit(prompt, SamplingParams(max_new_tokens=new, **params))
+def ask(harness: EngineHarness, prompt: Sequence[int], new: int = 4, **params: Any) -> Request:
+    request = harness.submit(prompt, SamplingParams(max_new_tokens=new, **params))
     assert request is not None
     return request
 
@@ -41,16 +41,16 @@ def tokens_of(request: Request) -> int:
 
 
 def test_requests_come_in_by_arrival() -> None:
-    desk = office(rows=2)
-    asked = [ask(desk, [n + 1]) for n in range(3)]
-    desk.step()
+    harness = make_harness(rows=2)
+    asked = [ask(harness, [n + 1]) for n in range(3)]
+    harness.step()
     assert states(*asked) == [State.DECODE, State.DECODE, State.WAITING]
 
 
 def test_a_higher_priority_goes_first() -> None:
-    desk = office(rows=1)
-    low, high = ask(desk, [1]), ask(desk, [2], priority=1)
-    desk.step()
+    harness = make_harness(rows=1)
+    low, high = ask(harness, [1]), ask(harness, [2], priority=1)
+    harness.step()
     assert states(low, high) == [State.WAITING, State.DECODE]
 
 
@@ -58,33 +58,33 @@ def test_a_low_priority_is_not_starved_by_a_stream_of_higher_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler, "PRIORITY_WORTH", 8)
-    desk = office(rows=1)
-    low = ask(desk, [1], new=2)
+    harness = make_harness(rows=1)
+    low = ask(harness, [1], new=2)
     for number in range(40):
-        ask(desk, [2 + number], new=1, priority=1)
-        desk.step()
+        ask(harness, [2 + number], new=1, priority=1)
+        harness.step()
     assert low.finished
 
 
 def test_a_long_prompt_never_stalls_a_running_request() -> None:
-    desk = office(pages=80, chunk_tokens=16)
-    running = ask(desk, [1], new=20)
-    desk.step()
-    long = ask(desk, list(range(90)) * 2, new=1)
+    harness = make_harness(pages=80, chunk_tokens=16)
+    running = ask(harness, [1], new=20)
+    harness.step()
+    long = ask(harness, list(range(90)) * 2, new=1)
     for step in range(8):
-        desk.step()
+        harness.step()
         assert tokens_of(running) == step + 1, "a step passed it by"
     assert states(long) == [State.PREFILL]
 
 
 def test_a_step_keeps_to_its_tokens() -> None:
-    desk = office({"step_tokens": 16}, pages=200, rows=8, chunk_tokens=64)
+    harness = make_harness({"step_tokens": 16}, pages=200, rows=8, chunk_tokens=64)
     for number in range(8):
-        ask(desk, [number] * 30)
+        ask(harness, [number] * 30)
     before = 0
-    while desk.step():
-        assert desk.runner.computed - before <= 16 + 8, "more than a chunk and the decodes"
-        before = desk.runner.computed
+    while harness.step():
+        assert harness.runner.computed - before <= 16 + 8, "more than a chunk and the decodes"
+        before = harness.runner.computed
 
 
 @pytest.mark.parametrize(("time", "most"), [(0, 8), (470, 16), (500, 32), (520, 64)])
@@ -95,39 +95,39 @@ def test_prompts_beside_rows_that_decode_are_cut_to_what_those_can_bear(
     beside its own."""
     rows = 3
     longest = 1 + time / Shapes(64, rows, captured=False).decode_cost(rows)
-    desk = office({"longest_step": longest}, pages=200, rows=8, chunk_tokens=64)
+    harness = make_harness({"longest_step": longest}, pages=200, rows=8, chunk_tokens=64)
     for number in range(rows):
-        ask(desk, [number], new=40)
-    desk.step()
-    assert desk.runner.computed == rows, "nobody decodes yet: as many as there are"
-    ask(desk, list(range(90)) * 2, new=1)
+        ask(harness, [number], new=40)
+    harness.step()
+    assert harness.runner.computed == rows, "nobody decodes yet: as many as there are"
+    ask(harness, list(range(90)) * 2, new=1)
     largest = 0
     for _ in range(3):
-        before = desk.runner.computed
-        desk.step()
-        largest = max(largest, desk.runner.computed - before - rows)
+        before = harness.runner.computed
+        harness.step()
+        largest = max(largest, harness.runner.computed - before - rows)
     assert largest == most
 
 
 def test_a_prompt_that_could_be_cut_anywhere_is_not_cut_to_pieces() -> None:
-    desk = office(pages=200, rows=8, chunk_tokens=64, stateful=False, alignment=1)
-    ask(desk, [1], new=40)
-    desk.step()
-    long = ask(desk, list(range(90)) * 2, new=1)
-    desk.step()
+    harness = make_harness(pages=200, rows=8, chunk_tokens=64, stateful=False, alignment=1)
+    ask(harness, [1], new=40)
+    harness.step()
+    long = ask(harness, list(range(90)) * 2, new=1)
+    harness.step()
     assert long.jobs[0].stored == 64
 
 
 def test_who_comes_second_and_does_not_fit_waits_instead_of_being_cut() -> None:
-    desk = office({"longest_step": 3.0}, pages=200, rows=8, chunk_tokens=64)
+    harness = make_harness({"longest_step": 3.0}, pages=200, rows=8, chunk_tokens=64)
     for number in range(3):
-        ask(desk, [number], new=40)
-    desk.step()
-    first, second = ask(desk, [1] * 20, new=9), ask(desk, [2] * 60, new=9)
-    desk.step()
+        ask(harness, [number], new=40)
+    harness.step()
+    first, second = ask(harness, [1] * 20, new=9), ask(harness, [2] * 60, new=9)
+    harness.step()
     assert states(first, second) == [State.DECODE, State.PREFILL]
     assert second.jobs[0].stored == 0
-    desk.step()
+    harness.step()
     assert states(second) == [State.DECODE], "whole"
 
 
@@ -135,13 +135,13 @@ def test_who_comes_second_and_does_not_fit_waits_instead_of_being_cut() -> None:
 
 
 def test_the_newest_gives_up_its_pages_and_loses_no_token() -> None:
-    desk = office(pages=9, rows=2)
-    old, new = ask(desk, [1] * 8, new=16), ask(desk, [2] * 8, new=16)
-    while not desk.engine.stats().preempted:
-        desk.step()
+    harness = make_harness(pages=9, rows=2)
+    old, new = ask(harness, [1] * 8, new=16), ask(harness, [2] * 8, new=16)
+    while not harness.engine.stats().preempted:
+        harness.step()
     assert states(old, new) == [State.DECODE, State.WAITING]
     kept = tokens_of(new)
-    desk.drain()
+    harness.drain()
     assert kept > 0
     assert (tokens_of(old), tokens_of(new)) == (16, 16)
 
@@ -149,125 +149,125 @@ def test_the_newest_gives_up_its_pages_and_loses_no_token() -> None:
 def test_swapping_brings_pages_back_instead_of_computing_again() -> None:
     computed = {}
     for preemption in ("recompute", "swap"):
-        desk = office({"preemption": preemption, "state_bytes": 0}, pages=9, rows=2)
-        ask(desk, [1] * 8, new=16)
-        ask(desk, [2] * 8, new=16)
-        desk.drain()
-        assert desk.met["preempted"]
-        computed[preemption] = desk.runner.computed
+        harness = make_harness({"preemption": preemption, "state_bytes": 0}, pages=9, rows=2)
+        ask(harness, [1] * 8, new=16)
+        ask(harness, [2] * 8, new=16)
+        harness.drain()
+        assert harness.met["preempted"]
+        computed[preemption] = harness.runner.computed
     assert computed["swap"] == 2 * (8 + 15)
     assert computed["recompute"] > computed["swap"]
 
 
 def test_what_does_not_fit_into_host_memory_is_computed_again() -> None:
-    desk = office({"preemption": "swap", "swap_bytes": 10}, pages=9, rows=2)
-    ask(desk, [1] * 8, new=16)
-    ask(desk, [2] * 8, new=16)
-    desk.drain()
-    assert desk.met["preempted"]
-    assert not desk.met["swapped"]
+    harness = make_harness({"preemption": "swap", "swap_bytes": 10}, pages=9, rows=2)
+    ask(harness, [1] * 8, new=16)
+    ask(harness, [2] * 8, new=16)
+    harness.drain()
+    assert harness.met["preempted"]
+    assert not harness.met["swapped"]
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_pages() -> None:
-    desk = office(pages=9, page_size=4)
+    harness = make_harness(pages=9, page_size=4)
     with pytest.raises(RequestTooLarge, match="9 needed, 8 free") as refusal:
-        desk.engine.submit([1] * 8, SamplingParams(max_new_tokens=26))
+        harness.engine.submit([1] * 8, SamplingParams(max_new_tokens=26))
     assert (refusal.value.needed, refusal.value.free) == (9, 8)
-    fits = ask(desk, [1] * 8, new=25)
-    desk.drain()
+    fits = ask(harness, [1] * 8, new=25)
+    harness.drain()
     assert tokens_of(fits) == 25
 
 
 def test_a_full_queue_refuses_and_nothing_is_half_in() -> None:
-    desk = office({"queue": 3})
+    harness = make_harness({"queue": 3})
     for number in range(2):
-        ask(desk, [number + 1])
+        ask(harness, [number + 1])
     with pytest.raises(QueueFull, match="2 sequences are waiting, the limit is 3"):
-        desk.engine.submit([5], SamplingParams(n=2))
-    assert desk.engine.stats().waiting == 2
+        harness.engine.submit([5], SamplingParams(n=2))
+    assert harness.engine.stats().waiting == 2
 
 
 # -- sharing ------------------------------------------------------------------------------------
 
 
 def test_samples_of_one_prompt_compute_it_once() -> None:
-    desk = office({"state_bytes": 0}, rows=4)
-    ask(desk, [7] * 11, new=2, n=4, temperature=1.0)
-    desk.drain()
-    assert desk.runner.computed == 11 + 4 * 1
-    assert desk.runner.forked == 3
+    harness = make_harness({"state_bytes": 0}, rows=4)
+    ask(harness, [7] * 11, new=2, n=4, temperature=1.0)
+    harness.drain()
+    assert harness.runner.computed == 11 + 4 * 1
+    assert harness.runner.forked == 3
 
 
 def test_samples_that_find_no_row_are_computed_when_there_is_one() -> None:
-    desk = office(rows=2)
-    request = ask(desk, [7] * 11, new=3, n=5, temperature=1.0)
-    desk.drain()
+    harness = make_harness(rows=2)
+    request = ask(harness, [7] * 11, new=3, n=5, temperature=1.0)
+    harness.drain()
     assert all(output.finish == "length" for output in request.outputs)
 
 
 def test_a_context_is_computed_once_for_all_its_continuations() -> None:
-    desk = office({"state_bytes": 0}, rows=3)
-    desk.score([7] * 13, [[1, 2], [3], [4, 5, 6], [8]])
-    desk.drain()
-    assert desk.runner.computed == 12 + (2 + 1 + 3 + 1)
-    assert desk.runner.forked == 3, "the last one takes the context's own row"
+    harness = make_harness({"state_bytes": 0}, rows=3)
+    harness.score([7] * 13, [[1, 2], [3], [4, 5, 6], [8]])
+    harness.drain()
+    assert harness.runner.computed == 12 + (2 + 1 + 3 + 1)
+    assert harness.runner.forked == 3, "the last one takes the context's own row"
 
 
 def test_contexts_leave_rows_for_the_continuations_of_those_that_are_there() -> None:
     """Eight contexts in eight rows would fork into none, and score one continuation a step each."""
-    desk = office({"state_bytes": 0}, rows=8, pages=200, chunk_tokens=64)
+    harness = make_harness({"state_bytes": 0}, rows=8, pages=200, chunk_tokens=64)
     for number in range(8):
-        desk.score([number] * 13, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]])
-    desk.step()
-    assert desk.engine.stats().running == 4, "half of all rows at most are kept for forks"
+        harness.score([number] * 13, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]])
+    harness.step()
+    assert harness.engine.stats().running == 4, "half of all rows at most are kept for forks"
     steps = 1
-    while desk.step():
+    while harness.step():
         steps += 1
-    assert desk.met["scored"] == 8 * 5
+    assert harness.met["scored"] == 8 * 5
     assert steps <= 14
 
 
 def test_choices_of_one_token_are_answered_by_the_context_itself() -> None:
-    desk = office({"state_bytes": 0}, rows=1)
-    desk.score([7] * 13, [[1], [3], [8], [9]])
-    desk.drain()
-    assert desk.met["scored"] == 4
-    assert desk.runner.computed == 13
-    assert desk.runner.forked == 0
+    harness = make_harness({"state_bytes": 0}, rows=1)
+    harness.score([7] * 13, [[1], [3], [8], [9]])
+    harness.drain()
+    assert harness.met["scored"] == 4
+    assert harness.runner.computed == 13
+    assert harness.runner.forked == 0
 
 
 def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
-    desk = office(pages=200, rows=8, chunk_tokens=64)
+    harness = make_harness(pages=200, rows=8, chunk_tokens=64)
     beginning = list(range(24))
     for number in range(8):
-        ask(desk, [*beginning, 50 + number], new=1)
-    desk.drain()
-    assert desk.runner.computed == 24 + 8
-    assert desk.runner.calls["save_row"] == 1
+        ask(harness, [*beginning, 50 + number], new=1)
+    harness.drain()
+    assert harness.runner.computed == 24 + 8
+    assert harness.runner.calls["save_row"] == 1
 
 
 def test_a_state_is_copied_once_there_is_room_for_it() -> None:
-    desk = office({"state_bytes": 200}, pages=200, chunk_tokens=64)
+    harness = make_harness({"state_bytes": 200}, pages=200, chunk_tokens=64)
     held = []
-    desk.runner.fault = lambda call, rows: (
-        held.append(desk.engine.stats().state_bytes) if call == "save_row" else None
+    harness.runner.fault = lambda call, rows: (
+        held.append(harness.engine.stats().state_bytes) if call == "save_row" else None
     )
     for subject in range(4):
         for number in range(3):
-            desk.score([*range(20 * subject, 20 * subject + 16), *[number] * 9], [[5]])
-            while desk.step():
+            harness.score([*range(20 * subject, 20 * subject + 16), *[number] * 9], [[5]])
+            while harness.step():
                 pass
     assert len(held) == 4
     assert max(held) <= 100, "two are kept at most, the one that is made included"
-    assert desk.engine.stats().state_bytes == 200
+    assert harness.engine.stats().state_bytes == 200
 
 
 def test_a_continuation_longer_than_a_call_is_scored_in_pieces() -> None:
-    desk = office(pages=64, chunk_tokens=8)
-    desk.score([1, 2, 3], [list(range(30)), [5]])
-    desk.drain()
-    assert desk.met["scored"] == 2
-    assert desk.runner.calls["score"] >= 5
+    harness = make_harness(pages=64, chunk_tokens=8)
+    harness.score([1, 2, 3], [list(range(30)), [5]])
+    harness.drain()
+    assert harness.met["scored"] == 2
+    assert harness.runner.calls["score"] >= 5
 
 
 # -- cost ---------------------------------------------------------------------------------------

@@ -1,0 +1,219 @@
+"""What prompts share, and for how long it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+
+from granite_paged.engine.prefix_cache import Hit, Node, PrefixCache
+from granite_paged.errors import BrokenInvariant
+from granite_paged.paging.allocator import PageAllocator
+
+BLOCK, PAGE = 4, 2
+
+
+class State(NamedTuple):
+    nbytes: int = 10
+
+
+class CacheDriver:
+    """A cache, and sequences that compute prompts for it."""
+
+    def __init__(self, *, stateful: bool = True, budget: int = 100, pages: int = 40) -> None:
+        self.allocator = PageAllocator(pages, PAGE)
+        self.forgotten: list[int] = []
+        self.cache = PrefixCache(
+            self.allocator, BLOCK, stateful=stateful, budget=budget, forget=self.forgotten.extend
+        )
+
+    def compute(
+        self, tokens: Sequence[int], *, state: State | None = None, hold: bool = False
+    ) -> int:
+        """Store a prompt, keep its blocks; the sequence is closed unless it is to be held."""
+        sequence = self.allocator.open()
+        self.allocator.append({sequence: len(tokens)})
+        self.cache.keep(tokens, self.allocator.pages_of(sequence), state)
+        if not hold:
+            self.allocator.release(sequence)
+        self.cache.check_valid()
+        self.allocator.check_valid()
+        return sequence
+
+    def find(self, tokens: Sequence[int]) -> Hit:
+        path = self.cache.announce(tokens)
+        hit = self.cache.find(path)
+        self.cache.used(path, hit, len(tokens))
+        self.cache.withdraw(path)
+        self.cache.check_valid()
+        return hit
+
+    def checkpoints(self, path: Sequence[Node], hit: Hit | None = None) -> list[int]:
+        return list(self.cache.checkpoints(path, hit or Hit()))
+
+
+def prompt(*blocks: int) -> list[int]:
+    """Blocks of one number each, and a token that must be computed."""
+    return [block for block in blocks for _ in range(BLOCK)] + [99]
+
+
+def test_the_longest_kept_beginning_is_found() -> None:
+    driver = CacheDriver(stateful=False)
+    driver.compute(prompt(1, 2, 3))
+    assert driver.find(prompt(1, 2, 7)).tokens == 2 * BLOCK
+    assert driver.find(prompt(1, 2, 3)).tokens == 3 * BLOCK
+    assert driver.find(prompt(2, 2, 3)).tokens == 0
+
+
+def test_the_last_token_is_always_left_to_compute() -> None:
+    driver = CacheDriver(stateful=False)
+    driver.compute(prompt(1, 2))
+    assert driver.find(prompt(1, 2)[:-1]).tokens == BLOCK
+
+
+def test_a_hit_compares_tokens_and_not_hashes() -> None:
+    one, other = [-1] * BLOCK, [-2] * BLOCK
+    assert hash(tuple(one)) == hash(tuple(other)), "Python gives -1 and -2 one hash"
+    driver = CacheDriver(stateful=False)
+    driver.compute([*one, 5])
+    assert driver.find([*other, 5]).tokens == 0
+
+
+def test_pages_without_a_state_are_no_start_for_a_model_with_mamba_layers() -> None:
+    driver = CacheDriver()
+    driver.compute(prompt(1, 2, 3))
+    assert driver.find(prompt(1, 2, 3)) == Hit()
+    driver.compute(prompt(1, 2)[:-1], state=State())
+    hit = driver.find(prompt(1, 2, 3))
+    assert (hit.tokens, len(hit.pages), hit.state) == (2 * BLOCK, 2 * BLOCK // PAGE, State())
+
+
+def test_a_state_is_cut_where_waiting_prompts_part() -> None:
+    driver = CacheDriver()
+    first = driver.cache.announce(prompt(1, 2, 3, 4))
+    driver.cache.announce(prompt(1, 2, 5))
+    assert driver.checkpoints(first) == [2 * BLOCK]
+    driver.cache.announce(prompt(1, 7))
+    assert driver.checkpoints(first) == [BLOCK, 2 * BLOCK]
+
+
+def test_room_for_a_state_is_made_before_it_is_there() -> None:
+    """Whoever copies a state asks first, or the device holds the old and the new at once."""
+    driver = CacheDriver(budget=20)
+    for block in (1, 2):
+        driver.compute(prompt(block)[:-1], state=State())
+    assert driver.cache.make_room(10)
+    assert driver.cache.state_bytes == 10
+    assert driver.find(prompt(1)).tokens == 0
+    assert driver.find(prompt(2)).tokens == BLOCK
+    assert not driver.cache.make_room(21)
+    assert driver.cache.state_bytes == 10, "nothing is dropped for what cannot be kept"
+
+
+def test_a_prompt_alone_cuts_nowhere() -> None:
+    driver = CacheDriver()
+    assert driver.checkpoints(driver.cache.announce(prompt(1, 2, 3))) == []
+
+
+def test_equal_prompts_cut_at_their_last_block() -> None:
+    driver = CacheDriver()
+    path = driver.cache.announce(prompt(1, 2, 3))
+    driver.cache.announce(prompt(1, 2, 3))
+    assert driver.checkpoints(path) == [3 * BLOCK]
+
+
+def test_a_state_is_cut_where_a_prompt_parts_from_the_past() -> None:
+    driver = CacheDriver()
+    driver.compute(prompt(1, 2, 3))
+    assert driver.checkpoints(driver.cache.announce(prompt(1, 2, 8, 9))) == [2 * BLOCK]
+
+
+def test_a_prompt_waits_for_what_a_running_one_will_leave() -> None:
+    driver = CacheDriver()
+    running, waiting = (
+        driver.cache.announce(prompt(1, 2, 3)),
+        driver.cache.announce(prompt(1, 2, 4)),
+    )
+    checkpoints = driver.cache.checkpoints(running, Hit())
+    assert not driver.cache.worth_waiting(waiting, Hit())
+    driver.cache.promise(list(checkpoints.values()))
+    assert driver.cache.worth_waiting(waiting, Hit())
+    driver.cache.unpromise(list(checkpoints.values()))
+    assert not driver.cache.worth_waiting(waiting, Hit())
+
+
+def test_states_keep_to_their_budget_and_the_least_recently_used_goes_first() -> None:
+    driver = CacheDriver(budget=25)
+    driver.compute(prompt(1), state=State())
+    driver.compute(prompt(2), state=State())
+    driver.find(prompt(1))
+    driver.compute(prompt(3), state=State())
+    assert [driver.find(prompt(n)).tokens for n in (1, 2, 3)] == [BLOCK, 0, BLOCK]
+    assert driver.cache.state_bytes == 20
+    assert driver.cache.stats.evicted_states == 1
+
+
+def test_a_state_larger_than_the_budget_is_not_kept() -> None:
+    driver = CacheDriver(budget=5)
+    driver.compute(prompt(1), state=State())
+    assert driver.cache.state_bytes == 0
+
+
+def test_eviction_takes_the_least_recently_used_leaves_first() -> None:
+    driver = CacheDriver(stateful=False, pages=13)
+    driver.compute(prompt(1, 2)[:-1])
+    driver.compute(prompt(3, 4)[:-1])
+    driver.find(prompt(1, 2))
+    assert driver.allocator.free == 12 - 8
+    assert driver.cache.evict(6)
+    assert driver.find(prompt(3, 4)).tokens == BLOCK
+    assert driver.find(prompt(1, 2)).tokens == 2 * BLOCK
+    assert len(driver.forgotten) == 2
+
+
+def test_pages_in_use_are_spared() -> None:
+    driver = CacheDriver(stateful=False, pages=13)
+    driver.compute(prompt(1, 2)[:-1], hold=True)
+    assert not driver.cache.evict(12)
+    assert driver.find(prompt(1, 2)).tokens == 2 * BLOCK
+
+
+def test_pages_outlive_who_computed_them_and_go_with_the_cache() -> None:
+    driver = CacheDriver(stateful=False)
+    driver.compute(prompt(1, 2))
+    assert driver.allocator.held == driver.cache.pages == 4
+    driver.cache.clear()
+    assert driver.allocator.held == driver.cache.pages == 0
+
+
+def test_a_budget_of_nothing_turns_the_cache_off() -> None:
+    driver = CacheDriver(budget=0)
+    driver.compute(prompt(1, 2), state=State())
+    assert driver.cache.announce(prompt(1, 2)) == []
+    assert driver.allocator.held == 0
+
+
+def test_a_prompt_that_waits_no_more_leaves_no_node() -> None:
+    driver = CacheDriver()
+    path = driver.cache.announce(prompt(1, 2, 3))
+    driver.cache.withdraw(path)
+    assert not driver.cache._root.children
+
+
+def test_hits_misses_and_tokens_are_counted() -> None:
+    driver = CacheDriver(stateful=False)
+    driver.compute(prompt(1, 2))
+    driver.find(prompt(1, 2))
+    driver.find(prompt(4))
+    stats = driver.cache.stats
+    assert (stats.hits, stats.misses) == (1, 1)
+    assert stats.hit_rate == pytest.approx(2 * BLOCK / (3 * BLOCK + 2))
+
+
+def test_check_valid_sees_a_state_that_is_not_counted() -> None:
+    driver = CacheDriver()
+    driver.compute(prompt(1), state=State())
+    driver.cache.state_bytes += 1
+    with pytest.raises(BrokenInvariant, match="bytes of states"):
+        driver.cache.check_valid()
