@@ -1,1 +1,1 @@
-"""Speed and memory: measured side by side, judged, drawn, and taken apart by kernel."""
+"""Benchmarks, the performance gate, kernel tuning and profiles."""

@@ -1,7 +1,7 @@
-"""How many ragged sequences fit a budget of memory: in pages, and padded into one batch.
+"""Count the ragged sequences that fit a memory budget, in pages and padded into one batch.
 
-Counted, not run: the allocator hands out the pages that a run would. A sequence costs its K and V
-and, in a hybrid model, one row of Mamba states, which no paging makes smaller.
+Nothing runs: the allocator issues the pages that a run would use. A sequence costs its K and V
+and, in a hybrid model, one row of Mamba states, whose size does not depend on paging.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from granite_paged.paging.allocator import PageAllocator
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Sequences that fit, and the bytes they take."""
+    """Number of sequences that fit, and the bytes that they use."""
 
     sequences: int
     bytes: int
@@ -25,7 +25,7 @@ class Capacity:
 def paged_capacity(
     geometry: CacheGeometry, sizes: ModelSizes, budget: int, *, longest: int, seed: int
 ) -> Capacity:
-    """Sequences of 1 .. `longest` tokens, drawn from `seed`, until the next one does not fit."""
+    """Count sequences of 1 to `longest` tokens, drawn from `seed`, until one does not fit."""
     draw = random.Random(seed)
     allocator = PageAllocator(max(2, budget // geometry.bytes_per_page), geometry.page_size)
     taken, count = geometry.bytes_per_page, 0  # the null page
@@ -39,6 +39,6 @@ def paged_capacity(
 
 
 def padded_capacity(sizes: ModelSizes, budget: int, *, longest: int) -> Capacity:
-    """The same sequences as one batch, each padded to the longest."""
+    """Count the sequences that fit as one batch in which each is padded to `longest` tokens."""
     cost = longest * sizes.kv_bytes + sizes.state_bytes
     return Capacity(budget // cost, budget // cost * cost)

@@ -1,13 +1,13 @@
-"""The cases: what is run, in which shapes, by which modes, and how much work it is at least.
+"""The benchmark's cases: what each runs, in which shapes, and in which modes.
 
 ::
 
-    batch      prefill, batch after batch of prompts of one length
-    context    prefill of one prompt, longer and longer
-    decode     one more token for every sequence of a batch
-    kernel     paged FlexAttention alone, beside contiguous SDPA and the byte floor
-    memory     how many ragged sequences fit a budget, in pages and padded
-    coldstart  from a loaded model to its first token, and to every shape compiled
+    batch      prefill of batches of equally long prompts
+    context    prefill of one prompt, for growing lengths
+    decode     one new token for each sequence of a batch
+    kernel     paged FlexAttention alone, compared with contiguous SDPA and the bandwidth bound
+    memory     number of ragged sequences that fit a budget, in pages and padded
+    coldstart  time from a loaded model to its first token, and to every shape compiled
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = Literal["prefill", "decode", "kernel", "memory", "coldstart"]
 
 
 class Shape(NamedTuple):
-    """Sequences, and tokens of each; of a ragged batch, lengths are spread from `shortest` on."""
+    """Number of sequences and tokens of each; in a ragged batch, `shortest` to `context`."""
 
     batch: int
     context: int
@@ -32,11 +32,11 @@ class Shape(NamedTuple):
 
     @property
     def variant(self) -> str:
-        """What a row says about the lengths."""
+        """Description of the lengths in a result row; empty if they are equal."""
         return "" if self.shortest is None else f"ragged {self.shortest}-{self.context}"
 
     def lengths(self) -> list[int]:
-        """Tokens of each sequence: evenly spread, longest last."""
+        """Return the tokens of each sequence, evenly spread, longest last."""
         if self.shortest is None or self.batch == 1:
             return [self.context] * self.batch
         span = self.context - self.shortest
@@ -44,14 +44,16 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One case.
+class BenchCase:
+    """One case of the benchmark.
 
     Attributes:
-        name: as `--case` has it.
+        name: value of `--case`.
         kind: what a step does.
-        modes: that can run it.
-        shapes: on a GPU. `quick` are fewer of them; `small` are for the CPU.
+        modes: modes that can run it.
+        shapes: for a GPU.
+        quick: for a GPU with `--quick`.
+        small: for the CPU.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Case:
     small: tuple[Shape, ...]
 
     def work(self, sizes: ModelSizes, shape: Shape) -> Work | None:
-        """Least work of one step; None where a step is not of a model."""
+        """Return the minimum work of one step; None for a case without model steps."""
         if self.kind == "prefill":
             return sizes.prefill(shape.batch, shape.context)
         if self.kind == "decode":
@@ -70,13 +72,13 @@ class Case:
         return None
 
     def step_tokens(self, shape: Shape) -> int:
-        """Tokens that one step takes in."""
+        """Return the number of tokens that one step processes."""
         return shape.batch * shape.context if self.kind == "prefill" else shape.batch
 
     def choose(
         self, *, gpu: bool, quick: bool, batches: Sequence[int] = (), contexts: Sequence[int] = ()
     ) -> list[Shape]:
-        """Shapes to run. Batches or contexts that are given replace the case's own."""
+        """Return the shapes to run. `batches` and `contexts` replace the case's own."""
         usual = self.small if not gpu else self.quick if quick else self.shapes
         if not batches and not contexts:
             return list(usual)
@@ -93,7 +95,7 @@ def _shapes(batches: Sequence[int], contexts: Sequence[int]) -> tuple[Shape, ...
 CASES = {
     case.name: case
     for case in (
-        Case(
+        BenchCase(
             "batch",
             "prefill",
             ("default", "paged"),
@@ -101,7 +103,7 @@ CASES = {
             quick=_shapes((1, 8, 32), (512,)),
             small=_shapes((1, 2, 4), (64,)),
         ),
-        Case(
+        BenchCase(
             "context",
             "prefill",
             ("default", "paged"),
@@ -109,7 +111,7 @@ CASES = {
             quick=_shapes((1,), (128, 512, 2048, 4096, 16384)),
             small=_shapes((1,), (32, 128, 256)),
         ),
-        Case(
+        BenchCase(
             "decode",
             "decode",
             MODES,
@@ -117,7 +119,7 @@ CASES = {
             quick=(Shape(1, 512), Shape(32, 512), Shape(32, 4096), Shape(128, 1024)),
             small=_shapes((1, 4), (64, 128)),
         ),
-        Case(
+        BenchCase(
             "kernel",
             "kernel",
             ("paged",),
@@ -128,7 +130,7 @@ CASES = {
             quick=(*_shapes((1, 8, 32), (4096,)), Shape(32, 4096, shortest=64)),
             small=(Shape(1, 128), Shape(4, 128), Shape(4, 128, shortest=16)),
         ),
-        Case(
+        BenchCase(
             "memory",
             "memory",
             ("default", "paged"),
@@ -136,7 +138,7 @@ CASES = {
             quick=(Shape(1, 4096, shortest=1),),
             small=(Shape(1, 4096, shortest=1),),
         ),
-        Case(
+        BenchCase(
             "coldstart",
             "coldstart",
             ("paged",),
@@ -148,11 +150,11 @@ CASES = {
 }
 
 
-def chosen_cases(names: Sequence[str]) -> list[Case]:
-    """Cases by name, in that order and once each; all of them for none.
+def chosen_cases(names: Sequence[str]) -> list[BenchCase]:
+    """Return the named cases, in that order and once each; no names mean all cases.
 
     Raises:
-        UnknownName: for an unknown name.
+        UnknownName: a name is not a case.
     """
     unknown = [name for name in names if name not in CASES]
     if unknown:

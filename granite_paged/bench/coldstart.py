@@ -1,7 +1,7 @@
-"""Cold start: from a loaded model to its first token, and to every shape compiled and captured.
+"""Time from a loaded model to its first token, and to every shape compiled and captured.
 
-Measured in a process of its own, twice: with empty compile caches, then with the caches that the
-first run left. Loading the model is not counted.
+Each measurement runs in two new processes: the first starts with empty compile caches, the second
+with the caches that the first left. Loading the model is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGES = {"first_token": "first token", "every_bucket": "every bucket"}
 
 
 def in_this_process(model: Any, config: PagedConfig, shape: Shape, seed: int) -> dict[str, float]:
-    """Seconds to each stage of `STAGES`, from here."""
+    """Return the seconds from this call to each stage of `STAGES`."""
     prompts = token_ids(model, shape.batch, shape.context, seed).tolist()
     begin = time.perf_counter()
     runner = make_runner(model, config_for(config, shape))
@@ -35,7 +35,7 @@ def in_this_process(model: Any, config: PagedConfig, shape: Shape, seed: int) ->
     sequences.open(shape.context)
     for chunks in prefill_calls(runner, prompts):
         logits = runner.prefill(chunks)
-    logits.argmax(dim=-1).tolist()  # waits for the token
+    logits.argmax(dim=-1).tolist()  # waits for the device
     first = time.perf_counter() - begin
     runner.warm_up()
     return {"first_token": first, "every_bucket": time.perf_counter() - begin}
@@ -45,10 +45,10 @@ def in_fresh_processes(arguments: Sequence[str]) -> Iterator[tuple[str, float]]:
     """Run `granite-paged coldstart` with these arguments on empty, then on warm caches.
 
     Yields:
-        The stage and the state of the caches, and its seconds.
+        The stage with the state of the caches, and its seconds.
 
     Raises:
-        Unsupported: if that process fails, with its last line.
+        Unsupported: the process failed; the message has its last line.
     """
     with tempfile.TemporaryDirectory(prefix="granite-paged-") as folder:
         caches = {name: str(Path(folder) / name.lower()) for name in CACHES}

@@ -1,35 +1,37 @@
-"""The gate: has paged become slower or larger than it was, or than `default` is?
+"""The gate: fail when `paged` is slower or larger than recorded, or than `default`.
 
-Time is judged by ratios: paged / default of interleaved pairs against 1, and paged / floor against
-what was recorded for this GPU and model. The floor is the least that the device could take, at the
-rates it shows in the same run. `default` would not do there: much of its time is the host's, whose
-processor and clock differ from machine to machine (a decode step took 38 to 127 ms on one kind of
-GPU), and a faster transformers is no fault of paged.
+Time is judged by two ratios: paged / default in interleaved pairs, against 1, and paged / floor,
+against the ratio recorded for this GPU and model. The floor is the shortest time that the device
+could take, at the bandwidth and arithmetic rates that it reaches in the same run. `default` would
+be a poor yardstick for the record: much of its time is spent on the host, and hosts differ (a
+decode step took 38 to 127 ms on machines with the same GPU); a faster transformers would also
+look like a slower `paged`.
 
-Of the record ten per cent must be seen and noise must not be, so the limit lies half way, at 1.05
-times the recorded ratio, and a 99.8 % bootstrap interval says whether a measurement is good enough
-to be held against it::
+The gate must see a slowdown of ten per cent against the record, and must not see noise. The limit
+therefore lies half way, at 1.05 times the recorded ratio, and a 99.8 % bootstrap interval decides
+whether a measurement is precise enough to compare with it::
 
-    interval above the limit              red
-    interval below the limit              green
-    across it, narrower than 1.10 / 1.05  what the estimate says: such an interval reaches neither
-                                          1.00 nor 1.10, so one of the two is ruled out
-    across it, and wider                  unmeasurable: measured again, with twice the pairs; red
+    interval above the limit              fail
+    interval below the limit              pass
+    across it, narrower than 1.10 / 1.05  the estimate decides: such an interval cannot contain
+                                          both 1.00 and 1.10, so one of the two is ruled out
+    across it, and wider                  unmeasurable: measure again, with twice the pairs; fail
                                           after three tries
 
-It follows
+Consequences:
 
-- that +10 % is green, and no change red, only if the estimate is off by 5 % where its interval is
-  at most 2.4 % to either side (3.1 standard errors): by 6 standard errors; or, where the interval
-  is wider, if all of it lies on the wrong side of the limit, in 0.1 % of runs at most. 20 repeats
-  of 5 shapes are then all quiet in 9 suites of 10 on the noisiest machine that can be judged at
-  all, and practically always on one whose steps vary by 5 %;
-- that the machine may be off its recorded day by about 3 % either way before either turns;
-- that what is too wide to tell is reported as such, and is not green.
+- A slowdown of 10 % passes, or an unchanged program fails, only in two cases. Either the estimate
+  is off by 5 % although its interval reaches at most 2.4 % to either side (3.1 standard errors):
+  an error of 6 standard errors. Or a wider interval lies entirely on the wrong side of the limit:
+  in at most 0.1 % of runs. 20 repeats of 5 shapes then all pass in 9 of 10 suites on the noisiest
+  machine that can be judged at all, and practically always where steps vary by 5 %.
+- The machine may differ from its recorded state by about 3 % in either direction before a verdict
+  changes.
+- A measurement too noisy to judge is reported as such and does not pass.
 
-Against the law that holds anywhere, paged not slower than default, five per cent must be seen, and
-the limit lies half way again. Peak memory repeats to the byte, so it is compared as it is, with 1 %
-for the allocator's rounding.
+The rule that holds without a record, "not slower than default", must see five per cent; its limit
+also lies half way. Peak memory repeats to the byte, so it is compared directly, with 1 % for the
+allocator's rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from typing import Any, Literal
 
 import torch
 
-from granite_paged.bench.cases import CASES, Case, Shape
+from granite_paged.bench.cases import CASES, BenchCase, Shape
 from granite_paged.bench.measure import Repeats
 from granite_paged.bench.modes import config_for, make_runner
 from granite_paged.bench.session import Measured, Session, describe
@@ -54,16 +56,16 @@ from granite_paged.report.published import Published
 Verdict = Literal["passed", "failed", "unmeasurable"]
 
 SEEN = 1.10
-"""A ratio this much above the recorded one must not pass."""
+"""A slowdown against the record, as a factor, that must not pass."""
 
 LAW_SEEN = 1.05
-"""Nor must paged that takes this much longer than default."""
+"""A slowdown against `default`, as a factor, that must not pass."""
 
 MEMORY = 1.01
-"""Peak bytes may be this much above the recorded ones, or above default's."""
+"""Limit on peak bytes, as a factor of the recorded ones or of those of `default`."""
 
 PAIRS = 40
-"""Of the first try; every further one has twice as many."""
+"""Interleaved pairs of the first try; each further try has twice as many."""
 
 TRIES = 3
 CONFIDENCE = 0.998
@@ -76,8 +78,9 @@ GATED: tuple[tuple[str, Shape], ...] = (
     ("decode", Shape(8, 512)),
     ("decode", Shape(32, 512)),
 )
-"""Both kinds of step, each bound by launches in one shape and by the device in another. A decode
-step of one row is left out: an eighth of its time is the host's."""
+"""Case and shape of each gated measurement. Both kinds of step appear in a shape that is limited by
+kernel launches and in one that is limited by the device. A decode step of one sequence is left out:
+an eighth of its time is spent on the host."""
 
 GATED_MODES = ("default", "paged")
 
@@ -87,7 +90,7 @@ GATED_MODES = ("default", "paged")
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Where a ratio lies: its estimate, and the ends of a `CONFIDENCE` interval."""
+    """Estimate of a ratio, with the ends of its `CONFIDENCE` interval."""
 
     estimate: float
     low: float
@@ -95,11 +98,11 @@ class Interval:
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
-    """Median of ours / theirs, pair by pair, with a percentile bootstrap interval.
+    """Return the median of ours / theirs over the pairs, with a percentile bootstrap interval.
 
-    The median of pairs, since a stall hits one step and must not move the answer; logarithms, so
-    that exchanging the two turns the interval upside down and nothing else. At least 8 pairs: an
-    interval of fewer cannot hold so much, and is infinite.
+    The median, because a stall hits single steps and must not move the estimate. Logarithms, so
+    that exchanging the two inverts the interval exactly. The interval is infinite for fewer than
+    8 pairs, which cannot give this confidence.
     """
     logs = torch.tensor(
         [math.log(a / b) for a, b in zip(ours, theirs, strict=True)], dtype=torch.float64
@@ -115,7 +118,7 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
 
 
 def limit_of(seen: float) -> float:
-    """Half way between no change and what must be seen."""
+    """Return the limit: half way between no change and the slowdown that must not pass."""
     return (1 + seen) / 2
 
 
@@ -132,13 +135,13 @@ def judge_ratio(interval: Interval, *, base: float, seen: float) -> Verdict:
 
 
 def judge_bytes(ours: int, bound: int) -> Verdict:
-    """Peak memory against what is allowed before the allowance."""
+    """Compare peak memory with the bound, including the tolerance `MEMORY`."""
     return "passed" if ours <= MEMORY * bound else "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison and its verdict; `found` and `bound` are for people."""
+    """One comparison and its verdict; `found` and `bound` are text for the report."""
 
     what: str
     law: str
@@ -149,26 +152,34 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """What a run is held against, besides the laws that hold anywhere."""
+    """What a run is compared with, besides `default`."""
 
     record: Result | None = None
     published: tuple[Published, ...] = ()
 
 
 def checks_of(
-    case: Case,
+    case: BenchCase,
     shape: Shape,
     measured: dict[str, Measured],
     against: Against,
     floor: float | None = None,
 ) -> list[Check]:
-    """Every check of one shape. floor: seconds that a step takes at least; None where not known."""
+    """Return every check of one shape.
+
+    Args:
+        case: the case.
+        shape: its shape.
+        measured: by mode; `paged` and `default`.
+        against: the record and the published figures.
+        floor: shortest possible time of a step in seconds; None if unknown.
+    """
     what, ours, default = describe(case, shape), measured["paged"], measured["default"]
     if ours.samples.error:
         return [Check(what, "paged runs", ours.samples.error, "no error", "failed")]
     checks = _ceilings(case, shape, ours, against.published)
     if default.samples.error:
-        return [*checks, _beside_a_failure(what, default.samples.error)]
+        return [*checks, _default_failed(what, default.samples.error)]
     ratio = paired_ratio(ours.samples.seconds, default.samples.seconds)
     checks += [
         _time(what, "not slower than default", ratio, 1.0, LAW_SEEN),
@@ -177,14 +188,14 @@ def checks_of(
     return checks + _against_record(case, shape, ours, against.record, floor)
 
 
-def _beside_a_failure(what: str, error: str) -> Check:
-    """Running where default has no memory left is no loss; any other failure leaves it open."""
+def _default_failed(what: str, error: str) -> Check:
+    """Pass where only `default` ran out of memory; another failure of it leaves the check open."""
     verdict: Verdict = "passed" if "OutOfMemory" in error else "unmeasurable"
     return Check(what, "not slower than default", f"default: {error}", "-", verdict)
 
 
 def _against_record(
-    case: Case, shape: Shape, ours: Measured, record: Result | None, floor: float | None
+    case: BenchCase, shape: Shape, ours: Measured, record: Result | None, floor: float | None
 ) -> list[Check]:
     then = record.find(case.name, "paged", *shape[:2]) if record else None
     if not then:
@@ -212,9 +223,9 @@ def _memory(what: str, law: str, ours: int | None, bound: int | None) -> list[Ch
 
 
 def _ceilings(
-    case: Case, shape: Shape, ours: Measured, published: Sequence[Published]
+    case: BenchCase, shape: Shape, ours: Measured, published: Sequence[Published]
 ) -> list[Check]:
-    """Published figures are absolute: a median above them fails, however narrowly."""
+    """Check the published figures, which are absolute: any median above them fails."""
     points = [study.find(case.name, "paged", *shape[:2]) for study in published]
     checks = []
     for point in (point for point in points if point):
@@ -222,7 +233,7 @@ def _ceilings(
         found = ours.samples.latency().median / shape.batch
         verdict: Verdict = "passed" if found <= point.ms_per_query else "failed"
         bound = f"<= {point.ms_per_query:g} ms"
-        checks.append(Check(what, law, f"{found:.2f} ms a query", bound, verdict))
+        checks.append(Check(what, law, f"{found:.2f} ms per query", bound, verdict))
         checks += _memory(what, law, ours.peak_bytes, int(point.peak_gb * 1e9))
     return checks
 
@@ -232,7 +243,7 @@ def _ceilings(
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
-    """Everything `granite-paged gate` has to say."""
+    """Report of `granite-paged gate`."""
 
     passed: bool
     device: str
@@ -241,7 +252,7 @@ class GateReport:
     checks: list[Check]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return plain types only."""
         return asdict(self)
 
 
@@ -254,7 +265,7 @@ def gate(
     """Measure and judge these shapes.
 
     Raises:
-        CannotJudge: without a CUDA device, or where the runner has fallen back to a slower path.
+        CannotJudge: there is no CUDA device, or the runner fell back to a slower path.
     """
     refuse_where_blind(session)
     checks: list[Check] = []
@@ -270,8 +281,8 @@ def gate(
     )
 
 
-def judged(session: Session, case: Case, shape: Shape, against: Against) -> list[Check]:
-    """Checks of one shape, measured again while noise leaves any of them open."""
+def judged(session: Session, case: BenchCase, shape: Shape, against: Against) -> list[Check]:
+    """Return the checks of one shape; measure again while noise leaves one undecided."""
     checks: list[Check] = []
     for attempt in range(TRIES):
         pairs = PAIRS * 2**attempt
@@ -291,18 +302,18 @@ def no_gpu(command: str) -> CannotJudge:
 
 
 def refuse_where_blind(session: Session) -> None:
-    """Raise CannotJudge where what runs is not the fast path."""
+    """Raise CannotJudge unless the fast path runs here."""
     if not session.clock.gpu:
         raise no_gpu("gate")
     runner = make_runner(session.model, config_for(session.config, Shape(1, 1)))
     slow = runner.fallback
     runner.close()
     if slow:
-        raise CannotJudge(f"paged has fallen back to a slower path here, not judged: {slow}")
+        raise CannotJudge(f"paged runs on a slower path here, so it was not judged: {slow}")
 
 
 def against_records(records: Path, session: Session, published: Sequence[Published]) -> Against:
-    """What was recorded in a folder for this GPU, model and dtype. Raises ResultFileError."""
+    """Return what a folder records for this GPU, model and dtype. Raises ResultFileError."""
     path = record_path(records, session.device_name)
     record = read_result(path) if path.exists() else None
     if record is not None and not _same_model(record, session):
@@ -312,17 +323,18 @@ def against_records(records: Path, session: Session, published: Sequence[Publish
 
 
 def record_path(records: Path, device: str) -> Path:
-    """Where the record of a GPU is kept."""
+    """Return the file that holds the record of a GPU."""
     return records / f"{slug(device)}.json"
 
 
 def how_to_record(records: Path, session: Session) -> str:
-    """What to do where nothing is recorded for this GPU and model."""
+    """Return advice for a GPU and model without a record."""
     path = record_path(records, session.device_name)
-    state = f"{path} is of another model or dtype" if path.exists() else f"there is no {path}"
+    state = f"{path} is for another model or dtype" if path.exists() else f"{path} does not exist"
     return (
-        f"only the laws that hold anywhere were applied: {state}. "
-        "Record this GPU with `nox -s perf_record`, read the difference, and commit it."
+        f"paged was compared with default only, not with a record: {state}. "
+        "In a clone of the repository, record this GPU with `nox -s perf_record`, "
+        "read the difference and commit it."
     )
 
 

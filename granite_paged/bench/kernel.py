@@ -1,8 +1,8 @@
-"""Decode attention alone: pages through FlexAttention, beside SDPA over contiguous K and V.
+"""Decode attention alone: FlexAttention over pages, compared with SDPA over contiguous K and V.
 
-Both are given the same lengths; ragged batches are padded for SDPA, which then needs a mask. The
-floor is the bytes of K and V that belong to tokens, at the rate of a large copy. Before each call
-the device's cache is overwritten, and the host's part is hidden (`Clock.kernel_seconds`).
+Both get the same lengths; ragged batches are padded for SDPA, which then needs a mask. The floor is
+the bytes of K and V of all tokens, at the rate of a large copy. Each call starts with a cold cache,
+and time on the host is hidden (`Clock.kernel_seconds`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.paging.page_table import PageTable
 
-_FLUSH_BYTES = 2**28  # several times any GPU's cache
+_FLUSH_BYTES = 2**28  # several times the cache of any GPU
 _WARM_UP = 3
 
 Pools = tuple[Tensor, Tensor]
-"""K and V [1, Hkv, pages * page_size, D] of one layer."""
+"""K and V of one layer, each [1, Hkv, pages * page_size, D]."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelTimes:
-    """Seconds of each repeat, and the bytes of K and V that a call has to read.
+    """Seconds of each repeat.
 
-    folded, grouped: SDPA in the two ways that a user may call it; grouped has none where it has a
-    mask.
+    Attributes:
+        paged: FlexAttention over pages.
+        folded: SDPA with the query heads of a group folded into rows.
+        grouped: SDPA with `enable_gqa`; empty where lengths differ.
+        kv_bytes: bytes of K and V that a call has to read.
     """
 
     paged: Samples
@@ -48,7 +51,7 @@ class KernelTimes:
 
     @property
     def sdpa(self) -> Samples:
-        """Of the faster way."""
+        """Samples of the faster way to call SDPA."""
         ways = [way for way in (self.folded, self.grouped) if way.seconds]
         return min(ways, key=lambda way: way.latency().median)
 
@@ -59,8 +62,8 @@ class KernelCase:
     ::
 
         query         [B, Hq, 1, D]
-        keys, values  [1, Hkv, pages * page_size, D]   pages; drawn at random
-        padded        [B, Hkv, longest, D]             the same tokens for SDPA
+        keys, values  [1, Hkv, pages * page_size, D]   the pool, with random contents
+        padded        [B, Hkv, longest, D]             the same tokens, for SDPA
     """
 
     def __init__(
@@ -81,12 +84,12 @@ class KernelCase:
 
     @property
     def kv_bytes(self) -> int:
-        """K and V of all tokens, of one layer."""
+        """Bytes of K and V of all tokens in one layer."""
         g = self._geometry
         return sum(self._lengths) * g.bytes_per_token // len(g.attention_layers)
 
     def paged(self) -> Tensor:
-        """[B, Hq, 1, D] through the pages, as a runner's decode step goes."""
+        """Attend over pages as a runner's decode step does: [B, Hq, 1, D]."""
         if self._plan is not None:
             pools, mask = (self._keys, self._values), self._block_mask
             return self._split_call(self._plan, pools, mask)()[:, :, None]
@@ -100,7 +103,7 @@ class KernelCase:
         )
 
     def split_calls(self, plan: DecodePlan, pools: Sequence[Pools]) -> list[Callable[[], Tensor]]:
-        """The paged call laid out by `plan`, over each of these K and V."""
+        """Return the paged call with this plan, once for each pair of pools."""
         mask = self._split_mask(self._table, self._newest, plan.splits)
         return [self._split_call(plan, pool, mask) for pool in pools]
 
@@ -109,11 +112,11 @@ class KernelCase:
         return functools.partial(split_attention, query, *pool, mask, scale=scale, plan=plan)
 
     def copies(self, count: int) -> list[Pools]:
-        """K and V over again, so many times, each in memory of its own."""
+        """Return `count` copies of K and V."""
         return [(self._keys.clone(), self._values.clone()) for _ in range(count)]
 
     def sdpa(self) -> Tensor:
-        """[B, Hq, 1, D] over padded K and V; the group folded into rows of the query."""
+        """Attend over padded K and V, with each group folded into query rows: [B, Hq, 1, D]."""
         keys, values = self._padded
         folded = self._query.view(len(keys), keys.shape[1], -1, keys.shape[3])  # [B, Hkv, G, D]
         out = scaled_dot_product_attention(folded, keys, values, self._mask, scale=self._scale)
@@ -125,7 +128,7 @@ class KernelCase:
         return self._mask is not None
 
     def grouped_sdpa(self) -> Tensor:
-        """The same by `enable_gqa`, whose fast kernels take no mask."""
+        """Do the same with `enable_gqa`, whose fast kernels take no mask."""
         keys, values = self._padded
         return scaled_dot_product_attention(
             self._query, keys, values, scale=self._scale, enable_gqa=True
@@ -149,7 +152,7 @@ class KernelCase:
         self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
 
     def _split_plan(self, table: PageTable) -> DecodePlan | None:
-        """How a runner would split the rows; None where it would not."""
+        """Return how a runner would split the rows; None if it would not."""
         rows, width = table.physical.shape
         if kernel_refusal(self._backend, self._device, self._geometry.dtype):
             return None
@@ -199,7 +202,7 @@ class KernelCase:
 
 @torch.inference_mode()
 def time_kernels(case: KernelCase, clock: Clock, repeats: Repeats) -> KernelTimes:
-    """All in turn."""
+    """Time both kernels in turn, each call with a cold cache."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=clock.device) if clock.gpu else None
     times = KernelTimes(Samples(), Samples(), Samples(), case.kv_bytes)
     calls = [(case.paged, times.paged), (case.sdpa, times.folded)]

@@ -1,8 +1,8 @@
-"""Time and memory of prepared steps, several modes side by side.
+"""Time and memory of prepared steps, with several modes side by side.
 
-Modes take turns within one run (A, B, then B, A, ...), so that whatever drifts, drifts for all of
-them, and the i-th times of two modes are a pair. On a GPU, time is what CUDA events say, from an
-idle device to the end of the last kernel: the host's part counts where the device waits for it.
+Modes take turns within one run (A, B, then B, A, ...). Drift of the machine then affects all of
+them, and the i-th times of two modes form a pair. On a GPU, CUDA events measure the time from an
+idle device to the end of the last kernel; time on the host counts where the device waits for it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from granite_paged.quantiles import quantile
 from granite_paged.report.bench_results import Latency
 
 FAILURES = (RuntimeError, MemoryError, GranitePagedError)
-"""What one mode may fail with without ending the run: out of memory, a shape without a kernel, a
-compiler's refusal. torch derives all of its own from RuntimeError."""
+"""Failures of one mode that do not end the run: out of memory, a shape without a kernel, a compiler
+error. torch derives all its errors from RuntimeError."""
 
 
 def _nothing() -> None:
@@ -36,11 +36,11 @@ class Prepared:
 
     Attributes:
         step: the work; returns without waiting for the device.
-        reset: puts back what a step used up; not timed.
-        close: what it takes to give memory back beyond forgetting `step` and `reset`.
-        note: how its caches were filled, where not by running the prompt.
-        own_workspace: whether its products run on a stream of its own, and so with a workspace of
-            its own: the current stream's is then none of its memory.
+        reset: restores the state before a step; not timed.
+        close: releases memory that is not released by dropping `step` and `reset`.
+        note: how the caches were filled, if not by running the whole prompt.
+        own_workspace: whether matrix products run on a stream of their own, with a cuBLAS
+            workspace of their own; the current stream's workspace is then not counted.
     """
 
     step: Callable[[], Any]
@@ -50,7 +50,7 @@ class Prepared:
     own_workspace: bool = False
 
     def release(self) -> None:
-        """Give all memory back: close, and forget the closures that hold it."""
+        """Release all memory: close, and drop the closures that hold it."""
         close, self.step, self.reset, self.close = self.close, _nothing, _nothing, _nothing
         close()
 
@@ -59,9 +59,9 @@ class Prepared:
 class Repeats:
     """How often a step is repeated.
 
-    At least `least` times, then until `seconds` have gone by for all modes together or `most`
-    times. A step so slow that `least` would take more than `patience` seconds is repeated `fewest`
-    times; the count is in the result.
+    At least `least` times, then until all modes together took `seconds`, or `most` times. A step
+    so slow that `least` repeats would take more than `patience` seconds is repeated `fewest`
+    times. Results hold the number of repeats.
     """
 
     seconds: float = 3.0
@@ -71,7 +71,7 @@ class Repeats:
     patience: float = 60.0
 
     def enough(self, done: int, elapsed: float) -> bool:
-        """Whether `done` rounds that took `elapsed` seconds will do."""
+        """Return whether `done` rounds that took `elapsed` seconds are enough."""
         if done >= self.most:
             return True
         if done < self.least:
@@ -84,13 +84,13 @@ QUICK = Repeats(seconds=0.5, least=5, most=20)
 
 @dataclass(slots=True)
 class Samples:
-    """Seconds of each repeat, in order, and what ended them early, if anything did."""
+    """Seconds of each repeat, in order, and the error that ended them early, if any."""
 
     seconds: list[float] = field(default_factory=list)
     error: str = ""
 
     def latency(self) -> Latency:
-        """Median and percentiles in milliseconds."""
+        """Return the median and the 10th and 90th percentiles, in milliseconds."""
         ms = [1e3 * second for second in self.seconds]
         return Latency(quantile(ms, 0.5), quantile(ms, 0.1), quantile(ms, 0.9), len(ms))
 
@@ -98,7 +98,7 @@ class Samples:
 def interleaved(
     steps: Mapping[str, Prepared], clock: Clock, repeats: Repeats
 ) -> dict[str, Samples]:
-    """Time all steps in turn; one that fails drops out and says why."""
+    """Time all steps in turn; a step that fails drops out, and its samples hold the reason."""
     samples = {name: Samples() for name in steps}
     begin, rounds = time.perf_counter(), 0
     while not repeats.enough(rounds, time.perf_counter() - begin):
@@ -120,25 +120,25 @@ def _once(prepared: Prepared, clock: Clock, samples: Samples) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line of at most 200 characters."""
+    """Return an error as one line of at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
 
 
 class Clock:
-    """Time and memory of one device."""
+    """Measures time and memory on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.gpu = device.type == "cuda"
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.gpu:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, step: Callable[[], Any]) -> float:
-        """Of one call, from an idle device until its last kernel has ended."""
+        """Time one call, from an idle device until its last kernel has ended."""
         self.wait()
         if not self.gpu:
             begin = time.perf_counter()
@@ -152,10 +152,10 @@ class Clock:
         return float(first.elapsed_time(last)) / 1e3
 
     def kernel_seconds(self, step: Callable[[], Any], flush: torch.Tensor | None) -> float:
-        """Of the device alone: it sleeps while the host hands the work over.
+        """Time one call on the device alone: the device sleeps while the host queues the work.
 
-        `flush`, larger than the device's cache, is overwritten before, so that inputs come from
-        memory, as they do in a model whose weights have passed through the cache since.
+        First overwrites `flush`, which is larger than the device's cache, so that inputs come from
+        memory. In a model they do too, because its weights pass through the cache in between.
         """
         if not self.gpu:
             return self.seconds(step)
@@ -171,10 +171,10 @@ class Clock:
         return float(first.elapsed_time(last)) / 1e3
 
     def graph_seconds(self, calls: Sequence[Callable[[], Any]]) -> float:
-        """Of one call, all being made in turn by a CUDA graph; the median of some replays.
+        """Return the median time of one call, when a CUDA graph makes all calls in turn.
 
-        Where each call has inputs of its own, and all are larger than the device's cache, inputs
-        come from memory. On the CPU there is no graph.
+        Inputs come from memory if each call has its own and together they exceed the device's
+        cache. On the CPU, the calls run without a graph.
         """
 
         def in_turn() -> None:
@@ -186,19 +186,18 @@ class Clock:
         return quantile(times, 0.5) / len(calls)
 
     def allocated(self) -> int:
-        """Bytes of tensors now, and of what CUDA graphs keep to themselves."""
+        """Return the bytes of all tensors, including the private memory of CUDA graphs."""
         if not self.gpu:
             return 0
         self.wait()
         return torch.cuda.memory_allocated(self.device) + graph_bytes(self.device)
 
     def peak(self, step: Callable[[], Any]) -> int | None:
-        """Most bytes at once while `step` runs; None on the CPU.
+        """Return the peak number of bytes while `step` runs; None on the CPU.
 
-        Counted are all live tensors (weights, caches, pools, activations) as torch's allocator has
-        them at the highest moment, and the private memory of CUDA graphs, which replays use without
-        telling the allocator. Not counted are the CUDA context and memory that the allocator holds
-        in reserve.
+        Counts all tensors alive at the peak (weights, caches, pools, activations), as torch's
+        allocator sees them, and the private memory of CUDA graphs, which replays use without the
+        allocator. Does not count the CUDA context or memory that the allocator keeps in reserve.
         """
         if not self.gpu:
             return None
@@ -210,7 +209,7 @@ class Clock:
 
 
 _REPLAYS = 15
-_HIDING_CYCLES = 2_000_000  # about a millisecond: longer than the host takes for any one call
+_HIDING_CYCLES = 2_000_000  # about a millisecond: longer than the host needs for any call
 
 
 def _events() -> tuple[Any, Any]:
@@ -219,7 +218,7 @@ def _events() -> tuple[Any, Any]:
 
 
 def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """The replay of a CUDA graph of the step, which ran once before: everything is compiled."""
+    """Run the step once, to compile it; capture it in a CUDA graph, and return its replay."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -232,7 +231,7 @@ def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Let go of everything nobody refers to, reserves included."""
+    """Free unreferenced tensors, and return cached memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -240,13 +239,14 @@ def release_cached_memory(device: torch.device) -> None:
 
 
 def level_workspaces(device: torch.device) -> int:
-    """Have cuBLAS keep one workspace, this stream's, so that peaks repeat from run to run.
+    """Reduce cuBLAS to one workspace, for this stream, so that peaks repeat from run to run.
 
-    It keeps one for every stream that ever multiplied, tens of megabytes each, and the first to use
-    a stream would pay for all. Only where no CUDA graph is alive: graphs may compute in them.
+    cuBLAS keeps a workspace of tens of megabytes for each stream that ever multiplied, and the
+    first measurement to use a stream would count it. Call this only while no CUDA graph is alive:
+    graphs may use the workspaces.
 
     Returns:
-        Bytes of the one that is kept.
+        Size of the remaining workspace in bytes.
     """
     if device.type != "cuda":
         return 0
@@ -262,7 +262,7 @@ def level_workspaces(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def released(steps: Mapping[str, Prepared], device: torch.device) -> Iterator[None]:
-    """Release all of them on the way out, whatever happens."""
+    """Release all steps when the block ends, also after an error."""
     try:
         yield
     finally:

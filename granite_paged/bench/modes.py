@@ -1,8 +1,8 @@
-"""The three ways of running a model that are compared: `default`, `static` and `paged`.
+"""The three ways to run a model that are compared: `default`, `static` and `paged`.
 
-Each prepares a step of one shape: a prefill, or one more token for every sequence of a batch. All
-start from the same random token ids. A cache for decode is not filled by running its whole context:
-a stretch is run and its K, V and Mamba states are repeated, which costs a step the same time.
+Each prepares a step of one shape: a prefill, or one new token for each sequence of a batch. All
+use the same random token ids. A decode step's cache is filled without running its whole context:
+a prefix is run, and its K, V and Mamba states are repeated, which does not change a step's time.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Chunk, Runner
 
 STRETCH = 64
-"""Tokens that are really run to fill a cache of transformers; the rest repeats them."""
+"""Tokens that are really run to fill a cache; the rest of the cache repeats them."""
 
 _COPIED_TOGETHER = 64  # times the stretch
 
-_SPARE = 16  # slots of a StaticCache beyond the context: a user's would have some as well
+_SPARE = 16  # slots of a StaticCache beyond the context, as in normal use
 
 
 class Mode(Protocol):
     """One way of running a model."""
 
     def prepare(self, kind: Kind, shape: Shape) -> Prepared:
-        """A step of that shape.
+        """Prepare a step of this shape.
 
         Raises:
-            Unsupported: if this mode has no such step.
-            torch.OutOfMemoryError: if it does not fit.
+            Unsupported: this mode has no such step.
+            torch.OutOfMemoryError: the step does not fit.
         """
 
 
 def make_mode(name: str, model: Any, config: PagedConfig, seed: int) -> Mode:
-    """The mode of that name in `MODES`."""
+    """Return the mode with this name; see `names.MODES`."""
     if name == "default":
         return Default(model, seed)
     return Static(model, seed) if name == "static" else Paged(model, config, seed)
 
 
 def token_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
-    """[batch, tokens] random token ids on the model's device."""
+    """Return random token ids, [batch, tokens], on the model's device."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=draw)
     return ids.to(model.device)
@@ -64,7 +64,7 @@ def token_ids(model: Any, batch: int, tokens: int, seed: int) -> Tensor:
 
 
 class Default:
-    """What transformers does unasked: SDPA, a DynamicCache, no compilation."""
+    """transformers' default: SDPA, a DynamicCache, no compilation."""
 
     def __init__(self, model: Any, seed: int) -> None:
         self._model = model
@@ -95,14 +95,14 @@ class Default:
             return _next_token(model, token, cache)
 
         def reset() -> None:
-            for layer in _attention_layers(cache):  # the step made longer copies
+            for layer in _attention_layers(cache):  # undo the token that the step appended
                 layer.keys, layer.values = layer.keys[:, :, :context], layer.values[:, :, :context]
 
         return Prepared(step, reset, note=note)
 
 
 class Static:
-    """What transformers offers for speed: a StaticCache and torch.compile of the decode step."""
+    """transformers' fastest mode: a StaticCache, and decode steps under torch.compile."""
 
     def __init__(self, model: Any, seed: int) -> None:
         self._model = model
@@ -131,25 +131,25 @@ class Static:
 
 
 def _next_token(model: Any, token: Tensor, cache: Any) -> Tensor:
-    """[B, 1] -> [B]: feed one token a row, take the likeliest next."""
+    """Feed one token per sequence, [B, 1]; return the most likely next tokens, [B]."""
     logits: Tensor = model(token, **with_cache(cache), logits_to_keep=1).logits
     return logits[:, -1].argmax(dim=-1)
 
 
 def _forget_compiled_step() -> None:
-    """Drop the graphs of `static`, and nobody else's: they hold on to its cache."""
+    """Drop the compiled code and graphs of `static`, which keep its cache alive."""
     reset_code(_next_token.__code__)
     reset_cudagraph_trees()
 
 
 @torch.no_grad()
 def _fill(model: Any, cache: Any, ids: Tensor) -> str:
-    """Have the cache hold ids.shape[1] tokens. Returns what is to be said about it."""
+    """Fill the cache with ids.shape[1] tokens; return a note on how."""
     context = ids.shape[1]
     stretch = min(context, STRETCH)
     model(ids[:, :stretch], **with_cache(cache), logits_to_keep=1)
     for layer in _attention_layers(cache):
-        if layer.is_compileable:  # static: room for all is there already
+        if layer.is_compileable:  # a StaticCache, which has its full size from the start
             for states in (layer.keys, layer.values):
                 states[:, :, :context] = _repeat_to(states[:, :, :stretch], context)
             layer.cumulative_length.fill_(context)
@@ -164,7 +164,7 @@ def _attention_layers(cache: Any) -> list[Any]:
 
 
 def _repeat_to(states: Tensor, tokens: int) -> Tensor:
-    """[B, Hkv, S, D] -> [B, Hkv, tokens, D], over and over."""
+    """Repeat states along the tokens: [B, Hkv, S, D] -> [B, Hkv, tokens, D]."""
     places = torch.arange(tokens, device=states.device) % states.shape[2]
     return states.index_select(2, places)
 
@@ -177,7 +177,7 @@ def _note(context: int, stretch: int) -> str:
 
 
 class Paged:
-    """Ours: a `Runner` with pools and rows made for the shape at hand, and no larger."""
+    """Ours: a `Runner` whose pools and rows are sized exactly for the shape."""
 
     def __init__(self, model: Any, config: PagedConfig, seed: int) -> None:
         self._model = model
@@ -196,7 +196,7 @@ class Paged:
     def _prepared(self, runner: Runner, kind: Kind, shape: Shape) -> Prepared:
         tokens = shape.context + (kind == "decode")
         if tokens > runner.longest:
-            raise Unsupported(f"a sequence of {tokens} tokens: {runner.longest} are the most")
+            raise Unsupported(f"sequences have at most {runner.longest} tokens here, got {tokens}")
         ids = token_ids(self._model, shape.batch, shape.context, self._seed)
         sequences = Sequences(runner, shape.batch)
         if kind == "prefill":
@@ -205,12 +205,12 @@ class Paged:
 
 
 def make_runner(model: Any, config: PagedConfig) -> Runner:
-    """A `Runner` over the model's weights."""
+    """Return a `Runner` over the model's weights."""
     return Runner.for_model(model, config)
 
 
 def config_for(config: PagedConfig, shape: Shape) -> PagedConfig:
-    """Rows for the batch; pages for its contexts and one more token each."""
+    """Return the config with rows for the batch, and pages for its contexts plus one token each."""
     pages = shape.batch * pages_for(shape.context + 1, config.page_size)
     return replace(config, max_sequences=shape.batch, max_tokens=pages * config.page_size)
 
@@ -261,7 +261,7 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
     runner.tokens[1 : batch + 1].copy_(ids[:, 0])
 
     def step() -> None:
-        runner.decode(rows, positions)  # which chooses each row's next token as well
+        runner.decode(rows, positions)  # also chooses each row's next token
 
     note = _note(context, stretch)
     return Prepared(step, close=runner.close, note=note, own_workspace=not runner.fallback)
@@ -292,7 +292,7 @@ def _groups(pages: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def prefill_calls(runner: Runner, prompts: Sequence[Sequence[int]]) -> list[list[Chunk]]:
-    """Chunks of each call: every prompt's first piece, then every second, as many as fit a call."""
+    """Return the chunks of each call: all first pieces, then all second ones, as many as fit."""
     piece, calls = _piece(runner), [[]]  # type: int, list[list[Chunk]]
     for start in range(0, max(map(len, prompts)), piece):
         for row, prompt in enumerate(prompts, start=1):
@@ -300,15 +300,15 @@ def prefill_calls(runner: Runner, prompts: Sequence[Sequence[int]]) -> list[list
                 continue
             chunk = Chunk(row, start, prompt[start : start + piece])
             if not runner.shapes.fits([len(chunk.tokens)]):
-                raise Unsupported(f"a chunk of {len(chunk.tokens)} tokens")
+                raise Unsupported(f"no compiled shape fits a chunk of {len(chunk.tokens)} tokens")
             lengths = [len(each.tokens) for each in (*calls[-1], chunk)]
             if not runner.shapes.fits(lengths):
                 calls.append([])
             calls[-1].append(chunk)
-        calls.append([])  # a sequence's next piece needs the one before
+        calls.append([])  # the next piece of a sequence needs its previous one
     return [chunks for chunks in calls if chunks]
 
 
 def _piece(runner: Runner) -> int:
-    """Tokens of one sequence that one call takes: a multiple of the alignment."""
+    """Return the tokens of one sequence per call: a multiple of the runner's alignment."""
     return int(runner.chunk_tokens // runner.alignment * runner.alignment or runner.chunk_tokens)

@@ -1,9 +1,9 @@
-"""Where the time of one step goes: a trace for Perfetto, and kernels by kind of layer.
+"""Profile one step: a trace for Perfetto, and kernels by kind of layer.
 
-A kernel belongs to the layer whose module launched it, where there are modules to see (eager
-modes). Replayed from a CUDA graph or compiled, it has only its name, and `KERNEL_RULES` decide: the
-first rule whose pattern is found in the name. Products of matrices run in every kind of layer under
-the same names, so by name alone they are `matmul`.
+In eager modes, a kernel belongs to the layer whose module launched it. A kernel that is compiled
+or replayed from a CUDA graph has only its name: the first of `KERNEL_RULES` whose pattern occurs
+in it decides. Matrix products have the same names in every kind of layer, so by name they are
+`matmul`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ KERNEL_RULES: tuple[tuple[str, str], ...] = (
     ("matmul", r"gemm|gemv|cutlass|nvjet|cublas|xmma|addmm|\bmm\b|bmm|matmul|splitk"),
     ("mlp", r"silu"),
 )
-"""Kind and pattern, first found wins. Our own kernels are known by their names; Inductor calls its
-kernels after what they fused: a Mamba state's update says softplus or exp, a norm rsqrt."""
+"""Kind and pattern; the first match wins. Our kernels are listed by name. Inductor names kernels
+after the operations that they fuse: a Mamba state update has softplus or exp, a norm has rsqrt."""
 
 MODULE_RULES: tuple[tuple[str, str], ...] = (
     ("mamba", r"\.mamba$"),
@@ -51,15 +51,15 @@ MODULE_RULES: tuple[tuple[str, str], ...] = (
     ("norm", r"(layer)?norm$"),
     ("head", r"lm_head$|embed_tokens$"),
 )
-"""Kind of a module by its name in a `GraniteMoeHybridForCausalLM`."""
+"""Kind and pattern of module names in a `GraniteMoeHybridForCausalLM`."""
 
 _WARM_UP = 3
-_RANGE = "layer kind: "  # what the ranges of modules are called in the trace
+_RANGE = "layer kind: "  # prefix of the modules' ranges in the trace
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCost:
-    """All launches of one kernel for one kind of layer."""
+    """Launches and time of one kernel in one kind of layer, per step."""
 
     kind: str
     name: str
@@ -72,9 +72,9 @@ class Profile:
     """One profiled step.
 
     Attributes:
-        trace: Chrome trace, for https://ui.perfetto.dev.
-        snapshot: memory snapshot, for https://pytorch.org/memory_viz; None where not taken.
-        kernels: costliest first.
+        trace: path of the Chrome trace, for https://ui.perfetto.dev.
+        snapshot: path of the memory snapshot, for https://pytorch.org/memory_viz, if taken.
+        kernels: most expensive first.
     """
 
     trace: str
@@ -82,14 +82,14 @@ class Profile:
     kernels: list[KernelCost]
 
     def by_kind(self) -> list[tuple[str, float]]:
-        """Microseconds of each kind of layer, most first."""
+        """Return the microseconds of each kind of layer, largest first."""
         sums: defaultdict[str, float] = defaultdict(float)
         for kernel in self.kernels:
             sums[kernel.kind] += kernel.microseconds
         return sorted(sums.items(), key=lambda item: -item[1])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return plain types only."""
         return {**asdict(self), "kinds": dict(self.by_kind())}
 
 
@@ -103,11 +103,13 @@ def profile_step(
     steps: int = 3,
     memory: bool = False,
 ) -> Profile:
-    """Profile some steps and write `<name>.trace.json`, and `<name>.memory.pickle` if asked for.
+    """Profile `steps` steps and write `<name>.trace.json` into the folder.
+
+    With `memory`, also write a snapshot of CUDA memory to `<name>.memory.pickle`.
 
     Raises:
-        DeviceError: for a memory snapshot without a GPU.
-        CannotWrite: for a folder that cannot be written.
+        DeviceError: a memory snapshot was requested without a GPU.
+        CannotWrite: the folder cannot be written.
     """
     if memory and not clock.gpu:
         raise DeviceError("a memory snapshot shows CUDA memory: leave --memory out here")
@@ -116,7 +118,7 @@ def profile_step(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.gpu else [])]
     snapshot = folder / f"{name}.memory.pickle" if memory else None
     with _memory_history(snapshot), layer_ranges(model):
-        for _ in range(_WARM_UP):  # the hooks are new to whatever was warm
+        for _ in range(_WARM_UP):  # the hooks make compiled code compile again
             _play(prepared, clock)
         with profile(activities=activities) as recorded:
             for _ in range(steps):
@@ -148,7 +150,7 @@ def _memory_history(snapshot: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def layer_ranges(model: Any) -> Iterator[None]:
-    """Name what modules launch after their kind of layer, for as long as this lasts."""
+    """Mark what each module launches with its kind of layer, inside the block."""
     hooks: list[Any] = []
     for name, module in model.named_modules():
         kind = module_kind(name)
@@ -177,18 +179,18 @@ def _ranged(module: torch.nn.Module, kind: str) -> list[Any]:
 
 
 def module_kind(name: str) -> str | None:
-    """Kind of a module by its name; None for those that hold others, or do nothing."""
+    """Return the kind of a module by its name; None for containers and other modules."""
     return next((kind for kind, pattern in MODULE_RULES if re.search(pattern, name)), None)
 
 
 def kernel_kind(name: str) -> str:
-    """Kind of a kernel by its name alone."""
+    """Return the kind of a kernel by its name alone."""
     found = (kind for kind, pattern in KERNEL_RULES if re.search(pattern, name, re.IGNORECASE))
     return next(found, "other")
 
 
 def kernel_costs(events: Iterable[Any], *, steps: int, gpu: bool) -> list[KernelCost]:
-    """Sum a profiler's events by kernel and kind of layer, a step; costliest first."""
+    """Sum a profiler's events per step, by kernel and kind of layer, most expensive first."""
     times = _device_times(list(events)) if gpu else _host_times(events)
     costs = [
         KernelCost(kind, name, max(1, len(each) // steps), sum(each) / steps)
@@ -199,14 +201,14 @@ def kernel_costs(events: Iterable[Any], *, steps: int, gpu: bool) -> list[Kernel
 
 
 Times = dict[tuple[str, str], list[float]]
-"""Microseconds of every launch, by kind of layer and kernel."""
+"""(kind of layer, kernel) -> microseconds of every launch."""
 
 
 def _device_times(events: list[Any]) -> Times:
-    """Kernels by the module around their launch, the others by their names.
+    """Assign kernels to the module around their launch, and the rest by name.
 
-    What was not launched by an operator of torch, as from a CUDA graph, hangs on no host event: so
-    all of the device's own events are taken, less those that a module accounts for.
+    A kernel that no torch operator launched, such as one in a CUDA graph, has no host event.
+    Therefore all events of the device count, except those already assigned to a module.
     """
     times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     accounted: Counter[str] = Counter()
@@ -226,7 +228,7 @@ def _device_times(events: list[Any]) -> Times:
 
 
 def _host_times(events: Iterable[Any]) -> Times:
-    """Operations on the CPU, each without those that it calls."""
+    """Return the time of each CPU operation, without the operations that it calls."""
     times: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if not event.name.startswith(_RANGE) and event.self_cpu_time_total > 0:
@@ -236,7 +238,7 @@ def _host_times(events: Iterable[Any]) -> Times:
 
 
 def _enclosing_kind(event: Any) -> str | None:
-    """Kind of the innermost range around an event."""
+    """Return the kind of the innermost range around an event; None outside of all ranges."""
     while event is not None:
         if event.name.startswith(_RANGE):
             return str(event.name.removeprefix(_RANGE))

@@ -1,9 +1,10 @@
-"""The floor: the least time that a device could take for a step.
+"""The floor: a roofline bound on the time of a step.
 
-A step must at least read the weights it uses, read or write K, V and the Mamba states once, and
-multiply what it multiplies; the floor is the slower of moving those bytes at the rate of a large
-copy and doing those operations at the rate of a large matrix product, both measured on the device
-at hand. Activations, launches and everything an implementation adds are above the floor.
+A step reads at least the weights that it uses, reads or writes K, V and the Mamba states once, and
+does a known number of multiplications. The floor is the longer of two times: moving these bytes at
+the rate of a large copy, and doing these operations at the rate of a large matrix product. Both
+rates are measured on the device. Activations, launches and anything that an implementation adds
+are not part of the floor.
 """
 
 from __future__ import annotations
@@ -21,29 +22,29 @@ from granite_paged.report.bench_results import Rates
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Bytes that must cross the memory bus and operations that must be done in one step."""
+    """Minimum bytes moved and floating-point operations of one step."""
 
     bytes: float
     flops: float
 
     def seconds(self, rates: Rates) -> float:
-        """Least time at these rates."""
+        """Return the shortest time at these rates."""
         return max(self.bytes / rates.bytes_per_second, self.flops / rates.flops_per_second)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What of a model a floor depends on, read off its config and parameters.
+    """Sizes of a model that determine the floor, from its config and parameters.
 
     Attributes:
-        shared: parameters that every token uses, the head apart.
-        experts: parameters of all experts of all layers; 0 without experts.
-        expert_count, experts_per_token: of one layer.
-        head: parameters of the product with the vocabulary.
-        itemsize: bytes a parameter.
-        kv_bytes: of one token, over all attention layers.
-        attention_width: query heads x head_dim, over all attention layers.
-        state_bytes: Mamba states of one sequence, over all layers.
+        shared: parameters that every token uses, without the head.
+        experts: parameters of all experts in all layers; 0 without experts.
+        expert_count, experts_per_token: per layer.
+        head: parameters of the output projection to the vocabulary.
+        itemsize: bytes per parameter.
+        kv_bytes: bytes of K and V per token, over all attention layers.
+        attention_width: query heads x head_dim, summed over all attention layers.
+        state_bytes: bytes of the Mamba states of one sequence, over all layers.
         state_size: elements of the recurrent states of one sequence, over all layers.
     """
 
@@ -60,7 +61,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, model: Any) -> ModelSizes:
-        """Read a `GraniteMoeHybridForCausalLM`."""
+        """Read the sizes of a `GraniteMoeHybridForCausalLM`."""
         config, dtype = model.config, model.dtype
         geometry = CacheGeometry.from_config(config, page_size=1, dtype=dtype)
         conv, recurrent = _state_elements(config) if geometry.mamba_layers else (0, 0)
@@ -81,10 +82,10 @@ class ModelSizes:
         )
 
     def prefill(self, batch: int, context: int) -> Work:
-        """Floor of `batch` prompts of `context` tokens, logits of the last one only."""
+        """Return the work to prefill `batch` prompts of `context` tokens, with last logits only."""
         tokens = batch * context
         cache = batch * (context * self.kv_bytes + self.state_bytes)
-        # causal: half of context**2, two products of two operations an element
+        # causal: half of context**2; two products with two operations per element
         attention = 2 * batch * context**2 * self.attention_width
         return Work(
             bytes=self._weight_bytes(tokens) + cache,
@@ -92,7 +93,7 @@ class ModelSizes:
         )
 
     def decode(self, batch: int, context: int) -> Work:
-        """Floor of one more token for each of `batch` sequences of `context` tokens."""
+        """Return the work to decode one token for each of `batch` sequences of `context` tokens."""
         cache = batch * (context * self.kv_bytes + 2 * self.state_bytes)
         attention = 4 * batch * context * self.attention_width
         return Work(
@@ -110,7 +111,7 @@ class ModelSizes:
 
 
 _FLOAT32 = 4
-_STATE_FLOPS = 5  # an element: decay, outer product and sum; product with C and sum
+_STATE_FLOPS = 5  # per element: decay, outer product and sum; product with C and sum
 
 
 def _state_elements(config: Any) -> tuple[int, int]:
@@ -121,10 +122,10 @@ def _state_elements(config: Any) -> tuple[int, int]:
 
 
 def _parameters(model: Any) -> dict[str, int]:
-    """Parameters of the layers, experts apart; the embedding is looked up or is the head."""
+    """Count the parameters of layers and experts; the embedding is a lookup, or is the head."""
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     layers = [p for p in model.parameters() if id(p) not in embeddings]
-    # experts are stacked, [E, out, in]; the other three-sided weight is conv1d's, [C, 1, width]
+    # experts are stacked, [E, out, in]; the only other 3-D weight is conv1d's, [C, 1, width]
     experts = sum(p.numel() for p in layers if p.dim() == 3 and p.shape[1] > 1)
     return {"shared": sum(p.numel() for p in layers) - experts, "experts": experts}
 
@@ -133,7 +134,7 @@ def _parameters(model: Any) -> dict[str, int]:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Copy one large tensor, multiply two large matrices; the best of several times each."""
+    """Time a large copy and a large matrix product; return the best rates of several tries."""
     gpu = device.type == "cuda"
     count, side = (2**30, 8192) if gpu else (2**24, 384)
     source = torch.zeros(count, dtype=torch.uint8, device=device)

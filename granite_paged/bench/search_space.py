@@ -1,8 +1,9 @@
-"""What is tuned of a model: candidates, and shapes with their tensors.
+"""Candidates for kernel constants, and the shapes that time them.
 
-Attention is timed alone. Each of its shapes has copies of K and V, more than the device's cache
-holds, and a CUDA graph calls them in turn: in a model, too, everything else has passed through the
-cache since a layer was last read. Products are timed in whole decode steps.
+Attention is timed alone. A shape has several copies of K and V, more than the device's cache
+holds, and a CUDA graph uses them in turn, so that inputs come from memory. In a model they do too,
+because everything else passes through the cache between two uses of a layer. Matrix products are
+timed in whole decode steps.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ from granite_paged.paging.page_table import PageTable
 from granite_paged.quantiles import quantile
 
 DECODE_CONTEXTS = {1: (512, 16384), 8: (512, 4096), 32: (512, 4096)}
-"""Batches that decode attention is tuned for -> tokens of each sequence."""
+"""Batch sizes that decode attention is tuned for -> tokens per sequence."""
 
 PREFILL_TOKENS, PREFILL_PASTS = 2048, (0, 14336)
-"""New tokens, and how many are there before them."""
+"""Tokens of a prefill chunk, and the numbers of cached tokens before it."""
 
 DECODE_CHOICES: dict[str, tuple[Any, ...]] = {
     "parts_per_multiprocessor": (0.5, 1.0, 2.0),
@@ -71,20 +72,20 @@ FEW_ROWS_CHOICES: dict[str, tuple[Any, ...]] = {
     "stages": (2, 3, 4),
 }
 LEFT_IF_QUICK = ("warps", "stages")
-"""Constants that a first look leaves as they are."""
+"""Constants that `--quick` leaves unchanged."""
 
 STEP_CONTEXT, STEP_NOISE = 512, 0.004
-"""Tokens of each sequence in a step by which products are chosen; noise of its time, relative."""
+"""Tokens per sequence in the decode steps that time products, and their relative timing noise."""
 
 _STEPS, _STEP_REPEATS = 20, 5
 
-_COLD_BYTES = 2**28  # several times any GPU's cache
+_COLD_BYTES = 2**28  # several times the cache of any GPU
 _MOST_COPIES = 128
 
 
 @dataclass(frozen=True, slots=True)
 class TuningTarget:
-    """A model on its device, and how it is paged."""
+    """The model to tune for, on its device, and how it is paged."""
 
     model: Any
     config: PagedConfig
@@ -92,12 +93,12 @@ class TuningTarget:
 
     @property
     def clock(self) -> Clock:
-        """Of the model's device."""
+        """Clock of the model's device."""
         return Clock(torch.device(self.model.device))
 
     @property
     def geometry(self) -> CacheGeometry:
-        """Of its cache."""
+        """Geometry of its cache."""
         return CacheGeometry.from_config(
             self.model.config, page_size=self.config.page_size, dtype=self.model.dtype
         )
@@ -108,19 +109,19 @@ class TuningTarget:
         return multiprocessors(self.clock.device)
 
     def random(self, *shape: int) -> Tensor:
-        """Numbers of the model's dtype, on its device."""
+        """Return random numbers in the model's dtype, on its device."""
         draw = torch.Generator(self.clock.device).manual_seed(self.seed)
         like = {"device": self.clock.device, "dtype": self.model.dtype}
         return torch.randn(*shape, generator=draw, **like)
 
     def copies(self, nbytes: int) -> int:
-        """Of so many bytes each, so that no cache holds all."""
+        """Return how many copies of `nbytes` exceed the device's cache; 1 on the CPU."""
         if not self.clock.gpu:
             return 1
         return max(2, min(_MOST_COPIES, -(-_COLD_BYTES // nbytes)))
 
     def fresh(self) -> None:
-        """Forget the last shape's tensors, and code that was compiled for them."""
+        """Release the last shape's tensors, and the code compiled for them."""
         torch.compiler.reset()
         release_cached_memory(self.clock.device)
 
@@ -128,23 +129,26 @@ class TuningTarget:
 def groups_of(
     target: TuningTarget, subjects: Sequence[str] = (), *, quick: bool = False
 ) -> list[Group]:
-    """What the rules choose for this model, of these `SUBJECTS` or of all.
+    """Return the groups of constants that this model's kernels use.
 
-    quick: fewer candidates and shapes.
+    Args:
+        target: the model.
+        subjects: names from `SUBJECTS`; none for all.
+        quick: return fewer candidates and shapes.
 
     Raises:
-        CannotJudge: where the kernels do not run.
+        CannotJudge: the kernels do not run here.
     """
     if not target.clock.gpu:
         raise no_gpu("tune")
     refusal = triton_refusal(target.model, target.config.backend)
     if refusal:
-        raise CannotJudge(f"nothing to tune, as the kernels do not run here: {refusal}")
+        raise CannotJudge(f"nothing to tune, because the kernels do not run here: {refusal}")
     return [group for name in subjects or SUBJECTS for group in SUBJECTS[name](target, quick)]
 
 
 def environment(target: TuningTarget) -> dict[str, str]:
-    """Device and versions, as in `Tuned`."""
+    """Return the names of device, torch and triton, as in `Tuned`."""
     import triton
 
     device, gpu = target.clock.device, target.clock.gpu
@@ -155,7 +159,7 @@ def environment(target: TuningTarget) -> dict[str, str]:
 def candidates(
     rule: Constants, choices: dict[str, tuple[Any, ...]], quick: bool
 ) -> tuple[Constants, ...]:
-    """The rule's constants, then those with every combination of choices in their place."""
+    """Return the constants in use, then every other combination of the choices."""
     if quick:
         choices = {name: v for name, v in choices.items() if name not in LEFT_IF_QUICK}
     combined = (
@@ -169,7 +173,7 @@ def candidates(
 
 
 def decode_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
-    """One for each batch."""
+    """Yield a group for each batch size of decode attention."""
     for batch, contexts in DECODE_CONTEXTS.items():
         rule = replace(TUNED.for_batch(batch), batch=batch)
         shapes = [Shape(batch, context) for context in (contexts[-1:] if quick else contexts)]
@@ -197,7 +201,7 @@ def _decode_shape(target: TuningTarget, shape: Shape) -> TunedShape:
 
 
 def prefill_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
-    """Chunks of one prompt; none where `kernel_options` leaves heads so wide to FlexAttention."""
+    """Yield a group for prompt chunks; none for heads so wide that FlexAttention decides."""
     if target.geometry.head_dim > WIDEST_TUNED_HEAD:
         return
     pasts = PREFILL_PASTS[-1:] if quick else PREFILL_PASTS
@@ -245,14 +249,14 @@ def _prefill_call(target: TuningTarget, tokens: int, past: int) -> Callable[[Lay
 
 # -- products -----------------------------------------------------------------------------------
 #
-# A product alone is timed wrongly: in a step it starts while another kernel ends, with its weights
-# on their way, and what it costs is what the step takes longer.
+# A product cannot be timed alone. In a step it starts while the previous kernel ends, with its
+# weights already being prefetched; its cost is the time that it adds to the step.
 
 
 def product_kinds(model: Any, rows: int, multiprocessors: int) -> list[tuple[bool, bool]]:
-    """Which products a decode step of so many rows makes with these kernels: (gated, few columns).
+    """Return the kinds of product, (gated, few columns), in a decode step of `rows` sequences.
 
-    Only a single row goes through the head.
+    Only a step of one sequence uses our kernels for the head.
     """
     from granite_paged.layers.triton.tiles import has_few_columns
 
@@ -266,7 +270,7 @@ def product_kinds(model: Any, rows: int, multiprocessors: int) -> list[tuple[boo
 
 
 def _plain_columns(layer: Any) -> Iterator[int]:
-    """Of each product but the gated one; q, k and v are one."""
+    """Yield the columns of each product that is not gated; q, k and v are one product."""
     if layer.mamba is not None:
         yield from (len(layer.mamba.in_proj.weight), len(layer.mamba.out_proj.weight))
     else:
@@ -277,7 +281,7 @@ def _plain_columns(layer: Any) -> Iterator[int]:
 
 
 def product_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
-    """One for each tile of rows and kind of product."""
+    """Yield a group for each tile of rows and each kind of product."""
     for rows in (1, *ROW_TILES):
         steps = DecodeSteps(target, rows)
         for gated, few in product_kinds(target.model, rows, target.multiprocessors):
@@ -293,9 +297,9 @@ def product_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
 
 
 class DecodeSteps:
-    """Whole decode steps of so many rows, with other constants in place of those there are.
+    """Times whole decode steps of `rows` sequences with candidate constants.
 
-    What was settled stays, so that the next kind of product is chosen beside it.
+    Constants that were settled stay in place while the next kind of product is timed.
     """
 
     def __init__(self, target: TuningTarget, rows: int) -> None:
@@ -304,16 +308,16 @@ class DecodeSteps:
         self._kind = OneRowConstants if rows == 1 else FewRowsConstants
 
     def settle(self, constants: Constants) -> None:
-        """From now on these."""
+        """Use these constants in all later steps."""
         self._tuned = self._tuned.having(constants)
 
     def prepare(self) -> Timer:
-        """The timer, which all kinds of product share."""
+        """Return the timer, which all kinds of product share."""
         return self._timer
 
     @functools.cached_property
     def _timer(self) -> Timer:
-        """Of a step that is recorded anew with the constants of a layout."""
+        """Returns the seconds of a step that is captured again with the constants of a layout."""
         from granite_paged.layers.triton.tiles import using
 
         self._target.fresh()
@@ -338,4 +342,4 @@ class DecodeSteps:
 
 
 SUBJECTS = {"decode": decode_groups, "prefill": prefill_groups, "products": product_groups}
-"""What is tuned, by name."""
+"""Name of what is tuned -> the function that yields its groups."""

@@ -1,4 +1,4 @@
-"""One run of the benchmark on one model: case by case, shape by shape, mode beside mode."""
+"""One benchmark run on one model: all cases, their shapes, and the modes side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
-from granite_paged.bench.cases import Case, Kind, Shape, chosen_cases
+from granite_paged.bench.cases import BenchCase, Kind, Shape, chosen_cases
 from granite_paged.bench.coldstart import in_fresh_processes
 from granite_paged.bench.kernel import KernelCase, time_kernels
 from granite_paged.bench.measure import (
@@ -36,16 +36,16 @@ from granite_paged.names import MODES
 from granite_paged.progress import Progress, silent
 from granite_paged.report.bench_results import Latency, Result, Row
 
-_WARM_UP = 3  # CUDA graphs of torch.compile are recorded at the second call, replayed at the third
-_CPU_BUDGET = 2**30  # bytes that the memory case shares out where there is no GPU
-_BUDGET_FRACTION = 0.5  # of a GPU's memory
+_WARM_UP = 3  # torch.compile records CUDA graphs in the second call, replays from the third
+_CPU_BUDGET = 2**30  # bytes to fill in the memory case, without a GPU
+_BUDGET_FRACTION = 0.5  # part of a GPU's memory to fill in the memory case
 
-_ALONE = "timed alone: it did not fit beside the other modes"
+_ALONE = "timed alone: it did not fit with the other modes"
 
 
 @dataclass(slots=True)
 class Measured:
-    """One mode's part of a shape."""
+    """What was measured of one mode in one shape."""
 
     samples: Samples = field(default_factory=Samples)
     peak_bytes: int | None = None
@@ -53,12 +53,12 @@ class Measured:
 
 
 class Session:
-    """A model on its device, and how to measure it.
+    """A model on its device, with the settings to measure it.
 
     Args:
         loaded: the model; not patched.
-        config: of the paged mode; rows and pages follow each shape.
-        seed: of prompts and lengths.
+        config: for the paged mode; rows and pages are sized for each shape.
+        seed: draws prompts and lengths.
         repeats: how often each step is timed.
         fresh_arguments: command line options that load the same model in another process.
     """
@@ -86,12 +86,12 @@ class Session:
 
     @property
     def device_name(self) -> str:
-        """As the driver calls it."""
+        """Name of the device, as its driver reports it."""
         device = self.clock.device
         return torch.cuda.get_device_name(device) if self.clock.gpu else str(device)
 
     def result(self, rows: list[Row]) -> Result:
-        """These rows with everything needed to read them."""
+        """Return the rows with the device, model and versions that they belong to."""
         return Result(
             device=self.device_name,
             model=self.name,
@@ -102,15 +102,15 @@ class Session:
             rows=rows,
         )
 
-    def floor(self, case: Case, shape: Shape) -> float | None:
-        """Seconds that a step takes at least on this device; None where it is not of a model."""
+    def floor(self, case: BenchCase, shape: Shape) -> float | None:
+        """Return the shortest time of a step in seconds; None for a case without model steps."""
         work = case.work(self.sizes, shape)
         return work.seconds(self.rates) if work else None
 
     # -- rows -----------------------------------------------------------------------------------
 
-    def rows(self, case: Case, shape: Shape, modes: Sequence[str]) -> list[Row]:
-        """Measure one shape of a case in those of `modes` that can run it."""
+    def rows(self, case: BenchCase, shape: Shape, modes: Sequence[str]) -> list[Row]:
+        """Measure one shape of a case in each of `modes` that can run it."""
         chosen = [mode for mode in case.modes if mode in modes]
         if case.kind == "kernel":
             return [self._kernel_row(case, shape) for _ in chosen]
@@ -121,7 +121,7 @@ class Session:
         measured = self.measure(case, shape, chosen)
         return [self._row(case, shape, mode, part) for mode, part in measured.items()]
 
-    def _row(self, case: Case, shape: Shape, mode: str, part: Measured) -> Row:
+    def _row(self, case: BenchCase, shape: Shape, mode: str, part: Measured) -> Row:
         base = Row(case.name, mode, shape.batch, shape.context, error=part.samples.error)
         floor = self.floor(case, shape)
         floor_ms = None if floor is None else 1e3 * floor
@@ -137,7 +137,7 @@ class Session:
             note=part.note,
         )
 
-    def _kernel_row(self, case: Case, shape: Shape) -> Row:
+    def _kernel_row(self, case: BenchCase, shape: Shape) -> Row:
         base = Row(case.name, "paged", shape.batch, shape.context, variant=shape.variant)
         before = self.clock.allocated()
         try:
@@ -158,7 +158,7 @@ class Session:
             note="one layer; peak without weights",
         )
 
-    def _capacity_row(self, case: Case, shape: Shape, mode: str) -> Row:
+    def _capacity_row(self, case: BenchCase, shape: Shape, mode: str) -> Row:
         budget = self._capacity_budget()
         longest = shape.context
         if mode == "paged":
@@ -184,7 +184,7 @@ class Session:
         total = torch.cuda.get_device_properties(self.clock.device).total_memory
         return int(_BUDGET_FRACTION * total)
 
-    def _coldstart_rows(self, case: Case, shape: Shape) -> list[Row]:
+    def _coldstart_rows(self, case: BenchCase, shape: Shape) -> list[Row]:
         base = Row(case.name, "paged", shape.batch, shape.context)
         context = ("--context", str(shape.context))
         try:
@@ -199,9 +199,9 @@ class Session:
     # -- steps ----------------------------------------------------------------------------------
 
     def measure(
-        self, case: Case, shape: Shape, modes: Sequence[str], repeats: Repeats | None = None
+        self, case: BenchCase, shape: Shape, modes: Sequence[str], repeats: Repeats | None = None
     ) -> dict[str, Measured]:
-        """Time the modes side by side; those that do not fit beside the others, alone."""
+        """Time the modes side by side; time a mode alone if it does not fit with the others."""
         repeats = repeats or self.repeats
         together = self._side_by_side(case, shape, modes, repeats)
         out_of_memory = [m for m in modes if "OutOfMemory" in together[m].samples.error]
@@ -213,7 +213,7 @@ class Session:
         return together
 
     def _side_by_side(
-        self, case: Case, shape: Shape, modes: Sequence[str], repeats: Repeats
+        self, case: BenchCase, shape: Shape, modes: Sequence[str], repeats: Repeats
     ) -> dict[str, Measured]:
         measured = {mode: Measured() for mode in modes}
         steps: dict[str, Prepared] = {}
@@ -229,8 +229,8 @@ class Session:
                 measured[mode].samples = samples
         return measured
 
-    def _ready(self, case: Case, shape: Shape, mode: str, measured: Measured) -> Prepared:
-        """Prepare, warm up, and take the peak: what others hold meanwhile is not counted."""
+    def _ready(self, case: BenchCase, shape: Shape, mode: str, measured: Measured) -> Prepared:
+        """Prepare a step, warm it up, and record its peak without what other modes hold."""
         others = self.clock.allocated() - self._weights
         prepared = make_mode(mode, self.model, self.config, self.seed).prepare(case.kind, shape)
         try:
@@ -258,7 +258,7 @@ class Session:
         name: str = "",
         memory: bool = False,
     ) -> Profile:
-        """Profile a step of one shape and mode; see `profile_step`."""
+        """Profile a step of one shape in one mode; see `profile_step`."""
         name = name or f"{kind}-{mode}-{shape.batch}x{shape.context}"
         prepared = self._prepared(kind, shape, mode)
         with released({mode: prepared}, self.clock.device):
@@ -276,9 +276,9 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """Shapes to run, in order, and the seconds that they may take together."""
+    """Shapes to run, in order; no shape starts after `budget` seconds."""
 
-    shapes: list[tuple[Case, Shape]]
+    shapes: list[tuple[BenchCase, Shape]]
     modes: tuple[str, ...]
     budget: float | None = None
 
@@ -293,15 +293,25 @@ def make_plan(
     contexts: Sequence[int] = (),
     budget: float | None = None,
 ) -> BenchPlan:
-    """Shapes of those cases on the session's device; all cases and modes where none are named.
+    """Choose the shapes of a run for the session's device.
+
+    Args:
+        session: where the plan will run.
+        cases: names of cases; none for all.
+        modes: names of modes; none for all.
+        quick: choose fewer shapes.
+        batches: replace the cases' own batch sizes.
+        contexts: replace the cases' own lengths, in tokens per sequence.
+        budget: seconds after which no shape starts.
 
     Raises:
-        InvalidArgument: for an unknown case, or one that none of the named modes can run.
+        InvalidArgument: a case is unknown, or none of the named modes can run it.
     """
     chosen = tuple(modes or MODES)
     for case in chosen_cases(cases) if cases else ():
         if not set(case.modes) & set(chosen):
-            raise InvalidArgument(f"case {case.name} runs in mode {', '.join(case.modes)} only")
+            able, got = ", ".join(case.modes), ", ".join(chosen)
+            raise InvalidArgument(f"case {case.name} runs in mode {able} only, got {got}")
     shapes = [
         (case, shape)
         for case in chosen_cases(cases)
@@ -313,9 +323,9 @@ def make_plan(
 
 
 def run(session: Session, plan: BenchPlan, progress: Progress = silent) -> Iterator[Row]:
-    """Yield row after row, so that an interrupted run keeps what it has.
+    """Measure the plan's shapes, and yield each row as soon as it is measured.
 
-    What the budget has no time for gets a row that says so.
+    Shapes that the budget leaves no time for get a row that says so.
     """
     begin = time.perf_counter()
     for done, (case, shape) in enumerate(plan.shapes):
@@ -327,8 +337,8 @@ def run(session: Session, plan: BenchPlan, progress: Progress = silent) -> Itera
             yield from session.rows(case, shape, plan.modes)
 
 
-def first_steps(plan: BenchPlan) -> Iterator[tuple[Case, Shape, str]]:
-    """The first shape of each case that has steps to repeat, with each mode that can run it."""
+def first_steps(plan: BenchPlan) -> Iterator[tuple[BenchCase, Shape, str]]:
+    """Yield the first shape of each case with repeatable steps, in each mode that can run it."""
     seen: set[str] = set()
     for case, shape in plan.shapes:
         if case.kind in ("prefill", "decode", "kernel") and case.name not in seen:
@@ -336,7 +346,7 @@ def first_steps(plan: BenchPlan) -> Iterator[tuple[Case, Shape, str]]:
             yield from ((case, shape, mode) for mode in case.modes if mode in plan.modes)
 
 
-def _unmeasured(case: Case, shape: Shape, plan: BenchPlan) -> Iterator[Row]:
+def _unmeasured(case: BenchCase, shape: Shape, plan: BenchPlan) -> Iterator[Row]:
     for mode in (mode for mode in case.modes if mode in plan.modes):
         yield Row(
             case.name,
@@ -348,6 +358,6 @@ def _unmeasured(case: Case, shape: Shape, plan: BenchPlan) -> Iterator[Row]:
         )
 
 
-def describe(case: Case, shape: Shape) -> str:
-    """A shape in a few words."""
+def describe(case: BenchCase, shape: Shape) -> str:
+    """Return a short description of a shape."""
     return f"{case.name} {shape.batch} x {shape.context} {shape.variant}".strip()

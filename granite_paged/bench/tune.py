@@ -1,11 +1,11 @@
-"""Tuning: which constants of the rules of kernel options are best on this GPU?
+"""Search for the kernel constants that are fastest on this GPU.
 
-A group is constants that are chosen together, and shapes that they are chosen by: decode attention
-of one batch at several contexts, one kind of product in a decode step. Every candidate is timed in
-every shape of its group. Its loss in a shape is how much longer it takes there than the
-best candidate does; chosen is the candidate whose worst loss is least. The constants that are there
-stay unless another's worst loss is smaller by more than the noise, so that files do not change for
-nothing. A candidate that a compiler refuses, or that does not fit, is out.
+A group holds constants that are chosen together and the shapes that decide: decode attention of
+one batch size at several contexts, or one kind of matrix product in a decode step. Every candidate
+is timed in every shape of its group. Its loss in a shape is its time relative to the fastest
+candidate there, minus 1. The candidate with the smallest worst-case loss wins. The constants in
+use stay unless the winner's worst-case loss is smaller by more than the noise, so that files do
+not change without a reason. A candidate that does not compile, or does not fit, drops out.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from granite_paged.layers.tuning import Constants, Tuned
 from granite_paged.progress import Progress, silent
 
 NOISE = 0.02
-"""Of a time: medians of replays repeat to about this."""
+"""Relative timing noise: medians of replays agree to about 2 %."""
 
 Layout = dict[str, Any]
-"""What a rule makes of constants in one shape: splits, block sizes, warps, stages."""
+"""Kernel options for constants in one shape: splits, block sizes, warps, stages."""
 
 Timer = Callable[[Layout], float]
-"""Seconds of one call laid out like that."""
+"""Returns the seconds of one call with a layout."""
 
 
 @dataclass(frozen=True, slots=True)
 class TunedShape:
-    """One shape.
+    """A shape in which candidates are timed.
 
     Attributes:
-        name: for people, and for `Tuned.microseconds`.
-        layout: the rule.
+        name: shown to the user, and the key in `Tuned.microseconds`.
+        layout: turns constants into kernel options.
         prepare: makes the tensors, which live as long as the timer.
     """
 
@@ -53,10 +53,10 @@ class Group:
     """Constants that are chosen together.
 
     Attributes:
-        candidates: the first is what the rule has now.
-        shapes: that they are chosen by.
-        noise: of a time, relative.
-        settle: told which candidate was chosen, before the next group is swept.
+        candidates: the first holds the constants in use.
+        shapes: shapes that decide.
+        noise: relative timing noise.
+        settle: called with the chosen constants, before the next group is swept.
     """
 
     candidates: tuple[Constants, ...]
@@ -66,13 +66,13 @@ class Group:
 
     @property
     def trials(self) -> int:
-        """How many there are to make."""
+        """Number of trials in a sweep."""
         return len(self.candidates) * len(self.shapes)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One candidate in one shape: microseconds of a call, or why there are none."""
+    """One candidate in one shape: microseconds per call, or why it did not run."""
 
     layout: Layout
     microseconds: float | None = None
@@ -81,12 +81,12 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a group.
+    """Result of sweeping a group.
 
     Attributes:
-        candidates: of the group.
-        trials: shape -> a trial for each candidate.
-        chosen: which candidate.
+        candidates: the group's candidates.
+        trials: name of a shape -> one trial per candidate.
+        chosen: index of the chosen candidate.
     """
 
     candidates: tuple[Constants, ...]
@@ -95,23 +95,23 @@ class Outcome:
 
     @property
     def skipped(self) -> int:
-        """Trials that came to nothing."""
+        """Number of trials that did not run."""
         return sum(trial.microseconds is None for line in self.trials.values() for trial in line)
 
     def loss(self, shape: str) -> float:
-        """Of the rule's own choice, in a shape."""
+        """Return the loss of the constants in use, in one shape."""
         return losses(self.trials[shape])[0]
 
     def best(self, shape: str) -> Trial:
-        """The fastest in a shape."""
+        """Return the fastest trial of a shape."""
         return self.trials[shape][losses(self.trials[shape]).index(0.0)]
 
     def worst(self, candidate: int = 0) -> float:
-        """The largest loss of a candidate; the rule's own where none is named."""
+        """Return the largest loss of a candidate over the shapes; by default, of the one in use."""
         return max(losses(line)[candidate] for line in self.trials.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Every trial."""
+        """Return every trial as plain types."""
         return {
             "rule": asdict(self.candidates[0]),
             "chosen": asdict(self.candidates[self.chosen]),
@@ -129,9 +129,9 @@ class Outcome:
 
 
 def losses(trials: Sequence[Trial]) -> list[float]:
-    """Of each candidate in one shape: 0 for the fastest, 0.1 for ten per cent longer.
+    """Return each candidate's loss in one shape: 0 for the fastest, 0.1 for 10 % longer.
 
-    Infinite where a candidate does not run, for all of them where none does.
+    A candidate that did not run has an infinite loss.
     """
     times = [math.inf if t.microseconds is None else t.microseconds for t in trials]
     best = min(times)
@@ -139,16 +139,19 @@ def losses(trials: Sequence[Trial]) -> list[float]:
 
 
 def choose(trials: Iterable[Sequence[Trial]], noise: float = NOISE) -> int:
-    """The candidate whose worst loss over the shapes is least; 0, the rule's, within `noise`."""
+    """Return the index of the smallest worst-case loss; 0, the one in use, within `noise`."""
     worst = [max(of_one) for of_one in zip(*map(losses, trials), strict=True)]
     least = min(range(len(worst)), key=worst.__getitem__)
     return least if worst[0] > worst[least] + noise else 0
 
 
 def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, str]) -> Tuned:
-    """The constants with those chosen in place; what was not tried stays as it was.
+    """Return the constants with the chosen ones in place; others stay unchanged.
 
-    environment: device, torch and triton, as in `Tuned`.
+    Args:
+        tuned: the constants in use.
+        outcomes: what the sweeps chose.
+        environment: names of device, torch and triton, as in `Tuned`.
     """
     for outcome in outcomes:
         tuned = tuned.having(outcome.candidates[outcome.chosen])
@@ -158,13 +161,13 @@ def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, st
 
 
 def _kept(tuned: Tuned, environment: dict[str, str]) -> dict[str, float]:
-    """Earlier times, where they are of the same device and versions."""
+    """Return the earlier times, if device and versions are the same."""
     same = all(getattr(tuned, name) == value for name, value in environment.items())
     return tuned.microseconds if same else {}
 
 
 def _microseconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Of the chosen constants, shape by shape."""
+    """Return the times of the chosen constants by shape."""
     found = {}
     for outcome in outcomes:
         for shape, line in outcome.trials.items():
@@ -188,12 +191,12 @@ def sweep(group: Group, on_trial: Callable[[str], None] = lambda shape: None) ->
     """Time every candidate in every shape; call `on_trial` with the shape before each trial.
 
     Raises:
-        CannotJudge: if the rule's own choice does not run.
+        CannotJudge: the constants in use do not run.
     """
     trials = {shape.name: _try_all(shape, group.candidates, on_trial) for shape in group.shapes}
-    for name, (rule, *_) in trials.items():
-        if rule.microseconds is None:
-            raise CannotJudge(f"what the rule says for {name} does not run here: {rule.error}")
+    for name, (in_use, *_) in trials.items():
+        if in_use.microseconds is None:
+            raise CannotJudge(f"the constants in use for {name} do not run here: {in_use.error}")
     chosen = choose(trials.values(), group.noise)
     group.settle(group.candidates[chosen])
     return Outcome(group.candidates, trials, chosen)
@@ -202,7 +205,7 @@ def sweep(group: Group, on_trial: Callable[[str], None] = lambda shape: None) ->
 def _try_all(
     shape: TunedShape, candidates: Sequence[Constants], on_trial: Callable[[str], None]
 ) -> list[Trial]:
-    """In one shape; what the rule lays out alike is timed once."""
+    """Time the candidates in one shape; those with equal layouts are timed once."""
     timer, known, trials = shape.prepare(), {}, []
     for constants in candidates:
         on_trial(shape.name)
@@ -217,5 +220,5 @@ def _try_all(
 def _try(timer: Timer, layout: Layout) -> Trial:
     try:
         return Trial(layout, 1e6 * timer(layout))
-    except Exception as error:  # compilers have no common error; `sweep` judges the rule's own
+    except Exception as error:  # compilers share no base class; `sweep` checks the constants in use
         return Trial(layout, error=reason(error))

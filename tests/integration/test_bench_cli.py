@@ -331,7 +331,7 @@ def test_a_record_of_another_model_is_not_held_against(
 ) -> None:
     recorded(tmp_path, "granite-4.0-h-1b", 0.1)
     assert judged(monkeypatch, tmp_path) == OK
-    assert "is of another model or dtype" in " ".join(capsys.readouterr().out.split())
+    assert "is for another model or dtype" in " ".join(capsys.readouterr().out.split())
 
 
 # -- tune ---------------------------------------------------------------------------------------

@@ -135,8 +135,8 @@ def test_a_candidate_that_fails_to_compile_is_skipped_and_counted() -> None:
     assert outcome.candidates[outcome.chosen].COLUMNS == 1
 
 
-def test_the_rules_own_choice_must_run() -> None:
-    with pytest.raises(CannotJudge, match=r"the rule says for a shape does not run here: ValueErr"):
+def test_the_constants_in_use_must_run() -> None:
+    with pytest.raises(CannotJudge, match=r"in use for a shape do not run here: ValueErr"):
         swept({1: 1e-6})
 
 
