@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from granite_paged.geometry import CacheGeometry
+from granite_paged.layers.mamba import MambaSizes, mixers
 from granite_paged.report.bench_results import Rates
 
 
@@ -64,8 +65,7 @@ class ModelSizes:
         """Read the sizes of a `GraniteMoeHybridForCausalLM`."""
         config, dtype = model.config, model.dtype
         geometry = CacheGeometry.from_config(config, page_size=1, dtype=dtype)
-        conv, recurrent = _state_elements(config) if geometry.mamba_layers else (0, 0)
-        layers = len(geometry.mamba_layers)
+        mamba = [MambaSizes.of(mixer) for mixer in mixers(model).values()]
         counts = _parameters(model)
         return cls(
             **counts,
@@ -77,8 +77,8 @@ class ModelSizes:
             attention_width=len(geometry.attention_layers)
             * geometry.query_heads
             * geometry.head_dim,
-            state_bytes=layers * (conv * dtype.itemsize + recurrent * _FLOAT32),
-            state_size=layers * recurrent,
+            state_bytes=sum(sizes.state_bytes(dtype) for sizes in mamba),
+            state_size=sum(sizes.ssm_elements for sizes in mamba),
         )
 
     def prefill(self, batch: int, context: int) -> Work:
@@ -110,15 +110,7 @@ class ModelSizes:
         return 2 * (self.shared + used) + _STATE_FLOPS * self.state_size
 
 
-_FLOAT32 = 4
 _STATE_FLOPS = 5  # per element: decay, outer product and sum; product with C and sum
-
-
-def _state_elements(config: Any) -> tuple[int, int]:
-    """Elements of one layer's convolution window and recurrent state, of one sequence."""
-    inner = config.mamba_expand * config.hidden_size
-    channels = inner + 2 * config.mamba_n_groups * config.mamba_d_state
-    return channels * config.mamba_d_conv, inner * config.mamba_d_state
 
 
 def _parameters(model: Any) -> dict[str, int]:

@@ -412,7 +412,7 @@ class Engine:
     def plan(self) -> MemoryPlan:
         """The runner's, and what the prefix cache may keep beside it."""
         kept = self._prefix.budget if self._prefix.stateful else 0
-        return replace(self.runner.plan, prefixes=kept)
+        return replace(self.runner.plan, prefix_bytes=kept)
 
     @property
     def idle(self) -> bool:
@@ -451,7 +451,7 @@ class Engine:
                 tokens=self._outputs.tokens,
                 tokens_per_second=self._outputs.tokens / self._seconds if self._seconds else 0.0,
                 schedule_ms=1000 * self._schedule_seconds / max(1, counts.steps),
-                planned_bytes=self.plan.total,
+                planned_bytes=self.plan.total_bytes,
                 device_bytes=self._device_bytes(),
             )
 

@@ -97,7 +97,7 @@ def gumbel(seeds: Sequence[int], places: Sequence[int], like: Tensor) -> Tensor:
     """[n, V] float32 noise: with it the argmax of log-probabilities is a sample."""
     keys = [_host_hash(seed, place) for seed, place in zip(seeds, places, strict=True)]
     token = torch.arange(like.shape[-1], device=like.device)
-    mixed = _mix(token[None] ^ _tensor(keys, like)[:, None])
+    mixed = _mix_bits(token[None] ^ _tensor(keys, like)[:, None])
     uniform = ((mixed >> (32 - _NOISE_BITS)).float() + 0.5) / 2**_NOISE_BITS
     noise: Tensor = -(-uniform.log()).log()
     return noise
@@ -143,7 +143,7 @@ def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
     return upload(numbers, torch.float32, like.device)[:, None]
 
 
-def _mix(words: Tensor) -> Tensor:
+def _mix_bits(words: Tensor) -> Tensor:
     """A 32-bit finaliser (lowbias32 by C. Wellons) on int64: every input bit moves all others."""
     words = words & _LOW_32
     words = (words ^ (words >> 16)) * 0x7FEB352D & _LOW_32

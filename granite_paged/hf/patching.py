@@ -5,7 +5,7 @@ one model, and `unpatch` takes back:
 
 - its config object becomes a copy of its own, in which the attention implementation is ours;
 - a pre-hook and a hook on the decoder open and close a step of a `PagedCache`;
-- its Mamba layers run in inference form (`mamba.mix`) where that step is open;
+- its Mamba layers run in inference form (`mamba_forward`) where that step is open;
 - its `generate()` makes a `PagedCache` where it would have made a `DynamicCache`.
 
 Weights, module classes and every other model stay as they are. transformers' two registries learn
@@ -45,7 +45,7 @@ from granite_paged.hf.cache import PagedCache, Step
 from granite_paged.hf.compat import CACHE, rename_cache
 from granite_paged.layers.attention import paged_attention
 from granite_paged.layers.backend import kernel_refusal
-from granite_paged.layers.mamba import MambaRows, MambaSizes, mix
+from granite_paged.layers.mamba import MambaRows, MambaSizes, mamba_forward, mixers
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -96,8 +96,8 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
     setattr(model.base_model, _PATCH, state)
     prepare = functools.partial(_prepare_cache, model, getattr(model, _PREPARE_CACHE), config)
     setattr(model, _PREPARE_CACHE, prepare)
-    for mixer in _mixers(model):
-        mixer.forward = functools.partial(_mix, mixer, mixer.forward)
+    for mixer in mixers(model).values():
+        mixer.forward = functools.partial(_forward_mamba, mixer, mixer.forward)
 
 
 def unpatch(model: Any) -> None:
@@ -114,7 +114,7 @@ def unpatch(model: Any) -> None:
     _share_config(model, state.own_config, state.model_config)
     delattr(model, _PREPARE_CACHE)  # the instance's; the class's shows again
     delattr(model.base_model, _PATCH)
-    for mixer in _mixers(model):
+    for mixer in mixers(model).values():
         del mixer.forward
 
 
@@ -168,7 +168,7 @@ def paged_attention_forward(
     return attended.transpose(1, 2), None
 
 
-def _mix(
+def _forward_mamba(
     mixer: Any,
     otherwise: Any,
     hidden_states: Tensor,
@@ -190,8 +190,10 @@ def _mix(
     if mask is None and not kernel_refusal(backend, device, dtype, activation=mixer.activation):
         from granite_paged.layers.triton import mamba  # needs Triton
 
-        return mamba.mix(mixer, hidden_states, step.since_start, state._replace(rows=step.rows))
-    return mix(mixer, hidden_states, step.since_start, state, mask)
+        return mamba.mamba_forward(
+            mixer, hidden_states, step.since_start, state._replace(rows=step.rows)
+        )
+    return mamba_forward(mixer, hidden_states, step.since_start, state, mask)
 
 
 def _open_step(
@@ -263,11 +265,6 @@ def _register() -> None:
         )
         # for the steps that are not paged; an implementation without one loses its padding silently
         AttentionMaskInterface.register(name, sdpa_mask)
-
-
-def _mixers(model: Any) -> list[Any]:
-    """The Mamba layers' own modules."""
-    return [layer.mamba for layer in model.base_model.layers if layer.mamba is not None]
 
 
 def _share_config(model: Any, old: Any, new: Any) -> None:

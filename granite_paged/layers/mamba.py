@@ -1,19 +1,19 @@
-"""Mamba-2 in inference form: states in rows, updated in place, padding skipped exactly.
+"""Mamba-2 for inference: one state per row, updated in place; padding leaves no trace.
 
 ::
 
-    conv      [rows, channels, width]              model dtype; slot `position % width` holds the
-                                                   input of that position: a ring
+    conv      [rows, channels, width]              model dtype; a ring: slot `position % width`
+                                                   holds the input at that position
     ssm       [rows, heads, head_dim, state_size]  float32
 
-A row's state is of fixed size however long its sequence is, so it needs no pages. Every form takes
-`positions` [B, S], the place of each token in its sequence, -1 for padding: padding on either side
-leaves a row as it was (dt = 0, and the convolution looks past it), where transformers' own forms
-would decay its state over padding on the right.
+A row's state has a fixed size, however long its sequence is, so it needs no pages. All functions
+take `positions` [B, S], the position of each token in its sequence, -1 for padding. Padding on
+either side leaves a row unchanged: dt is 0, and the convolution skips it. transformers' own forward
+would let padding on the right decay the state.
 
-This file is the definition, in plain PyTorch, for any device and float dtype. `kernels/` holds the
-same in Triton for half precision on a GPU. Formulas: Dao and Gu 2024, "Transformers are SSMs",
-section 6 (chunk scan) and section 2.1 (recurrence).
+This file defines the computation in plain PyTorch, for any device and float dtype. In half
+precision on a GPU, `triton/mamba.py` and `triton/scan.py` compute the same. Formulas: Dao and Gu
+2024, "Transformers are SSMs", section 6 (chunk scan) and section 2.1 (recurrence).
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     apply_mask_to_padding_states,
 )
 
-_STATE = 0  # Granite's Mamba layers keep one state; transformers' cache allows for several
+_STATE = 0  # a Granite Mamba layer has one state; transformers' cache allows for several
 
 
 class MambaState(NamedTuple):
-    """Both states of one layer, and which of their rows the batch's are.
+    """The states of one layer, and the rows of them that belong to the batch.
 
-    conv [rows, channels, width]; ssm [rows, heads, head_dim, state_size];
-    rows [B] int64; None where the batch is the rows in order.
+    conv: [rows, channels, width].
+    ssm: [rows, heads, head_dim, state_size].
+    rows: [B] int64; None if the batch is all rows in order.
     """
 
     conv: Tensor
@@ -44,12 +45,12 @@ class MambaState(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both states, all rows."""
+        """Bytes of both states, over all rows."""
         return self.conv.nbytes + self.ssm.nbytes
 
 
 class MambaSizes(NamedTuple):
-    """What a layer's forms need to know of it."""
+    """Sizes of a Mamba layer."""
 
     heads: int
     head_dim: int
@@ -61,7 +62,7 @@ class MambaSizes(NamedTuple):
 
     @classmethod
     def of(cls, mixer: Any) -> MambaSizes:
-        """Read off a `GraniteMoeHybridMambaLayer`."""
+        """Read the sizes of a `GraniteMoeHybridMambaLayer`."""
         low, high = mixer.time_step_limit
         return cls(
             heads=mixer.num_heads,
@@ -75,21 +76,26 @@ class MambaSizes(NamedTuple):
 
     @property
     def inner(self) -> int:
-        """Channels of x, of the gate and of the output."""
+        """Channels of x, the gate and the output."""
         return self.heads * self.head_dim
 
     @property
     def channels(self) -> int:
-        """Channels that are convolved: x, B and C."""
+        """Channels of the convolution: x, B and C."""
         return self.inner + 2 * self.groups * self.state_size
 
+    @property
+    def ssm_elements(self) -> int:
+        """Elements of one row's recurrent state."""
+        return self.inner * self.state_size
+
     def state_bytes(self, dtype: torch.dtype) -> int:
-        """Both states of one row."""
+        """Return the bytes of one row's states. dtype: of the model."""
         conv = self.channels * self.conv_width * dtype.itemsize
-        return conv + self.inner * self.state_size * torch.float32.itemsize
+        return conv + self.ssm_elements * torch.float32.itemsize
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device) -> MambaState:
-        """Zeros: what a sequence starts from."""
+        """Return states of `rows` rows, all zero, as every sequence starts."""
         return MambaState(
             torch.zeros(rows, self.channels, self.conv_width, dtype=dtype, device=device),
             torch.zeros(rows, self.heads, self.head_dim, self.state_size, device=device),
@@ -98,7 +104,7 @@ class MambaSizes(NamedTuple):
 
 
 class ScanWeights(NamedTuple):
-    """A layer's own parameters of the recurrence, [heads] each: of dt, of A, of D."""
+    """A layer's parameters of the recurrence, [heads] each: bias of dt, log of -A, and D."""
 
     dt_bias: Tensor
     a_log: Tensor
@@ -106,17 +112,20 @@ class ScanWeights(NamedTuple):
 
     @classmethod
     def of(cls, mixer: Any) -> ScanWeights:
-        """Of a `GraniteMoeHybridMambaLayer`."""
+        """Take the parameters of a `GraniteMoeHybridMambaLayer`."""
         return cls(mixer.dt_bias, mixer.A_log, mixer.D)
 
 
 class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is untyped here
-    """One layer's state in a transformers cache, with rows that can be selected and dropped."""
+    """One layer's states in a transformers cache, whose rows can be selected and reset."""
 
     is_compileable = False
 
     def state(self, sizes: MambaSizes, batch: int, like: Tensor) -> MambaState:
-        """The state for a batch of so many rows, zeros at first. like: for dtype and device."""
+        """Return the states of a batch of `batch` rows, zero at first.
+
+        like: a tensor of the states' dtype and device.
+        """
         if self.recurrent_states[_STATE] is None:
             empty = sizes.empty_state(batch, like.dtype, like.device)
             self.conv_states[_STATE], self.recurrent_states[_STATE] = empty.conv, empty.ssm
@@ -124,13 +133,13 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
         return MambaState(self.conv_states[_STATE], self.recurrent_states[_STATE], None)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes a copy of what row `rows[i]` was. rows: [n] int64, repeats allowed."""
+        """Replace row i by a copy of row `rows[i]`. rows: [n] int64, repeats allowed."""
         for states in (self.conv_states, self.recurrent_states):
             if states[_STATE] is not None:
                 states[_STATE] = states[_STATE].index_select(0, rows)
 
     def reset(self) -> None:
-        """Forget every row, and how many there were."""
+        """Drop all rows."""
         for by_state, unset in (
             (self.conv_states, None),
             (self.recurrent_states, None),
@@ -148,23 +157,32 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
 
 
 def norm_groups(mixer: Any) -> int:
-    """Parts of a row that the mixer's gated norm takes separately; in transformers 5.17, one."""
+    """Return the parts of a row that the mixer's gated norm normalises separately.
+
+    transformers 5.17 has one.
+    """
     channels = mixer.norm.weight.numel()
     return int(channels // getattr(mixer.norm, "group_size", channels))
 
 
-def mix(
+def mixers(model: Any) -> dict[int, Any]:
+    """Return layer index -> Mamba module of a `GraniteMoeHybridForCausalLM`."""
+    layers = enumerate(model.base_model.layers)
+    return {index: layer.mamba for index, layer in layers if layer.mamba is not None}
+
+
+def mamba_forward(
     mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState, mask: Tensor | None = None
 ) -> Tensor:
-    """A Mamba layer's forward pass over new tokens; updates the state in place.
+    """Run a Mamba layer on new tokens; update the state in place.
 
     Args:
         mixer: a `GraniteMoeHybridMambaLayer`, for its weights.
         hidden: [B, S, hidden].
-        positions: [B, S], -1 for padding.
-        state: of this layer.
-        mask: [B, S], zero where a token with a position only lets the state decay, as padding
-            inside a sequence does in transformers. None where there is none.
+        positions: [B, S] int; -1 for padding.
+        state: the layer's states.
+        mask: [B, S], zero at tokens that have a position but only let the state decay, as padding
+            inside a sequence does in transformers. None if no token is such padding.
 
     Returns:
         [B, S, hidden]; arbitrary finite values at padding.
@@ -189,14 +207,14 @@ def mix(
 def causal_conv(
     inputs: Tensor, positions: Tensor, weight: Tensor, bias: Tensor | None, state: MambaState
 ) -> Tensor:
-    """Depthwise causal convolution that goes on where the ring left off.
+    """Convolve causally and depthwise, continuing from the inputs in the ring.
 
     Args:
         inputs: [B, S, channels], before the activation.
-        positions: [B, S], -1 for padding on either side.
-        weight: [channels, width], the last tap for the token itself.
+        positions: [B, S] int; -1 for padding, on either side.
+        weight: [channels, width]; the last tap is for the token itself.
         bias: [channels] or None.
-        state: its ring is read and moved on.
+        state: the layer's states; the ring is read and updated.
 
     Returns:
         [B, S, channels], before the activation.
@@ -211,9 +229,9 @@ def causal_conv(
 def _with_history(
     inputs: Tensor, positions: Tensor, width: int, state: MambaState
 ) -> tuple[Tensor, Tensor]:
-    """The inputs with the `width - 1` before each row's first token in front of it.
+    """Insert the `width - 1` earlier inputs of each row before its first token.
 
-    Returns [B, width - 1 + S, channels], and the column of each row's first token, [B].
+    Returns [B, width - 1 + S, channels], and the column of each row's first token [B].
     """
     token = positions >= 0
     first_column = token.int().argmax(dim=1)
@@ -230,7 +248,7 @@ def _with_history(
 def _store_last(
     extended: Tensor, first_column: Tensor, positions: Tensor, width: int, state: MambaState
 ) -> None:
-    """Put the last `width` inputs of each row into its ring; without a token it stays."""
+    """Store each row's last `width` inputs in its ring; leave the ring of a row without tokens."""
     tokens = (positions >= 0).sum(dim=1)
     last_column = first_column + tokens - 1
     position = positions.gather(1, last_column.clamp(min=0)[:, None])  # [B, 1]
@@ -254,18 +272,18 @@ def recurrent_step(
     positions: Tensor,
     state: MambaState,
 ) -> Tensor:
-    """One token a row: state <- exp(dt A) state + (dt x) B, y = state C + D x.
+    """Advance by one token per row: state <- exp(dt A) state + (dt x) B, y = state C + D x.
 
-    As in transformers, `time_step_limit` bounds dt in the scan only, which there also takes a first
-    token that comes alone.
+    As in transformers, `time_step_limit` applies to the scan only. transformers also uses the scan
+    for a first token that comes alone, so the limit applies at position 0.
 
     Args:
-        sizes: of the layer.
-        convolved: [B, 1, channels], activated.
+        sizes: the layer's sizes.
+        convolved: [B, 1, channels], after the activation.
         dt: [B, 1, heads], before bias and softplus.
-        weights: of the layer.
-        positions: [B, 1], -1 for padding.
-        state: its ssm is moved on.
+        weights: the layer's parameters of the recurrence.
+        positions: [B, 1] int; -1 for padding.
+        state: the layer's states; ssm is updated.
 
     Returns:
         [B, 1, inner] float32.
@@ -291,10 +309,10 @@ def chunk_scan(
     positions: Tensor,
     state: MambaState,
 ) -> Tensor:
-    """Many tokens a row: attention-like inside a chunk, a recurrence from chunk to chunk.
+    """Advance by S tokens per row: products inside each chunk, a recurrence from chunk to chunk.
 
-    Decays are differences of cumulative sums, taken in float64 as the sums grow with the chunk.
-    B and C stay shared by a group's heads. Args and result as in `recurrent_step`, S tokens each.
+    Decays are differences of cumulative sums, computed in float64 because the sums grow with the
+    chunk. Arguments and result are those of `recurrent_step`, with S tokens per row.
     """
     batch, tokens = positions.shape
     size = min(sizes.chunk_size, tokens)
@@ -309,7 +327,7 @@ def chunk_scan(
 
 
 def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:
-    """What tokens get from their own chunk: (masked, decayed C B^T) (dt x).
+    """Return each token's share from its own chunk: (masked, decayed C B^T) (dt x).
 
     scaled [B, chunks, size, heads, head_dim]; b, c [B, chunks, size, groups, state_size]; decay
     [B, chunks, size, heads] float64. Returns the shape of `scaled`.
@@ -326,7 +344,7 @@ def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tens
 def _across(
     sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor, state: MambaState
 ) -> Tensor:
-    """What tokens get from before their chunk: decayed C . state. Shapes as in `_inside`."""
+    """Return each token's share from earlier chunks: decayed C . state. Shapes as in `_inside`."""
     whole = decay[:, :, -1]  # [B, chunks, heads]
     to_end = (whole[:, :, None] - decay).exp().float()[..., None]
     added = torch.einsum("zclhn,zclhp->zchpn", _per_head(sizes, b), scaled * to_end)
@@ -336,7 +354,7 @@ def _across(
 
 
 def _pass_on(added: Tensor, decay: Tensor, state: MambaState) -> Tensor:
-    """The state that enters each chunk; the one that leaves the last is stored.
+    """Return the state that enters each chunk; store the state after the last one.
 
     added [B, chunks, heads, head_dim, state_size]; decay [B, chunks, heads].
     """
@@ -345,7 +363,7 @@ def _pass_on(added: Tensor, decay: Tensor, state: MambaState) -> Tensor:
     for chunk in range(added.shape[1]):
         entering.append(current)
         current = current * decay[:, chunk, :, None, None] + added[:, chunk]
-    stacked = torch.stack(entering, dim=1)  # before the first of them is overwritten
+    stacked = torch.stack(entering, dim=1)  # a copy: the state itself is overwritten next
     _put(state.ssm, state.rows, current)
     return stacked
 
@@ -354,7 +372,7 @@ def _pass_on(added: Tensor, decay: Tensor, state: MambaState) -> Tensor:
 
 
 def _split(sizes: MambaSizes, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, S, heads, head_dim], B and C [B, S, groups, state_size]."""
+    """Return x [B, S, heads, head_dim], B and C [B, S, groups, state_size] each."""
     shared = sizes.groups * sizes.state_size
     x, b, c = torch.split(convolved, [sizes.inner, shared, shared], dim=-1)
     grouped = (*x.shape[:-1], sizes.groups, sizes.state_size)
@@ -368,14 +386,14 @@ def _per_head(sizes: MambaSizes, shared: Tensor) -> Tensor:
 
 
 def _chunks(tensor: Tensor, size: int) -> Tensor:
-    """[B, S, ...] -> [B, chunks, size, ...], zeros at the end."""
+    """[B, S, ...] -> [B, chunks, size, ...], padded with zeros at the end"""
     missing = -tensor.shape[1] % size
     padded = pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing))
     return padded.view(len(tensor), -1, size, *tensor.shape[2:])
 
 
 def _spread(index: Tensor, over: Tensor) -> Tensor:
-    """[B, n] int -> [B, n, channels of `over`] int64."""
+    """[B, n] int -> [B, n, channels of `over`] int64"""
     return index.long()[..., None].expand(-1, -1, over.shape[2])
 
 
@@ -383,8 +401,8 @@ def _of_batch(states: Tensor, rows: Tensor | None) -> Tensor:
     return states if rows is None else states.index_select(0, rows)
 
 
-def _put(states: Tensor, rows: Tensor | None, moved: Tensor) -> None:
+def _put(states: Tensor, rows: Tensor | None, new: Tensor) -> None:
     if rows is None:
-        states.copy_(moved)
+        states.copy_(new)
     else:
-        states.index_copy_(0, rows, moved)
+        states.index_copy_(0, rows, new)

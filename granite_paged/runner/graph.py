@@ -24,7 +24,7 @@ from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import COMPILING
 from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
 from granite_paged.runner.memory_plan import memory_refused
-from granite_paged.runner.model import EagerModel, Step, Storage
+from granite_paged.runner.model import EagerModel, ModelStep, Storage
 
 NULL_ROW = 0
 """Takes padding. Never a sequence's."""
@@ -123,7 +123,7 @@ class CapturedStep:
     def _compute(self) -> None:
         rows, positions, tokens, last = (self._inputs[start:end] for start, end in self._spans)
         positions = positions.view(self._batch, self._length).int()
-        step = Step(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
+        step = ModelStep(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
         if self._decodes:
             self.logits = self._model.decode(self._tokens, step)
             self._model.write_argmax(self.logits, rows, self._tokens)

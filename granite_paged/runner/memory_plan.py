@@ -1,15 +1,4 @@
-"""What a runner will take of a device's memory, computed before anything is allocated.
-
-::
-
-    weights     the model's parameters, shared ones once
-    rows        Mamba states of all rows; the null row has none
-    pages       K and V of all pages, the null page included, and the page tables
-    workspace   what the layers of the largest step hold at once
-    logits      of the rows of a step
-    graphs      workspaces of the matrix library, one a stream, and of our own products
-    prefixes    Mamba states that an engine keeps for prompts that begin alike, at most
-"""
+"""The memory that a runner will use, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -23,54 +12,59 @@ import torch
 from granite_paged.device import available_bytes
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
-from granite_paged.layers.mamba import MambaSizes
+from granite_paged.layers.mamba import MambaSizes, mixers
 from granite_paged.layers.triton import SCRATCH_NUMBERS, SCRATCH_TILES
 
 DEFAULT_SEQUENCES = 256
-"""Rows of a runner whose `max_sequences` is not given, where they fit."""
+"""Rows of a runner if `max_sequences` is not given and they fit."""
 
 DEFAULT_HOST_TOKENS = 8192
-"""Tokens of a pool on the CPU, where attention is dense over the whole pool."""
+"""Tokens of a CPU pool if `max_tokens` is not given: eager attention reads the whole pool."""
 
 SCORED_AT_ONCE = 256
-"""Tokens whose logits exist at once while continuations are scored."""
+"""Tokens per batch of logits while continuations are scored."""
 
-_MATRIX_WORKSPACE = 32 * 2**20  # cuBLAS on Hopper: 8 buffers of 4 MiB
-_MOST_ELEMENTS = 2**31 - 1  # of one layer's keys: beyond, kernels need slower 64-bit offsets
-_ROWS_SHARE = 0.5  # most of the budget that rows may take when pages are not bounded
+_MATRIX_WORKSPACE = 32 * 2**20  # bytes per stream; cuBLAS on Hopper takes 8 buffers of 4 MiB
+_MOST_ELEMENTS = 2**31 - 1  # most elements of a layer's keys; more need slower 64-bit offsets
+_ROWS_SHARE = 0.5  # largest share of the budget for rows if `max_tokens` is not given
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes, by what they are for."""
+    """Memory by purpose, in bytes.
 
-    weights: int
-    rows: int
-    pages: int
-    workspace: int
-    logits: int
-    graphs: int
-    prefixes: int = 0
+    Attributes:
+        weight_bytes: the model's parameters and buffers, shared ones once.
+        row_bytes: Mamba states of all rows; the null row has none.
+        page_bytes: K and V of all pages, the null page included, and the page tables.
+        workspace_bytes: intermediate tensors of the largest step.
+        logit_bytes: logits of one step.
+        graph_bytes: workspaces of cuBLAS and of the products in `layers/triton`.
+        prefix_bytes: Mamba states that an engine keeps for shared prefixes, at most.
+    """
+
+    weight_bytes: int
+    row_bytes: int
+    page_bytes: int
+    workspace_bytes: int
+    logit_bytes: int
+    graph_bytes: int
+    prefix_bytes: int = 0
 
     @property
-    def total(self) -> int:
-        """All of them: the peak to expect."""
+    def total_bytes(self) -> int:
+        """The sum: the peak to expect."""
         return sum(asdict(self).values())
-
-    def describe(self) -> str:
-        """One line for people."""
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(self).items())
-        return f"{self.total / 1e9:.2f} GB: {parts}"
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerSizes:
-    """How much a runner holds.
+    """Capacity of a runner.
 
     Attributes:
-        rows: sequences at once, the null row not counted.
-        pages: of each pool, the null page included.
-        longest: most tokens a sequence may hold.
+        rows: sequences at once, without the null row.
+        pages: pages of each pool, the null page included.
+        longest: most tokens of a sequence.
     """
 
     rows: int
@@ -78,8 +72,8 @@ class RunnerSizes:
     longest: int
 
 
-def weights_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of a model's parameters and buffers, shared ones once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -88,21 +82,17 @@ def weights_bytes(model: Any) -> int:
 
 
 def row_bytes(model: Any) -> int:
-    """Mamba states of one row, over all layers."""
-    return sum(
-        MambaSizes.of(layer.mamba).state_bytes(model.dtype)
-        for layer in model.base_model.layers
-        if layer.mamba is not None
-    )
+    """Return the bytes of one row's Mamba states, over all layers."""
+    return sum(MambaSizes.of(mixer).state_bytes(model.dtype) for mixer in mixers(model).values())
 
 
 def choose_sizes(
     model: Any, config: PagedConfig, geometry: CacheGeometry, free: int
 ) -> RunnerSizes:
-    """Rows and pages for a device with so many bytes free.
+    """Choose rows and pages for a device with `free` bytes of free memory.
 
     Raises:
-        OutOfMemory: if what was asked for, or one row and a page, does not fit.
+        OutOfMemory: if the rows and tokens of `config`, or one row and one page, do not fit.
     """
     per_row, per_page = row_bytes(model), geometry.bytes_per_page
     budget = int(config.memory_fraction * free)
@@ -127,27 +117,30 @@ def choose_sizes(
     return RunnerSizes(rows, pages, min(held, _positions(model)))
 
 
-def make_plan(
+def plan_memory(
     model: Any, config: PagedConfig, geometry: CacheGeometry, sizes: RunnerSizes
 ) -> MemoryPlan:
-    """The plan for a runner of these sizes."""
+    """Return the memory plan of a runner with these sizes."""
     width = geometry.pages_for(sizes.longest)
     tables = 4 * ((sizes.rows + 1) * width + sizes.pages)
     logits = max(bucket(sizes.rows), SCORED_AT_ONCE)
     on_gpu = model.device.type == "cuda"
     return MemoryPlan(
-        weights=weights_bytes(model),
-        rows=sizes.rows * row_bytes(model),
-        pages=sizes.pages * geometry.bytes_per_page + tables,
-        workspace=_workspace(model, geometry, config.chunk_tokens),
-        logits=logits * model.config.vocab_size * model.dtype.itemsize,
-        graphs=2 * _MATRIX_WORKSPACE + 4 * (SCRATCH_NUMBERS + SCRATCH_TILES) if on_gpu else 0,
+        weight_bytes=weight_bytes(model),
+        row_bytes=sizes.rows * row_bytes(model),
+        page_bytes=sizes.pages * geometry.bytes_per_page + tables,
+        workspace_bytes=_workspace_bytes(model, geometry, config.chunk_tokens),
+        logit_bytes=logits * model.config.vocab_size * model.dtype.itemsize,
+        graph_bytes=2 * _MATRIX_WORKSPACE + 4 * (SCRATCH_NUMBERS + SCRATCH_TILES) if on_gpu else 0,
     )
 
 
 @contextmanager
 def memory_refused(device: torch.device, what: str) -> Iterator[None]:
-    """Say by name that the device's memory did not do, and give back what was cached."""
+    """Turn torch's out-of-memory error into `OutOfMemory`, and release cached memory.
+
+    what: the subject of the message, such as "a step".
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -162,27 +155,29 @@ def memory_refused(device: torch.device, what: str) -> Iterator[None]:
 def _positions(model: Any) -> int:
     longest = model.config.max_position_embeddings
     if longest < 1:
-        raise GeometryError(f"max_position_embeddings must be positive, {longest} given")
+        raise GeometryError(f"max_position_embeddings must be positive, got {longest}")
     return int(longest)
 
 
-def _workspace(model: Any, geometry: CacheGeometry, tokens: int) -> int:
-    """The most that a layer of the largest step holds at once, beside the hidden states."""
+def _workspace_bytes(model: Any, geometry: CacheGeometry, tokens: int) -> int:
+    """Return the most bytes that a layer's intermediate tensors take in a step of `tokens`."""
     item, hidden = model.dtype.itemsize, model.config.hidden_size
     query, key = (heads * geometry.head_dim for heads in (geometry.query_heads, geometry.kv_heads))
     feed_forward = 3 * model.config.shared_intermediate_size
-    attention = 5 * query + 2 * key  # projected, folded, answered, unfolded
+    attention = 5 * query + 2 * key  # projections, then query folded, output, unfolded
     widest = item * max(feed_forward + hidden, attention + hidden)
-    mixers = [layer.mamba for layer in model.base_model.layers if layer.mamba is not None]
-    if mixers:
-        widest = max(widest, _scan_bytes(MambaSizes.of(mixers[0]), hidden, item))
+    for mixer in mixers(model).values():
+        widest = max(widest, _scan_bytes(MambaSizes.of(mixer), hidden, item))
     return int(tokens * (widest + 3 * hidden * item))
 
 
 def _scan_bytes(sizes: MambaSizes, hidden: int, item: int) -> int:
-    """Bytes a token that a Mamba layer holds: projected, convolved, gated, decays, chunk states."""
+    """Return the bytes per token of a Mamba layer's intermediate tensors.
+
+    They are: projected, convolved, gated and mixed channels; decays; chunk states.
+    """
     projected = sizes.inner + sizes.channels + sizes.heads
-    per_state = torch.float32.itemsize + item  # what a chunk adds, and what enters it
-    states = per_state * sizes.inner * sizes.state_size // min(sizes.chunk_size, 256)
+    per_state = torch.float32.itemsize + item  # added by a chunk, and entering it
+    states = per_state * sizes.ssm_elements // min(sizes.chunk_size, 256)
     decays = 2 * torch.float32.itemsize * sizes.heads
     return item * (projected + sizes.channels + 2 * sizes.inner + hidden) + decays + states

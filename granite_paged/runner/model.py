@@ -18,12 +18,12 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 
 from granite_paged.geometry import Backend
 from granite_paged.layers.attention import DecodePlan, paged_attention
-from granite_paged.layers.mamba import MambaState, mix
+from granite_paged.layers.mamba import MambaState, mamba_forward
 from granite_paged.paging.page_table import PageTable
 from granite_paged.paging.pool import KVPool
 
 
-class Step(NamedTuple):
+class ModelStep(NamedTuple):
     """What the layers of one pass share.
 
     rows: [B] int64, of the page table.
@@ -70,7 +70,7 @@ class EagerModel:
         self._storage = storage
         self._backend = backend
 
-    def forward(self, tokens: Tensor, step: Step) -> Tensor:
+    def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """tokens [B, S] int64 -> hidden states [B, S, hidden], before the last norm."""
         hidden: Tensor = self._decoder.embed_tokens(tokens) * self._config.embedding_multiplier
         rotary = self._rotary(hidden, step.positions)
@@ -83,7 +83,7 @@ class EagerModel:
         logits: Tensor = self._head(self._decoder.norm(hidden)) / self._config.logits_scaling
         return logits
 
-    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+    def decode(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """tokens [rows of all] int64, what each row is fed -> logits [B, vocabulary]"""
         fed = tokens.index_select(0, step.rows)
         return self.logits(self.forward(fed[:, None], step).flatten(0, 1))
@@ -103,13 +103,13 @@ class EagerModel:
         index: int,
         layer: Any,
         hidden: Tensor,
-        step: Step,
+        step: ModelStep,
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         normed = layer.input_layernorm(hidden)
         if layer.mamba is not None:
             state = self._storage.states[index]._replace(rows=step.states)
-            mixed = mix(layer.mamba, normed, step.positions, state)
+            mixed = mamba_forward(layer.mamba, normed, step.positions, state)
         else:
             mixed = self._attention(index, layer.self_attn, normed, step, rotary)
         hidden = hidden + mixed * layer.residual_multiplier
@@ -125,7 +125,7 @@ class EagerModel:
         index: int,
         attention: Any,
         normed: Tensor,
-        step: Step,
+        step: ModelStep,
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
@@ -145,7 +145,7 @@ class EagerModel:
         attended: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
         return attended
 
-    def _write(self, pool: KVPool, key: Tensor, value: Tensor, step: Step) -> None:
+    def _write(self, pool: KVPool, key: Tensor, value: Tensor, step: ModelStep) -> None:
         """Store new K and V, and flag the rows in which they were not finite."""
         slots = self._storage.table.slots_of(step.rows, step.positions.long(), pool.page_size)
         finite = pool.write(slots.flatten(), key, value)

@@ -32,7 +32,7 @@ from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
-from granite_paged.layers.mamba import MambaSizes, MambaState
+from granite_paged.layers.mamba import MambaSizes, MambaState, mixers
 from granite_paged.paging.allocator import AppendPlan
 from granite_paged.paging.page_table import PageTable, PendingEntries
 from granite_paged.paging.pool import KVPool
@@ -42,8 +42,8 @@ from granite_paged.runner.memory_plan import (
     SCORED_AT_ONCE,
     MemoryPlan,
     choose_sizes,
-    make_plan,
     memory_refused,
+    plan_memory,
     row_bytes,
 )
 from granite_paged.runner.model import EagerModel, Storage
@@ -65,7 +65,7 @@ class Scores(NamedTuple):
     greedy: Tensor
 
 
-class RowState(NamedTuple):
+class RowSnapshot(NamedTuple):
     """A row's Mamba states, of all layers: a snapshot.
 
     conv [layers, channels, width]; ssm [layers, heads, head_dim, state_size].
@@ -118,16 +118,16 @@ class Runner:
         self.fallback = fallback
         self.chunk_tokens = config.chunk_tokens
         sizes = choose_sizes(model, config, geometry, available_bytes(self.device))
-        self.plan: MemoryPlan = make_plan(model, config, geometry, sizes)
+        self.plan: MemoryPlan = plan_memory(model, config, geometry, sizes)
         self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
         self.row_bytes = row_bytes(model)
-        mixers = _mixers(model)
-        self.alignment = max((mixer.chunk_size for mixer in mixers.values()), default=1)
+        layers = mixers(model)
+        self.alignment = max((mixer.chunk_size for mixer in layers.values()), default=1)
         self.shapes = Shapes(
             config.chunk_tokens, self.rows, captured=not fallback, alignment=self.alignment
         )
         with memory_refused(self.device, "the pools and rows"):
-            self._storage = self._make_storage(mixers)
+            self._storage = self._make_storage(layers)
         self._pending = PendingEntries()
         self.tokens = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.device)
         self._model = _model(model, self._storage, fallback, config)
@@ -320,13 +320,13 @@ class Runner:
             for states in self._storage.stacked:
                 states.index_fill_(1, index - 1, 0)
 
-    def save_row(self, row: int, *, to_host: bool = False) -> RowState:
+    def save_row(self, row: int, *, to_host: bool = False) -> RowSnapshot:
         """A snapshot of the row's Mamba states, on the device or in host memory."""
         self._check_rows([row])
         save = _to_host if to_host else torch.clone
-        return RowState(*(save(states[:, row - 1]) for states in self._storage.stacked))
+        return RowSnapshot(*(save(states[:, row - 1]) for states in self._storage.stacked))
 
-    def load_row(self, row: int, state: RowState) -> None:
+    def load_row(self, row: int, state: RowSnapshot) -> None:
         """Put a snapshot into a row."""
         self._check_rows([row])
         for own, saved in zip(self._storage.stacked, state, strict=True):
@@ -354,7 +354,7 @@ class Runner:
     def _captures(self) -> bool:
         return not self.fallback
 
-    def _make_storage(self, mixers: Mapping[int, Any]) -> Storage:
+    def _make_storage(self, layers: Mapping[int, Any]) -> Storage:
         rows, device = self.rows + 1, self.device
         return Storage(
             table=PageTable(rows, self.geometry.pages_for(self.longest), self.pages, device),
@@ -362,7 +362,7 @@ class Runner:
                 layer: KVPool(self.geometry, self.pages, device)
                 for layer in self.geometry.attention_layers
             },
-            **_make_states(mixers, self.rows, self.dtype, device),
+            **_make_states(layers, self.rows, self.dtype, device),
             nonfinite=torch.zeros(rows, dtype=torch.uint8, device=device),
         )
 
@@ -468,12 +468,6 @@ def _model(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> 
     from granite_paged.runner.triton_model import TritonModel  # needs Triton
 
     return TritonModel(model, storage, config.backend)
-
-
-def _mixers(model: Any) -> dict[int, Any]:
-    """Layer -> its Mamba module."""
-    layers = enumerate(model.base_model.layers)
-    return {index: layer.mamba for index, layer in layers if layer.mamba is not None}
 
 
 def _make_states(

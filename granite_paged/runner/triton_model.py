@@ -26,7 +26,7 @@ from granite_paged.layers.triton.linear import (
     scratch,
 )
 from granite_paged.layers.triton.tokens import embed, write_argmax
-from granite_paged.runner.model import EagerModel, Step, by_head
+from granite_paged.runner.model import EagerModel, ModelStep, by_head
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -39,13 +39,13 @@ class TritonModel(EagerModel):
 
     _scratch: Scratch | None = None  # from the first step of several rows on: graphs go on using it
 
-    def forward(self, tokens: Tensor, step: Step) -> Tensor:
+    def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.forward`."""
         hidden = self._embedded(tokens)
         rotary = self._rotary(hidden, step.positions)
         for index, layer in enumerate(self._decoder.layers):
             normed = _normalised(hidden, layer.input_layernorm)
-            self._mix(index, layer, hidden, normed, step, rotary)
+            self._mixer(index, layer, hidden, normed, step, rotary)
             normed = _normalised(hidden, layer.post_attention_layernorm)
             routed = self._routed(layer, normed, tokens.shape)
             fed = pointwise.silu_mul(normed @ layer.shared_mlp.input_linear.weight.T)
@@ -64,7 +64,7 @@ class TritonModel(EagerModel):
         scale = 1 / self._config.logits_scaling
         return torch.addmm(unused, rows, self._head.weight.T, beta=0, alpha=scale)
 
-    def decode(self, tokens: Tensor, step: Step) -> Tensor:
+    def decode(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.decode`."""
         rows = len(step.rows)
         if rows > MOST_ROWS:
@@ -102,7 +102,7 @@ class TritonModel(EagerModel):
         layer: Any,
         hidden: Tensor,
         normed: DeferredNorm,
-        step: Step,
+        step: ModelStep,
         rotary: Rotary,
     ) -> DeferredNorm:
         eps, out_eps = layer.input_layernorm.variance_epsilon, 0.0
@@ -173,8 +173,14 @@ class TritonModel(EagerModel):
 
     # -- many rows -------------------------------------------------------------------------------
 
-    def _mix(
-        self, index: int, layer: Any, hidden: Tensor, normed: Tensor, step: Step, rotary: Rotary
+    def _mixer(
+        self,
+        index: int,
+        layer: Any,
+        hidden: Tensor,
+        normed: Tensor,
+        step: ModelStep,
+        rotary: Rotary,
     ) -> None:
         if layer.mamba is not None:
             mixer = layer.mamba
@@ -204,7 +210,7 @@ class TritonModel(EagerModel):
         routed: Tensor = layer.block_sparse_moe(normed.view(*shape, -1)).view(normed.shape)
         return routed
 
-    def _state(self, index: int, step: Step) -> MambaState:
+    def _state(self, index: int, step: ModelStep) -> MambaState:
         return self._storage.states[index]._replace(rows=step.states)
 
     def _attention_of(
@@ -212,7 +218,7 @@ class TritonModel(EagerModel):
         index: int,
         attention: Any,
         projected: Sequence[Tensor],
-        step: Step,
+        step: ModelStep,
         rotary: Rotary,
     ) -> Tensor:
         """Query, key and value [B * S, heads * D] -> [B * S, Hq * D]"""
@@ -227,7 +233,7 @@ class TritonModel(EagerModel):
         query: Tensor,
         key: Tensor,
         head_dim: int,
-        step: Step,
+        step: ModelStep,
         rotary: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         shape = (*step.positions.shape, -1)
@@ -237,7 +243,7 @@ class TritonModel(EagerModel):
         query, key = (part.transpose(1, 2).flatten(2).flatten(0, 1) for part in turned)
         return query, key
 
-    def _write_pages(self, index: int, key: Tensor, value: Tensor, step: Step) -> None:
+    def _write_pages(self, index: int, key: Tensor, value: Tensor, step: ModelStep) -> None:
         storage = self._storage
         pool = storage.pools[index]
         pages.write_pages(
@@ -251,7 +257,7 @@ class TritonModel(EagerModel):
             pool.page_size,
         )
 
-    def _attend(self, index: int, attention: Any, query: Tensor, step: Step) -> Tensor:
+    def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
         """[B * S, Hq * D] -> the same"""
         pool, scale = self._storage.pools[index], attention.scaling
         if step.plan is not None:

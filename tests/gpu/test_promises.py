@@ -18,7 +18,7 @@ from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.errors import OutOfMemory
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import load
-from granite_paged.runner.memory_plan import RunnerSizes, make_plan
+from granite_paged.runner.memory_plan import RunnerSizes, plan_memory
 from granite_paged.runner.runner import Runner
 
 NEEDED_GB = 100
@@ -93,12 +93,12 @@ def test_as_many_sequences_fit_as_the_plan_promises_give_or_take_five_per_cent(m
         return PagedConfig(max_sequences=sequences, max_tokens=sequences * TOKENS)
 
     pages = 1 + promised * geometry.pages_for(TOKENS)
-    plan = make_plan(model, sizes(promised), geometry, RunnerSizes(promised, pages, TOKENS))
+    plan = plan_memory(model, sizes(promised), geometry, RunnerSizes(promised, pages, TOKENS))
     torch.cuda.empty_cache()
     _, whole = torch.cuda.mem_get_info()
     fewer, more = int(0.95 * promised), int(1.05 * promised)
     try:
-        torch.cuda.set_per_process_memory_fraction(plan.total / whole)
+        torch.cuda.set_per_process_memory_fraction(plan.total_bytes / whole)
         with Engine(model, sizes(fewer), state_bytes=0) as engine:
             params = SamplingParams(max_new_tokens=2, stop_tokens=())
             prompts = [text(TOKENS - 2, seed) for seed in range(fewer)]

@@ -13,7 +13,7 @@ from granite_paged import PagedCache, PagedConfig, paged, verify
 from granite_paged.errors import OutOfMemory
 from granite_paged.hf.compat import with_cache
 from granite_paged.models import load
-from granite_paged.runner.memory_plan import weights_bytes
+from granite_paged.runner.memory_plan import weight_bytes
 from granite_paged.runner.runner import Runner
 from tests.helpers.driver import Driver
 from tests.helpers.golden_models import MODELS
@@ -153,11 +153,11 @@ def test_nothing_compiles_after_warm_up(model: Any) -> None:
 def test_the_plan_is_within_five_per_cent_of_the_peak(model: Any) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() - weights_bytes(model)
+    others = torch.cuda.memory_allocated() - weight_bytes(model)
     runner = Runner.for_model(model, PagedConfig(max_tokens=32768, max_sequences=32))
     runner.warm_up()
     peak = torch.cuda.max_memory_allocated() - others
-    assert abs(runner.plan.total - peak) <= 0.05 * peak, (runner.plan.describe(), peak)
+    assert abs(runner.plan.total_bytes - peak) <= 0.05 * peak, (runner.plan, peak)
     runner.close()
 
 
@@ -166,7 +166,7 @@ def test_out_of_memory_in_a_step_is_told_and_the_next_smaller_one_succeeds(model
     driver.open(1)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    left = driver.runner.plan.workspace // 2  # of what a step of 2,048 tokens computes in
+    left = driver.runner.plan.workspace_bytes // 2  # of what a step of 2,048 tokens computes in
     hoard = torch.empty(free - left, dtype=torch.uint8, device="cuda")
     with pytest.raises(OutOfMemory, match="lower PagedConfig"):
         driver.prefill({1: [5] * 2048})

@@ -123,7 +123,12 @@ class SimulatedRunner:
             pages_for=lambda tokens: -(-tokens // page_size),
         )
         self.plan = MemoryPlan(
-            0, rows=self.row_bytes * (rows + 1), pages=0, workspace=0, logits=0, graphs=0
+            weight_bytes=0,
+            row_bytes=self.row_bytes * (rows + 1),
+            page_bytes=0,
+            workspace_bytes=0,
+            logit_bytes=0,
+            graph_bytes=0,
         )
         self.longest = (pages - 1) * page_size
         self.chunk_tokens, self.alignment = chunk_tokens, alignment

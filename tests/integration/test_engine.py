@@ -384,7 +384,11 @@ def test_stats_say_what_was_done(engine: Engine) -> None:
     assert stats.prefix_hits == 2
     assert (stats.rows, stats.rows_held, stats.waiting, stats.running) == (4, 0, 0, 0)
     assert stats.pages_held == stats.pages_cached > 0
-    assert stats.planned_bytes == engine.plan.total == engine.runner.plan.total + STATE_BYTES
+    assert (
+        stats.planned_bytes
+        == engine.plan.total_bytes
+        == engine.runner.plan.total_bytes + STATE_BYTES
+    )
     assert set(stats.to_json()) == set(type(stats).__dataclass_fields__)
 
 

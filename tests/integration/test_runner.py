@@ -13,7 +13,7 @@ from torch import Tensor
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, OutOfMemory, PromptError
-from granite_paged.runner.memory_plan import weights_bytes
+from granite_paged.runner.memory_plan import weight_bytes
 from granite_paged.runner.runner import Chunk, Runner, scores_of
 from granite_paged.runner.shapes import Shapes
 from tests.helpers.driver import Driver
@@ -287,8 +287,7 @@ def test_closing_gives_pages_and_states_back(driver: Driver) -> None:
 def test_the_plan_is_what_is_allocated(driver: Driver, model: Any) -> None:
     runner = driver.runner
     storage = runner.storage
-    assert runner.plan.weights == weights_bytes(model)
-    assert runner.plan.rows == sum(state.nbytes for state in storage.states.values())
+    assert runner.plan.weight_bytes == weight_bytes(model)
+    assert runner.plan.row_bytes == sum(state.nbytes for state in storage.states.values())
     pools = sum(pool.nbytes for pool in storage.pools.values())
-    assert runner.plan.pages == pools + storage.table.nbytes
-    assert str(round(runner.plan.total / 1e9, 2)) in runner.plan.describe()
+    assert runner.plan.page_bytes == pools + storage.table.nbytes

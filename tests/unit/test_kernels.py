@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, mix
+from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, mamba_forward
 from tests.helpers.mamba_layers import mamba_layer
 from tests.helpers.tolerance import largest_error
 
@@ -278,8 +278,8 @@ def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]
         if first[0] < mixer.conv_kernel_size:  # a ring holds nothing before position 0
             mine.conv[row], defined.conv[row] = 0, 0
     with torch.inference_mode():
-        actual = mamba.mix(mixer, hidden, at, mine)
-        expected = mix(mixer, hidden, at, defined)
+        actual = mamba.mamba_forward(mixer, hidden, at, mine)
+        expected = mamba_forward(mixer, hidden, at, defined)
     token = at >= 0
     assert (
         largest_error(actual[token], expected[token]) <= 10 * FLOAT32
@@ -289,7 +289,7 @@ def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
-@pytest.mark.parametrize("form", [mix, mamba.mix], ids=["plain", "kernels"])
+@pytest.mark.parametrize("form", [mamba_forward, mamba.mamba_forward], ids=["plain", "kernels"])
 def test_a_ring_is_not_read_before_position_0(tokens: int, form: Any) -> None:
     mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
@@ -314,8 +314,8 @@ def test_a_row_of_padding_needs_no_state(tokens: int) -> None:
     one = sizes.empty_state(1, torch.float32, DEVICE)._replace(rows=rows)
     alone = sizes.empty_state(1, torch.float32, DEVICE)._replace(rows=rows[:1])
     with torch.inference_mode():
-        out = mamba.mix(mixer, hidden, at, one)
-        expected = mamba.mix(mixer, hidden[:1], at[:1], alone)
+        out = mamba.mamba_forward(mixer, hidden, at, one)
+        expected = mamba.mamba_forward(mixer, hidden[:1], at[:1], alone)
     assert largest_error(out[:1], expected) <= FLOAT32
     assert out.isfinite().all()
     assert largest_error(one.ssm, alone.ssm) <= FLOAT32
@@ -331,8 +331,8 @@ def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
     mine, defined = states(MambaSizes.of(mixer), torch.float16)[0], states(MambaSizes.of(mixer))[1]
     defined.conv.copy_(mine.conv)
     with torch.inference_mode():
-        expected = mix(mixer, hidden.float(), at, defined)
-        actual = mamba.mix(mixer.half(), hidden, at, mine)
+        expected = mamba_forward(mixer, hidden.float(), at, defined)
+        actual = mamba.mamba_forward(mixer.half(), hidden, at, mine)
     assert largest_error(actual.float(), expected) <= HALF
     assert largest_error(mine.ssm, defined.ssm) <= HALF
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, mix
+from granite_paged.layers.mamba import MambaSizes, MambaState, mamba_forward
 from tests.helpers.mamba_layers import mamba_layer
 from tests.helpers.tolerance import largest_error
 
@@ -33,7 +33,7 @@ class Ours:
         at = self.lengths[:, None] + tokens.cumsum(1) - 1
         self.lengths = self.lengths + tokens.sum(1)
         with torch.inference_mode():
-            return mix(self.mixer, hidden, at.where(tokens, -1), self.state)
+            return mamba_forward(self.mixer, hidden, at.where(tokens, -1), self.state)
 
 
 class Theirs:
@@ -127,8 +127,8 @@ def test_a_batch_updates_the_rows_it_names_and_no_other() -> None:
     positions = torch.arange(4, 11).expand(2, -1)
     named = MambaState(before.conv[rows].clone(), before.ssm[rows].clone(), None)
     with torch.inference_mode():
-        expected = mix(mixer, hidden, positions, named)
-        actual = mix(mixer, hidden, positions, MambaState(whole.conv, whole.ssm, rows))
+        expected = mamba_forward(mixer, hidden, positions, named)
+        actual = mamba_forward(mixer, hidden, positions, MambaState(whole.conv, whole.ssm, rows))
     assert torch.equal(actual, expected)
     assert torch.equal(whole.ssm[rows], named.ssm)
     assert torch.equal(whole.conv[rows], named.conv)

@@ -122,10 +122,10 @@ def _step(
     tl.store(out, y.to(gated_ptr.dtype.element_ty), mask=p_there)
 
 
-def mix(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
-    """`layers.mamba.mix` with these kernels between the projections, without its mask.
+def mamba_forward(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+    """Run a Mamba layer as `layers.mamba.mamba_forward` does, without its mask.
 
-    hidden [B, S, hidden]; positions [B, S], -1 for padding. Returns [B, S, hidden].
+    hidden: [B, S, hidden]. positions: [B, S] int; -1 for padding. Returns [B, S, hidden].
     """
     gated = gated_scan(mixer, mixer.in_proj(hidden).flatten(0, 1), positions, state)
     norm, groups = mixer.norm, norm_groups(mixer)
