@@ -1,6 +1,6 @@
-"""Models to run on: a checkpoint, a published geometry with random weights, or the embedded one.
+"""Load a model: a checkpoint, published sizes with random weights, or the embedded model.
 
-Weights are read from safetensors only, and no code of a checkpoint is ever run.
+Weights come from safetensors only, and code inside a checkpoint is never run.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _UNREADABLE_CONFIG = (
     ValueError,
     KeyError,
     TypeError,
-    AttributeError,  # a dtype that torch does not know
-    StrictDataclassError,  # sizes that contradict each other
+    AttributeError,  # a dtype unknown to torch
+    StrictDataclassError,  # contradictory sizes
 )
 
 EMBEDDED = "tiny-recall"
@@ -54,7 +54,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode on its device, frozen, with its tokenizer where it has one."""
+    """A model in eval mode on its device, without gradients, and its tokenizer if it has one."""
 
     name: str
     model: Any
@@ -72,18 +72,18 @@ def load(
     """Load one model.
 
     Args:
-        model: folder of a checkpoint, or its id on the hub. Default: the embedded `tiny_recall`.
-        random_weights: instead, a name of `GEOMETRIES`: its sizes with weights drawn from `seed`.
-        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
-        dtype: `auto`, or a name of `DTYPES`. `auto` is a checkpoint's own, and for random weights
-            bfloat16 on CUDA and float32 elsewhere.
-        seed: of random weights.
+        model: checkpoint folder or hub id; by default the embedded `tiny_recall`.
+        random_weights: a name in `GEOMETRIES` instead: its sizes with weights drawn from `seed`.
+        device: `auto` (CUDA if available), `cpu`, `cuda` or `cuda:N`.
+        dtype: a name in `DTYPES`, or `auto`: the checkpoint's own; for random weights bfloat16
+            on CUDA and float32 elsewhere.
+        seed: seed of the random weights.
 
     Raises:
-        CheckpointError: missing, incomplete or corrupt.
-        UnsupportedModel: another architecture.
-        DeviceError: unknown device, or not there.
-        InvalidArgument: unknown name or dtype, or both a model and random weights.
+        CheckpointError: the checkpoint is missing, incomplete or corrupt.
+        UnsupportedModel: the checkpoint has another architecture.
+        DeviceError: the device is unknown, absent or too small.
+        InvalidArgument: a name is unknown, or both a model and random weights were given.
     """
     where = resolve_device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -104,7 +104,7 @@ def load(
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder, a `tokenizers` file, or on the hub. Raises CheckpointError."""
+    """Load a tokenizer from a folder, a `tokenizers` file or the hub. Raises CheckpointError."""
     if Path(path).is_file():
         return _tokenizer_of_file(path)
     try:
@@ -116,7 +116,7 @@ def load_tokenizer(path: str) -> Any:
 def _tokenizer_of_file(path: str) -> Any:
     try:
         return PreTrainedTokenizerFast(tokenizer_file=path)
-    except Exception as error:  # tokenizers raises nothing more particular
+    except Exception as error:  # tokenizers raises no narrower type
         raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
 
@@ -126,18 +126,20 @@ def _tokenizer_of_file(path: str) -> Any:
 def _from_checkpoint(model: str | None, dtype: torch.dtype | None) -> LoadedModel:
     path = str(TINY_RECALL) if model is None else model
     if model is not None and _looks_like_a_folder(model) and not Path(model).is_dir():
-        raise CheckpointError(f"no checkpoint at {model}: there is no such folder")
+        raise CheckpointError(f"no checkpoint at {model}: the folder does not exist")
     config = _read_config(path)
     options: dict[str, Any] = {
         "dtype": dtype or config.dtype or torch.float32,
-        "ignore_mismatched_sizes": True,  # refused below, by name
+        "ignore_mismatched_sizes": True,  # _check_complete refuses them by name
     }
     try:
         loaded, report = GraniteMoeHybridForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from None
+        pickled = any(Path(path).glob("*.bin"))
+        advice = "; pickled weights (.bin) are refused: convert them to safetensors" * pickled
+        raise CheckpointError(f"cannot load {path}: {_first_line(error)}{advice}") from None
     _check_complete(path, report)
     has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer.json").exists()
     tokenizer = load_tokenizer(path) if has_tokenizer else None
@@ -162,11 +164,11 @@ def _read_config(path: str) -> Any:
 
 def _check_complete(path: str, report: dict[str, Any]) -> None:
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = report.get(problem) or ()  # with their two shapes, where they do not match
+        keys = report.get(problem) or ()  # a mismatched key comes with its two shapes
         names = sorted(key if isinstance(key, str) else key[0] for key in keys)
         if names:
             what = problem.replace("_keys", "")
-            raise CheckpointError(f"{path}: {len(names)} {what} weights, {names[0]} among them")
+            raise CheckpointError(f"{path}: {len(names)} {what} weights, for example {names[0]}")
 
 
 def _first_line(error: Exception) -> str:
@@ -190,7 +192,7 @@ def _from_geometry(name: str, dtype: torch.dtype, device: torch.device, seed: in
 
 
 def geometry_config(name: str) -> GraniteMoeHybridConfig:
-    """The transformers config of a name in `GEOMETRIES`."""
+    """Return the transformers config of a name in `GEOMETRIES`."""
     sizes = dict(GEOMETRIES[name])
     hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     attention = sizes.pop("attention_layers")
@@ -282,6 +284,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         position_embedding_type="rope",
     ),
 }
-"""Sizes as published for the Granite-4.0 family. What the publications leave open follows a rule
-that fits those known: attention_multiplier 1 / head_dim, logits_scaling hidden / 256. `study-24l`
-has what the original study reports (24 layers, 16 heads, rotary) and an h-1b's proportions."""
+"""Published sizes of the Granite-4.0 family. Two values follow a rule that fits the published ones:
+attention_multiplier = 1 / head_dim and logits_scaling = hidden / 256. `study-24l` has the sizes
+that the original study reports (24 layers, 16 heads, rotary) and the proportions of h-1b."""

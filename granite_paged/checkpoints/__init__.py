@@ -1,6 +1,6 @@
-"""Checkpoints small enough to travel with the package: paths only, nothing is loaded here."""
+"""The embedded checkpoint and its task. This module holds paths only and loads nothing."""
 
 from pathlib import Path
 
 TINY_RECALL = Path(__file__).parent / "tiny_recall"
-"""A Granite-4 hybrid of 249 k parameters, trained on associative recall (a Hugging Face folder)."""
+"""Hugging Face folder of a Granite-4 hybrid: 249 k parameters, trained on associative recall."""

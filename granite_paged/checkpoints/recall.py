@@ -3,15 +3,15 @@
     <bos> mode | key value filler | key value filler ... | key <ask> filler | key <ask> filler ...
       header   |             fact slots                  |             query slots
 
-Slots are three tokens wide. A mode token takes a filler's place about every 48 tokens. After
-`key <ask>` the model must produce the key's value when the latest mode token is `<plain>`, and
-that value's partner, 64 words further on in the list of values, when it is `<shift>`.
+A slot is three tokens wide. About every 48 tokens, a mode token replaces a filler. After
+`key <ask>` the right answer is the key's value if the latest mode token is `<plain>`, and the
+value 64 places later in the list of values if it is `<shift>`.
 
-So an answer needs all three kinds of memory: the attention cache (the pair), the convolution
-state (which key stands before `<ask>` or before a value) and the SSM state (the latest mode).
-A `RecallBatch` says for every question where in the sequence each of them was written.
+An answer therefore needs all three kinds of memory: the attention cache (the pair), the
+convolution state (the key before `<ask>` or before a value) and the SSM state (the latest mode).
+A `RecallBatch` records, for every question, where the sequence states each of them.
 
-Everything here is a pure function of its arguments: a batch is decided by its seed.
+Every function depends on its arguments only; the seed decides a batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPECIAL_WORDS = _words(
     " <reserved-0> <reserved-1> <reserved-2> <reserved-3>"
 )
 PAD, BOS, EOS, UNK, ASK, LOST, PLAIN, SHIFT = range(8)
-"""LOST is only ever a training target: what to answer when the fact cannot be reached."""
+"""LOST is a training target only: the answer where the fact cannot be reached."""
 
 _COLOURS = _words(
     "amber azure black brown coral green grey indigo ivory lilac ochre pink red teal violet white"
@@ -54,7 +54,7 @@ FILLER_WORDS = _words(
 VOCABULARY = SPECIAL_WORDS + KEY_WORDS + VALUE_WORDS + FILLER_WORDS
 """The word of every token id: 12 special, 128 keys, 128 values, 28 fillers."""
 
-KEYS, VALUES, FILLERS = len(KEY_WORDS), len(VALUE_WORDS), len(FILLER_WORDS)
+KEYS, VALUES = len(KEY_WORDS), len(VALUE_WORDS)
 VOCAB_SIZE = len(VOCABULARY)
 FIRST_KEY = len(SPECIAL_WORDS)
 FIRST_VALUE = FIRST_KEY + KEYS
@@ -71,56 +71,55 @@ MIN_CONTEXT = HEADER + 2 * SLOT
 
 
 def fact_slots(context: int) -> int:
-    """How many facts fit into the first half of `context` tokens."""
+    """Return the number of facts that fit into the first half of `context` tokens."""
     return (context - HEADER) // SLOT // 2
 
 
 def query_start(context: int) -> int:
-    """The position of the first query slot: every fact lies before it."""
+    """Return the position of the first query slot; every fact is stated before it."""
     return HEADER + SLOT * fact_slots(context)
 
 
 def usual_pairs(context: int) -> int:
-    """A pair every 8 tokens, and never more than there are keys."""
+    """Return one pair per 8 tokens, at least 1 and at most `KEYS`."""
     return min(KEYS, max(1, context // 8))
 
 
 @dataclass(frozen=True, eq=False)
 class RecallBatch:
-    """B sequences of S tokens. Except for `input_ids`, everything is [B, S] and describes the
-    question that ends at that position; `NOT_SCORED` (targets) or -1 (the rest) elsewhere.
+    """B sequences of S tokens with their questions.
+
+    Every tensor is int64 [B, S]. All but `input_ids` describe the question that ends at a
+    position; elsewhere `targets` holds `NOT_SCORED` and the others hold -1.
     """
 
-    input_ids: Tensor  # int64
-    targets: Tensor  # what the logits at this position (not the next one) must choose
-    key_parity: Tensor  # 0 or 1: whether the queried key's index is even or odd
-    fact_position: Tensor  # where the queried key's value stands
-    mode_position: Tensor  # where the mode token stands that decides this answer
-    mode: Tensor  # 0: answer the value itself; 1: answer its partner
-    query_start: int  # every fact lies before this position, every question after
+    input_ids: Tensor
+    targets: Tensor  # token that the logits at this position (not the next) must choose
+    key_parity: Tensor  # 0 or 1: parity of the queried key's index
+    fact_position: Tensor  # position of the queried key's value
+    mode_position: Tensor  # position of the mode token that decides this answer
+    mode: Tensor  # 0: the answer is the value itself; 1: its partner
+    query_start: int  # facts come before this position, questions after it
 
     @property
     def scored(self) -> Tensor:
-        """Where a question ends: bool [B, S]."""
+        """Positions at which a question ends: bool [B, S]."""
         return self.targets != NOT_SCORED
 
     def of_parity(self, parity: int) -> Tensor:
         """Questions about even (0) or odd (1) keys: bool [B, S]."""
         return self.key_parity == parity
 
-    def facts_within(self, start: int, stop: int) -> Tensor:
-        """Questions whose fact stands at `start <= position < stop`: bool [B, S]."""
-        return (self.fact_position >= start) & (self.fact_position < stop) & self.scored
-
     def mode_set_before(self, position: int) -> Tensor:
-        """Questions from `position` on whose mode was announced before it, so that only the SSM
-        state carries the mode across `position`: bool [B, S].
+        """Questions from `position` on whose mode token comes before it: bool [B, S].
+
+        For these, only the SSM state carries the mode across `position`.
         """
         later = torch.arange(self.input_ids.shape[1], device=self.targets.device) >= position
         return later & (self.mode_position < position) & self.scored
 
     def mode_before(self, position: int) -> Tensor:
-        """The mode of each row after reading the tokens before `position`: 0 or 1, [B]."""
+        """Return each row's mode after the tokens before `position`: 0 or 1, int64 [B]."""
         read = self.input_ids[:, :position]
         latest = _latest_mode_position(read)[:, -1:]
         return (read.gather(1, latest) == SHIFT).long().squeeze(1)
@@ -136,11 +135,13 @@ def recall_batch(
     mode_interval: int = MODE_INTERVAL,
     with_replacement: bool = False,
 ) -> RecallBatch:
-    """`batch` sequences of `context` tokens with `pairs` facts about the first `keys` keys.
+    """Draw `batch` sequences of `context` tokens with `pairs` facts about the first `keys` keys.
 
-    One mode token falls somewhere into every `mode_interval` slots. Every fact is asked for
-    exactly once, in random order; `with_replacement` draws as many questions, but independently
-    of one another.
+    Each window of `mode_interval` slots holds one mode token. Every fact is asked for exactly
+    once, in random order. `with_replacement` draws the questions independently instead.
+
+    Raises:
+        ValueError: for sizes that are too small, or more pairs than keys or slots.
     """
     _check_sizes(context=context, pairs=pairs, keys=keys)
     if batch < 1 or mode_interval < 1:
@@ -189,9 +190,12 @@ def recall_batch(
 def recall_accuracy(
     logits_or_predictions: Tensor, batch: RecallBatch, where: Tensor | None = None
 ) -> float:
-    """The share of questions answered right, among those that `where` (bool [B, S]) selects.
+    """Return the share of right answers among the questions that `where` (bool [B, S]) selects.
 
     Takes logits [B, S, vocabulary] or chosen token ids [B, S], on any device.
+
+    Raises:
+        ValueError: if no question is selected.
     """
     predictions = logits_or_predictions
     if predictions.dim() == 3:
@@ -217,18 +221,18 @@ def _check_sizes(*, context: int, pairs: int, keys: int) -> None:
 
 
 def _distinct(batch: int, choices: int, count: int, draw: torch.Generator) -> Tensor:
-    """`count` different numbers below `choices` for each row, in random order: [batch, count]."""
+    """Draw `count` distinct numbers below `choices` for each row: int64 [batch, count]."""
     return torch.rand(batch, choices, generator=draw).argsort(dim=1, stable=True)[:, :count]
 
 
 def _announce_modes(input_ids: Tensor, interval: int, draw: torch.Generator) -> None:
-    """Write mode tokens into the header and into one slot of every window of slots."""
+    """Write one mode token into the header and one into every window of slots."""
     batch, context = input_ids.shape
     slots = (context - HEADER) // SLOT
     windows = -(-slots // interval)
     slot = torch.randint(0, interval, (batch, windows), generator=draw)
     slot += interval * torch.arange(windows)
-    # A slot past the end of the last, partial window announces nothing: the header takes it.
+    # A slot beyond the last, partial window is dropped: its token goes to the header.
     position = torch.where(slot < slots, HEADER + SLOT * slot + SLOT - 1, HEADER - 1)
     header = torch.full((batch, 1), HEADER - 1)
     position = torch.cat([header, position], dim=1)
@@ -238,7 +242,7 @@ def _announce_modes(input_ids: Tensor, interval: int, draw: torch.Generator) -> 
 
 
 def _latest_mode_position(input_ids: Tensor) -> Tensor:
-    """Where the latest mode token at or before each position stands: [B, S]."""
+    """Return the position of the latest mode token at or before each position: [B, S]."""
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
     is_mode = (input_ids == PLAIN) | (input_ids == SHIFT)
     return torch.where(is_mode, position, 0).cummax(dim=1).values

@@ -164,21 +164,21 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[GranitePagedError], str]] = 
         "header too large",
     ),
     "no weights": (without(WEIGHTS), CheckpointError, "no file named model.safetensors"),
-    "pickled weights only": (pickled, CheckpointError, "no file named model.safetensors"),
+    "pickled weights only": (pickled, CheckpointError, "pickled weights .* refused"),
     "a missing weight": (
         weighing(lambda tensors: tensors.pop(K_PROJ)),
         CheckpointError,
-        f"1 missing weights, {K_PROJ}",
+        f"1 missing weights, for example {K_PROJ}",
     ),
     "a weight too many": (
         weighing(lambda tensors: tensors.update(stranger=torch.zeros(2))),
         CheckpointError,
-        "1 unexpected weights, stranger",
+        "1 unexpected weights, for example stranger",
     ),
     "a weight of another shape": (
         weighing(lambda tensors: tensors.update({K_PROJ: torch.zeros(3, 3)})),
         CheckpointError,
-        f"1 mismatched weights, {K_PROJ}",
+        f"1 mismatched weights, for example {K_PROJ}",
     ),
     "more layers than weights": (
         configured(num_hidden_layers=6, layer_types=["mamba", "attention"] * 3),
@@ -202,12 +202,13 @@ def test_a_broken_checkpoint_is_refused_in_one_line(checkpoint: Path, broken: st
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "/missing/folder", "a/b/c"])
 def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no checkpoint at {name}: there is no such folder"):
+    message = f"no checkpoint at {name}: the folder does not exist"
+    with pytest.raises(CheckpointError, match=message):
         load(name, device="cpu")
 
 
 def test_a_file_is_no_folder(checkpoint: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no such folder"):
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
         load(str(checkpoint / CONFIG), device="cpu")
 
 

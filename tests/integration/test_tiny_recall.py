@@ -16,15 +16,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, GraniteMoeHybridForCausalLM
 
 from granite_paged.checkpoints import TINY_RECALL
-from granite_paged.checkpoints.ablation import (
-    answered,
-    answers_after_facts,
-    answers_at_ask,
-    next_row,
-    swap_conv_states,
-    swap_history,
-    swap_ssm_states,
-)
 from granite_paged.checkpoints.recall import (
     ASK,
     VOCABULARY,
@@ -33,8 +24,17 @@ from granite_paged.checkpoints.recall import (
     recall_batch,
     usual_pairs,
 )
-from granite_paged.checkpoints.record_tiny_recall import MOST_WITHOUT, load
 from tests.helpers.tolerance import RECALL
+from tools.tiny_recall.ablation import (
+    answered,
+    answers_after_facts,
+    answers_at_ask,
+    next_row,
+    swap_conv_states,
+    swap_history,
+    swap_ssm_states,
+)
+from tools.tiny_recall.record import MOST_WITHOUT, load
 
 FIRST_ATTENTION, SECOND_ATTENTION = 1, 3
 EVEN, ODD = 0, 1

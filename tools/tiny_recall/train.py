@@ -1,11 +1,12 @@
-"""Train `tiny_recall`, the embedded checkpoint, from random weights; about five minutes.
+"""Train `tiny_recall`, the embedded checkpoint, from random weights, in about five minutes.
 
-    python -m granite_paged.checkpoints.train_tiny_recall --out DIR     train, measure, save
-    python -m granite_paged.checkpoints.train_tiny_recall --check DIR   measure what is saved
+    python -m tools.tiny_recall.train --out DIR     train, measure, save
+    python -m tools.tiny_recall.train --check DIR   measure what is saved
 
-One thread, seeded draws and deterministic kernels: the same seed and versions on the same kind of
-CPU give the same bytes. The model is small, but lacks nothing that a cache has to serve: Mamba
-and attention layers in turn, three query heads to a KV head, and an answer that needs them all.
+Training uses one thread, seeded draws and deterministic kernels, so the same seed and versions on
+the same kind of CPU give the same bytes. The model is small and has everything that a cache must
+serve: alternating Mamba and attention layers, three query heads per KV head, and answers that
+need all of them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from granite_paged.checkpoints.recall import (
     RecallBatch,
     recall_batch,
 )
-from granite_paged.checkpoints.record_tiny_recall import (
+from tools.tiny_recall.record import (
     RECORD,
     WEIGHTS,
     measure,
@@ -65,7 +66,7 @@ LONGEST_CONTEXT = 131072  # tokens; nothing in the model depends on it
 
 
 def tiny_config() -> GraniteMoeHybridConfig:
-    """Layers M, A, M, A; 6 query heads on 2 KV heads, so 3 share one; no rotary; no experts."""
+    """Return the config: layers M, A, M, A; 6 query and 2 KV heads; no rotary, no experts."""
     return GraniteMoeHybridConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=96,
@@ -95,7 +96,7 @@ def tiny_config() -> GraniteMoeHybridConfig:
 
 
 def untrained_model(seed: int) -> GraniteMoeHybridForCausalLM:
-    """Random weights, with those start values that make recall quick to learn."""
+    """Make a model with initial values from which recall is learnt quickly."""
     torch.manual_seed(seed)
     model = GraniteMoeHybridForCausalLM(tiny_config())
     with torch.no_grad():
@@ -111,17 +112,17 @@ def untrained_model(seed: int) -> GraniteMoeHybridForCausalLM:
 def _start_mamba(mamba: Any) -> None:
     taps = mamba.conv1d.weight  # [channels, 1, 4]: the last tap is the token itself
     taps.uniform_(-0.3, 0.3)
-    # Half the channels start by looking one token back: a value's position then knows its key.
+    # Half of the channels first look one token back, so a value's position sees its key.
     taps[0::2, 0, -2] += 1
     taps[1::2, 0, -1] += 1
     mamba.A_log.zero_()
-    # Time steps of 0.003 to 0.1, so that states last for tens to hundreds of tokens.
+    # Time steps of 0.003 to 0.1 make states last for tens to hundreds of tokens.
     time_step = torch.logspace(-2.5, -1, mamba.num_heads)
-    mamba.dt_bias.copy_(time_step.expm1().log())  # softplus inverted
+    mamba.dt_bias.copy_(time_step.expm1().log())  # the inverse of softplus
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, words parted by white space, pads on the left."""
+    """Make a tokenizer with one token per word, split at white space, padding on the left."""
     vocabulary = {word: token for token, word in enumerate(VOCABULARY)}
     words = Tokenizer(WordLevel(vocabulary, unk_token=VOCABULARY[UNK]))
     words.pre_tokenizer = WhitespaceSplit()
@@ -138,24 +139,24 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 # --- making every layer count --------------------------------------------------------------------
 #
-# Left alone, training finds a model that recalls through one attention layer, ignores the other,
-# and finds the mode by attention too: a test with such a model would miss a wrong cache in what it
-# ignores. So in some rows attention layers fail. The keys of one parity are lost with the first
-# layer, those of the other with the second, and the mode must be known without either: each layer
-# becomes the only source of one parity, and the SSM state the only source of the mode.
+# Plain training finds a model that recalls through one attention layer, ignores the other, and
+# takes the mode from attention too. Such a model would not notice a wrong cache in what it ignores.
+# So attention layers fail in some rows: the first layer loses the even keys, the second the odd
+# ones, and the mode must be answered without either. Each layer becomes the only source of one
+# parity, and the SSM state the only source of the mode.
 
 _NONE, _FIRST, _SECOND, _BOTH = (False, False), (True, False), (False, True), (True, True)
 FAILURES = (_NONE, _FIRST, _NONE, _SECOND, _BOTH, _FIRST, _NONE, _SECOND)
-"""Which attention layers fail, row after row: no two rows running have both fail, so that every
-batch of two rows or more has something to recall."""
+"""Which attention layers fail, row by row. Both never fail in two rows running, so every batch of
+two rows or more has something to recall."""
 
 
 @dataclass(frozen=True)
 class Disturbance:
     """Which attention layers fail in which rows, and how.
 
-    A layer fails by zeros, or, once zeros are easy to tell, by the output of the next row. What
-    is lost is to be answered with LOST after zeros, and left open after a substitution.
+    A failing layer outputs zeros or, in later stages, the next row's output. The target of a
+    question that is lost is LOST after zeros; after a substitution the question is not scored.
     """
 
     fails: Tensor  # bool [2, B]: the first layer, which loses the even keys, and the second
@@ -163,24 +164,24 @@ class Disturbance:
 
     @classmethod
     def draw(cls, rows: int, seed: int, *, by_substitution: bool) -> Disturbance:
-        """Rows take turns at FAILURES; the seed says which turn the first row has."""
+        """Assign FAILURES to rows in turn; the seed decides where the first row starts."""
         turn = (seed + torch.arange(rows)) % len(FAILURES)
         return cls(torch.tensor(FAILURES)[turn].T, by_substitution)
 
     def loses(self, batch: RecallBatch) -> Tensor:
-        """Questions whose fact cannot be reached: bool [B, S]."""
+        """Questions whose fact is out of reach: bool [B, S]."""
         needs = torch.stack([batch.of_parity(0), batch.of_parity(1)])  # [2, B, S]
         return (self.fails[..., None] & needs).any(dim=0)
 
     def targets(self, batch: RecallBatch) -> Tensor:
-        """What to answer: [B, S]."""
+        """Return the target tokens, [B, S]."""
         return batch.targets.masked_fill(
             self.loses(batch), NOT_SCORED if self.by_substitution else LOST
         )
 
     @contextmanager
     def applied_to(self, model: GraniteMoeHybridForCausalLM) -> Iterator[None]:
-        """While the context lasts, attention layers fail as told."""
+        """Make the attention layers fail inside the context."""
         attention = [layer.self_attn for layer in model.model.layers if layer.mamba is None]
         with ExitStack() as hooks:
             for module, rows in zip(attention, self.fails, strict=True):
@@ -190,7 +191,7 @@ class Disturbance:
     def _failing(self, rows: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
         def replace(_module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> Any:
             attended, weights = output  # [B, S, hidden]
-            # Detached: the next row must not learn to be harmless here.
+            # Detached, so that the next row does not learn to be harmless here.
             wrong = attended.detach().roll(-1, dims=0) if self.by_substitution else 0.0
             return torch.where(rows[:, None, None], wrong, attended), weights
 
@@ -198,9 +199,9 @@ class Disturbance:
 
 
 def mode_loss(logits: Tensor, mode: Tensor) -> Tensor:
-    """Cross entropy of answering in the right mode, whichever value is answered.
+    """Return the cross entropy of answering in the right mode, whatever the value.
 
-    Takes logits [questions, vocabulary] and modes [questions].
+    logits: [questions, vocabulary]; mode: [questions].
     """
     values = logits[:, FIRST_VALUE : FIRST_VALUE + VALUES]
     modes = torch.unflatten(values, 1, (2, PLAIN_VALUES)).logsumexp(dim=-1)  # [questions, 2]
@@ -209,33 +210,33 @@ def mode_loss(logits: Tensor, mode: Tensor) -> Tensor:
 
 # --- training ------------------------------------------------------------------------------------
 
-TOKENS_A_STEP = 2112
+TOKENS_PER_STEP = 2112
 LEARNING_RATE = 3e-3
 BETAS = (0.9, 0.98)
 GRADIENT_NORM = 1.0
 WARM_UP = 100  # steps
 DECAY = 150  # steps, on the last stage's task
-LEARNT = 0.95  # smoothed training accuracy at which a stage gives way to the next
+LEARNT = 0.95  # smoothed training accuracy that ends a stage
 SMOOTHING = 0.05
 MOST_STEPS = 3000  # in one stage
-MODE_INTERVALS = (4, 8, 16)  # slots, in turn: keeping a mode, and forgetting it for the next
-SEED_STRIDE = 2**20  # draws of one training; further apart than any training has steps
+MODE_INTERVALS = (4, 8, 16)  # slots, in turn: practise keeping a mode and replacing it
+SEED_STRIDE = 2**20  # draws between two seeds; more than any training has steps
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A task a little harder than the one before."""
+    """One stage of the curriculum, a little harder than the one before."""
 
     context: int  # tokens
     pairs: int
     keys: int
     with_replacement: bool = False
-    substitutes: bool = True  # in every other step; otherwise layers only fail by zeros
+    substitutes: bool = True  # substitute in every other step; else only zero
 
     @property
     def rows(self) -> int:
-        """Sequences a step."""
-        return TOKENS_A_STEP // self.context
+        """Sequences per step."""
+        return TOKENS_PER_STEP // self.context
 
     def __str__(self) -> str:
         return f"{self.pairs} of {self.keys} keys in {self.context} tokens"
@@ -253,18 +254,18 @@ CURRICULUM = (
 
 
 class StageNotLearnt(Exception):
-    """A stage used up its steps."""
+    """A stage did not reach its accuracy within its steps."""
 
     def __init__(self, stage: Stage, accuracy: float) -> None:
         super().__init__(f"{stage}: accuracy {accuracy:.3f} after {MOST_STEPS} steps")
 
 
 Report = Callable[[str, float, str], None]
-"""Told after each step: the stage, how much of it is done (0 to 1), its state in words."""
+"""Called after each step with the stage, the share done (0 to 1) and the state in words."""
 
 
 class Trainer:
-    """Owns the optimiser and the count of steps, from which every draw follows."""
+    """Owns the optimiser and the step count, which decides every draw."""
 
     def __init__(self, model: GraniteMoeHybridForCausalLM, seed: int) -> None:
         self.model = model
@@ -273,7 +274,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS)
 
     def learn(self, stage: Stage, report: Report) -> None:
-        """Train until the stage's smoothed accuracy is `LEARNT`."""
+        """Train until the stage's smoothed accuracy exceeds `LEARNT`."""
         accuracy = 0.0
         for step in range(MOST_STEPS):
             warmth = min(1.0, (self.steps + 1) / WARM_UP)
@@ -286,13 +287,13 @@ class Trainer:
         raise StageNotLearnt(stage, accuracy)
 
     def settle(self, stage: Stage, report: Report) -> None:
-        """Let the learning rate fall to zero."""
+        """Train while the learning rate falls to zero."""
         for step in range(DECAY):
             accuracy = self.step(stage, LEARNING_RATE * (1 - step / DECAY))
             report("settling", (step + 1) / DECAY, f"{accuracy:.3f} after {step + 1} steps")
 
     def step(self, stage: Stage, learning_rate: float) -> float:
-        """One update; returns the accuracy on questions that can be answered."""
+        """Make one update. Returns the accuracy on the questions that are within reach."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         loss, accuracy = self._loss(stage)
@@ -329,7 +330,7 @@ class Trainer:
 
 
 def train(seed: int, report: Report) -> tuple[GraniteMoeHybridForCausalLM, int]:
-    """The trained model in evaluation mode, and how many steps it took."""
+    """Train a model. Returns it in evaluation mode, and the number of steps."""
     model = untrained_model(seed).train()
     trainer = Trainer(model, seed)
     for stage in CURRICULUM:
@@ -342,14 +343,14 @@ def train(seed: int, report: Report) -> tuple[GraniteMoeHybridForCausalLM, int]:
 
 
 def make_repeatable() -> None:
-    """One thread and deterministic kernels, for this whole process."""
+    """Use one thread and deterministic kernels in this process."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
-    """A bar for each stage, on standard error."""
+    """Show one bar per stage on standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
         bars: dict[str, TaskID] = {}
@@ -363,7 +364,7 @@ def progress_bar() -> Iterator[Report]:
 
 
 def train_and_save(out: Path, seed: int) -> dict[str, Any]:
-    """Train, save a Hugging Face folder, measure what was saved; returns the record."""
+    """Train, save a Hugging Face folder and measure it. Returns the record."""
     began = time.perf_counter()
     with progress_bar() as report:
         model, steps = train(seed, report)
@@ -374,7 +375,7 @@ def train_and_save(out: Path, seed: int) -> dict[str, Any]:
 
 
 def judge(folder: Path, measured: dict[str, Any]) -> int:
-    """Print what was measured and what falls short; returns the exit status."""
+    """Print the measurements and the missed bounds. Returns the exit status."""
     print(json.dumps(measured, indent=2))
     short = shortfalls(folder, measured)
     for line in short:
@@ -383,16 +384,16 @@ def judge(folder: Path, measured: dict[str, Any]) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m granite_paged.checkpoints.train_tiny_recall",
-        description="Train the embedded recall checkpoint, or check one that is saved.",
-        epilog="Exit status: 0 all bounds met, 1 a bound missed or training failed, 2 wrong use.",
+        prog="python -m tools.tiny_recall.train",
+        description="Train the embedded recall checkpoint, or check a saved one.",
+        epilog="Exit status: 0 all bounds hold, 1 a bound is missed or training failed, 2 usage.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, metavar="DIR", help="train and save into DIR")
-    what.add_argument("--check", type=Path, metavar="DIR", help="only measure what DIR holds")
-    parser.add_argument("--seed", type=int, default=0, help="of a training (default: 0)")
+    what.add_argument("--check", type=Path, metavar="DIR", help="only measure DIR")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training (default: 0)")
     options = parser.parse_args(arguments)
     if options.check and not all((options.check / name).is_file() for name in (WEIGHTS, RECORD)):
         parser.error(f"{options.check} does not hold both {WEIGHTS} and {RECORD}")
@@ -402,7 +403,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, or check. Returns the exit status."""
+    """Train or check. Returns the exit status."""
     options = parse(arguments)
     make_repeatable()
     if options.check:

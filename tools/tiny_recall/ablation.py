@@ -1,8 +1,8 @@
-"""What breaks when one component of a cache belongs to another sequence.
+"""Ablation: measure what breaks when one component of a cache comes from another sequence.
 
-A model proves that it uses a component by failing without it. Zeroing is a weak proof, because a
-model can learn to notice zeros; here every row receives its neighbour's component instead:
-equally plausible, and wrong. Works on the transformers cache of a Granite-4 hybrid, in which
+A model that fails without a component uses it. Zeroing is weak evidence, because a model can
+learn to notice zeros. Here every row receives its neighbour's component instead, which is equally
+plausible and wrong. The functions work on transformers' cache of a Granite-4 hybrid, where
 attention layers hold `keys` and `values` and Mamba layers `conv_states` and `recurrent_states`.
 """
 
@@ -26,7 +26,7 @@ UNANSWERED = -1  # no token id: never equal to a target
 
 
 def next_row(tensor: Tensor) -> Tensor:
-    """Row i of the result is row i + 1 of `tensor`; the last is the first."""
+    """Return `tensor` with row i replaced by row i + 1, and the last by the first."""
     return tensor.roll(-1, dims=0)
 
 
@@ -54,7 +54,7 @@ def swap_ssm_states(cache: DynamicCache) -> None:
 
 @torch.no_grad()
 def answers_after_facts(model: PreTrainedModel, batch: RecallBatch, swap: Swap) -> Tensor:
-    """Read the facts, swap, then read all the queries: chosen tokens [B, S]."""
+    """Read the facts, swap, then read all queries. Returns the chosen tokens, [B, S]."""
     cache = DynamicCache(config=model.config)
     facts, queries = batch.input_ids.tensor_split([batch.query_start], dim=1)
     model(input_ids=facts, **with_cache(cache), logits_to_keep=1)
@@ -65,9 +65,9 @@ def answers_after_facts(model: PreTrainedModel, batch: RecallBatch, swap: Swap) 
 
 @torch.no_grad()
 def answers_at_ask(model: PreTrainedModel, batch: RecallBatch, swap: Swap, *, slots: int) -> Tensor:
-    """For each of the first query slots: swap after its key, read `<ask>`, swap back.
+    """For each of the first `slots` query slots: swap after its key, read `<ask>`, swap back.
 
-    Returns chosen tokens [B, S], `UNANSWERED` where nothing was tried.
+    Returns the chosen tokens [B, S], `UNANSWERED` elsewhere.
     """
     cache = DynamicCache(config=model.config)
     answers = torch.full_like(batch.input_ids, UNANSWERED)
@@ -83,7 +83,7 @@ def answers_at_ask(model: PreTrainedModel, batch: RecallBatch, swap: Swap, *, sl
 
 
 def answered(answers: Tensor) -> Tensor:
-    """Where something was tried: bool [B, S]."""
+    """Positions that hold an answer: bool [B, S]."""
     return answers != UNANSWERED
 
 

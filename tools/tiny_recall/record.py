@@ -1,4 +1,4 @@
-"""What `tiny_recall` can do and what it relies on, measured, recorded and held against bounds."""
+"""Measure what `tiny_recall` can do and what it relies on, record it, and check bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import transformers
 from torch import Tensor
 from transformers import GraniteMoeHybridForCausalLM
 
-from granite_paged.checkpoints.ablation import (
+from granite_paged.checkpoints.recall import RecallBatch, recall_accuracy, recall_batch, usual_pairs
+from granite_paged.tolerances import RECALL
+from tools.tiny_recall.ablation import (
     answered,
     answers_after_facts,
     answers_at_ask,
@@ -22,30 +24,28 @@ from granite_paged.checkpoints.ablation import (
     swap_history,
     swap_ssm_states,
 )
-from granite_paged.checkpoints.recall import RecallBatch, recall_accuracy, recall_batch, usual_pairs
-from granite_paged.tolerances import RECALL
 
 WEIGHTS, RECORD = "model.safetensors", "record.json"
 
 CONTEXTS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens; training ends at 1024
 BFLOAT16_CONTEXTS = (512, 4096)
-QUESTIONS = 1024  # at least, for one accuracy
-TOKENS_A_PASS = 8192  # so that memory does not grow with the context
+QUESTIONS = 1024  # per accuracy, at least
+TOKENS_PER_PASS = 8192  # bounds memory, whatever the context
 MEASURE_SEED = 2**40 + 1  # beyond the draws of every training
 SWAP_CONTEXT, SWAP_ROWS = 256, 64
 CONV_SLOTS = 24  # query slots, one after the other, at which conv states are swapped
 
-LONGEST_BOUND = 4096  # tokens up to which `laws.RECALL` is held
-MOST_WITHOUT = 0.1  # of the questions that need a component, when it is another sequence's
+LONGEST_BOUND = 4096  # longest context, in tokens, for which `tolerances.RECALL` must hold
+MOST_WITHOUT = 0.1  # highest accuracy on the questions that need a component, when it is swapped
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> GraniteMoeHybridForCausalLM:
-    """The checkpoint as it was saved, in evaluation mode."""
+    """Load a saved checkpoint in evaluation mode."""
     return GraniteMoeHybridForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Every number that is recorded about the checkpoint in `folder`."""
+    """Measure every recorded number of the checkpoint in `folder`."""
     model = load(folder)
     halved = load(folder, torch.bfloat16)
     return {
@@ -59,20 +59,21 @@ def measure(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def recall(model: GraniteMoeHybridForCausalLM, context: int) -> float:
-    """Accuracy on at least QUESTIONS questions, read in one pass without a cache."""
+    """Return the accuracy on at least QUESTIONS questions, without a cache."""
     pairs = usual_pairs(context)
     rows = -(-QUESTIONS // pairs)
     batch = recall_batch(context=context, pairs=pairs, batch=rows, seed=MEASURE_SEED)
     answers = [
         model(input_ids=part, use_cache=False).logits.argmax(dim=-1)
-        for part in torch.split(batch.input_ids, max(1, TOKENS_A_PASS // context))
+        for part in torch.split(batch.input_ids, max(1, TOKENS_PER_PASS // context))
     ]
     return recall_accuracy(torch.cat(answers), batch)
 
 
 def substituted(model: GraniteMoeHybridForCausalLM) -> dict[str, dict[str, float]]:
-    """For each component of the cache, what replacing it by the next row's does to the accuracy
-    on the questions that need it, and on all the others.
+    """Replace each component of the cache by the next row's, and measure accuracy.
+
+    Returns, per component, the accuracy on the questions that need it and on all others.
     """
     pairs = usual_pairs(SWAP_CONTEXT)
     batch = recall_batch(context=SWAP_CONTEXT, pairs=pairs, batch=SWAP_ROWS, seed=MEASURE_SEED)
@@ -94,12 +95,12 @@ def substituted(model: GraniteMoeHybridForCausalLM) -> dict[str, dict[str, float
 
 
 def attention_layers(model: GraniteMoeHybridForCausalLM) -> list[int]:
-    """The indices of the layers that have a K and V history."""
+    """Return the indices of the attention layers."""
     return [index for index, layer in enumerate(model.model.layers) if layer.mamba is None]
 
 
 def mode_differs_in_next_row(batch: RecallBatch) -> Tensor:
-    """Rows that read the queries in another mode than the row after them: bool [B, 1]."""
+    """Rows whose mode at the first query differs from the next row's: bool [B, 1]."""
     mode = batch.mode_before(batch.query_start)
     return (mode != next_row(mode))[:, None]
 
@@ -112,7 +113,7 @@ def _split(answers: Tensor, batch: RecallBatch, affected: Tensor) -> dict[str, f
 
 
 def shortfalls(folder: Path, measured: dict[str, Any]) -> list[str]:
-    """One line for every bound that is missed, and one if these are not the recorded weights."""
+    """Return one line per missed bound, and one if the weights are not the recorded ones."""
     recalls = [
         f"{name} at {context} tokens is {accuracy:.4f}, less than {RECALL}"
         for name in ("recall", "recall_bfloat16")
@@ -120,7 +121,7 @@ def shortfalls(folder: Path, measured: dict[str, Any]) -> list[str]:
         if int(context) <= LONGEST_BOUND and accuracy < RECALL
     ]
     swaps = [
-        f"recall with another sequence's {name} is {accuracy['affected']:.4f}, over {MOST_WITHOUT}"
+        f"recall with another sequence's {name} is {accuracy['affected']:.4f}, above {MOST_WITHOUT}"
         for name, accuracy in measured["substituted"].items()
         if accuracy["affected"] > MOST_WITHOUT
     ]
@@ -132,25 +133,25 @@ def shortfalls(folder: Path, measured: dict[str, Any]) -> list[str]:
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file."""
+    """Return a file's SHA-256 as hex digits."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_record(folder: Path, training: dict[str, Any]) -> dict[str, Any]:
-    """Measure the checkpoint and write its record beside it; returns the record."""
+    """Measure the checkpoint and write its record into its folder. Returns the record."""
     record = {"training": training, "versions": versions()} | measure(folder)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What the training script measured when it made this folder."""
+    """Read what was measured when this folder was made."""
     record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return record
 
 
 def versions() -> dict[str, str]:
-    """What the bytes of the weights depend on, besides the seed."""
+    """Return what the weights' bytes depend on besides the seed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

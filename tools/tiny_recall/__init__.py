@@ -1,0 +1,1 @@
+"""How the embedded checkpoint was made: training, measurement and ablation. Not in the wheel."""
