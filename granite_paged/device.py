@@ -1,4 +1,4 @@
-"""The device: what it can do, how much memory it has, and copies to and from it."""
+"""The device: its abilities, its memory, and copies to and from it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from torch import Tensor
 from granite_paged.errors import DeviceError
 
 TUNED_SHARED_MEMORY = 227 * 1024
-"""Bytes a program may have on compute capability 9.0, where the constants were chosen."""
+"""Bytes of shared memory per program on compute capability 9.0, where kernels were tuned."""
 
 
-# -- what it can do -----------------------------------------------------------------------------
+# -- abilities ----------------------------------------------------------------------------------
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name, `auto` included. Raises DeviceError."""
+    """Return the device called `name`; `auto` is the first GPU, else the CPU.
+
+    Raises:
+        DeviceError: for an unknown name, or a GPU that this machine does not have.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda:0" if gpus else "cpu")
@@ -29,7 +33,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise DeviceError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise DeviceError(f"{name} is not there: this machine has {gpus} CUDA devices")
+        raise DeviceError(f"{name} does not exist: this machine has {gpus} CUDA devices")
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise DeviceError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
@@ -37,9 +41,10 @@ def resolve_device(name: str) -> torch.device:
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; without a GPU, those of the tuned one.
+    """Return the bytes of shared memory that one program may use.
 
-    A block may have all of its multiprocessor's but 1 KiB (CUDA C++ programming guide, 8.0 on).
+    This is the multiprocessor's shared memory less 1 KiB (CUDA C++ programming guide, compute
+    capability 8.0 and later). Without a GPU it is `TUNED_SHARED_MEMORY`.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return TUNED_SHARED_MEMORY
@@ -49,14 +54,14 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 elsewhere."""
+    """Return the number of multiprocessors; 1 on other devices."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
-    """Stages of a pipeline, fewer where the device's programs have less shared memory."""
+    """Return `stages`, or as many stages of `stage_bytes` bytes as fit into `memory` bytes."""
     return max(1, min(stages, memory // stage_bytes))
 
 
@@ -64,7 +69,7 @@ def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that could be had: free ones of a GPU, all of the host's."""
+    """Return the bytes that can be allocated: free memory of a GPU, all memory of the host."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -72,7 +77,10 @@ def available_bytes(device: torch.device) -> int:
 
 
 def graph_bytes(device: torch.device) -> int:
-    """Private memory of CUDA graphs that is not a live tensor: what replays compute in."""
+    """Return the bytes that CUDA graphs use for intermediate tensors.
+
+    That is their private memory, less the tensors in it that are alive.
+    """
     index = device.index if device.index is not None else torch.cuda.current_device()
     return sum(
         segment["total_size"] - segment["allocated_size"]
@@ -85,7 +93,7 @@ def graph_bytes(device: torch.device) -> int:
 
 
 def upload(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor on the device; on CUDA through pinned memory, so that nobody waits."""
+    """Return a tensor of these numbers on the device, without waiting for the copy."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
@@ -100,7 +108,7 @@ def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
 
 
 class Fetch:
-    """Tensors on their way to the host; `read` waits until they are there."""
+    """An asynchronous copy of some tensors to the host; `read` waits for it."""
 
     def __init__(self, device: torch.device, **tensors: Tensor | None) -> None:
         self._landed: Any = None
@@ -113,13 +121,13 @@ class Fetch:
             self._landed.record(torch.cuda.current_stream(device))
 
     def read(self) -> dict[str, list[Any]]:
-        """Their contents as lists, by name."""
+        """Wait for the copy, and return the tensors' contents as lists, by name."""
         if self._landed is not None:
             self._landed.synchronize()
         return {name: tensor.tolist() for name, tensor in self._tensors.items()}
 
     def _start(self, tensor: Tensor) -> Tensor:
         if self._landed is None:
-            return tensor.clone()  # what it came from is written again before it is read
+            return tensor.clone()  # the next step overwrites the tensor before it is read
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)

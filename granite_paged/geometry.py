@@ -1,6 +1,6 @@
-"""Every size of a paged cache, from the model's config and the user's params; validated once.
+"""All sizes of a paged cache, from the model's config and the user's, validated once.
 
-Nothing here is hard-coded for a checkpoint: heads, widths and layer kinds come from the config.
+Heads, widths and layer kinds come from the config; no checkpoint is hard-coded.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ if TYPE_CHECKING:
     import torch  # the allocator and the scheduler import this module and run without it
 
 Backend = Literal["auto", "eager", "compiled"]
-"""How FlexAttention runs: `compiled` into a fused kernel, `eager` with the scores in memory, or
-`auto`: compiled on CUDA, eager on the CPU and for float64."""
+"""How FlexAttention runs: `compiled` into a fused kernel, `eager` with all scores in memory, or
+`auto`: compiled on CUDA, eager on the CPU and for float64 (`layers/backend.py`)."""
 
 MODEL_TYPE = "granitemoehybrid"
 
-# transformers renamed the layer kinds; checkpoints of both ages exist
+# transformers renamed the layer kinds; checkpoints with either name exist
 ATTENTION_KINDS = frozenset({"attention", "full_attention"})
 MAMBA_KINDS = frozenset({"mamba", "linear_attention"})
 
 
 @dataclass(frozen=True, slots=True)
 class PagedConfig:
-    """What a user may choose about a paged cache.
+    """The user's choices for a paged cache.
 
     Attributes:
-        page_size: tokens a page, a power of two, of at least 16 where FlexAttention is compiled.
-            Smaller pages waste less, larger ones run faster.
-        memory_fraction: ceiling of all K and V pools, as a fraction of the memory that was free
-            when the cache was made. Pages are only taken as sequences need them.
-        max_tokens: fixed size of the pools in tokens, made at once and never grown. None: pools
-            follow what `generate()` asks for, up to `memory_fraction`.
-        max_sequences: most sequences at once. None: no bound but memory under `generate()`, and
-            `DEFAULT_SEQUENCES` in a runner, which makes their rows at once.
-        chunk_tokens: most tokens of prompts a runner computes in one step, a power of two.
+        page_size: tokens per page, a power of two; at least 16 where FlexAttention is compiled.
+            Smaller pages waste less memory, larger ones run faster.
+        memory_fraction: most memory for all K and V pools, as a fraction of the memory that is
+            free when the cache is made. Sequences take pages only as they need them.
+        max_tokens: fixed size of the pools in tokens, allocated at once. None: pools grow with
+            the demand of `generate()`, up to `memory_fraction`.
+        max_sequences: most sequences at once. None: bounded by memory alone under `generate()`;
+            up to `memory_plan.DEFAULT_SEQUENCES` in a runner, which allocates their rows at once.
+        chunk_tokens: most prompt tokens that a runner computes in one step, a power of two.
         backend: see `Backend`.
-        check_finite: raise `NonFinite`, which names the layers, after a step of `PagedCache` that
-            met NaN or infinity in K or V. This waits for the device once per step. If False,
-            such numbers count as 0.
+        check_finite: raise `NonFinite`, which names the layers, after a step of `PagedCache` with
+            NaN or infinity in K or V. This waits for the device once per step. If False, such
+            numbers count as 0.
 
     Raises:
-        GeometryError: for a value that cannot work.
+        GeometryError: for a value out of range.
     """
 
     page_size: int = 128
@@ -57,21 +57,21 @@ class PagedConfig:
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
-            raise GeometryError(f"page_size must be a power of two, {self.page_size} given")
+            raise GeometryError(f"page_size must be a power of two, got {self.page_size}")
         if not 0 < self.memory_fraction <= 1:
-            raise GeometryError(f"memory_fraction must be in (0, 1], {self.memory_fraction} given")
+            raise GeometryError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
         if self.max_tokens is not None and self.max_tokens < self.page_size:
             raise GeometryError(
-                f"page_size {self.page_size} does not fit into max_tokens {self.max_tokens}"
+                f"max_tokens must be at least page_size {self.page_size}, got {self.max_tokens}"
             )
         if self.max_sequences is not None and self.max_sequences < 1:
-            raise GeometryError(f"max_sequences must be positive, {self.max_sequences} given")
+            raise GeometryError(f"max_sequences must be positive, got {self.max_sequences}")
         if self.chunk_tokens < 16 or self.chunk_tokens & (self.chunk_tokens - 1):
             raise GeometryError(
-                f"chunk_tokens must be a power of two of at least 16, {self.chunk_tokens} given"
+                f"chunk_tokens must be a power of two of at least 16, got {self.chunk_tokens}"
             )
         if self.backend not in ("auto", "eager", "compiled"):
-            raise GeometryError(f"backend must be auto, eager or compiled, {self.backend!r} given")
+            raise GeometryError(f"backend must be auto, eager or compiled, got {self.backend!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,12 @@ class CacheGeometry:
     """The sizes of a model that its cache depends on.
 
     Attributes:
-        page_size: tokens a page.
-        attention_layers: indices of the layers that hold K and V.
-        mamba_layers: indices of the layers that hold a recurrent state.
-        query_heads, kv_heads, head_dim: of an attention layer.
-        dtype: of K and V.
+        page_size: tokens per page.
+        attention_layers: indices of the layers with K and V.
+        mamba_layers: indices of the layers with a recurrent state.
+        query_heads, kv_heads: heads of an attention layer.
+        head_dim: elements per head.
+        dtype: dtype of K and V.
     """
 
     page_size: int
@@ -96,21 +97,22 @@ class CacheGeometry:
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
-            raise GeometryError(f"a page holds at least one token, {self.page_size} given")
+            raise GeometryError(f"page_size must be at least 1, got {self.page_size}")
         if self.kv_heads < 1 or self.query_heads < 1 or self.query_heads % self.kv_heads:
             raise GeometryError(
-                f"{self.query_heads} query heads do not share {self.kv_heads} KV heads evenly"
+                f"{self.query_heads} query heads are no multiple of {self.kv_heads} KV heads"
             )
         if not self.attention_layers:
             raise GeometryError("the model has no attention layer, so there is nothing to page")
 
     @classmethod
     def from_config(cls, config: Any, *, page_size: int, dtype: torch.dtype) -> CacheGeometry:
-        """Read the sizes off a transformers config.
+        """Read the sizes from a transformers config.
 
         Raises:
             UnsupportedModel: for a model type other than `granitemoehybrid`.
-            GeometryError: for an unknown kind of layer, or heads that do not divide.
+            GeometryError: for an unknown kind of layer, or query heads that are no multiple of the
+                KV heads.
         """
         model_type = getattr(config, "model_type", type(config).__name__)
         if model_type != MODEL_TYPE:
@@ -118,7 +120,7 @@ class CacheGeometry:
         kinds = list(config.layers_block_type)
         unknown = set(kinds) - ATTENTION_KINDS - MAMBA_KINDS
         if unknown:
-            raise GeometryError(f"unknown kinds of layer: {', '.join(sorted(unknown))}")
+            raise GeometryError(f"unknown layer kinds in the config: {', '.join(sorted(unknown))}")
         head_dim = getattr(config, "head_dim", None)
         return cls(
             page_size=page_size,
@@ -137,12 +139,12 @@ class CacheGeometry:
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one token, over all attention layers."""
+        """Bytes of one token's K and V, over all attention layers."""
         return 2 * len(self.attention_layers) * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def bytes_per_page(self) -> int:
-        """K and V of one page, over all attention layers."""
+        """Bytes of one page's K and V, over all attention layers."""
         return self.page_size * self.bytes_per_token
 
     def pages_for(self, tokens: int) -> int:

@@ -1,9 +1,9 @@
-"""Attention of a batch of queries over the one pool: fold the group, call FlexAttention, unfold.
+"""Attention of a batch of queries over the pool: fold the group, call FlexAttention, unfold.
 
-`enable_gqa` refuses group sizes that are no power of two in decode kernels, and repeating K and V
-copies the cache. Folding a KV head's G query heads into the rows of its query needs neither::
+In decode kernels, `enable_gqa` refuses group sizes that are no power of two, and repeating K and V
+would copy the cache. So the G query heads of a KV head are folded into the rows of its query::
 
-    [B, Hq, S, D]  ->  [B, Hkv, S * G, D]      row = token * G + member
+    [B, Hq, S, D]  ->  [B, Hkv, S * G, D]      row = token * G + head in group
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
 _T = TypeVar("_T")
 
 WIDEST_TUNED_HEAD = 128
-"""Elements; a wider head's blocks may not fit a multiprocessor with the same stages."""
+"""Most elements per head for which the tuned number of stages fits a multiprocessor."""
 
 UNTUNED_BLOCK = 64
-"""Query rows and tokens of a kernel's block where nothing is tuned: any dtype and head fits."""
+"""Query rows and tokens per block where nothing is tuned. It fits every dtype and head size."""
 
-_QUERY_BYTES = UNTUNED_BLOCK * WIDEST_TUNED_HEAD * 2  # shared memory that a block of queries takes
+_QUERY_BYTES = UNTUNED_BLOCK * WIDEST_TUNED_HEAD * 2  # shared memory for a block of queries
 
 RECOMPILE_LIMIT = 1024
-"""Dynamo's own limit of 8 counts all models, dtypes and shapes of a process together; past it a
-call would fail, though nothing is wrong."""
+"""Most compilations of one function per process. Dynamo's default of 8 counts all models, dtypes
+and shapes together, and a call beyond the limit fails."""
 
 
 def paged_attention(
@@ -59,22 +59,22 @@ def paged_attention(
     backend: Backend = "auto",
     options: FlexKernelOptions | None = None,
 ) -> Tensor:
-    """Causal attention of each row over its own pages.
+    """Compute causal attention of each row over its own pages.
 
     Args:
         query: [B, Hq, S, D].
-        keys, values: [1, Hkv, pages * page_size, D], the pool; this step's tokens written already.
+        keys, values: [1, Hkv, pages * page_size, D], the pool, with this step's tokens written.
         block_mask: from `paged_block_mask`, for at least B rows and S query tokens.
-        scale: factor on the scores (a model's `attention_multiplier`).
+        scale: factor on the scores (the model's `attention_multiplier`).
         backend: see `Backend`. Inside a traced region the call is always compiled.
-        options: of FlexAttention's kernel, in place of those of `kernel_options`.
+        options: kernel options for FlexAttention that replace those of `kernel_options`.
 
     Returns:
         [B, Hq, S, D]; zeros for padding queries.
 
     Raises:
-        GeometryError: for a mask of another pool or page size, or for fewer rows or tokens; a page
-            size the fused kernel cannot read; float64 when compiled.
+        GeometryError: if the mask is for another pool, or for fewer rows or tokens; if compiled,
+            for float64 and for pages or heads that the fused kernel cannot compute.
     """
     if not torch.compiler.is_compiling():
         _check_mask(query, keys, block_mask)
@@ -92,19 +92,19 @@ def paged_attention(
 
 
 def _check_mask(query: Tensor, keys: Tensor, mask: BlockMask) -> None:
-    """The operator under eager FlexAttention checks nothing: a smaller page would read on."""
+    """Check the mask's sizes, which FlexAttention's eager operator does not."""
     batch, _, rows, slots = mask.shape
     needed = query.shape[2] * (query.shape[1] // keys.shape[1])
     if slots != keys.shape[2] or batch < query.shape[0] or rows < needed:
         raise GeometryError(
             f"a mask of {batch} sequences, {rows} folded rows and {slots} slots does not fit "
             f"{query.shape[0]} sequences, {needed} rows and a pool of {keys.shape[2]} slots: "
-            "one page size and one batch for both"
+            "make it with the same batch, page size and pool"
         )
 
 
 def _fold(query: Tensor, kv_heads: int, mask_shape: tuple[int, ...]) -> Tensor:
-    """[B, Hq, S, D] -> [rows, Hkv, S * G, D], zeros at both ends where the mask has more."""
+    """[B, Hq, S, D] -> [rows, Hkv, S * G, D], padded with zeros to the mask's rows and tokens"""
     batch, query_heads, _, head_dim = query.shape
     group = query_heads // kv_heads
     by_group = query.view(batch, kv_heads, group, -1, head_dim).transpose(2, 3)  # [B, Hkv, S, G, D]
@@ -180,10 +180,12 @@ class DecodePlan:
         )
 
     def options(self, *, beyond_32_bits: bool) -> FlexKernelOptions:
-        """For `flex_attention(kernel_options=...)`.
+        """Return the options for `flex_attention(kernel_options=...)`.
 
-        FlexAttention's decode kernel is followed by one that divides its sums, where parts are
-        combined anyway. Rows that are whole are left finished by its main kernel.
+        Split rows use FlexAttention's decode kernel. Whole rows use its main kernel: the decode
+        kernel would need a second kernel that divides its sums.
+
+        beyond_32_bits: whether the pool has 2**31 elements or more; see `kernel_options`.
         """
         options: dict[str, Any] = {
             "BLOCK_M": SMALLEST_KERNEL_BLOCK,
@@ -194,12 +196,12 @@ class DecodePlan:
         if beyond_32_bits or self.splits == 1:
             options["FORCE_USE_FLEX_ATTENTION"] = True
         else:
-            options["SPLIT_KV"] = 1  # works, though torch's own list of options leaves it out
+            options["SPLIT_KV"] = 1  # works, but is missing from torch's list of options
         return cast("FlexKernelOptions", options)
 
 
 def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
-    """K and V of a block of tokens."""
+    """Return the bytes of K and V of a block of tokens."""
     return 2 * block * head_dim * itemsize
 
 
@@ -212,15 +214,12 @@ def split_attention(
     scale: float,
     plan: DecodePlan,
 ) -> Tensor:
-    """One token a row over its own pages, in `plan.splits` parts that are then combined.
-
-    FlexAttention's kernel, and where rows are split one that combines their parts; before it,
-    queries of several rows are copied to those.
+    """Compute attention of one token per row, in `plan.splits` parts that are then combined.
 
     Args:
         query: [B, Hq, D].
         keys, values: [1, Hkv, slots, D], the pool.
-        mask: of `split_block_mask`, for B * splits rows.
+        mask: from `split_block_mask`, for B * splits rows.
         scale: factor on the scores.
         plan: from `DecodePlan.choose`.
 
@@ -247,19 +246,19 @@ def _attend_split(
 
 
 def combined(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
-    """Parts of rows put together again, each weighed by its share of the row's softmax.
+    """Combine the parts of rows, each weighted by its share of the row's softmax.
 
     Args:
         parts: [B * splits, Hkv, G, D].
         logsumexp: [B * splits, Hkv, G] float32; -inf for a part without pages.
-        splits: parts a row.
+        splits: parts per row.
 
     Returns:
-        [B, Hq, D] in parts' dtype; zeros where no part has pages.
+        [B, Hq, D] in the dtype of `parts`; zeros where no part has pages.
     """
     rows, kv_heads, group, head_dim = parts.shape
     by_part = parts.reshape(rows // splits, splits, kv_heads * group, head_dim).float()
-    # as wide as the parts: Inductor makes one kernel of reductions over the same elements
+    # expanded to the shape of the parts: Inductor fuses reductions over the same elements
     shares = logsumexp.reshape(*by_part.shape[:-1], 1).expand(by_part.shape)
     highest = shares.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     weight = (shares - highest).exp()
@@ -286,12 +285,12 @@ def _fused(
 
 
 def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
-    """Options of FlexAttention's CUDA kernels for a pool [1, Hkv, slots, D].
+    """Return the options of FlexAttention's CUDA kernels for a pool [1, Hkv, slots, D].
 
-    A kernel's block must not span two pages. Blocks, warps and stages of half precision with heads
-    of up to `WIDEST_TUNED_HEAD` are measured (`tuned.py`); elsewhere warps and stages are
-    FlexAttention's own, which knows what fits a multiprocessor. Its decode kernel does not compile
-    for pools that need 64-bit offsets (seen with torch 2.11), its main kernel does.
+    A block must not span two pages. For half precision and heads of up to `WIDEST_TUNED_HEAD`,
+    block sizes, warps and stages are measured (`tuning.py`). Otherwise warps and stages are
+    FlexAttention's defaults, which fit a multiprocessor. Pools that need 64-bit offsets use its
+    main kernel, since its decode kernel does not compile for them (torch 2.11).
     """
     page_size, prefill = mask.BLOCK_SIZE[1], mask.shape[-2] > SMALLEST_KERNEL_BLOCK
     if prefill and pool.dtype.itemsize == 2 and pool.shape[3] <= WIDEST_TUNED_HEAD:
@@ -305,7 +304,7 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
 
 
 def _smaller_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
-    """`kernel_options` with fewer stages, on devices that have no room for those; else None."""
+    """Return `kernel_options` with fewer stages if shared memory requires it, else None."""
     options = kernel_options(mask, pool)
     stages = options.get("num_stages")
     if not pool.is_cuda or stages is None:
@@ -316,7 +315,7 @@ def _smaller_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
 
 
 def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOptions:
-    """What these constants make of pages of so many tokens."""
+    """Return the kernel options that these constants give for this page size."""
     return {
         "BLOCK_M": constants.BLOCK_M,
         "BLOCK_N": min(constants.BLOCK_N, page_size),
@@ -326,10 +325,10 @@ def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOp
 
 
 def _call_compiled(function: Callable[..., _T], *args: Any) -> _T:
-    """Compiled once for every shape, which callers keep to few (`bucket`).
+    """Call a function that is compiled once per shape. Callers bucket shapes, so these are few.
 
-    Never with dynamic shapes: once page or group sizes have varied in a process, dynamo makes them
-    symbols too, and FlexAttention then fails, or answers wrongly (seen with torch 2.11).
+    Dynamic shapes are off: once page or group sizes have varied in a process, dynamo would make
+    them symbols too, and FlexAttention then fails or returns wrong values (torch 2.11).
     """
     limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
     with COMPILING, torch._dynamo.config.patch(limits):
@@ -351,17 +350,17 @@ def _check_compilable(query: Tensor, mask: BlockMask) -> None:
 
 
 def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """FlexAttention's dense form over the whole pool: for the CPU, float64 and debugging.
+    """Run dense FlexAttention over the whole pool, for the CPU, float64 and debugging.
 
-    The public `flex_attention` traces every new shape with dynamo even when nothing is compiled;
-    the operator underneath runs at once. It would also map the mask_mod over four dimensions one
-    by one at every call, so it is given the finished mask to look up.
+    The public `flex_attention` traces each new shape with dynamo even when nothing is compiled, so
+    the operator below it is called directly. It would map the mask_mod over four dimensions at
+    each call, so it gets a mask_mod that looks the finished mask up.
 
-    A dense product would spread one slot's NaN to every row (0 * NaN), so NaNs in V are taken out
-    first, and given back to the rows that attend to them.
+    A dense product would spread a NaN of one slot to all rows (0 * NaN). So NaNs in V are replaced
+    by 0 first, and only rows that attend to such a slot become NaN.
     """
     allowed = _dense_mask(mask)
-    exact = torch.promote_types(query.dtype, torch.float32)  # half weights would round twice
+    exact = torch.promote_types(query.dtype, torch.float32)  # in half, weights would round too
     finite = values.isfinite()
     clean = values if bool(finite.all()) else values.where(finite, 0)
 
@@ -384,7 +383,7 @@ def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: 
 
 
 def _dense_mask(mask: BlockMask) -> Tensor:
-    """[B, folded rows, slots] bool: the mask_mod, for all at once."""
+    """Return the mask_mod of all queries and slots, [B, folded rows, slots] bool."""
     device = mask.kv_num_blocks.device
     rows, (folded_rows, slots) = mask.kv_num_blocks.shape[0], mask.shape[-2:]
     row = torch.arange(rows, device=device)[:, None, None]

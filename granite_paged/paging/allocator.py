@@ -80,7 +80,7 @@ class PageAllocator:
         if pages < 2:
             raise GeometryError(f"a pool needs the null page and one more, {pages} given")
         if page_size < 1:
-            raise GeometryError(f"a page holds at least one token, {page_size} given")
+            raise GeometryError(f"page_size must be at least 1, got {page_size}")
         self.page_size = page_size
         self._pages = pages
         self._never_issued = NULL_PAGE + 1  # first page that no sequence ever held

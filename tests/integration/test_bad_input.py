@@ -95,12 +95,12 @@ def assert_goes_on(model: Any, own: PagedCache) -> None:
 
 @pytest.mark.parametrize("page_size", [12, 0, -16, 3])
 def test_a_page_size_that_is_no_power_of_two_is_refused(page_size: int) -> None:
-    with pytest.raises(GeometryError, match=f"power of two, {page_size} given"):
+    with pytest.raises(GeometryError, match=f"power of two, got {page_size}"):
         PagedConfig(page_size=page_size)
 
 
 def test_a_page_that_does_not_fit_max_tokens_is_refused() -> None:
-    with pytest.raises(GeometryError, match="page_size 128 does not fit into max_tokens 100"):
+    with pytest.raises(GeometryError, match="max_tokens must be at least page_size 128, got 100"):
         PagedConfig(page_size=128, max_tokens=100)
 
 
@@ -397,7 +397,7 @@ def test_cropping_is_refused(model: Any, columns: int) -> None:
 def test_a_model_refused_for_its_sizes_is_left_unpatched() -> None:
     model = tiny_model()
     model.config.num_key_value_heads = 4
-    with pytest.raises(GeometryError, match="6 query heads do not share 4 KV heads"):
+    with pytest.raises(GeometryError, match="6 query heads are no multiple of 4 KV heads"):
         patch(model, PAGES)
     assert not is_patched(model)
 

@@ -229,7 +229,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match="cuda:9 is not there: this machine has 2 CUDA devices"):
+    with pytest.raises(DeviceError, match="cuda:9 does not exist: this machine has 2 CUDA devices"):
         load(device="cuda:9")
 
 
@@ -238,7 +238,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert models.resolve_device("auto") == torch.device("cpu")
-    with pytest.raises(DeviceError, match="cuda is not there: this machine has 0"):
+    with pytest.raises(DeviceError, match="cuda does not exist: this machine has 0"):
         models.resolve_device("cuda")
 
 
