@@ -1,4 +1,4 @@
-"""Pages have owners: none is lost, none has two by accident."""
+"""The page allocator: no page is lost, and none gets two owners by accident."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.allocator_model import AllocatorModel
 
 
 def make(pages: int = 11, page_size: int = 4) -> tuple[AllocatorModel, PageAllocator]:
-    """An allocator with ten usable pages of four tokens, in a model."""
+    """Return an allocator and its model; by default it has ten usable pages of four tokens."""
     model = AllocatorModel(PageAllocator(pages, page_size))
     return model, model.allocator
 
@@ -33,12 +33,12 @@ def opened(model: AllocatorModel, *lengths: int) -> list[int]:
 # -- taking and giving back ---------------------------------------------------------------------
 
 
-def test_a_new_pool_is_free_but_for_the_null_page() -> None:
+def test_only_the_null_page_of_a_new_pool_is_taken() -> None:
     _, allocator = make(pages=11)
     assert (allocator.pages, allocator.free, allocator.held) == (11, 10, 0)
 
 
-def test_the_null_page_is_never_handed_out() -> None:
+def test_the_null_page_is_never_allocated() -> None:
     model, allocator = make(pages=11)
     (everything,) = opened(model, 40)
     assert allocator.free == 0
@@ -49,7 +49,7 @@ def test_the_null_page_is_never_handed_out() -> None:
 @pytest.mark.parametrize(
     ("tokens", "pages"), [(0, 0), (1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (40, 10)]
 )
-def test_a_sequence_holds_just_the_pages_its_tokens_fill(tokens: int, pages: int) -> None:
+def test_a_sequence_holds_the_pages_its_tokens_need(tokens: int, pages: int) -> None:
     model, allocator = make()
     (sequence,) = opened(model, tokens)
     assert len(allocator.pages_of(sequence)) == pages
@@ -57,7 +57,7 @@ def test_a_sequence_holds_just_the_pages_its_tokens_fill(tokens: int, pages: int
 
 
 @pytest.mark.parametrize("steps", [[1] * 13, [3, 5, 4, 1], [13], [0, 13, 0]], ids=str)
-def test_how_a_sequence_grew_does_not_show(steps: list[int]) -> None:
+def test_the_order_of_growth_does_not_matter(steps: list[int]) -> None:
     model, allocator = make()
     (sequence,) = opened(model, 0)
     for tokens in steps:
@@ -77,7 +77,7 @@ def test_the_plan_names_each_new_page_once() -> None:
     assert first not in {second, third}
 
 
-def test_released_pages_are_free_again_and_named() -> None:
+def test_release_returns_the_freed_pages() -> None:
     model, allocator = make()
     first, second = opened(model, 9, 4)
     pages = allocator.pages_of(first)
@@ -87,7 +87,7 @@ def test_released_pages_are_free_again_and_named() -> None:
 
 
 def test_recycled_pages_are_used_before_new_ones() -> None:
-    """So that the part of the pool ever touched stays small."""
+    """The part of the pool that is ever touched then stays small."""
     model, allocator = make()
     (first,) = opened(model, 12)
     pages = set(allocator.pages_of(first))
@@ -113,7 +113,7 @@ def test_ids_are_never_reused() -> None:
     assert len(seen) == 5
 
 
-def test_an_extended_pool_keeps_every_page_in_its_place() -> None:
+def test_extending_the_pool_moves_no_page() -> None:
     model, allocator = make(pages=3)
     (sequence,) = opened(model, 8)
     pages = allocator.pages_of(sequence)
@@ -124,8 +124,8 @@ def test_an_extended_pool_keeps_every_page_in_its_place() -> None:
     model.check_valid()
 
 
-def test_importing_the_allocator_needs_no_torch() -> None:
-    """Host only: what it imports of the package is errors.py alone."""
+def test_importing_the_allocator_does_not_import_torch() -> None:
+    """The allocator runs on the host only; of the package it imports only errors.py."""
     code = (
         "import sys, types, importlib.util as u;"
         "package = types.ModuleType('granite_paged');"
@@ -165,7 +165,7 @@ def test_a_shared_page_is_freed_by_its_last_holder() -> None:
     assert allocator.free == 10
 
 
-def test_both_holders_released_in_one_call_free_each_page_once() -> None:
+def test_releasing_both_holders_at_once_frees_each_page_once() -> None:
     model, allocator = make()
     (parent,) = opened(model, 6)
     freed = model.release(parent, model.fork(parent))
@@ -197,7 +197,7 @@ def test_full_shared_pages_are_never_copied() -> None:
 
 
 def test_the_last_of_several_writers_keeps_the_original() -> None:
-    """Of r holders that all write, r - 1 copy: no page is wasted, none is written by two."""
+    """Of r holders that all write, r - 1 copy: no page is wasted, and no two write to one."""
     model, allocator = make()
     (parent,) = opened(model, 6)
     family = [parent, model.fork(parent), model.fork(parent)]
@@ -218,7 +218,7 @@ def test_a_fork_that_does_not_grow_copies_nothing() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 9])
-def test_copies_on_write_are_counted_before_they_are_granted(tokens: int) -> None:
+def test_pages_needed_counts_copies_on_write(tokens: int) -> None:
     model, allocator = make()
     (parent,) = opened(model, 6)
     child = model.fork(parent)
@@ -254,7 +254,7 @@ def test_a_double_free_is_refused() -> None:
     model.check_valid()
 
 
-def test_a_double_free_after_the_pages_moved_on_is_refused() -> None:
+def test_a_double_free_is_refused_after_pages_are_reused() -> None:
     """The pages have another owner by then."""
     model, allocator = make()
     (first,) = opened(model, 40)
@@ -264,7 +264,7 @@ def test_a_double_free_after_the_pages_moved_on_is_refused() -> None:
     assert len(allocator.pages_of(heir)) == 10
 
 
-def test_a_double_free_by_one_owner_of_a_shared_page_is_refused() -> None:
+def test_a_double_free_of_a_shared_page_is_refused() -> None:
     """Seen in vLLM: it drops the other owner's reference, and the page is reissued in use."""
     model, allocator = make()
     (parent,) = opened(model, 6)
@@ -285,7 +285,7 @@ def test_a_reference_count_never_falls_below_zero() -> None:
 
 
 @pytest.mark.parametrize("twice_first", [True, False])
-def test_an_id_named_twice_in_one_call_is_refused_whole(twice_first: bool) -> None:
+def test_a_call_that_names_an_id_twice_is_refused(twice_first: bool) -> None:
     """Seen in torch PagedAttention.erase([0, 0]): the pages enter the free list twice."""
     model, allocator = make()
     first, second = opened(model, 5, 5)
@@ -310,7 +310,7 @@ def test_an_id_that_was_never_issued_is_refused(foreign: int, request_name: str)
 
 
 @pytest.mark.parametrize("request_name", ["append", "fork", "length", "pages_of"])
-def test_a_closed_sequence_can_do_nothing_more(request_name: str) -> None:
+def test_a_closed_sequence_is_refused(request_name: str) -> None:
     model, allocator = make()
     closed, _ = opened(model, 3, 3)
     model.release(closed)
@@ -319,7 +319,7 @@ def test_a_closed_sequence_can_do_nothing_more(request_name: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [-1, -4, -(10**12)])
-def test_a_negative_growth_is_refused(tokens: int) -> None:
+def test_negative_growth_is_refused(tokens: int) -> None:
     """Seen in vLLM: asking for a negative number of pages inflates the pool."""
     model, allocator = make()
     first, second = opened(model, 5, 5)
@@ -328,7 +328,7 @@ def test_a_negative_growth_is_refused(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [33, 10**6, 10**30])
-def test_a_growth_that_does_not_fit_is_refused_with_the_numbers(tokens: int) -> None:
+def test_growth_that_does_not_fit_is_refused_with_numbers(tokens: int) -> None:
     model, allocator = make()
     (sequence,) = opened(model, 8)
     model.refuses(OutOfPages, allocator.append, {sequence: tokens})
@@ -337,14 +337,14 @@ def test_a_growth_that_does_not_fit_is_refused_with_the_numbers(tokens: int) -> 
     assert (refusal.value.needed, refusal.value.free) == (-(-tokens // 4), 8)
 
 
-def test_a_batch_is_granted_whole_or_not_at_all() -> None:
+def test_a_batch_is_allocated_whole_or_not_at_all() -> None:
     model, allocator = make()
     first, second = opened(model, 4, 4)
     model.refuses(OutOfPages, allocator.append, {first: 16, second: 20})
     assert len(model.append({first: 16, second: 16}).writes) == 8
 
 
-def test_the_last_free_page_can_be_had() -> None:
+def test_the_last_free_page_can_be_allocated() -> None:
     model, allocator = make()
     (sequence,) = opened(model, 36)
     assert allocator.pages_needed({sequence: 4}) == allocator.free == 1
@@ -353,7 +353,7 @@ def test_the_last_free_page_can_be_had() -> None:
     assert allocator.free == 0
 
 
-def test_asking_whether_changes_nothing() -> None:
+def test_pages_needed_changes_nothing() -> None:
     model, allocator = make()
     (parent,) = opened(model, 6)
     growth = {parent: 3, model.fork(parent): 90}
@@ -371,7 +371,7 @@ def test_a_pool_cannot_shrink(pages: int) -> None:
 # -- sharing whole pages ------------------------------------------------------------------------
 
 
-def test_a_sequence_can_begin_with_pages_that_others_hold() -> None:
+def test_a_sequence_can_start_with_shared_pages() -> None:
     allocator = PageAllocator(10, 4)
     owner = allocator.open()
     allocator.append({owner: 10})
@@ -387,7 +387,7 @@ def test_a_sequence_can_begin_with_pages_that_others_hold() -> None:
 
 
 @pytest.mark.parametrize("pages", [(9,), (0,), (1, 1), (1, 9)])
-def test_pages_that_nobody_holds_cannot_be_shared(pages: tuple[int, ...]) -> None:
+def test_unheld_pages_cannot_be_shared(pages: tuple[int, ...]) -> None:
     allocator = PageAllocator(10, 4)
     allocator.append({allocator.open(): 4})
     with pytest.raises(InvalidRequest, match="cannot be shared"):

@@ -1,4 +1,4 @@
-"""The allocator is never what a step waits for, and the pool's size is nothing to it."""
+"""The allocator is fast, and its cost does not depend on the size of the pool."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import pytest
 from granite_paged.errors import OutOfPages
 from granite_paged.paging.allocator import PageAllocator
 
-OPERATIONS_A_SECOND = 200_000
+OPERATIONS_PER_SECOND = 200_000
 SMALL_POOL, LARGE_POOL = 10**3, 10**7
 NOISE = 20
-"""Factor that a loaded machine may blur two equal times by. What grows with the pool grows by
-10**4 here, so nothing is missed."""
+"""Factor by which two equal times may differ on a loaded machine. A cost that grows with the pool
+grows by 10**4 here, so it is not missed."""
 
 
 def cpu_seconds(work: Callable[[], Any], times: int = 5) -> float:
-    """Best of several: what others do on the machine only ever adds."""
+    """Return the best of several times: other processes can only add to it."""
 
     def once() -> float:
         start = time.process_time()
@@ -33,7 +33,7 @@ def cpu_seconds(work: Callable[[], Any], times: int = 5) -> float:
 
 
 def serve(allocator: PageAllocator, rounds: int = 1) -> int:
-    """Prefill, fork, decode across page ends, release: returns the pages taken, shared, dropped."""
+    """Prefill, fork, decode across page ends and release. Return the number of page operations."""
     operations = 0
     for _ in range(rounds):
         batch = [allocator.open() for _ in range(8)]
@@ -50,7 +50,7 @@ def serve(allocator: PageAllocator, rounds: int = 1) -> int:
 
 
 def lines_run(work: Callable[[], Any]) -> int:
-    """Lines of Python executed: the same count on any machine, however loaded."""
+    """Count the lines of Python executed: the same number on any machine, however loaded."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -68,7 +68,7 @@ def lines_run(work: Callable[[], Any]) -> int:
 
 
 def memory_taken(work: Callable[[], Any]) -> int:
-    """Peak bytes: what a list of all pages would show in, though C makes it in one line."""
+    """Return the peak bytes allocated: they show a list of all pages, even one built in C."""
     tracemalloc.start()
     try:
         work()
@@ -77,7 +77,7 @@ def memory_taken(work: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-# Each takes a busy allocator and does one thing to it.
+# Each takes a busy allocator and performs one operation on it.
 def grow(allocator: PageAllocator) -> None:
     allocator.append({allocator.open(): 3 * allocator.page_size})
 
@@ -119,7 +119,7 @@ OPERATIONS = [grow, fork, copy_on_write, release, refuse, extend, look, make]
 
 
 def busy(kind: type[PageAllocator], pages: int) -> PageAllocator:
-    """A few sequences, a few recycled pages."""
+    """Return an allocator with a few sequences and a few recycled pages."""
     allocator = kind(pages, 16)
     for _ in range(3):
         allocator.append({allocator.open(): 40})
@@ -131,33 +131,33 @@ def busy(kind: type[PageAllocator], pages: int) -> PageAllocator:
 def assert_free_of_pool_size(kind: type[PageAllocator], operation: Callable[..., None]) -> None:
     pools = [busy(kind, pages) for pages in (SMALL_POOL, LARGE_POOL)]
     small, large = (memory_taken(lambda p=pool: operation(p)) for pool in pools)
-    assert large <= small + 4096, f"{small} bytes, then {large} in a larger pool"
+    assert large <= small + 4096, f"{small} bytes, but {large} in a larger pool"
     small, large = (lines_run(lambda p=pool: operation(p)) for pool in pools)
-    assert large == small, f"{small} lines, then {large} in a larger pool"
+    assert large == small, f"{small} lines, but {large} in a larger pool"
     small, large = (cpu_seconds(lambda p=pool: operation(p)) for pool in pools)
-    # a millisecond is what one operation may wait for the interpreter's own chores
-    assert large <= NOISE * small + 1e-3, f"{small:.2g} s, then {large:.2g} s in a larger pool"
+    # one operation may wait a millisecond for the interpreter itself
+    assert large <= NOISE * small + 1e-3, f"{small:.2g} s, but {large:.2g} s in a larger pool"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
-def test_no_operation_costs_more_in_a_larger_pool(operation: Callable[..., None]) -> None:
+def test_no_operation_depends_on_the_pool_size(operation: Callable[..., None]) -> None:
     assert_free_of_pool_size(PageAllocator, operation)
 
 
-def test_two_hundred_thousand_page_operations_a_second_on_one_core() -> None:
+def test_the_allocator_does_200000_page_operations_per_second() -> None:
     allocator = PageAllocator(LARGE_POOL, 16)
     operations = serve(allocator, rounds=20)
     seconds = cpu_seconds(lambda: serve(allocator, rounds=20))
     rate = operations / seconds
-    print(f"{rate:,.0f} page operations a second")
-    assert rate >= OPERATIONS_A_SECOND
+    print(f"{rate:,.0f} page operations per second")
+    assert rate >= OPERATIONS_PER_SECOND
 
 
-# -- teeth --------------------------------------------------------------------------------------
+# -- mutation tests -----------------------------------------------------------------------------
 
 
 class ListsEveryPage(PageAllocator):
-    """Makes a list of all free pages, in C: memory shows it."""
+    """Builds a list of all free pages, in C: memory shows it."""
 
     def __init__(self, pages: int, page_size: int) -> None:
         super().__init__(pages, page_size)
@@ -165,7 +165,7 @@ class ListsEveryPage(PageAllocator):
 
 
 class LooksAtEveryPage(PageAllocator):
-    """Looks for a free page one by one, without memory: lines show it."""
+    """Searches for a free page one by one, without memory: executed lines show it."""
 
     def append(self, growth: Any) -> Any:
         page = 1
@@ -175,7 +175,7 @@ class LooksAtEveryPage(PageAllocator):
 
 
 class CountsEveryPage(PageAllocator):
-    """Counts in C, without memory: time shows it."""
+    """Counts all pages in C, without memory: time shows it."""
 
     def append(self, growth: Any) -> Any:
         assert sum(range(min(self.pages, 10**6))) > 0
@@ -190,6 +190,6 @@ class CountsEveryPage(PageAllocator):
         (CountsEveryPage, grow, " s,"),
     ],
 )
-def test_an_allocator_that_walks_its_pool_is_caught(kind, operation, seen) -> None:
+def test_an_allocator_that_scans_its_pool_is_detected(kind, operation, seen) -> None:
     with pytest.raises(AssertionError, match=seen):
         assert_free_of_pool_size(kind, operation)

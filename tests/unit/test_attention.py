@@ -1,4 +1,4 @@
-"""One call over the pool: folding, shapes, backends, refusals."""
+"""Attention over a pool of pages: folding, shapes, backends and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.helpers.tolerance import ATTENTION_FLOAT64, relative_error
 def make(
     past: tuple[int, ...] = (37, 5, 16), added: int = 1, **geometry: object
 ) -> tuple[Paged, dict[int, int], Step]:
-    """A ragged batch and the step that adds as many tokens to each row."""
+    """Return a ragged batch, and the step that adds `added` tokens to each row."""
     paged = Paged(make_geometry(**geometry))
     growth = {paged.open(tokens): added for tokens in past}
     return paged, growth, paged.step(growth)
@@ -53,7 +53,7 @@ def call(step: Step, mask: BlockMask, **tensors: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_decode_is_right_for_every_group_and_head_size(group: int, head_dim: int) -> None:
-    """Seen in torch: decode kernels refuse groups that are no power of two, and head size 96."""
+    """Seen in torch: decode kernels refuse head size 96 and groups that are no power of two."""
     paged, added, step = make(group=group, head_dim=head_dim, dtype=torch.float32)
     assert_right(paged, step, added, step.attend())
 
@@ -73,13 +73,13 @@ def test_few_queries_over_a_long_past_are_right(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("page_size", [1, 2, 4, 16, 64, 128])
 @pytest.mark.parametrize("past", [0, 1, 63, 64, 127, 128])
-def test_lengths_at_and_beside_page_ends_are_right(page_size: int, past: int) -> None:
+def test_lengths_around_page_boundaries_are_right(page_size: int, past: int) -> None:
     paged, added, step = make(past=(past, 40), page_size=page_size)
     assert_right(paged, step, added, step.attend())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_output_has_the_queries_shape_and_dtype(dtype: torch.dtype) -> None:
+def test_the_output_has_the_shape_and_dtype_of_the_queries(dtype: torch.dtype) -> None:
     _, _, step = make(added=5, dtype=dtype)
     out = step.attend()
     assert (out.shape, out.dtype) == (step.query.shape, dtype)
@@ -88,8 +88,8 @@ def test_the_output_has_the_queries_shape_and_dtype(dtype: torch.dtype) -> None:
 # -- folding ------------------------------------------------------------------------------------
 
 
-def test_queries_may_lie_in_memory_in_any_order() -> None:
-    """A model hands over a transposed view."""
+def test_queries_may_have_any_memory_layout() -> None:
+    """A model passes a transposed view."""
     _, _, step = make(added=5)
     assert not step.query.is_contiguous()
     packed = step.replace(query=step.query.contiguous())
@@ -97,7 +97,7 @@ def test_queries_may_lie_in_memory_in_any_order() -> None:
 
 
 def test_a_query_head_reads_its_own_kv_head() -> None:
-    """Heads are folded by the group, not interleaved with it."""
+    """Heads are folded by group, not interleaved."""
     _, _, step = make(group=3, kv_heads=2)
     values = step.values.clone()
     values[:, 1] = 7.0
@@ -108,7 +108,7 @@ def test_a_query_head_reads_its_own_kv_head() -> None:
 
 
 @pytest.mark.parametrize("spare", [1, 8, 60])
-def test_a_mask_for_more_tokens_than_there_are_is_welcome(spare: int) -> None:
+def test_a_mask_may_cover_more_tokens_than_the_query(spare: int) -> None:
     """Shapes are bucketed: the mask of a bucket serves every smaller step."""
     _, _, step = make(added=5)
     positions = torch.nn.functional.pad(step.positions, (0, spare), value=-1)
@@ -117,7 +117,7 @@ def test_a_mask_for_more_tokens_than_there_are_is_welcome(spare: int) -> None:
 
 
 @pytest.mark.parametrize("scale", [1 / 64, 0.0078125, 0.3, 1.0])
-def test_the_models_own_scale_is_used(scale: float) -> None:
+def test_the_given_scale_is_used(scale: float) -> None:
     paged, added, step = make(past=(20,))
     (sequence,) = added
     keys, values = paged.keys[sequence], paged.values[sequence]
@@ -126,7 +126,7 @@ def test_the_models_own_scale_is_used(scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_eager_computes_half_types_in_float32_and_rounds_once(dtype: torch.dtype) -> None:
+def test_eager_rounds_half_types_only_once(dtype: torch.dtype) -> None:
     """Softmax weights rounded to a half type on the way would be a second error."""
     _, _, step = make(added=5, dtype=dtype)
     operands = ("query", "keys", "values")
@@ -151,8 +151,8 @@ def test_the_pool_is_read_only() -> None:
 
 
 @pytest.mark.parametrize("added", [1, 9])
-def test_eager_is_right_though_it_ignores_the_lists(added: int) -> None:
-    """Seen in torch: a mask_mod that needs the lists beside it is silently wrong there."""
+def test_eager_is_right_without_block_lists(added: int) -> None:
+    """Seen in torch: a mask_mod that relies on the lists is silently wrong in eager mode."""
     _, _, step = make(added=added)
     mask = step.mask()
     lists = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
@@ -172,7 +172,7 @@ def test_eager_is_right_though_it_ignores_the_lists(added: int) -> None:
 
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_a_mask_of_another_page_size_is_refused(page_size: int) -> None:
-    """Seen in vLLM: the manager's page size beside the kernel's costs accuracy 0.85 -> 0.02."""
+    """Seen in vLLM: two page sizes, the manager's and the kernel's, cut accuracy from 0.85 to 0.02."""
     _, _, step = make(page_size=8)
     other = step.replace(geometry=dataclasses.replace(step.geometry, page_size=page_size))
     with pytest.raises(GeometryError, match="one page size"):
@@ -200,7 +200,7 @@ def test_float64_is_refused_when_compiled() -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 8])
-def test_a_page_smaller_than_the_kernels_block_is_refused_when_compiled(page_size: int) -> None:
+def test_the_compiled_kernel_refuses_pages_smaller_than_its_block(page_size: int) -> None:
     """Seen in torch with AVX2: a block of 8 tokens writes over its neighbours."""
     _, _, step = make(page_size=page_size, dtype=torch.float32)
     with pytest.raises(GeometryError, match=f"page_size {page_size} is too small .* at least 16"):
@@ -211,12 +211,12 @@ def test_a_page_smaller_than_the_kernels_block_is_refused_when_compiled(page_siz
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_on_the_cpu_auto_is_eager(dtype: torch.dtype) -> None:
+def test_auto_is_eager_on_the_cpu(dtype: torch.dtype) -> None:
     assert attention_backend("auto", torch.device("cpu"), dtype, 64) == "eager"
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_what_was_asked_for_is_what_runs(backend: str) -> None:
+def test_an_explicit_backend_is_used(backend: str) -> None:
     assert attention_backend(backend, torch.device("cpu"), torch.float32, 64) == backend
 
 
@@ -230,7 +230,7 @@ def test_eager_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("added", [1, 2, 100])
 def test_a_kernels_block_never_spans_two_pages(page_size: int, added: int) -> None:
-    """Seen in torch: output follows physical placement."""
+    """Seen in torch: the output depends on where pages lie."""
     _, _, step = make(page_size=page_size, added=added)
     options = kernel_options(step.mask(), step.keys)
     assert page_size % options["BLOCK_N"] == 0
@@ -246,14 +246,14 @@ def test_a_kernels_block_never_spans_two_pages(page_size: int, added: int) -> No
         (torch.bfloat16, 8, "eager"),
     ],
 )
-def test_on_cuda_auto_is_compiled_where_there_is_a_kernel(
+def test_auto_is_compiled_on_cuda_if_a_kernel_exists(
     dtype: torch.dtype, head_dim: int, expected: str
 ) -> None:
     assert attention_backend("auto", torch.device("cuda"), dtype, head_dim) == expected
 
 
 def test_a_mask_with_padded_rows_and_tokens_changes_no_output() -> None:
-    """Shapes are padded to buckets so that kernels recur."""
+    """Shapes are padded to buckets, so that compiled kernels are used again."""
     _, _, step = make(added=5)
     more = torch.nn.functional.pad(step.positions, (0, 3, 0, 2), value=-1)
     table = torch.nn.functional.pad(step.physical, (0, 0, 0, 2))
@@ -270,16 +270,14 @@ GEOMETRY = make_geometry(page_size=128, kv_heads=4, group=3, head_dim=128, dtype
 
 @pytest.fixture(autouse=True)
 def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans are made as for an H200."""
+    """Make plans for the 132 multiprocessors of an H200."""
     monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: 132)
 
 
 @pytest.mark.parametrize(
     ("batch", "pages", "splits"), [(1, 1024, 33), (1, 5, 5), (8, 1024, 4), (32, 32, 1), (999, 9, 1)]
 )
-def test_rows_are_split_until_every_multiprocessor_has_work(
-    batch: int, pages: int, splits: int
-) -> None:
+def test_rows_are_split_to_occupy_every_multiprocessor(batch: int, pages: int, splits: int) -> None:
     plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU)
     assert plan.splits == splits
     assert plan.block <= 128
@@ -319,7 +317,7 @@ def test_every_token_is_seen_by_exactly_one_part(splits: int) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
-def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
+def test_split_attention_equals_the_formula(splits: int) -> None:
     page_size, heads, kv_heads, head_dim = 4, 6, 2, 16
     lengths = [23, 1, 8, 0]
     draw = torch.Generator().manual_seed(splits)
@@ -340,7 +338,7 @@ def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
     positions = torch.tensor(lengths, dtype=torch.int32) - 1
     mask_mod = split_mask_mod(table, logical, rows, positions, page_size=page_size, splits=splits)
     count = torch.zeros(len(lengths) * splits, dtype=torch.int32)
-    listed = count[:, None]  # eager attention goes by the mask_mod alone
+    listed = count[:, None]  # eager attention uses the mask_mod alone
     mask = split_block_mask(
         (count, listed, count, listed),
         mask_mod,
@@ -364,7 +362,7 @@ def test_split_rows_are_the_formula_however_they_are_split(splits: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 33])
 @pytest.mark.parametrize("head_dim", [16, 24])
-def test_parts_are_combined_as_the_formula_does(splits: int, head_dim: int) -> None:
+def test_combined_parts_equal_the_formula(splits: int, head_dim: int) -> None:
     torch.manual_seed(splits)
     parts = torch.randn(3 * splits, 2, 3, head_dim)
     logsumexp = 200 * torch.randn(3 * splits, 2, 3)

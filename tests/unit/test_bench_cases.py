@@ -1,4 +1,4 @@
-"""The cases have the shapes that were promised."""
+"""The benchmark cases have the documented shapes."""
 
 from __future__ import annotations
 
@@ -17,29 +17,27 @@ def shapes(case: str) -> set[tuple[int, int]]:
     return {shape[:2] for shape in CASES[case].choose(gpu=True, quick=False)}
 
 
-def test_batch_is_one_to_32_prompts_of_512_tokens() -> None:
+def test_batch_case_is_1_to_32_prompts_of_512_tokens() -> None:
     assert shapes("batch") == {(batch, 512) for batch in (1, 2, 4, 8, 16, 32)}
 
 
-def test_context_is_one_prompt_of_128_to_131072_tokens() -> None:
+def test_context_case_is_one_prompt_of_128_to_131072_tokens() -> None:
     contexts = {128, 256, 512, 1024, 2048, 4096, 16384, 32768, 131072}
     assert shapes("context") == {(1, context) for context in contexts}
 
 
-def test_decode_is_every_batch_with_every_context() -> None:
+def test_decode_case_is_every_batch_with_every_context() -> None:
     expected = {(b, c) for b in (1, 8, 32, 128) for c in (512, 1024, 4096, 32768)}
     assert shapes("decode") == expected
 
 
-def test_kernel_has_a_ragged_batch() -> None:
+def test_kernel_case_has_a_ragged_batch() -> None:
     assert Shape(32, 4096, 64) in CASES["kernel"].shapes
     assert {(1, 4096), (8, 32768), (1, 131072)} <= shapes("kernel")
 
 
 @given(st.integers(1, 50), st.integers(1, 500), st.integers(0, 500))
-def test_ragged_lengths_reach_from_the_shortest_to_the_context(
-    batch: int, shortest: int, more: int
-) -> None:
+def test_ragged_lengths_span_shortest_to_context(batch: int, shortest: int, more: int) -> None:
     lengths = Shape(batch, shortest + more, shortest).lengths()
     assert len(lengths) == batch
     assert lengths == sorted(lengths)
@@ -48,13 +46,13 @@ def test_ragged_lengths_reach_from_the_shortest_to_the_context(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_quick_shapes_are_some_of_all_and_small_ones_are_small(case: str) -> None:
+def test_quick_shapes_are_a_subset_and_small_ones_are_small(case: str) -> None:
     assert set(CASES[case].quick) <= set(CASES[case].shapes)
     if case != "memory":  # counted, not run
         assert all(batch * context <= 1024 for batch, context, _ in CASES[case].small)
 
 
-def test_what_is_given_replaces_a_cases_own_batches_or_contexts() -> None:
+def test_given_batches_and_contexts_replace_the_default_ones() -> None:
     decode = CASES["decode"]
     chosen = decode.choose(gpu=True, quick=False, contexts=[100])
     assert chosen == [Shape(batch, 100) for batch in (1, 8, 32, 128)]
@@ -62,7 +60,7 @@ def test_what_is_given_replaces_a_cases_own_batches_or_contexts() -> None:
     assert chosen == [Shape(3, 5), Shape(3, 7)]
 
 
-def test_no_names_mean_all_cases_and_names_keep_their_order() -> None:
+def test_chosen_cases_are_all_or_the_named_ones_in_order() -> None:
     assert [case.name for case in chosen_cases([])] == list(CASES)
     assert [case.name for case in chosen_cases(["kernel", "batch", "kernel"])] == [
         "kernel",
@@ -80,6 +78,6 @@ def test_the_command_line_knows_every_case_and_subject() -> None:
     assert tuple(SUBJECTS) == SUBJECT_NAMES
 
 
-def test_what_is_gated_is_recorded_by_the_benchmark() -> None:
+def test_every_gated_shape_is_benchmarked() -> None:
     missing = [(case, shape) for case, shape in GATED if shape not in CASES[case].shapes]
     assert missing == []

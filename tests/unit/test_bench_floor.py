@@ -1,4 +1,4 @@
-"""The floor counts what a step cannot avoid: held against sizes worked out by hand."""
+"""The roofline floor counts unavoidable work: checked against sizes worked out by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_b() -> ModelSizes:
     return sizes_of("granite-4.0-h-1b")
 
 
-def test_the_1b_model_has_its_published_sizes(one_b: ModelSizes) -> None:
+def test_granite_1b_has_its_published_sizes(one_b: ModelSizes) -> None:
     assert one_b.shared + one_b.head == 1_461_538_368
     assert one_b.experts == 0
     assert one_b.kv_bytes == 4 * 2 * 4 * 128 * 2
@@ -37,7 +37,7 @@ def test_the_1b_model_has_its_published_sizes(one_b: ModelSizes) -> None:
     assert one_b.state_bytes == 4 * one_b.state_size + 36 * conv * 2
 
 
-def test_a_decode_step_reads_weights_and_context_and_moves_states_twice(
+def test_decode_bytes_are_weights_context_and_states_twice(
     one_b: ModelSizes,
 ) -> None:
     weights = 2 * 1_461_538_368
@@ -46,7 +46,7 @@ def test_a_decode_step_reads_weights_and_context_and_moves_states_twice(
         assert one_b.decode(batch, context).bytes == weights + cache
 
 
-def test_a_prefill_of_2048_tokens_is_about_five_and_a_half_teraflop(one_b: ModelSizes) -> None:
+def test_a_prefill_of_2048_tokens_takes_5_5_teraflop(one_b: ModelSizes) -> None:
     work = one_b.prefill(1, 2048)
     assert 5.2e12 < work.flops < 5.7e12
     assert work.seconds(Rates(4.3e12, 780e12)) == work.flops / 780e12
@@ -71,12 +71,12 @@ def test_parameters_are_counted_once(flavour: str) -> None:
     assert sizes.shared + sizes.experts + sizes.head == sum(p.numel() for p in model.parameters())
 
 
-def test_an_embedding_of_its_own_is_looked_up_and_not_read() -> None:
+def test_an_untied_embedding_is_not_read_as_weights() -> None:
     tied, apart = (ModelSizes.of(tiny_model(tie_word_embeddings=tie)) for tie in (True, False))
     assert (tied.shared, tied.head) == (apart.shared, apart.head)
 
 
-def test_experts_that_no_token_chooses_are_not_read() -> None:
+def test_unused_experts_are_not_read() -> None:
     sizes = ModelSizes.of(tiny_model("experts"))
     whole = sizes.itemsize * (sizes.shared + sizes.head + sizes.experts)
     half = whole - sizes.itemsize * sizes.experts / 2
@@ -90,12 +90,12 @@ def test_a_dense_model_has_no_states() -> None:
     assert (sizes.state_bytes, sizes.state_size) == (0, 0)
 
 
-def test_the_floor_is_the_slower_of_moving_and_multiplying() -> None:
+def test_the_floor_is_the_maximum_of_memory_and_compute_time() -> None:
     assert Work(bytes=10, flops=1).seconds(Rates(2, 2)) == 5
     assert Work(bytes=1, flops=10).seconds(Rates(2, 2)) == 5
 
 
-def test_rates_are_measured_on_the_device_at_hand() -> None:
+def test_rates_are_measured_on_the_given_device() -> None:
     rates = measure_rates(torch.device("cpu"), torch.float32)
     assert 1e8 < rates.bytes_per_second < 1e13
     assert 1e8 < rates.flops_per_second < 1e14
@@ -113,12 +113,12 @@ def capacity(sizes: ModelSizes, budget: int, **how: Any) -> Any:
 def test_pages_hold_more_ragged_sequences_than_padding(one_b: ModelSizes) -> None:
     budget = 70 * 10**9
     paged, padded = capacity(one_b, budget), padded_capacity(one_b, budget, longest=4096)
-    # of 56.6 MB of states and 33.6 MB of K and V a sequence, paging halves the latter
+    # a sequence has 56.6 MB of states and 33.6 MB of K and V; paging halves the latter
     assert 1.15 < paged.sequences / padded.sequences < 1.3
     assert max(paged.bytes, padded.bytes) <= budget
 
 
-def test_a_budget_is_used_up_to_one_more_sequence(one_b: ModelSizes) -> None:
+def test_capacity_leaves_less_than_one_sequence_unused(one_b: ModelSizes) -> None:
     budget = 10**10
     longest = 4096 * one_b.kv_bytes + one_b.state_bytes
     assert budget - longest < capacity(one_b, budget).bytes <= budget

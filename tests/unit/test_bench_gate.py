@@ -1,4 +1,4 @@
-"""The gate's judgement, on samples made for it: what must go red does, and noise does not."""
+"""The gate's verdicts on synthetic samples: real regressions fail, and noise does not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from granite_paged.report.bench_results import Latency, Result, Row
 from granite_paged.report.published import Published, PublishedRow
 
 CASE, SHAPE = CASES["decode"], Shape(1, 512)
-DEFAULT, RATIO = 0.075, 0.03  # seconds of a step of default; what paged takes of it
+DEFAULT, RATIO = 0.075, 0.03  # seconds of a step of default; time of paged relative to it
 FLOOR = 0.001  # seconds
 GIGABYTE = 10**9
 
@@ -43,7 +43,7 @@ GIGABYTE = 10**9
 def pairs(
     draw: random.Random, *, factor: float = 1.0, noise: float = 0.02, count: int = PAIRS
 ) -> tuple[list[float], list[float]]:
-    """Times of paged and default, each off by its own noise, and now and then by a stall."""
+    """Draw times of paged and default, each with its own noise and an occasional stall."""
 
     def time(mean: float) -> float:
         stall = 3.0 if draw.random() < 0.03 else 1.0
@@ -60,42 +60,42 @@ def against_record(draw: random.Random, **how: Any) -> str:
     return judge_ratio(ratio, base=RATIO, seen=SEEN)
 
 
-# -- teeth --------------------------------------------------------------------------------------
+# -- mutation tests -----------------------------------------------------------------------------
 
 
-def test_ten_per_cent_slower_goes_red_in_every_one_of_100_runs() -> None:
+def test_ten_per_cent_slower_fails_every_one_of_100_runs() -> None:
     draw = random.Random(0)
     verdicts = {against_record(draw, factor=1.10) for _ in range(100)}
     assert verdicts == {"failed"}
 
 
-def test_noise_alone_stays_green_in_every_one_of_100_runs() -> None:
+def test_noise_alone_passes_every_one_of_100_runs() -> None:
     draw = random.Random(1)
     verdicts = {against_record(draw) for _ in range(100)}
     assert verdicts == {"passed"}
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
-def test_ten_per_cent_slower_is_green_under_no_noise_however_wide(noise: float) -> None:
+def test_ten_per_cent_slower_hardly_ever_passes_under_noise(noise: float) -> None:
     draw = random.Random(2)
     green = sum(against_record(draw, factor=1.10, noise=noise) == "passed" for _ in range(100))
     assert green <= 1, f"{green} of 100"
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
-def test_noise_alone_is_red_however_wide_in_one_of_100_runs_at_most(noise: float) -> None:
+def test_noise_alone_hardly_ever_fails(noise: float) -> None:
     draw = random.Random(3)
     red = sum(against_record(draw, noise=noise) == "failed" for _ in range(100))
     assert red <= 1, f"{red} of 100"
 
 
-def test_wide_noise_is_unmeasurable_not_green() -> None:
+def test_wide_noise_is_unmeasurable() -> None:
     draw = random.Random(4)
     verdicts = [against_record(draw, noise=0.5) for _ in range(50)]
     assert verdicts.count("unmeasurable") >= 48, verdicts
 
 
-def test_a_machine_three_per_cent_off_its_recorded_day_turns_no_verdict() -> None:
+def test_a_drift_of_three_per_cent_reverses_no_verdict() -> None:
     draw = random.Random(5)
     for drift in (0.97, 1.03):
         same = [against_record(draw, factor=drift) for _ in range(50)]
@@ -105,7 +105,7 @@ def test_a_machine_three_per_cent_off_its_recorded_day_turns_no_verdict() -> Non
         assert min(same.count("passed"), slower.count("failed")) >= 35, (same, slower)
 
 
-def test_three_per_cent_more_memory_goes_red_and_half_a_per_cent_does_not() -> None:
+def test_memory_may_grow_half_a_per_cent_but_not_three() -> None:
     assert judge_bytes(int(1.03 * GIGABYTE), GIGABYTE) == "failed"
     assert judge_bytes(int(1.005 * GIGABYTE), GIGABYTE) == "passed"
 
@@ -126,7 +126,7 @@ def test_the_estimate_lies_in_its_interval(times: tuple[list[float], list[float]
 
 
 @given(samples, st.floats(0.01, 100))
-def test_a_factor_on_ours_is_a_factor_on_the_interval(
+def test_scaling_our_times_scales_the_interval(
     times: tuple[list[float], list[float]], factor: float
 ) -> None:
     ours, theirs = times
@@ -136,14 +136,14 @@ def test_a_factor_on_ours_is_a_factor_on_the_interval(
 
 
 @given(samples)
-def test_exchanging_the_two_inverts_the_estimate(times: tuple[list[float], list[float]]) -> None:
+def test_swapping_the_sides_inverts_the_estimate(times: tuple[list[float], list[float]]) -> None:
     ours, theirs = times
     there, back = paired_ratio(ours, theirs), paired_ratio(theirs, ours)
     assert there.estimate * back.estimate == pytest.approx(1)
 
 
 @given(samples, st.floats(1.01, 10), st.floats(0.1, 10))
-def test_slower_never_turns_a_verdict_from_red_to_green(
+def test_slower_times_never_improve_a_verdict(
     times: tuple[list[float], list[float]], factor: float, limit: float
 ) -> None:
     ours, theirs = times
@@ -156,13 +156,13 @@ def test_slower_never_turns_a_verdict_from_red_to_green(
 
 
 @given(st.integers(1, 2**40), st.integers(1, 2**40), st.integers(0, 2**40))
-def test_more_memory_never_turns_red_to_green(bound: int, ours: int, more: int) -> None:
+def test_more_memory_never_improves_a_verdict(bound: int, ours: int, more: int) -> None:
     if judge_bytes(ours, bound) == "failed":
         assert judge_bytes(ours + more, bound) == "failed"
 
 
 @given(st.floats(0.5, 2), st.floats(1, 1.5), st.floats(0, 1))
-def test_a_green_interval_rules_out_what_must_be_seen_and_a_red_one_no_change(
+def test_passed_excludes_the_loss_and_failed_excludes_no_change(
     low: float, width: float, place: float
 ) -> None:
     interval = Interval(low * width**place, low, low * width)
@@ -171,13 +171,13 @@ def test_a_green_interval_rules_out_what_must_be_seen_and_a_red_one_no_change(
     assert verdict != "failed" or interval.low > 1
 
 
-def test_few_pairs_are_no_evidence() -> None:
+def test_too_few_pairs_are_unmeasurable() -> None:
     found = paired_ratio([1.0] * 7, [2.0] * 7)
     assert (found.estimate, found.low, found.high) == (0.5, 0.0, math.inf)
     assert judge_ratio(found, base=0.5, seen=SEEN) == "unmeasurable"
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_has_its_nominal_coverage() -> None:
     draw = random.Random(6)
     inside = 0
     for _ in range(300):
@@ -186,7 +186,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     assert inside >= 0.99 * 300, inside
 
 
-def test_a_stall_moves_the_answer_no_further_than_its_neighbours() -> None:
+def test_one_stall_does_not_move_the_estimate() -> None:
     ours, theirs = [1.0] * 20, [1.0] * 20
     ours[7] = 50.0
     assert paired_ratio(ours, theirs) == Interval(1.0, 1.0, 1.0)
@@ -236,17 +236,15 @@ def test_a_run_like_the_record_passes_every_check() -> None:
     assert found == dict.fromkeys((SLOWER, LARGER, TIME_RECORD, MEMORY_RECORD), "passed")
 
 
-def test_ten_per_cent_slower_breaks_the_record_alone() -> None:
+def test_ten_per_cent_slower_fails_only_against_the_record() -> None:
     found = verdicts(checks_of(CASE, SHAPE, measured(factor=1.10), Against(record()), FLOOR))
     assert [law for law, verdict in found.items() if verdict != "passed"] == [TIME_RECORD]
 
 
 @pytest.mark.parametrize("host", [0.4, 1.0, 3.0])
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "passed"), (1.10, "failed")])
-def test_a_slower_or_faster_host_hides_nothing_and_shows_nothing(
-    host: float, factor: float, verdict: str
-) -> None:
-    """It slows default, whose steps are its launches, and not paged."""
+def test_the_speed_of_the_host_changes_no_verdict(host: float, factor: float, verdict: str) -> None:
+    """It changes the time of default, which is bound by kernel launches, and not that of paged."""
     parts = measured(factor=factor)
     slowed = [host * seconds for seconds in parts["default"].samples.seconds]
     parts["default"] = replace(parts["default"], samples=Samples(slowed))
@@ -257,14 +255,14 @@ def test_a_slower_or_faster_host_hides_nothing_and_shows_nothing(
     }
 
 
-def test_a_device_of_other_rates_is_held_against_its_own_floor() -> None:
+def test_a_device_is_compared_with_its_own_floor() -> None:
     slower = measured(factor=1.2)
     found = verdicts(checks_of(CASE, SHAPE, slower, Against(record()), 1.2 * FLOOR))
     assert found[TIME_RECORD] == "passed"
 
 
 @pytest.mark.parametrize(("now", "then"), [(None, 1e3 * FLOOR), (FLOOR, None)])
-def test_without_a_floor_then_and_now_memory_alone_is_held_against_the_record(
+def test_without_both_floors_only_memory_is_compared_with_the_record(
     now: float | None, then: float | None
 ) -> None:
     recorded = record()
@@ -274,7 +272,7 @@ def test_without_a_floor_then_and_now_memory_alone_is_held_against_the_record(
     assert found == {SLOWER: "passed", LARGER: "passed", MEMORY_RECORD: "failed"}
 
 
-def test_three_per_cent_more_memory_breaks_the_record_alone() -> None:
+def test_three_per_cent_more_memory_fails_only_against_the_record() -> None:
     found = verdicts(checks_of(CASE, SHAPE, measured(memory=1.03), Against(record()), FLOOR))
     assert [law for law, verdict in found.items() if verdict != "passed"] == [MEMORY_RECORD]
 
@@ -284,17 +282,17 @@ def test_without_a_record_only_the_laws_are_applied() -> None:
     assert found == {SLOWER: "passed", LARGER: "passed"}
 
 
-def test_slower_and_larger_than_default_breaks_the_laws_anywhere() -> None:
+def test_slower_and_larger_than_default_fails_without_a_record() -> None:
     found = verdicts(checks_of(CASE, SHAPE, measured(factor=40, memory=1.5), Against()))
     assert found == {SLOWER: "failed", LARGER: "failed"}
 
 
-def test_a_shape_that_was_not_recorded_is_held_against_the_laws_only() -> None:
+def test_an_unrecorded_shape_is_checked_by_the_laws_only() -> None:
     found = verdicts(checks_of(CASE, Shape(2, 512), measured(), Against(record()), FLOOR))
     assert set(found) == {SLOWER, LARGER}
 
 
-def test_paged_that_does_not_run_fails() -> None:
+def test_a_paged_failure_fails_the_gate() -> None:
     broken = {**measured(), "paged": Measured(Samples(error="RuntimeError: no kernel"))}
     (check,) = checks_of(CASE, SHAPE, broken, Against(record()))
     assert (check.verdict, check.found) == ("failed", "RuntimeError: no kernel")
@@ -304,9 +302,7 @@ def test_paged_that_does_not_run_fails() -> None:
     ("error", "verdict"),
     [("OutOfMemoryError: 3 GB", "passed"), ("RuntimeError: no kernel", "unmeasurable")],
 )
-def test_running_where_default_has_no_memory_is_no_loss_but_another_failure_leaves_it_open(
-    error: str, verdict: str
-) -> None:
+def test_only_out_of_memory_of_default_counts_as_passed(error: str, verdict: str) -> None:
     alone = {**measured(), "default": Measured(Samples(error=error))}
     (check,) = checks_of(CASE, SHAPE, alone, Against(record()))
     assert check.verdict == verdict
@@ -333,7 +329,7 @@ def test_a_published_figure_is_an_absolute_ceiling(
 
 
 class FakeSession:
-    """Measures what it is told to, noise by noise."""
+    """Returns measurements with the given noise levels, one after the other."""
 
     def __init__(self, *noises: float) -> None:
         self.noises = list(noises)
@@ -348,14 +344,14 @@ class FakeSession:
         return FLOOR
 
 
-def test_noise_is_measured_again_with_twice_the_pairs_until_it_is_narrow() -> None:
+def test_noisy_times_are_measured_again_with_twice_the_pairs() -> None:
     session: Any = FakeSession(0.8, 0.8, 0.01)
     checks = judged(session, CASE, SHAPE, Against(record()))
     assert session.pairs == [PAIRS, 2 * PAIRS, 4 * PAIRS]
     assert {check.verdict for check in checks} == {"passed"}
 
 
-def test_noise_that_stays_wide_is_given_up_after_three_tries_and_never_green() -> None:
+def test_persistent_noise_is_unmeasurable_after_three_tries() -> None:
     session: Any = FakeSession(*[1.5] * 9)
     checks = judged(session, CASE, SHAPE, Against(record()))
     assert len(session.pairs) == TRIES == 3
@@ -368,7 +364,7 @@ def test_a_clear_verdict_is_not_measured_again() -> None:
     assert session.pairs == [PAIRS]
 
 
-def test_the_bounds_are_what_their_derivation_says() -> None:
+def test_the_bounds_follow_their_derivation() -> None:
     astride = SEEN / limit_of(SEEN)  # the widest interval that the estimate may decide
     assert limit_of(SEEN) / astride > 1
     assert limit_of(SEEN) * astride <= SEEN * (1 + 1e-12)
@@ -379,7 +375,7 @@ def test_the_bounds_are_what_their_derivation_says() -> None:
 
 
 class Blind:
-    """What `refuse_where_blind` looks at."""
+    """The part of a session that `refuse_where_blind` reads."""
 
     class clock:  # noqa: N801
         gpu = True
@@ -387,7 +383,7 @@ class Blind:
     model, config = None, None
 
 
-def test_a_runner_that_fell_back_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runner_without_kernels_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         fallback = "no Triton: plain PyTorch"
         closed = False

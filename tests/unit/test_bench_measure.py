@@ -1,4 +1,4 @@
-"""Time is taken turn by turn, often enough, and one mode's failure is its own."""
+"""Measuring: modes are interleaved, repeated often enough, and fail independently."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def nothing() -> None:
     pass
 
 
-def test_modes_take_turns_and_swap_who_is_first() -> None:
+def test_modes_alternate_and_swap_the_first_place() -> None:
     taken: list[str] = []
     three_rounds(a=lambda: taken.append("a"), b=lambda: taken.append("b"))
     assert "".join(taken) == "abbaab"
 
 
-def test_the_times_of_one_round_are_a_pair() -> None:
+def test_times_of_one_round_are_paired() -> None:
     samples = three_rounds(a=nothing, b=nothing)
     assert samples["a"].seconds == [1, 4, 5]
     assert samples["b"].seconds == [2, 3, 6]
 
 
-def test_a_mode_that_fails_says_why_and_the_others_go_on() -> None:
+def test_a_failing_mode_does_not_stop_the_others() -> None:
     calls = []
 
     def fail() -> None:
@@ -71,7 +71,7 @@ def test_a_mode_that_fails_says_why_and_the_others_go_on() -> None:
     assert len(calls) == 2
 
 
-def test_a_mistake_of_ours_is_no_row() -> None:
+def test_a_programming_error_is_not_a_result() -> None:
     def mistake() -> None:
         raise KeyError("x")
 
@@ -79,7 +79,7 @@ def test_a_mistake_of_ours_is_no_row() -> None:
         three_rounds(a=mistake)
 
 
-def test_what_a_step_used_up_is_put_back_before_every_repeat() -> None:
+def test_reset_runs_before_every_repeat() -> None:
     events: list[str] = []
     prepared = Prepared(lambda: events.append("step"), lambda: events.append("reset"))
     interleaved({"a": prepared}, Ticks(), Repeats(least=2, most=2))
@@ -92,7 +92,7 @@ counts, times = st.integers(0, 300), st.floats(0, 1000)
 
 
 @given(counts, times)
-def test_ten_repeats_are_made_unless_they_would_take_too_long(done: int, elapsed: float) -> None:
+def test_ten_repeats_are_made_within_the_time_limit(done: int, elapsed: float) -> None:
     repeats = Repeats()
     if done < 10 and elapsed < repeats.patience:
         assert not repeats.enough(done, elapsed)
@@ -101,7 +101,7 @@ def test_ten_repeats_are_made_unless_they_would_take_too_long(done: int, elapsed
 
 
 @given(counts, times, counts, times)
-def test_more_is_never_less_than_enough(
+def test_more_repeats_or_time_are_still_enough(
     done: int, elapsed: float, more: int, longer: float
 ) -> None:
     repeats = Repeats(patience=2)
@@ -112,9 +112,7 @@ def test_more_is_never_less_than_enough(
 @pytest.mark.parametrize(
     ("done", "elapsed", "enough"), [(10, 2.9, False), (10, 3.1, True), (200, 0.1, True)]
 )
-def test_quick_steps_are_repeated_until_their_time_or_count_is_up(
-    done: int, elapsed: float, enough: bool
-) -> None:
+def test_quick_steps_repeat_up_to_a_time_or_count(done: int, elapsed: float, enough: bool) -> None:
     assert Repeats().enough(done, elapsed) is enough
 
 
@@ -122,12 +120,12 @@ def test_quick_steps_are_repeated_until_their_time_or_count_is_up(
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.floats(0, 1))
-def test_a_quantile_is_what_torch_says(numbers: list[float], part: float) -> None:
+def test_quantile_equals_torch_quantile(numbers: list[float], part: float) -> None:
     expected = torch.tensor(numbers, dtype=torch.float64).quantile(part).item()
     assert quantile(numbers, part) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_no_numbers_have_no_quantile() -> None:
+def test_quantile_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="no numbers"):
         quantile([], 0.5)
 
@@ -139,7 +137,7 @@ def test_latency_is_in_milliseconds() -> None:
     assert latency.p90 == pytest.approx(2.8)
 
 
-def test_the_clock_of_a_cpu_takes_the_time_of_the_step() -> None:
+def test_the_cpu_clock_measures_the_step() -> None:
     clock = Clock(torch.device("cpu"))
     matrix = torch.ones(400, 400)
     few, many = (
@@ -149,7 +147,7 @@ def test_the_clock_of_a_cpu_takes_the_time_of_the_step() -> None:
     assert 0 < few < many
 
 
-def test_a_cpu_has_no_peak() -> None:
+def test_a_cpu_has_no_peak_memory() -> None:
     clock = Clock(torch.device("cpu"))
     assert clock.peak(nothing) is None
     assert clock.allocated() == 0
@@ -163,7 +161,7 @@ def test_a_reason_is_one_line(error: Exception, line: str) -> None:
     assert reason(error) == line
 
 
-def test_steps_are_released_whatever_happens() -> None:
+def test_steps_are_released_after_an_interrupt() -> None:
     closed: list[str] = []
     steps = {name: Prepared(nothing, close=lambda n=name: closed.append(n)) for name in "ab"}
     with pytest.raises(KeyboardInterrupt), released(steps, torch.device("cpu")):

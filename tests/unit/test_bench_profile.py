@@ -1,4 +1,4 @@
-"""Kernels are told by the module that launched them, or else by documented rules of their names."""
+"""Profiles classify kernels by the module that launched them, or else by their names."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kernels_name_says_its_kind(name: str) -> None:
+def test_a_kernel_is_classified_by_its_name(name: str) -> None:
     assert kernel_kind(name) == NAMES[name]
 
 
-def test_our_own_kernels_are_all_told_apart() -> None:
+def test_every_kernel_of_ours_is_classified() -> None:
     sources = Path(triton.__file__).parent.glob("*.py")
     launched = {
         name
@@ -90,14 +90,14 @@ def test_our_own_kernels_are_all_told_apart() -> None:
 
 
 @pytest.mark.parametrize("place", range(len(KERNEL_RULES)))
-def test_every_rule_is_needed_by_a_name(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rule_is_needed(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     others = KERNEL_RULES[:place] + KERNEL_RULES[place + 1 :]
     monkeypatch.setattr(profiler, "KERNEL_RULES", others)
     assert {name: kernel_kind(name) for name in NAMES} != NAMES
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_every_parameter_lies_in_a_module_of_some_kind(flavour: str) -> None:
+def test_every_parameter_belongs_to_a_classified_module(flavour: str) -> None:
     model = tiny_model(flavour)
     kinds = {name: module_kind(name) for name, _ in model.named_modules()}
     homeless = [
@@ -122,12 +122,12 @@ def test_every_parameter_lies_in_a_module_of_some_kind(flavour: str) -> None:
         ("model.layers", None),
     ],
 )
-def test_a_modules_name_says_its_kind(name: str, kind: str | None) -> None:
+def test_a_module_is_classified_by_its_name(name: str, kind: str | None) -> None:
     assert module_kind(name) == kind
 
 
 def event(name: str, *kernels: tuple[str, float], inside: Any = None, own: float = 0) -> Any:
-    """Of the host, with what it launched."""
+    """Make an event of the host, with the kernels that it launched."""
     launched = [SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels]
     return SimpleNamespace(
         name=name,
@@ -140,7 +140,7 @@ def event(name: str, *kernels: tuple[str, float], inside: Any = None, own: float
 
 
 def on_device(name: str, microseconds: float) -> Any:
-    """Of the device itself."""
+    """Make an event of the device."""
     made = event(name)
     made.device_type = DeviceType.CUDA
     made.time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
@@ -165,7 +165,7 @@ def test_a_kernel_belongs_to_the_innermost_module_that_launched_it() -> None:
     ]
 
 
-def test_a_kernel_that_no_operator_launched_is_told_by_its_name_and_not_lost() -> None:
+def test_a_kernel_without_an_operator_is_classified_by_name() -> None:
     mlp = event("layer kind: mlp")
     events = [
         event("aten::mm", ("gemm", 10.0), inside=mlp),
@@ -180,13 +180,13 @@ def test_a_kernel_that_no_operator_launched_is_told_by_its_name_and_not_lost() -
     ]
 
 
-def test_on_a_cpu_operations_cost_their_own_time_and_ranges_none() -> None:
+def test_on_a_cpu_operations_cost_their_self_time() -> None:
     mlp = event("layer kind: mlp", own=99)
     events = [mlp, event("aten::mm", inside=mlp, own=6), event("aten::mm", inside=mlp, own=2)]
     assert kernel_costs(events, steps=2, gpu=False) == [KernelCost("mlp", "aten::mm", 1, 4.0)]
 
 
-def test_kinds_are_summed_most_first() -> None:
+def test_kinds_are_sorted_by_total_time() -> None:
     kernels = [
         KernelCost("mlp", "a", 1, 3),
         KernelCost("norm", "b", 1, 5),
@@ -201,7 +201,7 @@ def profiled(folder: Path, flavour: str = "hybrid", **how: Any) -> Profile:
     return profile_step(prepared, model, Clock(torch.device("cpu")), folder, "decode", **how)
 
 
-def test_a_profile_has_a_chrome_trace_and_every_kind_of_layer(tmp_path: Path) -> None:
+def test_a_profile_writes_a_trace_with_every_kind_of_layer(tmp_path: Path) -> None:
     found = profiled(tmp_path / "new")
     trace = json.loads(Path(found.trace).read_text())
     names = {entry.get("name") for entry in trace["traceEvents"]}
@@ -212,7 +212,7 @@ def test_a_profile_has_a_chrome_trace_and_every_kind_of_layer(tmp_path: Path) ->
     assert times == sorted(times, reverse=True)
 
 
-def test_a_profiled_model_has_no_hook_left() -> None:
+def test_profiling_leaves_no_hooks() -> None:
     model = tiny_model()
     with layer_ranges(model):
         assert any(module._forward_hooks for module in model.modules())

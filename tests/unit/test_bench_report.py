@@ -1,4 +1,4 @@
-"""Tables and figures show what the results say, and nothing that they do not."""
+"""Tables and figures of benchmarks show exactly what the results hold."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_batch_table_has_modes_side_by_side_with_the_speed_up() -> None:
+def test_the_batch_table_compares_modes_side_by_side() -> None:
     header, _, first, second = cells(table(result(), "batch"))
     assert header[2:6] == ["default, ms", "paged, ms", "default / paged", "floor, ms"]
     assert first == ["1", "512", "78", "6", "13.00", "1", "3.00", "2.00", "50,000"]
     assert second[:5] == ["8", "512", "170", "30", "5.67"]
 
 
-def test_a_failure_is_named_in_its_cell_and_below() -> None:
+def test_a_failure_is_named_in_its_cell_and_in_a_note() -> None:
     text = table(result(), "context")
     assert "| out of memory | 30 | - |" in text
     assert "- default, 1 x 4096: OutOfMemoryError: 3 GB asked for" in text
@@ -90,25 +90,25 @@ def test_the_kernel_table_has_the_ratio_to_sdpa() -> None:
     assert [line[-1] for line in lines[2:]] == ["1.07", "0.82"]
 
 
-def test_memory_and_cold_start_have_their_tables() -> None:
+def test_memory_and_cold_start_have_tables() -> None:
     assert cells(table(result(), "memory"))[3][:4] == ["in pages", "1-4096", "500", "1.00"]
     assert cells(table(result(), "coldstart"))[2] == ["first token, empty cache", "11"]
 
 
-def test_the_page_names_device_model_and_versions_and_every_case() -> None:
+def test_the_page_names_device_model_versions_and_cases() -> None:
     text = markdown([result(), result(device="cpu")])
     assert "**NVIDIA H200** · granite-4.0-h-1b, bf16 · torch 2.11" in text
     assert "**cpu**" in text
     assert [title for title in bench_tables._TITLES.values() if text.count(title) != 2] == []
 
 
-def test_every_table_is_rectangular() -> None:
+def test_all_rows_of_a_table_have_equal_length() -> None:
     for case in bench_tables._TITLES:
         lines = cells(table(result(), case))
         assert len({len(line) for line in lines}) == 1, case
 
 
-def test_no_rows_make_no_table() -> None:
+def test_a_case_without_rows_has_no_table() -> None:
     assert table(result(ROWS[0]), "kernel") == ""
 
 
@@ -132,7 +132,7 @@ def test_only_figures_with_rows_are_written(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["latency-batch.png", "memory-batch.png"]
 
 
-def test_the_same_results_make_the_same_file(tmp_path: Path) -> None:
+def test_equal_results_draw_identical_files(tmp_path: Path) -> None:
     first, second = (
         draw_all([result(*ROWS[:4])], PUBLISHED, folder)[0].read_bytes()
         for folder in (tmp_path, tmp_path)
@@ -146,7 +146,7 @@ def lines_of(name: str, *results: Result, published: Any = PUBLISHED) -> dict[st
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
-def test_lines_show_the_medians_a_prompt_the_floor_and_the_published_figures() -> None:
+def test_lines_show_medians_floor_and_published_figures() -> None:
     lines = lines_of("latency-batch", result())
     assert list(lines["paged, NVIDIA H200"].get_ydata()) == [6.0, 30 / 8]
     assert list(lines["floor, NVIDIA H200"].get_ydata()) == [1.0, 1 / 8]
@@ -155,7 +155,7 @@ def test_lines_show_the_medians_a_prompt_the_floor_and_the_published_figures() -
     assert study.get_ydata()[0] == 289.84
 
 
-def test_each_length_of_prompt_is_a_line_of_its_own() -> None:
+def test_each_prompt_length_has_its_own_line() -> None:
     rows = [row("batch", "paged", b, c, 1.0 * b * c) for b in (1, 2) for c in (16, 64)]
     lines = lines_of("latency-batch", result(*rows), published=[])
     assert list(lines["paged 64 tokens, NVIDIA H200"].get_ydata()) == [64.0, 64.0]
@@ -166,7 +166,7 @@ def test_memory_is_drawn_in_gigabytes() -> None:
     assert list(lines_of("memory-batch", result())["paged, NVIDIA H200"].get_ydata()) == [2.0, 3.0]
 
 
-def test_two_results_are_told_apart_by_device_and_style() -> None:
+def test_two_devices_have_their_own_labels_and_styles() -> None:
     lines = lines_of("latency-batch", result(), result(device="NVIDIA L4"), published=[])
     one, other = lines["paged, NVIDIA H200"], lines["paged, NVIDIA L4"]
     assert one.get_linestyle() != other.get_linestyle()
@@ -186,7 +186,7 @@ def test_results_without_a_row_are_not_drawn(tmp_path: Path) -> None:
         draw_all([result(ROWS[5])], PUBLISHED, tmp_path)
 
 
-def test_without_matplotlib_the_extra_is_named(
+def test_without_matplotlib_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

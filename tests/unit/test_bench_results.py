@@ -1,4 +1,4 @@
-"""Results as files: what is written is read back, what is wrong is named by file and field."""
+"""Benchmark results as files: they are read back as written, and errors name file and field."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def written(folder: Path, data: Any) -> Path:
 
 
 @given(results)
-def test_what_is_written_is_read_back(tmp_path_factory: Any, result: Result) -> None:
+def test_written_results_are_read_back(tmp_path_factory: Any, result: Result) -> None:
     path = written(tmp_path_factory.mktemp("results"), result.to_json())
     assert read_result(path) == result
 
@@ -84,12 +84,12 @@ def example() -> dict[str, Any]:
     return {"device": "NVIDIA H200", "versions": {"torch": "2.11"}, "seed": 0, "rows": [row]}
 
 
-def test_the_format_of_the_issue_is_read(tmp_path: Path) -> None:
+def test_the_documented_format_is_read(tmp_path: Path) -> None:
     (row,) = read_result(written(tmp_path, example())).rows
     assert (row.latency_ms, row.sdpa_us) == (Latency(0.08, 0.079, 0.082, 50), 75.0)
 
 
-def test_the_fields_of_the_format_are_written_even_when_empty() -> None:
+def test_empty_fields_are_written() -> None:
     row = Row("batch", "paged", 1, 512, error="OutOfMemoryError: 3 GB")
     data = Result(device="cpu", versions={}, seed=0, rows=[row]).to_json()
     assert data["rows"] == [
@@ -107,7 +107,7 @@ def test_the_fields_of_the_format_are_written_even_when_empty() -> None:
 
 
 def broken(place: str, value: Any) -> dict[str, Any]:
-    """The example with one field changed; `...` takes it out."""
+    """Return the example with one field changed, or removed if `value` is `...`."""
     whole: Any = example()
     holder = whole
     *path, last = place.replace("[0]", ".0").split(".")
@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_field_is_named_with_its_file(wrong: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_field(wrong: str, tmp_path: Path) -> None:
     place, value, problem = WRONG[wrong]
     path = written(tmp_path, broken(place, value))
     with pytest.raises(ResultFileError) as caught:
@@ -149,7 +149,7 @@ def test_a_wrong_field_is_named_with_its_file(wrong: str, tmp_path: Path) -> Non
     assert (caught.value.path, caught.value.field) == (str(path), place)
 
 
-def test_a_row_that_repeats_another_is_named(tmp_path: Path) -> None:
+def test_a_duplicate_row_is_refused(tmp_path: Path) -> None:
     data = example()
     data["rows"] *= 2
     with pytest.raises(ResultFileError, match=r"rows\[1\] repeats rows\[0\]"):
@@ -157,19 +157,19 @@ def test_a_row_that_repeats_another_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("[]", "must be an object")])
-def test_a_file_of_something_else_is_named(text: str, problem: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_result_is_refused(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "notes.json"
     path.write_text(text)
     with pytest.raises(ResultFileError, match=problem):
         read_result(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultFileError, match=r"nowhere\.json cannot be read: No such file"):
         read_result(tmp_path / "nowhere.json")
 
 
-def test_find_answers_with_the_row_that_was_measured() -> None:
+def test_find_returns_only_measured_rows() -> None:
     good, bad = Row("batch", "paged", 1, 512), Row("batch", "paged", 2, 512, error="no memory")
     result = Result(device="cpu", versions={}, seed=0, rows=[bad, good])
     assert result.find("batch", "paged", 1, 512) is good
@@ -181,17 +181,17 @@ def test_find_answers_with_the_row_that_was_measured() -> None:
     ("device", "name"),
     [("NVIDIA H200", "nvidia-h200"), ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm4-80gb")],
 )
-def test_a_gpus_slug_is_its_name_in_small_letters(device: str, name: str) -> None:
+def test_a_slug_is_the_gpu_name_in_lower_case(device: str, name: str) -> None:
     assert slug(device) == name
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match="cannot write"):
         writable_folder(tmp_path / "file" / "folder")
 
 
-# -- what the original study published ----------------------------------------------------------
+# -- figures of the original study --------------------------------------------------------------
 
 
 def study() -> Published:
@@ -209,13 +209,13 @@ def study() -> Published:
         ("NVIDIA A100-SXM4-80GB", "granite-4.0-h-small", False),
     ],
 )
-def test_published_figures_are_ceilings_of_their_gpu_and_model(
+def test_published_figures_apply_to_their_gpu_and_model(
     device: str, model: str, applies: bool
 ) -> None:
     assert study().applies_to(device, model) is applies
 
 
-def test_every_published_point_has_both_modes() -> None:
+def test_every_published_shape_has_both_modes() -> None:
     points = {mode: set() for mode in ("default", "paged")}  # type: dict[str, set[Any]]
     for row in study().rows:
         points[row.mode].add((row.case, row.batch, row.context))
@@ -227,13 +227,13 @@ def test_the_study_is_cited() -> None:
     assert "HPML Team 13, Columbia University" in study().source
 
 
-def test_a_published_file_is_checked_as_well(tmp_path: Path) -> None:
+def test_a_published_file_is_checked_field_by_field(tmp_path: Path) -> None:
     (tmp_path / "x.published.json").write_text('{"source": "x", "device": 3}')
     with pytest.raises(ResultFileError, match=r"x\.published\.json: device must be text"):
         read_as(Published, tmp_path / "x.published.json")
 
 
-# -- measured again -----------------------------------------------------------------------------
+# -- updates of results -------------------------------------------------------------------------
 
 KERNEL = Row("kernel", "paged", 32, 4096, paged_us=1.0)
 MEMORY = Row("memory", "paged", 1005, 4096, peak_bytes=1)
@@ -252,7 +252,7 @@ MEMORY = Row("memory", "paged", 1005, 4096, peak_bytes=1)
         (replace(KERNEL, error="out of memory"), {"variant": "warm cache"}, True),
     ],
 )
-def test_a_row_gives_way_to_the_one_that_answers_the_same_question(
+def test_a_new_row_replaces_the_row_it_repeats(
     old: Row, new: dict[str, Any], replaced: bool
 ) -> None:
     before = Result("GPU", {}, 0, [old])
@@ -261,7 +261,7 @@ def test_a_row_gives_way_to_the_one_that_answers_the_same_question(
     assert found.rows == ([again] if replaced else [old, again])
 
 
-def test_rows_measured_again_keep_their_places() -> None:
+def test_updated_rows_keep_their_places() -> None:
     old = Result("GPU", {}, 0, [replace(KERNEL, batch=batch) for batch in (1, 8, 32)])
     new = [replace(KERNEL, batch=batch, paged_us=3.0) for batch in (64, 8)]
     found = updated(old, replace(old, rows=new)).rows
@@ -269,7 +269,7 @@ def test_rows_measured_again_keep_their_places() -> None:
 
 
 @pytest.mark.parametrize("field", ["device", "model", "dtype"])
-def test_results_of_two_kinds_make_no_one_record(field: str) -> None:
+def test_results_of_different_kinds_are_not_merged(field: str) -> None:
     before = Result("GPU", {}, 0, [KERNEL])
     with pytest.raises(InvalidArgument, match=f"different {field}"):
         updated(before, replace(before, **{field: "another"}))

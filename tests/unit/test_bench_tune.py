@@ -1,4 +1,4 @@
-"""Constants are chosen by their worst loss, of what runs, for what a model really calls."""
+"""Tuning: constants are chosen by worst loss, among those that run, for a model's real calls."""
 
 from __future__ import annotations
 
@@ -54,27 +54,25 @@ def trials(*microseconds: float | None) -> list[Trial]:
 # -- choosing -----------------------------------------------------------------------------------
 
 
-def test_a_loss_is_what_the_fastest_would_save() -> None:
+def test_a_loss_is_relative_to_the_fastest() -> None:
     assert losses(trials(11, 10, None)) == [pytest.approx(0.1), 0.0, math.inf]
 
 
-def test_where_nothing_runs_every_loss_is_infinite() -> None:
+def test_losses_are_infinite_if_nothing_runs() -> None:
     assert losses(trials(None, None)) == [math.inf, math.inf]
 
 
-def test_the_worst_loss_counts_not_the_sum() -> None:
-    """The second is far better in one shape, and bad in the other."""
+def test_the_worst_loss_decides() -> None:
+    """The second candidate is far better in one shape, and bad in the other."""
     assert choose([trials(20, 10, 12), trials(10, 14, 11)]) == 2
 
 
-def test_what_does_not_run_in_every_shape_is_not_chosen() -> None:
+def test_a_candidate_must_run_in_every_shape() -> None:
     assert choose([trials(20, 10), trials(20, None)]) == 0
 
 
 @pytest.mark.parametrize(("gain", "chosen"), [(NOISE / 2, 0), (2 * NOISE, 1)])
-def test_the_rule_stays_unless_another_is_better_by_more_than_noise(
-    gain: float, chosen: int
-) -> None:
+def test_the_rule_changes_only_for_gains_above_noise(gain: float, chosen: int) -> None:
     assert choose([trials(10 * (1 + gain), 10)]) == chosen
 
 
@@ -82,7 +80,7 @@ times = st.floats(1, 100)
 
 
 @given(st.lists(st.lists(times, min_size=4, max_size=4), min_size=1, max_size=4))
-def test_nothing_loses_less_than_what_is_chosen_but_by_noise(shapes: list[list[float]]) -> None:
+def test_the_choice_is_optimal_up_to_noise(shapes: list[list[float]]) -> None:
     lines = [trials(*shape) for shape in shapes]
     worst = [max(losses(line)[i] for line in lines) for i in range(4)]
     assert worst[choose(lines)] <= min(worst) + NOISE
@@ -98,7 +96,7 @@ def columns_of(constants: Any) -> dict[str, int]:
 
 
 class Timer:
-    """Seconds by columns; counts its calls. What is not in the list fails to compile."""
+    """Returns the seconds of a number of columns, and records calls. Other numbers fail to compile."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds = seconds
@@ -128,7 +126,7 @@ def test_a_sweep_times_every_candidate_and_chooses() -> None:
     assert outcome.best("a shape").layout == {"COLUMNS": 2}
 
 
-def test_a_candidate_that_fails_to_compile_is_skipped_and_counted() -> None:
+def test_candidates_that_do_not_compile_are_skipped() -> None:
     outcome, _ = swept({1: 1e-6, 4: 2e-6})
     assert outcome.skipped == 1
     assert outcome.trials["a shape"][2].error == "ValueError: out of shared memory"
@@ -140,13 +138,13 @@ def test_the_constants_in_use_must_run() -> None:
         swept({1: 1e-6})
 
 
-def test_candidates_that_are_laid_out_alike_are_timed_once() -> None:
+def test_candidates_with_equal_layouts_are_timed_once() -> None:
     outcome, timer = swept({1: 1e-6, 4: 2e-6}, columns=(4, 8, 16, 1))
     assert timer.calls == [4, 1]
     assert len(outcome.trials["a shape"]) == 4
 
 
-def test_a_report_has_every_trial_and_is_json() -> None:
+def test_a_report_lists_every_trial_as_json() -> None:
     outcome, _ = swept({1: 1e-6, 4: 2e-6})
     data = json.loads(json.dumps(outcome.to_json(), allow_nan=False))
     assert (data["rule"]["COLUMNS"], data["chosen"]["COLUMNS"]) == (4, 1)
@@ -156,7 +154,7 @@ def test_a_report_has_every_trial_and_is_json() -> None:
 # -- the file -----------------------------------------------------------------------------------
 
 
-def test_only_what_was_tried_changes_in_the_file(tmp_path: Path) -> None:
+def test_retuning_changes_only_what_was_tried(tmp_path: Path) -> None:
     outcome, _ = swept({1: 3e-6, 2: 1e-6, 4: 2e-6})
     tuned = retuned(TUNED, [outcome], HERE)
     path = tmp_path / "tuned.json"
@@ -173,13 +171,13 @@ def test_only_what_was_tried_changes_in_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("device", "kept"), [("a GPU", True), ("another", False)])
-def test_earlier_times_are_kept_where_they_are_of_the_same_device(device: str, kept: bool) -> None:
+def test_earlier_times_are_kept_for_the_same_device(device: str, kept: bool) -> None:
     outcome, _ = swept({1: 3e-6, 2: 1e-6, 4: 2e-6})
     earlier = replace(TUNED, **{**HERE, "device": device}, microseconds={"another shape": 5.0})
     assert ("another shape" in retuned(earlier, [outcome], HERE).microseconds) is kept
 
 
-def test_a_batch_measured_for_the_first_time_takes_its_place() -> None:
+def test_a_new_batch_is_inserted_in_order() -> None:
     new = replace(TUNED.decode[0], batch=4, warps=8)
     outcome = Outcome((new,), {"decode 4": trials(1.0)}, 0)
     decode = retuned(TUNED, [outcome], HERE).decode
@@ -195,9 +193,7 @@ def target(**sizes: Any) -> TuningTarget:
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_the_first_candidate_of_a_group_is_the_rule_and_all_are_different(
-    name: str, quick: bool
-) -> None:
+def test_groups_start_with_the_rule_and_have_distinct_candidates(name: str, quick: bool) -> None:
     pytest.importorskip("triton")
     for group in SUBJECTS[name](target(), quick):
         rule = group.candidates[0]
@@ -207,7 +203,7 @@ def test_the_first_candidate_of_a_group_is_the_rule_and_all_are_different(
         assert group.shapes
 
 
-def test_a_quick_look_leaves_the_pipeline_as_it_is() -> None:
+def test_quick_candidates_keep_warps_and_stages() -> None:
     rule = TUNED.few_rows[0]
     quick = candidates(rule, search_space.FEW_ROWS_CHOICES, quick=True)
     assert {(c.warps, c.stages) for c in quick} == {(rule.warps, rule.stages)}
@@ -215,15 +211,15 @@ def test_a_quick_look_leaves_the_pipeline_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 32])
-def test_the_products_of_a_step_are_of_three_kinds(rows: int) -> None:
+def test_a_step_has_three_kinds_of_products(rows: int) -> None:
     pytest.importorskip("triton")
     with torch.device("meta"):
         model = GraniteMoeHybridForCausalLM._from_config(geometry_config("granite-4.0-h-1b"))
     assert product_kinds(model, rows, 132) == [(False, False), (False, True), (True, True)]
 
 
-def test_only_a_single_row_goes_through_the_head() -> None:
-    """Its vocabulary is the one product of this model that has many columns."""
+def test_only_a_single_row_uses_the_head() -> None:
+    """The head is the one product of this model that has many columns."""
     few_columns = tiles.FEW_COLUMNS
     model = tiny_model("dense")
     widest = max(len(w) for name, w in model.named_parameters() if "proj" in name or "mlp" in name)
@@ -234,12 +230,12 @@ def test_only_a_single_row_goes_through_the_head() -> None:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_every_flavour_of_model_has_products(flavour: str) -> None:
+def test_every_kind_of_model_has_products(flavour: str) -> None:
     pytest.importorskip("triton")
     assert product_kinds(tiny_model(flavour), 16, 1)
 
 
-def test_what_is_settled_stays_while_the_next_is_chosen() -> None:
+def test_earlier_choices_stay_while_later_ones_are_made() -> None:
     pytest.importorskip("triton")
     steps = DecodeSteps(target(), 16)
     first = replace(TUNED.for_few_rows(16, gated=True, few_columns=True), SPLITS=5)
@@ -248,19 +244,19 @@ def test_what_is_settled_stays_while_the_next_is_chosen() -> None:
     assert steps._tuned.for_few_rows(16, gated=True, few_columns=True) == first
 
 
-def test_a_sweep_says_what_it_chose() -> None:
-    told: list[Any] = []
+def test_a_sweep_reports_its_choice() -> None:
+    reported: list[Any] = []
     shape = TunedShape("a shape", columns_of, lambda: Timer({1: 1e-6, 4: 2e-6}))
-    sweep(Group((RULE, replace(RULE, COLUMNS=1)), (shape,), settle=told.append))
-    assert told == [replace(RULE, COLUMNS=1)]
+    sweep(Group((RULE, replace(RULE, COLUMNS=1)), (shape,), settle=reported.append))
+    assert reported == [replace(RULE, COLUMNS=1)]
 
 
-def test_there_is_nothing_to_tune_on_a_cpu() -> None:
+def test_tuning_needs_a_gpu() -> None:
     with pytest.raises(CannotJudge, match="tune needs a CUDA device, and this run has none"):
         groups_of(target())
 
 
-def test_there_is_nothing_to_tune_where_kernels_do_not_run(
+def test_tuning_needs_working_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(TuningTarget, "clock", AGpu())
@@ -272,10 +268,10 @@ class AGpu:
     gpu = True
 
 
-# -- timing, as far as a CPU goes ---------------------------------------------------------------
+# -- timing, as far as a CPU can test it --------------------------------------------------------
 
 
-def test_calls_of_a_graph_are_timed_together() -> None:
+def test_calls_of_one_graph_are_timed_together() -> None:
     class Ticks(Clock):
         def seconds(self, step: Any) -> float:
             step()
@@ -287,7 +283,7 @@ def test_calls_of_a_graph_are_timed_together() -> None:
     assert made[:6] == ["a", "b", "c"] * 2
 
 
-def test_a_step_is_recorded_anew_with_the_constants_that_are_timed(
+def test_a_step_is_recaptured_for_each_candidate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("triton")
@@ -318,7 +314,7 @@ def test_prefill_attention_can_be_timed(monkeypatch: pytest.MonkeyPatch) -> None
         assert shape.prepare()(shape.layout(group.candidates[0])) > 0
 
 
-def test_decode_attention_is_given_the_plan_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_attention_uses_the_plan_being_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     given = []
     monkeypatch.setattr(search_space, "DECODE_CONTEXTS", {2: (40,)})

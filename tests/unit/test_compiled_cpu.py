@@ -1,4 +1,4 @@
-"""The fused kernel on the CPU: few cases, since each shape costs seconds to compile."""
+"""The compiled kernel on the CPU: few cases, since each shape takes seconds to compile."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tests.helpers.strategies import Paged, Step, assert_right, make_geometry
 
 PAST = (37, 5, 16)
 HALF_ROUNDINGS = 2
-"""The kernel rounds the softmax's weights to a half type, and its output."""
+"""The kernel rounds both the softmax weights and its output to the half type."""
 
 
 def make(added: int = 1, seed: int = 0, **geometry: object) -> tuple[Paged, dict[int, int], Step]:
-    """Always the same shapes, so that decode is compiled once for this file."""
+    """Make a step, by default always of the same shapes, so that decode is compiled only once."""
     sizes = {"page_size": 16, "head_dim": 64, "dtype": torch.float32, **geometry}
     paged = Paged(make_geometry(**sizes), seed=seed)
     growth = {paged.open(tokens): added for tokens in PAST}
     return paged, growth, paged.step(growth)
 
 
-def test_a_compiled_decode_is_right() -> None:
+def test_compiled_decode_is_right() -> None:
     paged, added, step = make()
     assert_right(paged, step, added, step.attend(backend="compiled"))
 
 
-def test_the_next_step_compiles_nothing() -> None:
+def test_a_step_of_the_same_shape_does_not_recompile() -> None:
     """Page tables, positions and masks are data; only shapes may be compiled."""
     make()[2].attend(backend="compiled")
     paged, added, step = make(seed=1)
@@ -36,9 +36,9 @@ def test_the_next_step_compiles_nothing() -> None:
     assert_right(paged, step, added, out)
 
 
-def test_poison_in_foreign_pages_and_tails_never_reaches_a_compiled_output() -> None:
-    """Foreign pages are never read. Tails of one's own are, with weight 0: they may hold anything
-    finite, and a pool holds nothing else."""
+def test_a_compiled_step_ignores_foreign_pages_and_tails() -> None:
+    """Foreign pages are never read, so NaN there is harmless. Tails of a row's own pages are read with
+    weight 0: they may hold any finite number, and a pool holds only finite numbers."""
     paged, added, step = make()
     unread = paged.unread_slots(added)
     own_pages = [page for sequence in added for page in paged.allocator.pages_of(sequence)]
@@ -52,10 +52,10 @@ def test_poison_in_foreign_pages_and_tails_never_reaches_a_compiled_output() -> 
     assert torch.equal(out, step.attend(backend="compiled"))
 
 
-def test_at_the_recompile_limit_it_raises_and_never_falls_back(
+def test_the_recompile_limit_raises_instead_of_falling_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Seen in torch: past the limit compiled FlexAttention becomes eager with a log line."""
+    """Seen in torch: past the limit, compiled FlexAttention becomes eager with only a log line."""
     make()[2].attend(backend="compiled")
     monkeypatch.setattr(attention, "RECOMPILE_LIMIT", 1)
     other = make(kv_heads=1)[2]
@@ -63,24 +63,24 @@ def test_at_the_recompile_limit_it_raises_and_never_falls_back(
         other.attend(backend="compiled")
 
 
-def test_a_compiled_prefill_is_right() -> None:
+def test_compiled_prefill_is_right() -> None:
     paged, added, step = make(added=45)
     assert_right(paged, step, added, step.attend(backend="compiled"))
 
 
-def test_a_compiled_bfloat16_decode_is_right() -> None:
+def test_compiled_bfloat16_decode_is_right() -> None:
     paged, added, step = make(dtype=torch.bfloat16, head_dim=96)
     out = step.attend(backend="compiled")
     assert_right(paged, step, added, out, roundings=HALF_ROUNDINGS)
 
 
-def test_narrow_heads_over_the_smallest_pages_are_right() -> None:
+def test_compiled_decode_with_narrow_heads_is_right() -> None:
     paged, added, step = make(head_dim=16)
     assert_right(paged, step, added, step.attend(backend="compiled"))
 
 
 def traced(step: Step) -> torch.Tensor:
-    """As a compiled layer calls it: no graph break, and nothing of the host in it."""
+    """Attend as a compiled layer does: no graph break, and no data of the host in the graph."""
     mask = step.mask()
 
     @torch.compile(fullgraph=True, dynamic=False)
@@ -92,12 +92,12 @@ def traced(step: Step) -> torch.Tensor:
     return layer(step.query)
 
 
-def test_inside_a_traced_region_attention_is_fused_into_it() -> None:
+def test_attention_works_inside_a_traced_region() -> None:
     paged, added, step = make()
     assert_right(paged, step, added, traced(step))
 
 
-def test_inside_a_traced_region_small_pages_are_refused_too() -> None:
-    """With AVX2 the kernel would write past its block."""
+def test_small_pages_are_refused_inside_a_traced_region() -> None:
+    """With AVX2, torch's kernel would write past its block."""
     with pytest.raises(Unsupported, match="GeometryError"):
         traced(make(page_size=8)[2])

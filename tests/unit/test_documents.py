@@ -1,4 +1,4 @@
-"""What the documents say is so: commands, snippets, paths, names and recorded numbers."""
+"""The documents are true: their commands, snippets, paths, names and recorded numbers."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def records() -> list[Path]:
-    """What was measured, one file per GPU."""
+    """Return the recorded measurements, one file per GPU."""
     files = (ROOT / "golden" / "perf").glob("*.json")
     return sorted(path for path in files if not path.name.endswith(".published.json"))
 
 
 def sessions() -> set[str]:
-    """Names of the sessions in the noxfile."""
+    """Return the names of the sessions in the noxfile."""
     text = read("noxfile.py")
     found = re.findall(
         r"^@nox\.session[^\n]*\n(?:[@ )][^\n]*\n)*def (\w+?)_?\(", text, re.MULTILINE
@@ -62,7 +62,7 @@ def test_ci_calls_exactly_the_readmes_test_command() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_nox_session_of_a_page_exists(page: str) -> None:
+def test_every_nox_session_on_a_page_exists(page: str) -> None:
     named = re.findall(r"nox -R? ?-?s? ?\"?([a-z_]+(?: [a-z_]+)*)", read(page))
     assert {name for names in named for name in names.split()} <= sessions()
 
@@ -74,7 +74,7 @@ def test_contributing_mentions_every_session() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_a_page_exists(page: str) -> None:
+def test_every_command_on_a_page_exists(page: str) -> None:
     named = re.findall(r"(?:^|`|bin/)granite-paged (\w+)", read(page), flags=re.MULTILINE)
     assert set(named) <= set(cli.commands)
 
@@ -89,12 +89,12 @@ def test_the_readme_lists_every_command() -> None:
 
 PATH = re.compile(r"`([\w.-]+(?:/[\w.-]*)+)`")
 OUTSIDE = (".nox/", "site/", "perf/", "figures/", "logits/", "tables/", "results/")
-"""Named by pages, but built, or relative to golden/."""
+"""Paths that pages may name although they are built, or relative to golden/."""
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_path_of_a_page_exists(page: str) -> None:
-    """Paths start at the root of the repository, or in the package's folder."""
+def test_every_path_on_a_page_exists(page: str) -> None:
+    """Paths start at the root of the repository or in the package's folder."""
     places = (ROOT, ROOT / "granite_paged")
     named = [path for path in PATH.findall(read(page)) if not path.startswith(OUTSIDE)]
     assert not [path for path in named if not any((place / path).exists() for place in places)]
@@ -110,7 +110,7 @@ def test_every_module_of_the_folder_table_exists() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_of_a_page_leads_to_a_file(page: str) -> None:
+def test_every_link_on_a_page_leads_to_a_file(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", read(page))
     missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
     assert not missing
@@ -123,17 +123,17 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 @pytest.mark.parametrize("path", ["LICENSE", "CHANGELOG.md", ".github/workflows/ci.yml"])
-def test_a_usual_file_is_there(path: str) -> None:
+def test_license_changelog_and_workflow_exist(path: str) -> None:
     assert (ROOT / path).stat().st_size > 0
 
 
-def test_no_module_hides_one_of_the_standard_library() -> None:
-    """A notebook runs in its own folder, whose modules come first: cProfile imports `profile`."""
+def test_no_module_shadows_the_standard_library() -> None:
+    """A script's own folder comes first on sys.path, and cProfile, for one, imports `profile`."""
     names = {path.stem for path in (ROOT / "granite_paged").rglob("*.py")}
     assert names & sys.stdlib_module_names == set()
 
 
-def test_every_message_that_explains_the_gate_is_printed_by_it() -> None:
+def test_every_documented_gate_message_is_printed() -> None:
     rows = re.findall(r'^\| [^|]*"([^"|]+)"', read("docs/golden.md"), flags=re.MULTILINE)
     assert len(rows) == 3
     gate = read("granite_paged/bench/gate.py")
@@ -149,8 +149,8 @@ def test_the_readmes_snippets_are_the_examples() -> None:
     assert blocks("README.md", "python") == [read(f"examples/{name}") for name in files]
 
 
-def test_the_measurements_shown_are_those_of_a_record(tmp_path: Path) -> None:
-    """The page shows the GPU that was recorded last, which may be any."""
+def test_the_benchmark_page_shows_a_recorded_gpu(tmp_path: Path) -> None:
+    """The page shows the GPU that was recorded last, which may be any of them."""
     text = read("docs/benchmarks.md")
     page = tmp_path / "page.md"
     shown = []
@@ -161,7 +161,7 @@ def test_the_measurements_shown_are_those_of_a_record(tmp_path: Path) -> None:
     assert text in shown
 
 
-def test_the_results_shown_are_the_files_of_evaluations() -> None:
+def test_the_evaluation_page_shows_the_recorded_results() -> None:
     files = sorted((ROOT / "golden" / "results").glob("*.json"))
     evaluations = [read_evaluation(str(path)) for path in files]
     bench = [row for path in records() for row in read_bench(str(path))]

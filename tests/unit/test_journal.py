@@ -1,4 +1,4 @@
-"""The journal keeps finished answers through crashes, full disks and other people's files."""
+"""The journal keeps finished answers through crashes and full disks, and refuses other files."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def written(path: str, *keys: str) -> None:
     journal.close()
 
 
-def test_what_was_appended_is_read_back(path: str) -> None:
+def test_appended_records_are_read_back(path: str) -> None:
     written(path, "a", "b")
     assert list(Journal(path, RUN).records.values()) == [record("a"), record("b")]
 
 
-def test_a_line_that_a_crash_cut_short_is_dropped(path: str) -> None:
+def test_a_truncated_last_line_is_dropped(path: str) -> None:
     written(path, "a", "b")
     whole = Path(path).read_bytes()
     Path(path).write_bytes(whole[:-20])
@@ -55,7 +55,7 @@ def test_every_append_reaches_the_disk(path: str, monkeypatch: pytest.MonkeyPatc
     assert len(synced) == 2  # the head, and the answer
 
 
-def test_a_full_disk_keeps_what_was_finished(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_finished_answers(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(path, RUN)
     journal.append([record("a")])
     before = Path(path).read_bytes()
@@ -81,7 +81,9 @@ def test_a_full_disk_keeps_what_was_finished(path: str, monkeypatch: pytest.Monk
         ({"batch size": 8}, "batch size was 4, now 8"),
     ],
 )
-def test_another_runs_answers_are_refused(path: str, change: dict[str, Any], reason: str) -> None:
+def test_a_journal_of_another_run_is_refused(
+    path: str, change: dict[str, Any], reason: str
+) -> None:
     written(path, "a")
     before = Path(path).read_bytes()
     with pytest.raises(DataError, match=reason):
@@ -99,7 +101,7 @@ def test_another_runs_answers_are_refused(path: str, change: dict[str, Any], rea
         (f'{HEAD}{{"mode": "x"}}\n', "line 2: no answer"),
     ],
 )
-def test_a_file_that_is_no_journal_is_refused(path: str, content: str, reason: str) -> None:
+def test_a_file_that_is_not_a_journal_is_refused(path: str, content: str, reason: str) -> None:
     Path(path).write_text(content)
     with pytest.raises(DataError, match=reason):
         Journal(path, RUN)
@@ -120,7 +122,7 @@ def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     assert len(journal.records) == 1
 
 
-def test_the_run_of_a_file_can_be_read_before_it_is_opened(path: str) -> None:
+def test_held_run_reads_the_run_of_a_journal(path: str) -> None:
     assert held_run(path) == held_run(None) == {}
     written(path)
     assert held_run(path) == RUN

@@ -1,4 +1,4 @@
-"""Folders are layers: imports point from a later one to an earlier one only."""
+"""Folders are layers: a module imports from its own or earlier layers only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def layer(module: str) -> str:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_from_earlier_layers_only(module: str) -> None:
     if module == "__init__.py":
-        return  # its names load lazily, from every layer
+        return  # it loads its names lazily, from every layer
     imported = set()
     for node in ast.walk(ast.parse((PACKAGE / module).read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("granite_paged"):

@@ -1,4 +1,4 @@
-"""What `import granite_paged` gives, and what it costs."""
+"""The public names of `granite_paged`, and what importing it costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import granite_paged
 from granite_paged import errors
 
 
-def test_dir_lists_public_names_only() -> None:
+def test_dir_lists_only_public_names() -> None:
     assert dir(granite_paged) == sorted(granite_paged.__all__)
 
 
@@ -40,7 +40,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_help_names_every_class_and_function() -> None:
+def test_help_names_the_main_classes_and_functions() -> None:
     text = pydoc.plain(pydoc.render_doc(granite_paged))
     for name in ("Engine", "SamplingParams", "PagedConfig", "paged", "load", "OutOfPages"):
         assert name in text

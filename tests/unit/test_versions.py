@@ -1,4 +1,4 @@
-"""Every report names what its numbers depend on."""
+"""Reports name the versions that their numbers depend on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from granite_paged.environment import versions
 
 
-def test_versions_name_what_transformers_modes_run_mamba_on(
+def test_versions_include_mamba_ssm_if_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = importlib.metadata.version
