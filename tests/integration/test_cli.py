@@ -194,7 +194,7 @@ def test_a_full_disk_is_said_in_one_line() -> None:
     ]
 
 
-def test_a_model_without_a_tokenizer_asks_for_one(tmp_path: Path, capsys: Capture) -> None:
+def test_a_missing_tokenizer_is_refused_with_advice(tmp_path: Path, capsys: Capture) -> None:
     tiny_model().save_pretrained(tmp_path)
     capsys.readouterr()
     assert generate("x", "--model", str(tmp_path)) == USAGE

@@ -172,7 +172,7 @@ def test_eager_is_right_without_block_lists(added: int) -> None:
 
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_a_mask_of_another_page_size_is_refused(page_size: int) -> None:
-    """Seen in vLLM: two page sizes, the manager's and the kernel's, cut accuracy from 0.85 to 0.02."""
+    """Seen in vLLM: unequal page sizes of manager and kernel cut accuracy from 0.85 to 0.02."""
     _, _, step = make(page_size=8)
     other = step.replace(geometry=dataclasses.replace(step.geometry, page_size=page_size))
     with pytest.raises(GeometryError, match="one page size"):

@@ -96,7 +96,7 @@ def columns_of(constants: Any) -> dict[str, int]:
 
 
 class Timer:
-    """Returns the seconds of a number of columns, and records calls. Other numbers fail to compile."""
+    """Returns the seconds of a number of columns; numbers that are not listed fail to compile."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds = seconds

@@ -37,8 +37,8 @@ def test_a_step_of_the_same_shape_does_not_recompile() -> None:
 
 
 def test_a_compiled_step_ignores_foreign_pages_and_tails() -> None:
-    """Foreign pages are never read, so NaN there is harmless. Tails of a row's own pages are read with
-    weight 0: they may hold any finite number, and a pool holds only finite numbers."""
+    """Foreign pages are never read, so NaN there is harmless. Tails of a row's own pages are read
+    with weight 0: they may hold any finite number, and a pool holds only finite numbers."""
     paged, added, step = make()
     unread = paged.unread_slots(added)
     own_pages = [page for sequence in added for page in paged.allocator.pages_of(sequence)]

@@ -1,4 +1,4 @@
-"""The engine, broken on purpose: the walk at random must notice each."""
+"""Mutation tests of the engine: the random walk must detect each deliberate fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 3000
 
 
 def state_of_another_boundary(patch: Patch) -> None:
-    """A state is kept from before the block it is said to follow."""
+    """A cached state belongs to an earlier boundary than it claims."""
     save = SimulatedRunner.save_row
 
     def early(self: SimulatedRunner, row: int, *, to_host: bool = False) -> SimulatedState:
@@ -33,7 +33,7 @@ def state_of_another_boundary(patch: Patch) -> None:
 
 
 def page_not_retained(patch: Patch) -> None:
-    """The prefix cache names pages that it holds no reference to."""
+    """The prefix cache lists pages that it holds no reference to."""
     keep = PrefixCache._keep_block
 
     def unheld(self: PrefixCache, parent: Any, tokens: Any, pages: Sequence[int]) -> Any:
@@ -47,7 +47,7 @@ def page_not_retained(patch: Patch) -> None:
 
 
 def hit_by_hash(patch: Patch) -> None:
-    """Blocks are told apart by less than all of their tokens."""
+    """Blocks are compared by less than all of their tokens."""
     announce, keep = PrefixCache.announce, PrefixCache.keep
 
     def blurred(tokens: Sequence[int]) -> list[int]:
@@ -58,7 +58,7 @@ def hit_by_hash(patch: Patch) -> None:
 
 
 def pages_of_one_block_too_few(patch: Patch) -> None:
-    """A hit hands over the state of a block, and the pages of the blocks before."""
+    """A hit gives the state of a block, but only the pages of the blocks before it."""
     find = PrefixCache.find
 
     def short(self: PrefixCache, path: Any) -> Hit:
@@ -69,17 +69,17 @@ def pages_of_one_block_too_few(patch: Patch) -> None:
 
 
 def rows_not_cleared(patch: Patch) -> None:
-    """A row comes to its next owner with the state of the last."""
+    """A row keeps the state of its last owner."""
     patch.setattr(SimulatedRunner, "clear_rows", lambda self, rows: None)
 
 
 def forks_write_into_shared_pages(patch: Patch) -> None:
-    """No copy on write."""
+    """Forks do not copy a shared page before they write to it."""
     patch.setattr(PageAllocator, "_writes_shared_page", lambda self, sequence: False)
 
 
 def copies_are_not_made(patch: Patch) -> None:
-    """The allocator gives a writer a page of its own, and plans no copy into it."""
+    """The allocator gives a writer its own page, but plans no copy into it."""
     append = PageAllocator.append
 
     def bare(self: PageAllocator, growth: Mapping[int, int]) -> AppendPlan:
@@ -100,7 +100,7 @@ def preemption_forgets_a_token(patch: Patch) -> None:
 
 
 def late_tokens_are_delivered(patch: Patch) -> None:
-    """The token that a sequence computes after its last is not dropped."""
+    """The token that a sequence computes after its last one is not dropped."""
     end = OutputProcessor.end
 
     def undead(self: OutputProcessor, job: Job, *why: Any) -> None:
@@ -111,7 +111,7 @@ def late_tokens_are_delivered(patch: Patch) -> None:
 
 
 def finished_jobs_keep_their_row(patch: Patch) -> None:
-    """What a request held is not given back."""
+    """A finished request does not release its row and pages."""
 
     def lost(self: Scheduler, job: Job) -> None:
         if job.state is not State.DONE:
@@ -124,7 +124,7 @@ def finished_jobs_keep_their_row(patch: Patch) -> None:
 
 
 def noise_of_the_row_instead_of_the_request(patch: Patch) -> None:
-    """A sample depends on where its request happens to run."""
+    """A sample depends on the row that its request runs in."""
     drawn = Executor._drawn
 
     def by_row(self: Executor, logits: Any, jobs: Sequence[Job], **more: Any) -> Any:
@@ -136,7 +136,7 @@ def noise_of_the_row_instead_of_the_request(patch: Patch) -> None:
 
 
 def scores_of_the_neighbour(patch: Patch) -> None:
-    """Log-probabilities are handed out in another order than they were asked for."""
+    """Log-probabilities are returned in the wrong order."""
     scores = OutputProcessor._scores
     patch.setattr(
         OutputProcessor, "_scores", lambda self, parts, numbers: scores(self, parts[::-1], numbers)
@@ -164,14 +164,14 @@ def busy_harness() -> EngineHarness:
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
-def test_a_broken_engine_is_noticed(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:
+def test_a_broken_engine_is_detected(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:
     harness = busy_harness()
     broken(monkeypatch)
     with pytest.raises((AssertionError, BrokenInvariant, GranitePagedError, IndexError)):
         random_walk(harness, STEPS, seed=1)
 
 
-def test_the_walk_that_notices_them_passes_unbroken() -> None:
+def test_the_random_walk_passes_on_the_real_engine() -> None:
     harness = busy_harness()
     random_walk(harness, STEPS, seed=1)
     assert harness.met["swapped"]

@@ -1,4 +1,4 @@
-"""Refusals: typed, in one line, with the numbers in them."""
+"""Errors: typed, one line each, with their numbers in the message."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def error_types() -> list[type[Exception]]:
 
 
 @pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
-def test_every_error_can_be_caught_by_the_base(kind: type[Exception]) -> None:
+def test_every_error_derives_from_the_base(kind: type[Exception]) -> None:
     assert issubclass(kind, GranitePagedError)
 
 
@@ -92,7 +92,7 @@ def test_every_error_can_be_caught_by_the_base(kind: type[Exception]) -> None:
         (NonFinite, ArithmeticError),
     ],
 )
-def test_an_error_is_also_the_builtin_a_caller_would_expect(kind, builtin) -> None:
+def test_an_error_is_also_the_expected_builtin(kind, builtin) -> None:
     assert issubclass(kind, builtin)
 
 
@@ -120,7 +120,9 @@ def test_a_message_is_one_plain_line(error: GranitePagedError) -> None:
     message = str(error)
     assert message
     assert "\n" not in message
-    assert not message.startswith(("'", '"')), "shown as a repr, as KeyError does"
+    assert not message.startswith(("'", '"')), (
+        "the message is shown as a repr, as that of KeyError is"
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_message_is_one_plain_line(error: GranitePagedError) -> None:
     ],
     ids=lambda value: names(value) if isinstance(value, Exception) else "",
 )
-def test_the_numbers_are_attributes_and_in_the_message(error, numbers) -> None:
+def test_numbers_are_attributes_and_in_the_message(error, numbers) -> None:
     assert vars(error) == numbers
     assert all(str(number) in str(error) for number in numbers.values())
 
@@ -174,8 +176,8 @@ def test_advice_ends_the_message() -> None:
 @pytest.mark.parametrize(
     "through", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy], ids=["pickle", "copy"]
 )
-def test_an_error_crosses_processes_with_its_numbers(error, through) -> None:
-    """concurrent.futures pickles what a worker raises; a failure to do so kills the pool."""
+def test_an_error_can_be_pickled_and_copied(error, through) -> None:
+    """concurrent.futures pickles what a worker raises; if that fails, the pool breaks."""
     arrived = through(error)
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)

@@ -1,4 +1,4 @@
-"""Evaluation data: read as it is, or refused by file, line and field."""
+"""Evaluation data is read unchanged, or refused with file, line and field."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refusal(read: Any) -> DataError:
 
 
 @pytest.mark.parametrize("bad", BAD_MMLU)
-def test_a_bad_row_of_mmlu_is_named(bad: str, tmp_path: Path) -> None:
+def test_an_error_names_the_bad_row_of_mmlu(bad: str, tmp_path: Path) -> None:
     row, reason = BAD_MMLU[bad]
     folder = write(tmp_path, "mmlu_test", MMLU, row)
     error = refusal(lambda: data.mmlu("test", folder))
@@ -63,7 +63,7 @@ def test_a_bad_row_of_mmlu_is_named(bad: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", BAD_TRUTHFULQA)
-def test_a_bad_row_of_truthfulqa_is_named(bad: str, tmp_path: Path) -> None:
+def test_an_error_names_the_bad_row_of_truthfulqa(bad: str, tmp_path: Path) -> None:
     row, reason = BAD_TRUTHFULQA[bad]
     folder = write(tmp_path, "truthfulqa_mc", TRUTHFULQA, "", row)
     error = refusal(lambda: data.truthfulqa(folder))
@@ -71,12 +71,12 @@ def test_a_bad_row_of_truthfulqa_is_named(bad: str, tmp_path: Path) -> None:
     assert reason in str(error)
 
 
-def test_good_rows_are_read_and_blank_lines_are_none(tmp_path: Path) -> None:
+def test_blank_lines_are_skipped(tmp_path: Path) -> None:
     assert data.mmlu("dev", write(tmp_path, "mmlu_dev", MMLU, "", MMLU)) == [MMLU, MMLU]
     assert data.truthfulqa(write(tmp_path, "truthfulqa_mc", TRUTHFULQA)) == [TRUTHFULQA]
 
 
-def test_missing_data_says_which(tmp_path: Path) -> None:
+def test_an_error_names_the_missing_data(tmp_path: Path) -> None:
     assert "no such folder" in str(refusal(lambda: data.mmlu("test", str(tmp_path / "no"))))
     assert "mmlu_test.jsonl: cannot be read: No such file" in str(
         refusal(lambda: data.mmlu("test", str(tmp_path)))
@@ -85,19 +85,19 @@ def test_missing_data_says_which(tmp_path: Path) -> None:
     assert "no rows" in str(refusal(lambda: data.mmlu("test", str(tmp_path))))
 
 
-def test_what_is_no_text_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path) -> None:
     good = json.dumps(MMLU).encode()
     (tmp_path / "mmlu_test.jsonl").write_bytes(good + b"\n\xff\xfe\n")
     assert "line 2: not UTF-8 text" in str(refusal(lambda: data.mmlu("test", str(tmp_path))))
 
 
-def test_the_hub_without_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtra, match=r"pip install 'granite-paged\[eval\]'"):
         data.mmlu("test", None)
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **options: Any) -> None:
         raise ConnectionError("Couldn't reach the hub\nand more")
 
@@ -107,7 +107,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(monkeypatch: pytest.Mo
     assert message.endswith("--data DIR reads JSONL files instead")
 
 
-def test_rows_of_the_hub_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_from_the_hub_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"test": [MMLU], "dev": [MMLU, {**MMLU, "answer": 9}]}
 
     def load(repository: str, subset: str, split: str) -> Any:
@@ -119,7 +119,7 @@ def test_rows_of_the_hub_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "cais/mmlu dev, line 2: field 'answer'" in str(refusal(lambda: data.mmlu("dev", None)))
 
 
-def test_the_real_data_is_whole() -> None:
+def test_the_real_data_is_complete() -> None:
     folder = data_folder()
     assert len(data.mmlu("test", folder)) == 14042
     assert len(data.mmlu("dev", folder)) == 285

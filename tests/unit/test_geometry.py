@@ -1,4 +1,4 @@
-"""Sizes: read off the config, validated once."""
+"""Sizes are read from the model's config and validated once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def from_config(**sizes: object) -> CacheGeometry:
     return CacheGeometry.from_config(config, page_size=16, dtype=torch.bfloat16)
 
 
-# -- what a user may choose ---------------------------------------------------------------------
+# -- PagedConfig --------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_valid() -> None:
@@ -27,7 +27,7 @@ def test_the_defaults_are_valid() -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16, 1024])
-def test_a_page_size_is_any_power_of_two(page_size: int) -> None:
+def test_every_power_of_two_is_a_valid_page_size(page_size: int) -> None:
     assert PagedConfig(page_size=page_size).page_size == page_size
 
 
@@ -41,24 +41,24 @@ def test_a_page_size_is_any_power_of_two(page_size: int) -> None:
         *[("backend", name) for name in ("", "Eager", "triton", None)],
     ],
 )
-def test_a_value_that_cannot_work_is_refused_by_its_name(field: str, value: object) -> None:
+def test_an_invalid_value_is_refused_with_its_field(field: str, value: object) -> None:
     with pytest.raises(GeometryError, match=field):
         PagedConfig(**{field: value})
 
 
-def test_one_page_is_enough_for_max_tokens() -> None:
+def test_max_tokens_may_be_one_page() -> None:
     assert PagedConfig(page_size=128, max_tokens=128).max_tokens == 128
 
 
 @pytest.mark.parametrize(
     ("sizes", "field"), [(PagedConfig(), "page_size"), (make_geometry(), "head_dim")]
 )
-def test_sizes_cannot_change_after_they_were_validated(sizes: object, field: str) -> None:
+def test_validated_sizes_are_frozen(sizes: object, field: str) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(sizes, field, 3)
 
 
-# -- what the model says ------------------------------------------------------------------------
+# -- CacheGeometry, from a model's config ---------------------------------------------------------
 
 
 def test_a_hybrid_config_gives_its_layers_and_heads() -> None:
@@ -74,7 +74,7 @@ def test_a_hybrid_config_gives_its_layers_and_heads() -> None:
 
 
 class RawConfig:
-    """A config as a checkpoint of either age has it."""
+    """A config as older or newer checkpoints have it."""
 
     model_type = "granitemoehybrid"
     num_attention_heads = 6
@@ -94,21 +94,21 @@ def from_raw(*kinds: str, **more: object) -> CacheGeometry:
 @pytest.mark.parametrize(
     "kinds", [("mamba", "attention"), ("linear_attention", "full_attention")], ids=str
 )
-def test_layer_kinds_are_read_under_their_old_and_new_names(kinds: tuple[str, str]) -> None:
+def test_layer_kinds_are_read_under_old_and_new_names(kinds: tuple[str, str]) -> None:
     geometry = from_raw(*kinds)
     assert (geometry.mamba_layers, geometry.attention_layers) == ((0,), (1,))
 
 
-def test_an_explicit_head_dim_beats_the_quotient() -> None:
+def test_an_explicit_head_dim_is_used() -> None:
     assert from_raw("attention", head_dim=96).head_dim == 96
 
 
 @pytest.mark.parametrize("absent", [{}, {"head_dim": None}], ids=["missing", "none"])
-def test_without_a_head_dim_it_is_the_quotient(absent: dict[str, None]) -> None:
+def test_head_dim_defaults_to_hidden_size_over_heads(absent: dict[str, None]) -> None:
     assert from_raw("attention", **absent).head_dim == 8
 
 
-def test_an_unknown_kind_of_layer_is_refused_by_name() -> None:
+def test_an_unknown_layer_kind_is_refused_by_name() -> None:
     with pytest.raises(GeometryError, match="sliding_window"):
         from_raw("attention", "sliding_window")
 
@@ -124,12 +124,12 @@ def test_another_model_type_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 4), (2, 4), (6, 0), (6, -2)])
-def test_heads_that_do_not_share_evenly_are_refused(query_heads: int, kv_heads: int) -> None:
+def test_query_heads_must_divide_by_kv_heads(query_heads: int, kv_heads: int) -> None:
     with pytest.raises(GeometryError, match=f"{query_heads} query heads"):
         dataclasses.replace(make_geometry(), query_heads=query_heads, kv_heads=kv_heads)
 
 
-# -- what follows -------------------------------------------------------------------------------
+# -- derived sizes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_pages_for_rounds_up(tokens: int, pages: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])
-def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
+def test_a_bucket_is_slightly_larger_than_its_count(steps: int) -> None:
     for count in range(1, 5000):
         size = bucket(count, steps=steps)
         assert count <= size < count + max(1, count / steps), f"{size} for {count}"
@@ -153,7 +153,7 @@ def test_buckets_hold_what_was_asked_for_and_little_more(steps: int) -> None:
     ("dtype", "itemsize"),
     [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)],
 )
-def test_a_token_costs_keys_and_values_of_every_attention_layer(dtype, itemsize) -> None:
+def test_bytes_per_token_count_every_attention_layer(dtype, itemsize) -> None:
     geometry = dataclasses.replace(
         make_geometry(page_size=32, kv_heads=4, head_dim=64, dtype=dtype),
         attention_layers=(5, 15, 25, 35),
@@ -162,5 +162,5 @@ def test_a_token_costs_keys_and_values_of_every_attention_layer(dtype, itemsize)
     assert geometry.bytes_per_page == 32 * geometry.bytes_per_token
 
 
-def test_the_group_is_query_heads_over_kv_heads() -> None:
+def test_group_is_query_heads_over_kv_heads() -> None:
     assert make_geometry(group=5, kv_heads=3).group == 5

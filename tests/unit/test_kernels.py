@@ -1,4 +1,4 @@
-"""Triton kernels against the plain PyTorch that defines them, interpreted or on a GPU.
+"""Triton kernels against the plain PyTorch code that defines them, interpreted or on a GPU.
 
 The interpreter computes bfloat16 products wrongly, so the CPU runs float32 and float16.
 """
@@ -27,7 +27,7 @@ from granite_paged.layers.triton import mamba, pages, pointwise, tokens
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32 = 2e-6
 HALF = 2e-3
-"""float16 operands, float32 sums: a few roundings of 2**-11 of the largest term."""
+"""Bound for float16 operands with float32 sums: a few roundings of 2**-11 of the largest term."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
@@ -40,6 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 @pytest.fixture
 def nothing_known() -> Iterator[None]:
+    """Forget what is cached about devices, before and after the test."""
     for known in (backend._cannot_compile, backend._warn_once):
         known.cache_clear()
     yield
@@ -55,16 +56,16 @@ def nothing_known() -> Iterator[None]:
         (("shutil.which", lambda name: None), "needs a C compiler"),
     ],
 )
-def test_a_gpu_that_cannot_compile_is_slower_and_says_why_once(
+def test_a_gpu_that_cannot_compile_warns_once_and_runs_eager(
     missing: tuple[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*missing)
     gpu = torch.device("cuda", 0)
     assert reason in backend.kernel_refusal("auto", gpu, torch.bfloat16)
-    with pytest.warns(UserWarning, match=reason) as told:
+    with pytest.warns(UserWarning, match=reason) as warnings:
         found = [backend.attention_backend("auto", gpu, torch.bfloat16, 128) for _ in range(2)]
     assert found == ["eager", "eager"]
-    assert len(told) == 1
+    assert len(warnings) == 1
 
 
 @pytest.mark.usefixtures("nothing_known")
@@ -88,7 +89,7 @@ def test_a_gpu_with_less_shared_memory_gets_fewer_stages() -> None:
 def product_case(
     rows: int, columns: int, depth: int, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, residual, norm weights before and after."""
+    """Return x, weight, residual, and the weights of the norms before and after."""
     torch.manual_seed(rows)
     shapes = ((rows, depth), (columns * (2 if gated else 1), depth), (rows, columns))
     x, weight, residual = (torch.randn(*shape, device=DEVICE) for shape in shapes)
@@ -110,7 +111,7 @@ def formula(x: Tensor, weight: Tensor, before: Tensor | None, gated: bool) -> Te
     ("normed", "gated", "residual"),
     [(False, False, False), (True, True, False), (True, False, True), (False, True, True)],
 )
-def test_a_product_of_few_rows_is_the_formula(
+def test_a_product_of_few_rows_equals_the_formula(
     rows: int, columns: int, depth: int, normed: bool, gated: bool, residual: bool
 ) -> None:
     x, weight, held, before, _ = product_case(rows, columns, depth, gated)
@@ -133,7 +134,7 @@ def test_a_product_of_few_rows_is_the_formula(
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_products_in_a_row_pass_their_norm_on(
+def test_consecutive_products_pass_on_their_norm(
     rows: int, splits: int, normed: bool, gated: bool
 ) -> None:
     x, weight, held, before, after = product_case(rows, 40, 300, gated)
@@ -149,18 +150,18 @@ def test_products_in_a_row_pass_their_norm_on(
         assert passed is not None
         inverse = torch.rsqrt(passed.squares.sum(0) / 40 + 1e-5)[:, None]
         assert largest_error(passed.values * inverse, rms_norm(actual, after)) <= FLOAT32
-        assert not shared.arrived.any(), "the next product would not wait for its parts"
+        assert not shared.arrived.any(), (
+            "the counters must be 0 again, or the next product would not wait for its parts"
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_three_products_of_one_x_are_one(rows: int) -> None:
+def test_three_products_of_one_input_run_as_one(rows: int) -> None:
     x = torch.randn(rows, 200, device=DEVICE)
     query, key, value = (torch.randn(columns, 200, device=DEVICE) for columns in (75, 40, 16))
     actual, _ = few_rows.linear(x, (query, key, value))
-    assert (
-        largest_error(actual.double(), formula(x, torch.cat([query, key, value]), None, False))
-        <= FLOAT32
-    )
+    expected = formula(x, torch.cat([query, key, value]), None, False)
+    assert largest_error(actual.double(), expected) <= FLOAT32
 
 
 def test_a_product_adds_to_its_residual_in_place() -> None:
@@ -172,13 +173,13 @@ def test_a_product_adds_to_its_residual_in_place() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_rms_norm_is_the_formula(groups: int) -> None:
+def test_rms_norm_equals_the_formula(groups: int) -> None:
     x, weight = torch.randn(5, 96, device=DEVICE), torch.randn(96, device=DEVICE)
     parts = rms_norm(x.view(5, groups, -1), weight.view(groups, -1)).view(5, 96)
     assert largest_error(pointwise.rms_norm(x, weight, 1e-5, groups).double(), parts) <= FLOAT32
 
 
-def test_the_gate_is_the_formula() -> None:
+def test_silu_mul_equals_the_formula() -> None:
     x = torch.randn(4, 2 * 75, device=DEVICE)
     expected = silu(x[:, :75]) * x[:, 75:]
     assert largest_error(pointwise.silu_mul(x), expected) <= FLOAT32
@@ -188,7 +189,7 @@ def test_the_gate_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("depth", [64, 75])
-def test_a_token_becomes_its_scaled_embedding_on_its_way_through_a_norm(depth: int) -> None:
+def test_embed_returns_scaled_and_normed_embeddings(depth: int) -> None:
     table, norm = torch.randn(30, depth, device=DEVICE), torch.randn(depth, device=DEVICE)
     fed = torch.tensor([9, 4, 29, 0], device=DEVICE)
     rows = torch.tensor([2, 1, 3], device=DEVICE)
@@ -205,8 +206,8 @@ def test_an_embedding_is_rounded_once() -> None:
     assert torch.equal(hidden, table * 12.3)
 
 
-def likeliest(logits: Tensor, rows: list[int]) -> list[int]:
-    """What the rows, of six, are fed; the others keep -1."""
+def fed_tokens(logits: Tensor, rows: list[int]) -> list[int]:
+    """Return what write_argmax feeds the named rows of six, and check that others keep -1."""
     fed = torch.full((6,), -1, device=DEVICE)
     tokens.write_argmax(logits, torch.tensor(rows, device=DEVICE), fed)
     assert sorted({*range(6)} - set(rows)) == (fed == -1).nonzero().flatten().tolist()
@@ -214,24 +215,24 @@ def likeliest(logits: Tensor, rows: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("columns", [50, 8192, 20000])
-def test_each_row_is_fed_its_likeliest_token(columns: int) -> None:
+def test_each_row_is_fed_its_argmax(columns: int) -> None:
     logits = torch.randn(3, columns, device=DEVICE)
     logits[1, -1] = 100.0  # the last column of the last block
-    assert likeliest(logits, [4, 1, 5]) == logits.argmax(1).tolist()
+    assert fed_tokens(logits, [4, 1, 5]) == logits.argmax(1).tolist()
 
 
-def test_of_equal_logits_the_first_is_fed() -> None:
+def test_the_first_of_equal_logits_is_fed() -> None:
     logits = torch.zeros(2, 20000, device=DEVICE)
-    logits[0, [7, 8200, 16391]] = 1.0  # one place in three blocks
+    logits[0, [7, 8200, 16391]] = 1.0  # equal maxima in three blocks
     logits[1, [300, 8195]] = 1.0
-    assert likeliest(logits, [1, 2]) == [7, 300]
+    assert fed_tokens(logits, [1, 2]) == [7, 300]
 
 
-def test_what_is_fed_is_a_token_whatever_the_logits_are() -> None:
+def test_non_finite_logits_still_feed_a_valid_token() -> None:
     logits = torch.full((3, 9000), float("nan"), device=DEVICE)
     logits[1] = float("-inf")
     logits[2, 8500] = -3.0
-    fed = likeliest(logits, [1, 2, 3])
+    fed = fed_tokens(logits, [1, 2, 3])
     assert all(0 <= token < 9000 for token in fed)
     assert fed[2] == 8500
 
@@ -248,7 +249,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def states(sizes: MambaSizes, dtype: torch.dtype = torch.float32) -> tuple[MambaState, MambaState]:
-    """The same state of five rows, of which a batch of two takes 3 and 1, twice."""
+    """Return two equal states of five rows, of which a batch uses rows 3 and 1."""
     torch.manual_seed(1)
     rows = torch.tensor([3, 1], device=DEVICE)
     empty = sizes.empty_state(5, dtype, DEVICE)
@@ -268,22 +269,21 @@ def states(sizes: MambaSizes, dtype: torch.dtype = torch.float32) -> tuple[Mamba
     ],
     ids=["step", "step, padding", "scan", "right padding", "left padding"],
 )
-def test_kernels_agree_with_the_definition(shape: str, positions: list[list[int]]) -> None:
+def test_kernels_agree_with_plain_pytorch(shape: str, positions: list[list[int]]) -> None:
     mixer, _ = mamba_layer(**SHAPES[shape])
     mixer = mixer.to(DEVICE)
     at = torch.tensor(positions, device=DEVICE)
     hidden = torch.randn(*at.shape, 24, device=DEVICE)
     mine, defined = states(MambaSizes.of(mixer))
     for row, first in zip(mine.rows, positions, strict=True):
-        if first[0] < mixer.conv_kernel_size:  # a ring holds nothing before position 0
+        if first[0] < mixer.conv_kernel_size:  # the conv state holds nothing before position 0
             mine.conv[row], defined.conv[row] = 0, 0
     with torch.inference_mode():
         actual = mamba.mamba_forward(mixer, hidden, at, mine)
         expected = mamba_forward(mixer, hidden, at, defined)
     token = at >= 0
-    assert (
-        largest_error(actual[token], expected[token]) <= 10 * FLOAT32
-    )  # decays by float32 differences
+    # decays are computed from float32 differences
+    assert largest_error(actual[token], expected[token]) <= 10 * FLOAT32
     assert largest_error(mine.ssm, defined.ssm) <= 10 * FLOAT32
     assert largest_error(mine.conv, defined.conv) <= FLOAT32
 
@@ -299,11 +299,11 @@ def test_a_ring_is_not_read_before_position_0(tokens: int, form: Any) -> None:
     clean = MambaSizes.of(mixer).empty_state(1, torch.float32, DEVICE)._replace(rows=rows)
     stale = MambaState(torch.full_like(clean.conv, 1e3), clean.ssm.clone(), rows)
     with torch.inference_mode():
-        assert torch.equal(form(mixer, hidden, at, stale), form(mixer, hidden, at, clean))
+        assert torch.equal(run(mixer, hidden, at, stale), run(mixer, hidden, at, clean))
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_a_row_of_padding_needs_no_state(tokens: int) -> None:
+def test_a_padding_row_needs_no_state(tokens: int) -> None:
     mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     sizes = MambaSizes.of(mixer)
@@ -323,7 +323,7 @@ def test_a_row_of_padding_needs_no_state(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
+def test_half_precision_kernels_err_by_a_few_roundings(tokens: int) -> None:
     mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     at = torch.arange(tokens, device=DEVICE).expand(2, -1)
@@ -338,7 +338,7 @@ def test_kernels_in_half_precision_err_by_a_few_roundings(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 6])
-def test_a_step_passes_its_norm_on(batch: int) -> None:
+def test_a_mamba_step_passes_on_its_norm(batch: int) -> None:
     mixer, _ = mamba_layer(mamba_n_heads=3, mamba_d_head=16)
     mixer = mixer.to(DEVICE)
     sizes = MambaSizes.of(mixer)
@@ -358,7 +358,7 @@ def test_a_step_passes_its_norm_on(batch: int) -> None:
     assert largest_error(passed.values * inverse, rms_norm(plain, mixer.norm.weight)) <= FLOAT32
 
 
-def test_a_convolution_by_itself_is_the_one_that_rides_along() -> None:
+def test_separate_and_fused_convolutions_agree() -> None:
     mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     mine, other = states(MambaSizes.of(mixer))
@@ -377,7 +377,7 @@ def test_a_convolution_by_itself_is_the_one_that_rides_along() -> None:
 # -- pages --------------------------------------------------------------------------------------
 
 
-def test_new_tokens_go_where_the_page_table_says_and_padding_nowhere() -> None:
+def test_write_pages_writes_tokens_and_skips_padding() -> None:
     pool = [torch.zeros(1, 2, 6 * 4, 8, device=DEVICE) for _ in "kv"]
     table = torch.tensor([[0, 0, 0], [3, 1, 0], [5, 2, 4]], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([2, 1], device=DEVICE)
@@ -393,7 +393,7 @@ def test_new_tokens_go_where_the_page_table_says_and_padding_nowhere() -> None:
     assert bad.tolist() == [0, 0, 0]
 
 
-def test_what_is_not_finite_is_stored_as_zero_and_reported_for_its_row() -> None:
+def test_write_pages_stores_non_finite_values_as_zero() -> None:
     pool = [torch.zeros(1, 1, 4 * 4, 16, device=DEVICE) for _ in "kv"]
     table = torch.tensor([[0], [2], [3]], dtype=torch.int32, device=DEVICE)
     rows, positions = torch.tensor([2, 1], device=DEVICE), torch.zeros(2, 1, dtype=torch.int32)

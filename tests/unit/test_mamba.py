@@ -1,4 +1,4 @@
-"""The inference forms of Mamba-2 against transformers' own, and padding that leaves no trace."""
+"""Our Mamba-2 layer against that of transformers, and padding that changes nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.helpers.mamba_layers import mamba_layer
 from tests.helpers.tolerance import largest_error
 
 FLOAT32 = 2e-6
-"""Largest error as a part of the largest value: about 17 roundings of 2**-23."""
+"""Bound of `largest_error`: about 17 roundings of 2**-23."""
 
 
 class Ours:
-    """The forms under test, with a state that goes on from call to call."""
+    """The layer under test; its state continues from call to call."""
 
     def __init__(self, mixer: Any, batch: int) -> None:
         self.mixer = mixer
@@ -37,7 +37,7 @@ class Ours:
 
 
 class Theirs:
-    """transformers' own."""
+    """The layer of transformers, with its own cache."""
 
     def __init__(self, mixer: Any, config: Any) -> None:
         self.mixer, self.cache = mixer, DynamicCache(config=config)
@@ -62,7 +62,7 @@ class Theirs:
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     seed=st.integers(0, 99),
 )
-def test_every_form_agrees_with_transformers_from_any_state(
+def test_mamba_agrees_with_transformers_from_any_state(
     batch: int,
     heads: tuple[int, int],
     head_dim: int,
@@ -96,15 +96,13 @@ def test_every_form_agrees_with_transformers_from_any_state(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("tokens", [(5, 1, 0), (23, 9, 3)])
-def test_padding_leaves_states_and_outputs_as_if_it_were_not_there(
-    side: str, tokens: tuple[int, ...]
-) -> None:
+def test_padding_changes_neither_states_nor_outputs(side: str, tokens: tuple[int, ...]) -> None:
     mixer, _ = mamba_layer()
     width = max(tokens) + 2
     batch = Ours(mixer, len(tokens))
     alone = [Ours(mixer, 1) for _ in tokens]
     draw = torch.Generator().manual_seed(1)
-    for _ in range(3):  # the second and third go on from the first
+    for _ in range(3):  # the second and third calls continue from the first
         columns = torch.arange(width)[None]
         counts = torch.tensor(tokens)[:, None]
         is_token = columns >= width - counts if side == "left" else columns < counts
@@ -118,7 +116,7 @@ def test_padding_leaves_states_and_outputs_as_if_it_were_not_there(
             torch.testing.assert_close(batch.state.conv[row], one.state.conv[0])
 
 
-def test_a_batch_updates_the_rows_it_names_and_no_other() -> None:
+def test_a_batch_updates_only_the_rows_it_names() -> None:
     mixer, _ = mamba_layer()
     whole = MambaSizes.of(mixer).empty_state(5, torch.float32, torch.device("cpu"))
     before = MambaState(whole.conv.normal_().clone(), whole.ssm.normal_().clone(), None)

@@ -1,4 +1,4 @@
-"""Which slot may be seen by which query, slot by slot and page by page."""
+"""Masks: which slots a query may see, slot by slot and page by page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(positions: list[list[int]], *, group: int = 1, rows: tuple[int, ...] = 
 
 
 def seen(mask, row: int = 0, folded_row: int = 0) -> list[int]:
-    """Slots a query may see."""
+    """Return the slots that a query may see."""
     return allowed_slots(mask)[row, folded_row].nonzero()[:, 0].tolist()
 
 
@@ -51,12 +51,12 @@ def seen(mask, row: int = 0, folded_row: int = 0) -> list[int]:
         (11, [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]),
     ],
 )
-def test_a_query_sees_its_own_pages_up_to_itself(position: int, slots: list[int]) -> None:
+def test_a_query_sees_its_own_tokens_up_to_itself(position: int, slots: list[int]) -> None:
     assert seen(make([[position], [0]])) == slots
 
 
 def test_the_tail_of_a_partly_filled_page_is_never_seen() -> None:
-    """Seen in torch where the KV length is no multiple of the page: the tail is attended."""
+    """Seen in torch: the tail is attended if the KV length is not a multiple of the page size."""
     assert seen(make([[5], [2]]), row=1) == [8, 9, 10]
 
 
@@ -66,8 +66,8 @@ def test_padding_sees_nothing() -> None:
     assert seen(mask, row=1, folded_row=1) == []
 
 
-def test_another_rows_page_at_the_same_logical_place_is_not_mine() -> None:
-    """Pages 2 and 3 are both logical page 0: the inverse map alone cannot tell them apart."""
+def test_rows_do_not_see_each_others_pages() -> None:
+    """Pages 2 and 3 are both logical page 0: the inverse map alone cannot distinguish them."""
     mask = make([[11], [3]])
     assert not set(seen(mask, row=0)) & set(seen(mask, row=1))
 
@@ -79,24 +79,24 @@ def test_the_null_page_and_free_pages_are_never_seen(page: int) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 5, 8])
-def test_the_members_of_a_group_see_the_same(group: int) -> None:
+def test_all_heads_of_a_group_see_the_same(group: int) -> None:
     one = allowed_slots(make([[4, 5], [0, 1]]))
     folded = allowed_slots(make([[4, 5], [0, 1]], group=group))
     assert torch.equal(folded, one.repeat_interleave(group, dim=1))
 
 
 @pytest.mark.parametrize("rows", [(1, 0), (1,), (0,), (1, 1, 0)], ids=str)
-def test_a_mask_of_some_rows_in_any_order_uses_those_rows_tables(rows: tuple[int, ...]) -> None:
-    """Seen in torch PagedAttention and attention-gym: tables of the chosen rows are met with the
-    inverse map of rows 0, 1, ... (error 2.7)."""
+def test_a_mask_uses_the_tables_of_the_selected_rows(rows: tuple[int, ...]) -> None:
+    """Seen in torch PagedAttention and attention-gym: tables of the selected rows are combined with
+    the inverse map of rows 0, 1, ... (error 2.7)."""
     positions = [[7], [2]]
     whole = allowed_slots(make(positions))
     some = allowed_slots(make([positions[row] for row in rows], rows=rows))
     assert torch.equal(some, whole[list(rows)])
 
 
-def test_a_page_shared_by_a_fork_is_seen_by_both() -> None:
-    """One physical page in several rows, always at the same place: one inverse map is enough."""
+def test_both_rows_see_a_page_shared_by_a_fork() -> None:
+    """A shared page has the same logical place in every row, so one inverse map is enough."""
     shared = PHYSICAL.clone()
     shared[1, 0] = 3
     mask = paged_block_mask(
@@ -110,8 +110,8 @@ def test_a_page_shared_by_a_fork_is_seen_by_both() -> None:
 
 
 @pytest.mark.parametrize("stale", [1, 3, 5])
-def test_a_table_entry_that_the_inverse_map_contradicts_is_not_believed(stale: int) -> None:
-    """Row 1 names a page of row 0 where that page does not stand."""
+def test_table_entries_that_contradict_the_inverse_map_are_hidden(stale: int) -> None:
+    """Row 1 names a page of row 0 at another logical place than its own."""
     contradicted = PHYSICAL.clone()
     place = (int(LOGICAL[stale]) + 1) % 3
     contradicted[1] = torch.tensor([2, 0, 0])
@@ -126,7 +126,7 @@ def test_a_table_entry_that_the_inverse_map_contradicts_is_not_believed(stale: i
 
 
 def named(pages: torch.Tensor) -> list[list[int]]:
-    """Pages listed for each query block of row 0."""
+    """Return the pages listed for each query block of row 0."""
     return [block.nonzero()[:, 0].tolist() for block in pages[0]]
 
 
@@ -142,32 +142,32 @@ def named(pages: torch.Tensor) -> list[list[int]]:
         (11, [1, 3, 5], []),
     ],
 )
-def test_a_decode_lists_filled_pages_whole_and_the_last_in_part(position, whole, partial) -> None:
+def test_decode_lists_filled_pages_whole_and_the_last_partial(position, whole, partial) -> None:
     mask = make([[position], [0]])
     assert named(whole_pages(mask)) == [whole]
     assert named(partial_pages(mask)) == [partial]
 
 
-def test_a_prefill_lists_in_part_what_some_of_its_rows_may_not_see() -> None:
+def test_prefill_lists_pages_hidden_from_some_rows_as_partial() -> None:
     mask = make([[0, 1, 2, 3, 4, 5], [PADDING] * 5 + [0]])
     assert named(whole_pages(mask)) == [[]]
     assert named(partial_pages(mask)) == [[1, 3]]
 
 
-def test_a_chunk_lists_its_past_whole() -> None:
+def test_a_chunk_lists_earlier_pages_whole() -> None:
     mask = make([[8, 9], [0, 1]])
     assert named(whole_pages(mask)) == [[1, 3]]
     assert named(partial_pages(mask)) == [[5]]
 
 
-def test_one_padded_row_keeps_a_block_from_whole_pages() -> None:
-    """A whole page is applied to every row of the block, so padding would attend."""
+def test_a_block_with_padding_lists_no_whole_pages() -> None:
+    """Every row of the block reads a whole page, so padding would attend to it."""
     mask = make([[PADDING, 8], [0, 1]])
     assert named(whole_pages(mask)) == [[]]
     assert named(partial_pages(mask)) == [[1, 3, 5]]
 
 
-def test_a_row_of_padding_lists_nothing() -> None:
+def test_a_padding_row_lists_no_pages() -> None:
     mask = make([[PADDING], [0]])
     assert (named(whole_pages(mask)), named(partial_pages(mask))) == ([[]], [[]])
 
@@ -181,7 +181,7 @@ def long_prefill(tokens: int, group: int, past: int = 0) -> tuple[Paged, dict[in
 @pytest.mark.parametrize("group", [1, 3, 5])
 @pytest.mark.parametrize("tokens", [QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 300])
 def test_each_query_block_lists_its_own_pages(group: int, tokens: int) -> None:
-    """Group boundaries need not meet query blocks: a token's members may lie in two of them."""
+    """Query blocks may split a group: the heads of one token may lie in two blocks."""
     _, _, step = long_prefill(tokens, group, past=33)
     mask = step.mask()
     blocks = -(-tokens * group // QUERY_BLOCK)
@@ -194,15 +194,15 @@ def test_each_query_block_lists_its_own_pages(group: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [43, 127, 129, 300])
-def test_query_counts_that_do_not_divide_the_tile_are_right(tokens: int) -> None:
-    """Seen in torch: wrong output where the query count is no multiple of the tile."""
+def test_query_counts_off_the_tile_size_are_right(tokens: int) -> None:
+    """Seen in torch: wrong output if the query count is not a multiple of the tile."""
     paged, added, step = long_prefill(tokens, group=3)
     assert_right(paged, step, added, step.attend())
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16, 128, 256])
 def test_a_block_of_the_mask_is_one_page(page_size: int) -> None:
-    """Seen in torch: where a block spans pages, output follows physical placement."""
+    """Seen in torch: if a block spans pages, the output depends on where pages lie."""
     paged = Paged(make_geometry(page_size=page_size))
     step = paged.step({paged.open(5): 1})
     mask = step.mask()
@@ -210,8 +210,8 @@ def test_a_block_of_the_mask_is_one_page(page_size: int) -> None:
     assert mask.shape[-1] == step.keys.shape[2]
 
 
-def test_the_dense_view_of_the_lists_shows_the_same_pages() -> None:
-    """BlockMask's own reading of the lists agrees with ours."""
+def test_to_dense_shows_the_listed_pages() -> None:
+    """BlockMask's own conversion of the lists agrees with ours."""
     _, _, step = long_prefill(100, 3, past=33)
     mask = step.mask()
     listed = whole_pages(mask) + partial_pages(mask)
@@ -240,11 +240,11 @@ def list_bytes(pages: int, group: int = 1, device: str = "meta") -> int:
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_a_mask_costs_neither_groups_nor_pool_pages(group: int) -> None:
-    """Seen in vLLM: building the mask takes groups times pool pages, 8.45 GiB at warm-up."""
+def test_mask_memory_is_independent_of_group_and_pool(group: int) -> None:
+    """Seen in vLLM: mask memory grows with group size times pool pages, 8.45 GiB at warm-up."""
     assert list_bytes(10**6, group) == list_bytes(64, 1) == 2 * 4 * 4 * (32 + 1)
 
 
-def test_on_the_cpu_a_mask_costs_one_entry_a_pool_page() -> None:
+def test_cpu_lists_have_one_entry_per_pool_page() -> None:
     """The CPU kernel refuses shorter lists."""
     assert list_bytes(1000, device="cpu") == 2 * 4 * 4 * (1000 + 1)

@@ -1,4 +1,4 @@
-"""Every checker bites: something broken on purpose, and the checker that must catch it."""
+"""Mutation tests: each breaks something on purpose, and a checker must detect it."""
 
 from __future__ import annotations
 
@@ -156,33 +156,33 @@ HUNT = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    phases=[Phase.generate],  # finding is enough here, shrinking would take seconds
+    phases=[Phase.generate],  # finding a failure is enough here; shrinking it would take seconds
     suppress_health_check=list(HealthCheck),
 )
 
 
 @pytest.mark.parametrize("broken", BROKEN_ALLOCATORS, ids=lambda kind: kind.__name__)
-def test_the_state_machine_catches_a_broken_allocator(broken: type[PageAllocator]) -> None:
+def test_the_state_machine_detects_a_broken_allocator(broken: type[PageAllocator]) -> None:
     machine = type("Machine", (AllocatorMachine,), {"allocator_type": broken})
     with pytest.raises(AssertionError):
         run_state_machine_as_test(machine, settings=HUNT)
 
 
 @pytest.mark.parametrize("broken", BROKEN_ALLOCATORS, ids=lambda kind: kind.__name__)
-def test_the_random_walk_catches_a_broken_allocator(broken: type[PageAllocator]) -> None:
+def test_the_random_walk_detects_a_broken_allocator(broken: type[PageAllocator]) -> None:
     with pytest.raises(AssertionError):
         random_walk(AllocatorModel(broken(20, 3)), steps=5000, seed=0)
 
 
-def test_the_same_hunt_finds_nothing_in_the_real_allocator() -> None:
-    """So what the hunts above find is what was broken."""
+def test_the_real_allocator_passes_both_searches() -> None:
+    """So the failures found above come from the faults, not from the search."""
     run_state_machine_as_test(AllocatorMachine, settings=settings(HUNT, max_examples=20))
     model = AllocatorModel(PageAllocator(20, 3))
     random_walk(model, steps=1000, seed=0)
     assert model.met["copy"] > 0
 
 
-def test_a_refusal_that_does_not_come_is_caught() -> None:
+def test_a_missing_refusal_is_detected() -> None:
     model = AllocatorModel(PageAllocator(4, 4))
     with pytest.raises(AssertionError, match="DoubleFree was not raised"):
         model.refuses(DoubleFree, model.allocator.release)
@@ -192,7 +192,7 @@ def test_a_refusal_that_does_not_come_is_caught() -> None:
 
 
 class StaleInverse(PageTable):
-    """As torch PagedAttention.erase: chained advanced indexing writes to a copy."""
+    """Seen in torch PagedAttention.erase: chained advanced indexing writes to a copy."""
 
     def forget(self, pages: Tensor) -> None:
         self.logical[pages][:] = NOBODY
@@ -224,7 +224,7 @@ class CopiesKeysOnly(KVPool):
 
 
 class WrapsSlotsAround(KVPool):
-    """As torch PagedAttention.assign."""
+    """Seen in torch PagedAttention.assign."""
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return super().write((slots - self._geometry.page_size) % self.keys.shape[2], keys, values)
@@ -238,7 +238,7 @@ class StoresKeysThatAreNotFinite(KVPool):
 
 
 def eventful() -> Paged:
-    """Forks that part, releases, recycled pages."""
+    """Return a pool after forks that diverge, releases and recycled pages."""
     paged = Paged(make_geometry(page_size=4))
     parent = paged.open(10)
     paged.open(7)
@@ -251,7 +251,7 @@ def eventful() -> Paged:
     return paged
 
 
-def test_an_unbroken_pool_is_valid_after_all_that() -> None:
+def test_an_unbroken_pool_stays_valid() -> None:
     eventful().check_valid()
 
 
@@ -268,13 +268,13 @@ def test_an_unbroken_pool_is_valid_after_all_that() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_a_broken_page_table_or_pool_is_caught(part: str, broken: type, monkeypatch) -> None:
+def test_a_broken_page_table_or_pool_is_detected(part: str, broken: type, monkeypatch) -> None:
     monkeypatch.setattr(f"tests.helpers.strategies.{part}", broken)
     with pytest.raises(AssertionError):
         eventful().check_valid()
 
 
-def test_a_stale_inverse_map_is_named_by_its_page() -> None:
+def test_an_error_names_the_page_of_a_stale_inverse_map() -> None:
     paged = eventful()
     free = next(page for page, place in enumerate(paged.table.logical) if page and place == NOBODY)
     paged.table.logical[free] = 0
@@ -288,7 +288,7 @@ complete = masks.paged_mask_mod
 
 
 def changed(**changes: Callable[[Any], Any]) -> Callable[..., masks.MaskMod]:
-    """The complete mask_mod, made from changed arguments."""
+    """Return the complete mask_mod, built from changed arguments."""
 
     def make(*tensors: Tensor, **given: Any) -> masks.MaskMod:
         given |= dict(zip(("physical", "logical", "positions"), tensors, strict=True))
@@ -323,7 +323,7 @@ def without_inverse_map(
     group: int,
     visible: Tensor | None = None,
 ) -> masks.MaskMod:
-    """Slots taken for positions: right only while pages lie in order."""
+    """Take slots for positions, which is right only while pages lie in order."""
 
     def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
         return slot <= positions[row, folded_row // group]
@@ -336,8 +336,8 @@ BROKEN_MASK_MODS = {
     "without the inverse map": without_inverse_map,
     "without the causal bound": changed(positions=lambda p: p.where(p < 0, p.amax())),
     "without a length": changed(positions=lambda p: p.where(p < 0, 10**6)),
-    "with a position too many": changed(positions=lambda p: p.where(p < 0, p + 1)),
-    "with a position too few": changed(positions=lambda p: p - 1),
+    "with one position too many": changed(positions=lambda p: p.where(p < 0, p + 1)),
+    "with one position too few": changed(positions=lambda p: p - 1),
     "with padding that attends": changed(positions=lambda p: p.clamp(min=0)),
     "with twice the page size": changed(page_size=lambda size: 2 * size),
     "with half the page size": changed(
@@ -351,7 +351,7 @@ BROKEN_MASK_MODS = {
 
 
 def ragged_step() -> tuple[Paged, dict[int, int], Step]:
-    """Three rows of other lengths and new tokens, one of them a fork, with padding."""
+    """Return three rows of different lengths and new tokens, one a fork, with padding."""
     paged = Paged(make_geometry(page_size=4))
     first, second = paged.open(13), paged.open(6)
     paged.open(11)
@@ -365,17 +365,17 @@ def test_the_complete_mask_mod_is_right() -> None:
 
 
 @pytest.mark.parametrize("name", BROKEN_MASK_MODS)
-def test_a_broken_mask_mod_is_caught_by_the_oracle(name: str, monkeypatch) -> None:
+def test_the_oracle_detects_a_broken_mask_mod(name: str, monkeypatch) -> None:
     paged, added, step = ragged_step()
     monkeypatch.setattr(masks, "paged_mask_mod", BROKEN_MASK_MODS[name])
     with pytest.raises(AssertionError):
         assert_right(paged, step, added, step.attend())
 
 
-def test_reading_slots_as_positions_is_caught_by_moving_pages(monkeypatch) -> None:
+def test_moving_pages_detects_slots_read_as_positions(monkeypatch) -> None:
     _, _, step = ragged_step()
     monkeypatch.setattr(masks, "paged_mask_mod", without_inverse_map)
-    with pytest.raises(AssertionError, match="apart"):
+    with pytest.raises(AssertionError, match="relative difference"):
         assert_same_outputs(move_pages(step, seed=1).attend(), step.attend())
 
 
@@ -397,7 +397,7 @@ def last_page_missing(whole: Tensor, touched: Tensor) -> tuple[Tensor, Tensor]:
         (last_page_missing, assert_unlisted_pages_hold_nothing),
     ],
 )
-def test_broken_page_counts_are_caught(break_counts, check, monkeypatch) -> None:
+def test_broken_page_counts_are_detected(break_counts, check, monkeypatch) -> None:
     _, _, step = ragged_step()
     check(step)
     right = masks._pages_seen
@@ -406,8 +406,8 @@ def test_broken_page_counts_are_caught(break_counts, check, monkeypatch) -> None
         check(step)
 
 
-def test_a_partial_list_that_starts_over_is_caught(monkeypatch) -> None:
-    """Pages named whole and again in part would weigh double."""
+def test_pages_listed_whole_and_partial_are_detected(monkeypatch) -> None:
+    """Pages listed both as whole and as partial would count twice."""
     paged = Paged(make_geometry(page_size=4))
     step = paged.step({paged.open(13): 1})
     assert_no_page_is_listed_twice(step)
@@ -427,7 +427,7 @@ def wrong_scale(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def half_precision(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """float32 on the way, in a float64 model."""
+    """Round a float64 output to float32."""
     return lambda *arguments: call(*arguments).float().double()
 
 
@@ -446,15 +446,15 @@ def keys_for_values(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     "broken", [wrong_scale, half_precision, heads_swapped, rows_shifted, keys_for_values]
 )
-def test_broken_attention_is_caught_by_the_oracle(broken, monkeypatch) -> None:
+def test_the_oracle_detects_broken_attention(broken, monkeypatch) -> None:
     paged, added, step = ragged_step()
     monkeypatch.setattr(attention, "_eager", broken(attention._eager))
     with pytest.raises(AssertionError):
         assert_right(paged, step, added, step.attend())
 
 
-def test_a_nan_that_is_not_cleaned_away_is_caught(monkeypatch) -> None:
-    """The poison test's comparison, where the dense product spreads a foreign NaN."""
+def test_a_foreign_nan_in_the_output_is_detected(monkeypatch) -> None:
+    """In eager attention the dense product spreads a NaN of a foreign page unless it is masked."""
     paged, added, step = ragged_step()
     values = step.values.clone()
     values[:, :, paged.unread_slots(added)] = torch.nan
@@ -464,7 +464,7 @@ def test_a_nan_that_is_not_cleaned_away_is_caught(monkeypatch) -> None:
     assert not torch.equal(poisoned.attend(), step.attend())
 
 
-def test_a_broken_invariant_is_named_even_where_python_drops_assertions() -> None:
+def test_check_valid_works_with_assertions_disabled() -> None:
     code = (
         "from granite_paged.paging.allocator import PageAllocator\n"
         "allocator = PageAllocator(9, 4)\n"

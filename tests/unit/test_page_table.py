@@ -1,4 +1,4 @@
-"""The device's copy of who holds which page."""
+"""The page table: the device's copy of which sequence holds which page."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def index(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def test_a_new_table_names_the_null_page_everywhere_and_nobody_holds_any() -> None:
+def test_every_entry_of_a_new_table_is_the_null_page() -> None:
     """Seen in intel-xpu-backend-for-triton: an entry of -1 reaches a kernel."""
     table = PageTable(2, 3, 5, CPU)
     assert table.physical.tolist() == [[NULL_PAGE] * 3] * 2
     assert table.logical.tolist() == [NOBODY] * 5
 
 
-def test_a_written_entry_shows_in_both_maps() -> None:
+def test_a_written_entry_appears_in_both_maps() -> None:
     table = PageTable(2, 3, 6, CPU)
     table.write(index(0, 1), index(2, 0), index(5, 3))
     assert table.physical.tolist() == [[0, 0, 5], [3, 0, 0]]
@@ -50,7 +50,7 @@ def test_forgetting_some_pages_leaves_the_others(pages: tuple[int, ...]) -> None
 @pytest.mark.parametrize(
     ("rows", "width", "pages"), [(4, 2, 5), (2, 7, 5), (2, 2, 50), (9, 9, 9), (1, 1, 1)]
 )
-def test_growing_any_side_keeps_the_contents(rows: int, width: int, pages: int) -> None:
+def test_growing_a_table_keeps_its_entries(rows: int, width: int, pages: int) -> None:
     table = PageTable(2, 2, 5, CPU)
     table.write(index(0, 1, 1), index(1, 0, 1), index(4, 2, 3))
     before, held = table.physical.clone(), table.logical.clone()
@@ -74,7 +74,7 @@ def test_a_table_that_fits_is_not_reallocated() -> None:
 def test_a_long_decode_rarely_reallocates() -> None:
     table = PageTable(1, 1, 2, CPU)
     addresses = set()
-    kept = []  # so that no address is used again
+    kept = []  # keeps the tensors alive, so that no address is used again
     for width in range(1, 1001):
         table.fit(rows=1, width=width, pages=2)
         addresses.add(table.physical.data_ptr())
@@ -83,7 +83,7 @@ def test_a_long_decode_rarely_reallocates() -> None:
 
 
 @pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1], [1], [], [1, 1, 1, 1]], ids=str)
-def test_selecting_rows_moves_whole_rows(rows: list[int]) -> None:
+def test_select_rows_moves_whole_rows(rows: list[int]) -> None:
     table = PageTable(2, 2, 5, CPU)
     table.write(index(0, 0, 1), index(0, 1, 0), index(4, 2, 3))
     before = table.physical.clone()
@@ -91,11 +91,11 @@ def test_selecting_rows_moves_whole_rows(rows: list[int]) -> None:
     assert torch.equal(table.physical, before[rows])
 
 
-def test_the_table_costs_four_bytes_an_entry() -> None:
+def test_the_table_takes_four_bytes_per_entry() -> None:
     assert PageTable(3, 5, 7, CPU).nbytes == 4 * (3 * 5 + 7)
 
 
-def test_a_table_in_step_with_the_allocator_is_valid() -> None:
+def test_a_table_that_matches_the_allocator_is_valid() -> None:
     paged = Paged(make_geometry(page_size=4))
     paged.fork(paged.open(10))
     paged.open(3)
@@ -112,14 +112,14 @@ def test_writing_past_the_table_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 64])
-def test_reading_a_table_back_costs_no_more_than_its_entries(rows: int) -> None:
-    """`nbytes` is all there is: no copy of the table hides beside it."""
+def test_the_table_keeps_no_tensors_beyond_its_entries(rows: int) -> None:
+    """`nbytes` counts every tensor of the table: it keeps no second copy."""
     table = PageTable(rows, 8, 100, CPU)
     tensors = [value for value in vars(table).values() if isinstance(value, torch.Tensor)]
     assert sum(tensor.nbytes for tensor in tensors) == table.nbytes
 
 
-def test_a_page_at_two_places_of_a_row_is_refused() -> None:
+def test_a_page_twice_in_a_row_is_refused() -> None:
     """Seen in vLLM: one physical page twice in a row; an inverse map can only mean one place."""
     allocator = PageAllocator(5, 4)
     sequence = allocator.open()
@@ -129,11 +129,11 @@ def test_a_page_at_two_places_of_a_row_is_refused() -> None:
         allocator.check_valid()
 
 
-# -- entries that wait --------------------------------------------------------------------------
+# -- pending entries ----------------------------------------------------------------------------
 
 
 @given(st.data())
-def test_entries_gathered_and_set_at_once_are_as_if_set_one_by_one(data: st.DataObject) -> None:
+def test_pending_entries_equal_entries_written_one_by_one(data: st.DataObject) -> None:
     rows, width, pages = 3, 4, 6
     at_once, one_by_one = (PageTable(rows, width, pages, CPU) for _ in range(2))
     pending = PendingEntries()
@@ -160,7 +160,7 @@ def test_entries_gathered_and_set_at_once_are_as_if_set_one_by_one(data: st.Data
     assert torch.equal(at_once.logical, one_by_one.logical)
 
 
-def test_what_could_not_be_set_stays_pending() -> None:
+def test_entries_that_fail_stay_pending() -> None:
     table, pending = PageTable(1, 1, 3, CPU), PendingEntries()
     pending.write(0, 0, 7)
     with pytest.raises(IndexError):

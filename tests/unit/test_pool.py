@@ -1,4 +1,4 @@
-"""Storage of K and V, written by slot."""
+"""The pool that stores K and V, written by slot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GEOMETRY = make_geometry(page_size=4, kv_heads=2, head_dim=3, dtype=torch.float3
 
 
 def numbered_pool(pages: int = 5) -> KVPool:
-    """Every number in it different, and none zero."""
+    """Return a pool whose numbers are all different and not zero."""
     pool = KVPool(GEOMETRY, pages, CPU)
     count = pool.keys.numel()
     pool.keys.copy_(1 + torch.arange(count).view_as(pool.keys))
@@ -24,7 +24,7 @@ def numbered_pool(pages: int = 5) -> KVPool:
 
 
 def states(batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[B, Hkv, S, D], laid out as a model's projections leave it: tokens before heads."""
+    """Return [B, Hkv, S, D] in the layout of a model's projections: tokens before heads."""
     shape = (batch, tokens, GEOMETRY.kv_heads, GEOMETRY.head_dim)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).transpose(1, 2).to(dtype)
 
@@ -38,13 +38,13 @@ def test_a_new_pool_is_zero(dtype: torch.dtype) -> None:
     assert not pool.values.any()
 
 
-def test_the_pool_has_the_shape_attention_reads() -> None:
+def test_the_pool_has_the_shape_that_attention_reads() -> None:
     pool = KVPool(GEOMETRY, 5, CPU)
     assert pool.keys.shape == pool.values.shape == (1, 2, 5 * 4, 3)
     assert pool.pages == 5
 
 
-def test_the_pool_costs_what_the_geometry_says() -> None:
+def test_pool_bytes_follow_from_the_geometry() -> None:
     assert KVPool(GEOMETRY, 5, CPU).nbytes == 5 * GEOMETRY.bytes_per_page
 
 
@@ -58,7 +58,7 @@ def test_keys_and_values_share_no_memory() -> None:
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 6), (3, 1), (3, 2)])
-def test_each_token_goes_to_its_slot_and_nowhere_else(batch: int, tokens: int) -> None:
+def test_write_changes_only_the_named_slots(batch: int, tokens: int) -> None:
     pool = numbered_pool()
     keys, values = states(batch, tokens), -states(batch, tokens)
     slots = torch.tensor([17, 4, 9, 6, 19, 11])[: batch * tokens]
@@ -74,7 +74,7 @@ def test_each_token_goes_to_its_slot_and_nowhere_else(batch: int, tokens: int) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_states_of_another_dtype_are_converted(dtype: torch.dtype) -> None:
-    """autocast hands over half types to a float32 cache."""
+    """autocast passes half types to a float32 cache."""
     pool = numbered_pool()
     keys = states(1, 2, dtype)
     pool.write(torch.tensor([5, 6]), keys, keys)
@@ -82,8 +82,8 @@ def test_states_of_another_dtype_are_converted(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("slot", [-1, -20, 20, 2**40])
-def test_a_slot_outside_the_pool_is_refused_not_wrapped(slot: int) -> None:
-    """Seen in torch PagedAttention.assign: page -1 wraps to the last page, another sequence's."""
+def test_a_slot_outside_the_pool_is_refused(slot: int) -> None:
+    """Seen in torch PagedAttention.assign: page -1 wraps to the last page, of another sequence."""
     pool = numbered_pool()
     before = pool.keys.clone()
     with pytest.raises(IndexError):
@@ -91,13 +91,13 @@ def test_a_slot_outside_the_pool_is_refused_not_wrapped(slot: int) -> None:
     assert torch.equal(pool.keys, before)
 
 
-def test_a_slot_for_each_token_is_asked_for() -> None:
+def test_write_needs_one_slot_per_token() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         numbered_pool().write(torch.tensor([5]), states(1, 2), states(1, 2))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_stored_as_zero_and_its_token_named(value: float) -> None:
+def test_non_finite_values_are_stored_as_zero(value: float) -> None:
     """Seen in flash-attention and vLLM: NaN in the tail of the last page leaks as 0 * NaN."""
     pool = numbered_pool()
     keys, values = states(2, 2), states(2, 2)
@@ -113,11 +113,11 @@ def test_what_is_not_finite_is_stored_as_zero_and_its_token_named(value: float) 
 
 
 def by_page(pool: KVPool) -> torch.Tensor:
-    """[2, Hkv, pages, page_size * D]"""
+    """Return keys and values by page, [2, Hkv, pages, page_size * D]."""
     return torch.stack([pool.keys[0], pool.values[0]]).view(2, 2, pool.pages, -1).clone()
 
 
-def test_copied_pages_are_copied_whole_in_keys_and_values() -> None:
+def test_copy_pages_copies_whole_pages_of_keys_and_values() -> None:
     pool = numbered_pool()
     expected = by_page(pool)
     expected[:, :, [4, 3]] = expected[:, :, [1, 2]]
@@ -125,7 +125,7 @@ def test_copied_pages_are_copied_whole_in_keys_and_values() -> None:
     assert torch.equal(by_page(pool), expected)
 
 
-def test_one_page_may_be_copied_to_several() -> None:
+def test_one_page_can_be_copied_to_several() -> None:
     pool = numbered_pool()
     expected = by_page(pool)
     expected[:, :, [2, 4]] = expected[:, :, [1, 1]]
@@ -172,7 +172,7 @@ def test_a_pool_of_the_same_size_is_not_reallocated() -> None:
     assert (pool.keys.data_ptr(), pool.values.data_ptr()) == before
 
 
-def test_a_shrunken_pool_keeps_working_and_can_grow_again() -> None:
+def test_a_shrunken_pool_works_and_can_grow_again() -> None:
     pool = numbered_pool(5)
     before = by_page(pool)
     pool.resize(3)
@@ -191,7 +191,7 @@ PAGES_OF_2_31 = 2**31 // (128 * 4 * 128)  # K alone has 2**31 numbers
 
 
 def huge_pool(geometry: CacheGeometry = HUGE) -> KVPool:
-    """Shapes and strides without memory."""
+    """Return a pool with shapes and strides but no memory."""
     return KVPool(geometry, PAGES_OF_2_31, META)
 
 
@@ -204,7 +204,7 @@ def test_a_pool_of_2_31_numbers_has_the_right_size() -> None:
 
 
 @pytest.mark.parametrize(("pages", "forced"), [(PAGES_OF_2_31 - 1, None), (PAGES_OF_2_31, True)])
-def test_pools_beyond_32_bits_are_kept_from_the_decode_kernel(pages: int, forced) -> None:
+def test_pools_beyond_32_bits_do_not_use_the_decode_kernel(pages: int, forced) -> None:
     """FlexAttention's decode kernel does not compile for 64-bit offsets (torch 2.11)."""
     mask = paged_block_mask(
         torch.zeros(1, 4, dtype=torch.int32),

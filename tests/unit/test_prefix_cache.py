@@ -1,4 +1,4 @@
-"""What prompts share, and for how long it is kept."""
+"""The prefix cache: what prompts share, and how long it is kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class State(NamedTuple):
 
 
 class CacheDriver:
-    """A cache, and sequences that compute prompts for it."""
+    """A prefix cache, driven by sequences that compute prompts for it."""
 
     def __init__(self, *, stateful: bool = True, budget: int = 100, pages: int = 40) -> None:
         self.allocator = PageAllocator(pages, PAGE)
@@ -31,7 +31,7 @@ class CacheDriver:
     def compute(
         self, tokens: Sequence[int], *, state: State | None = None, hold: bool = False
     ) -> int:
-        """Store a prompt, keep its blocks; the sequence is closed unless it is to be held."""
+        """Compute a prompt and cache its blocks; then close the sequence unless `hold`."""
         sequence = self.allocator.open()
         self.allocator.append({sequence: len(tokens)})
         self.cache.keep(tokens, self.allocator.pages_of(sequence), state)
@@ -54,11 +54,11 @@ class CacheDriver:
 
 
 def prompt(*blocks: int) -> list[int]:
-    """Blocks of one number each, and a token that must be computed."""
+    """Return a prompt of blocks, each of one repeated number, and a last token."""
     return [block for block in blocks for _ in range(BLOCK)] + [99]
 
 
-def test_the_longest_kept_beginning_is_found() -> None:
+def test_the_longest_cached_prefix_is_found() -> None:
     driver = CacheDriver(stateful=False)
     driver.compute(prompt(1, 2, 3))
     assert driver.find(prompt(1, 2, 7)).tokens == 2 * BLOCK
@@ -66,7 +66,7 @@ def test_the_longest_kept_beginning_is_found() -> None:
     assert driver.find(prompt(2, 2, 3)).tokens == 0
 
 
-def test_the_last_token_is_always_left_to_compute() -> None:
+def test_a_hit_never_covers_the_last_token() -> None:
     driver = CacheDriver(stateful=False)
     driver.compute(prompt(1, 2))
     assert driver.find(prompt(1, 2)[:-1]).tokens == BLOCK
@@ -74,13 +74,13 @@ def test_the_last_token_is_always_left_to_compute() -> None:
 
 def test_a_hit_compares_tokens_and_not_hashes() -> None:
     one, other = [-1] * BLOCK, [-2] * BLOCK
-    assert hash(tuple(one)) == hash(tuple(other)), "Python gives -1 and -2 one hash"
+    assert hash(tuple(one)) == hash(tuple(other)), "Python gives -1 and -2 the same hash"
     driver = CacheDriver(stateful=False)
     driver.compute([*one, 5])
     assert driver.find([*other, 5]).tokens == 0
 
 
-def test_pages_without_a_state_are_no_start_for_a_model_with_mamba_layers() -> None:
+def test_a_hybrid_model_needs_pages_and_a_state_for_a_hit() -> None:
     driver = CacheDriver()
     driver.compute(prompt(1, 2, 3))
     assert driver.find(prompt(1, 2, 3)) == Hit()
@@ -89,7 +89,7 @@ def test_pages_without_a_state_are_no_start_for_a_model_with_mamba_layers() -> N
     assert (hit.tokens, len(hit.pages), hit.state) == (2 * BLOCK, 2 * BLOCK // PAGE, State())
 
 
-def test_a_state_is_cut_where_waiting_prompts_part() -> None:
+def test_a_checkpoint_is_set_where_waiting_prompts_diverge() -> None:
     driver = CacheDriver()
     first = driver.cache.announce(prompt(1, 2, 3, 4))
     driver.cache.announce(prompt(1, 2, 5))
@@ -98,8 +98,8 @@ def test_a_state_is_cut_where_waiting_prompts_part() -> None:
     assert driver.checkpoints(first) == [BLOCK, 2 * BLOCK]
 
 
-def test_room_for_a_state_is_made_before_it_is_there() -> None:
-    """Whoever copies a state asks first, or the device holds the old and the new at once."""
+def test_make_room_evicts_states_before_a_copy() -> None:
+    """Without it the device would hold an evicted state and the new one at the same time."""
     driver = CacheDriver(budget=20)
     for block in (1, 2):
         driver.compute(prompt(block)[:-1], state=State())
@@ -108,28 +108,28 @@ def test_room_for_a_state_is_made_before_it_is_there() -> None:
     assert driver.find(prompt(1)).tokens == 0
     assert driver.find(prompt(2)).tokens == BLOCK
     assert not driver.cache.make_room(21)
-    assert driver.cache.state_bytes == 10, "nothing is dropped for what cannot be kept"
+    assert driver.cache.state_bytes == 10, "no state may be evicted for one that cannot be cached"
 
 
-def test_a_prompt_alone_cuts_nowhere() -> None:
+def test_a_single_prompt_has_no_checkpoint() -> None:
     driver = CacheDriver()
     assert driver.checkpoints(driver.cache.announce(prompt(1, 2, 3))) == []
 
 
-def test_equal_prompts_cut_at_their_last_block() -> None:
+def test_equal_prompts_have_a_checkpoint_at_the_last_block() -> None:
     driver = CacheDriver()
     path = driver.cache.announce(prompt(1, 2, 3))
     driver.cache.announce(prompt(1, 2, 3))
     assert driver.checkpoints(path) == [3 * BLOCK]
 
 
-def test_a_state_is_cut_where_a_prompt_parts_from_the_past() -> None:
+def test_a_checkpoint_is_set_where_a_prompt_leaves_the_cache() -> None:
     driver = CacheDriver()
     driver.compute(prompt(1, 2, 3))
     assert driver.checkpoints(driver.cache.announce(prompt(1, 2, 8, 9))) == [2 * BLOCK]
 
 
-def test_a_prompt_waits_for_what_a_running_one_will_leave() -> None:
+def test_a_prompt_waits_for_the_state_of_a_running_one() -> None:
     driver = CacheDriver()
     running, waiting = (
         driver.cache.announce(prompt(1, 2, 3)),
@@ -143,7 +143,7 @@ def test_a_prompt_waits_for_what_a_running_one_will_leave() -> None:
     assert not driver.cache.worth_waiting(waiting, Hit())
 
 
-def test_states_keep_to_their_budget_and_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_state_is_evicted_first() -> None:
     driver = CacheDriver(budget=25)
     driver.compute(prompt(1), state=State())
     driver.compute(prompt(2), state=State())
@@ -154,7 +154,7 @@ def test_states_keep_to_their_budget_and_the_least_recently_used_goes_first() ->
     assert driver.cache.stats.evicted_states == 1
 
 
-def test_a_state_larger_than_the_budget_is_not_kept() -> None:
+def test_a_state_larger_than_the_budget_is_not_cached() -> None:
     driver = CacheDriver(budget=5)
     driver.compute(prompt(1), state=State())
     assert driver.cache.state_bytes == 0
@@ -172,14 +172,14 @@ def test_eviction_takes_the_least_recently_used_leaves_first() -> None:
     assert len(driver.forgotten) == 2
 
 
-def test_pages_in_use_are_spared() -> None:
+def test_pages_in_use_are_not_evicted() -> None:
     driver = CacheDriver(stateful=False, pages=13)
     driver.compute(prompt(1, 2)[:-1], hold=True)
     assert not driver.cache.evict(12)
     assert driver.find(prompt(1, 2)).tokens == 2 * BLOCK
 
 
-def test_pages_outlive_who_computed_them_and_go_with_the_cache() -> None:
+def test_cached_pages_are_held_until_the_cache_is_cleared() -> None:
     driver = CacheDriver(stateful=False)
     driver.compute(prompt(1, 2))
     assert driver.allocator.held == driver.cache.pages == 4
@@ -187,14 +187,14 @@ def test_pages_outlive_who_computed_them_and_go_with_the_cache() -> None:
     assert driver.allocator.held == driver.cache.pages == 0
 
 
-def test_a_budget_of_nothing_turns_the_cache_off() -> None:
+def test_a_budget_of_0_turns_the_cache_off() -> None:
     driver = CacheDriver(budget=0)
     driver.compute(prompt(1, 2), state=State())
     assert driver.cache.announce(prompt(1, 2)) == []
     assert driver.allocator.held == 0
 
 
-def test_a_prompt_that_waits_no_more_leaves_no_node() -> None:
+def test_a_withdrawn_prompt_leaves_no_node() -> None:
     driver = CacheDriver()
     path = driver.cache.announce(prompt(1, 2, 3))
     driver.cache.withdraw(path)
@@ -211,7 +211,7 @@ def test_hits_misses_and_tokens_are_counted() -> None:
     assert stats.hit_rate == pytest.approx(2 * BLOCK / (3 * BLOCK + 2))
 
 
-def test_check_valid_sees_a_state_that_is_not_counted() -> None:
+def test_check_valid_detects_an_uncounted_state() -> None:
     driver = CacheDriver()
     driver.compute(prompt(1), state=State())
     driver.cache.state_bytes += 1

@@ -1,4 +1,4 @@
-"""What may be asked, and text as it comes."""
+"""Validation of requests, and text as it is streamed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WRONG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_parameter_that_means_nothing_is_refused_by_its_name(name: str) -> None:
+def test_an_invalid_parameter_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidSampling, match=f"^{name} must .* given$"):
         SamplingParams(**{name: WRONG[name]})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_temperature_is_a_number(value: float) -> None:
+def test_temperature_must_be_finite(value: float) -> None:
     with pytest.raises(InvalidSampling, match="temperature"):
         SamplingParams(temperature=value)
 
@@ -47,20 +47,20 @@ def test_tokens_are_checked(tokens: list[int], reason: str) -> None:
 
 
 class Bytes:
-    """A tokenizer of bytes: characters may need several tokens."""
+    """A tokenizer of bytes, in which a character may need several tokens."""
 
     def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
         return bytes(tokens).decode(errors="replace")
 
 
 @given(st.text(max_size=20))
-def test_pieces_add_up_to_the_text(text: str) -> None:
+def test_streamed_pieces_add_up_to_the_text(text: str) -> None:
     stream = Detokenizer(Bytes())
     pieces = [stream.push(token) for token in text.encode()]
     assert "".join([*pieces, stream.finish()]) == stream.text == text
 
 
-def test_half_a_character_is_held_back() -> None:
+def test_incomplete_characters_are_held_back() -> None:
     stream = Detokenizer(Bytes())
     assert [stream.push(token) for token in "é!".encode()] == ["", "é", "!"]
 
@@ -75,7 +75,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> 
             break
     shown += stream.finish()
     assert shown == stream.text
-    # the first to be complete, and of those the one that began first
+    # the stop string that is complete first; of several, the one that began first
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
     if ends:
         expected = min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]])
@@ -84,7 +84,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> 
         assert shown == text
 
 
-def test_a_workload_is_the_same_from_the_same_seed() -> None:
+def test_a_workload_is_determined_by_its_seed() -> None:
     workload = Workload(
         requests=50, rate=10, shared_tokens=8, kinds=2, long_every=10, long_tokens=99
     )
@@ -92,7 +92,7 @@ def test_a_workload_is_the_same_from_the_same_seed() -> None:
     assert coming == arrivals(workload, 97, seed=3)
     assert coming != arrivals(workload, 97, seed=4)
     assert [one.at for one in coming] == sorted(one.at for one in coming)
-    assert 2 < coming[-1].at < 10, "fifty at ten a second"
+    assert 2 < coming[-1].at < 10, "50 requests at 10 per second"
     assert [len(one.prompt) == 99 for one in coming].count(True) == 5
     assert len({one.prompt[:8] for one in coming if len(one.prompt) < 99}) == 2
     assert all(len(one.prompt) + one.new_tokens <= workload.longest for one in coming)
@@ -101,6 +101,6 @@ def test_a_workload_is_the_same_from_the_same_seed() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"prompt_tokens": (0, 4)}, {"new_tokens": (5, 4)}, {"long_every": 3}]
 )
-def test_a_workload_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+def test_an_impossible_workload_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         Workload(**wrong)

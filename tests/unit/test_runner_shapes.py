@@ -1,4 +1,4 @@
-"""Which graphs a captured prefill has, and which of them chunks are shared out over."""
+"""Shapes of captured prefill graphs, and how chunks are arranged over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from granite_paged.runner.shapes import (
 )
 
 LENGTHS = [SHORTEST_CHUNK << i for i in range(7)]
-"""Up to the usual chunk of 2,048 tokens."""
+"""Lengths up to the default chunk of 2,048 tokens."""
 
 CAPTURED = Shapes(2048, 256, captured=True, alignment=256)
 
@@ -27,15 +27,13 @@ CAPTURED = Shapes(2048, 256, captured=True, alignment=256)
     ("length", "batches"),
     [(32, [1, 16]), (64, [1, 8]), (128, [1, 4, 16]), (256, [1, 8]), (1024, [1, 2]), (2048, [1])],
 )
-def test_a_prefill_has_few_graphs_and_none_of_more_than_a_chunk(
-    length: int, batches: list[int]
-) -> None:
+def test_no_prefill_graph_exceeds_a_chunk(length: int, batches: list[int]) -> None:
     assert CAPTURED.batches(length) == batches
 
 
 @given(st.sampled_from(LENGTHS), st.integers(1, 20))
-def test_no_graph_is_of_twice_the_rows_there_are(length: int, rows: int) -> None:
-    """Its workspace would be held for rows that nobody can fill."""
+def test_no_graph_has_twice_the_available_rows(length: int, rows: int) -> None:
+    """Its workspace would be held for rows that can never be filled."""
     batches = Shapes(2048, rows, captured=True).batches(length)
     most = bucket(rows)
     assert batches == sorted({min(batch, most) for batch in CAPTURED.batches(length)})
@@ -43,7 +41,7 @@ def test_no_graph_is_of_twice_the_rows_there_are(length: int, rows: int) -> None
 
 
 @pytest.mark.parametrize("chunk_tokens", [16, 32, 64, 256, 2048, 8192])
-def test_a_small_runner_has_graphs_too(chunk_tokens: int) -> None:
+def test_a_small_runner_has_graphs(chunk_tokens: int) -> None:
     for length in [each for each in (16, *LENGTHS) if each <= chunk_tokens]:
         batches = Shapes(chunk_tokens, 256, captured=True).batches(length)
         assert batches[0] == 1
@@ -54,7 +52,7 @@ def test_a_small_runner_has_graphs_too(chunk_tokens: int) -> None:
     ("length", "chunks", "batch"),
     [
         (32, 1, 1),
-        (32, 2, 16),  # two launches cost as much as the 14 rows that stay empty
+        (32, 2, 16),  # two launches cost as much as 14 empty rows
         (64, 40, 8),
         (128, 3, 4),
         (128, 16, 16),
@@ -63,12 +61,12 @@ def test_a_small_runner_has_graphs_too(chunk_tokens: int) -> None:
         (2048, 9, 1),
     ],
 )
-def test_chunks_take_the_batch_that_costs_them_least(length: int, chunks: int, batch: int) -> None:
+def test_chunks_use_the_cheapest_batch(length: int, chunks: int, batch: int) -> None:
     assert CAPTURED.cheapest_batch(length, chunks) == batch
 
 
 @given(st.sampled_from(LENGTHS), st.integers(1, 100))
-def test_no_other_batch_is_cheaper_a_chunk(length: int, chunks: int) -> None:
+def test_no_batch_is_cheaper_per_chunk(length: int, chunks: int) -> None:
     def cost(batch: int) -> float:
         return (STEP_TOKENS + batch * length) / min(batch, chunks)
 
@@ -76,7 +74,7 @@ def test_no_other_batch_is_cheaper_a_chunk(length: int, chunks: int) -> None:
     assert cost(chosen) == min(map(cost, CAPTURED.batches(length)))
 
 
-# -- sharing out --------------------------------------------------------------------------------
+# -- arranging chunks ---------------------------------------------------------------------------
 
 CHUNKS = st.lists(st.integers(1, 2048), min_size=1, max_size=40)
 
@@ -86,9 +84,7 @@ def cost(steps: Iterable[Batch]) -> int:
 
 
 @given(CHUNKS, st.booleans())
-def test_every_token_is_computed_once_and_after_those_before_it(
-    lengths: list[int], cut: bool
-) -> None:
+def test_every_token_is_computed_once_and_in_order(lengths: list[int], cut: bool) -> None:
     done = dict.fromkeys(range(len(lengths)), 0)
     for step in CAPTURED.arrange(lengths, cut=cut):
         assert step.batch in CAPTURED.batches(step.length)
@@ -101,7 +97,7 @@ def test_every_token_is_computed_once_and_after_those_before_it(
 
 
 @given(CHUNKS)
-def test_chunks_are_cut_where_a_prompt_may_be_and_only_to_save_time(lengths: list[int]) -> None:
+def test_chunks_are_split_only_at_boundaries_to_save_time(lengths: list[int]) -> None:
     cut = CAPTURED.arrange(lengths)
     assert all(piece.start % 256 == 0 for step in cut for piece in step.pieces)
     assert cost(cut) <= cost(CAPTURED.arrange(lengths, cut=False))
@@ -113,18 +109,18 @@ def test_chunks_are_cut_where_a_prompt_may_be_and_only_to_save_time(lengths: lis
     [
         ([300], [(1, 512)]),
         ([384] * 16, [(8, 256), (8, 256), (16, 128)]),
-        ([500] * 8, [(4, 512), (4, 512)]),  # what is left of 256 is as long again
+        ([500] * 8, [(4, 512), (4, 512)]),  # the rest after 256 tokens is as long again
         ([700], [(1, 1024)]),
         ([20] * 4 + [300], [(1, 512), (16, 32)]),
     ],
 )
-def test_many_chunks_that_end_shortly_after_a_boundary_are_cut_there(
+def test_many_chunks_ending_just_past_a_boundary_are_split(
     lengths: list[int], steps: list[tuple[int, int]]
 ) -> None:
     assert [(step.batch, step.length) for step in CAPTURED.arrange(lengths)] == steps
 
 
-def test_steps_that_are_not_captured_have_the_shape_of_their_chunks() -> None:
+def test_uncaptured_steps_have_the_shape_of_their_chunks() -> None:
     plain = Shapes(64, 8, captured=False)
     pieces = (ChunkPiece(0, 0, 3), ChunkPiece(1, 0, 20), ChunkPiece(2, 0, 7))
     assert plain.arrange([3, 20, 7]) == (Batch(pieces, 3, 20),)

@@ -1,4 +1,4 @@
-"""Draws: exact where they can be, as likely as they should be, and nobody else's business."""
+"""Sampling: exact where it can be, correctly distributed, and independent of other rows."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def test_a_draw_does_not_depend_on_its_neighbours(
     assert together.tolist() == torch.cat(alone).tolist()
 
 
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_greedy_takes_the_first_argmax() -> None:
     batch = torch.zeros(2, VOCABULARY)
     batch[1, [4, 9]] = 1.0
     assert draw(batch, [wanted(), wanted()]).tokens.tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_greedy_beside_sampled_rows_is_still_the_argmax(dtype: torch.dtype) -> None:
+def test_a_greedy_row_among_sampled_rows_takes_the_argmax(dtype: torch.dtype) -> None:
     batch = logits(2, dtype=dtype)
     tokens = draw(batch, [wanted(), wanted(temperature=1.0)]).tokens
     assert tokens[0] == batch[0].argmax()
 
 
-def test_samples_come_as_often_as_they_are_likely() -> None:
+def test_sample_frequencies_match_probabilities() -> None:
     one = logits(1)[:, :8] / 3
     count = 4000
     draws = [wanted(place, seed=7, temperature=1.0) for place in range(count)]
@@ -74,10 +74,12 @@ def test_samples_come_as_often_as_they_are_likely() -> None:
     chances = one[0].softmax(-1)
     seen = torch.bincount(tokens, minlength=8) / count
     spread = (chances * (1 - chances) / count).sqrt()
-    assert ((seen - chances).abs() <= 4.5 * spread).all(), "further off than chance allows"
+    assert ((seen - chances).abs() <= 4.5 * spread).all(), (
+        "frequencies differ by more than 4.5 standard deviations"
+    )
 
 
-def test_noise_has_the_moments_of_gumbels() -> None:
+def test_noise_has_the_moments_of_a_gumbel_distribution() -> None:
     noise = gumbel(range(400), [0] * 400, torch.zeros(1, 500))
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
@@ -107,12 +109,12 @@ def test_top_p_keeps_what_transformers_keeps(top_p: float) -> None:
     assert torch.equal(kept.isfinite(), expected.isfinite())
 
 
-def test_each_row_is_truncated_by_its_own_wishes() -> None:
+def test_each_row_is_truncated_by_its_own_parameters() -> None:
     kept = truncated(logits(3), [wanted(top_k=2), wanted(), wanted(top_p=1e-6)])
     assert kept.isfinite().sum(dim=1).tolist() == [2, VOCABULARY, 1]
 
 
-def test_the_repetition_penalty_is_that_of_transformers() -> None:
+def test_the_repetition_penalty_equals_transformers() -> None:
     prompt = [3, 7, 7, 11]
     scores = logits(2)
     seen = seen_tokens(prompt, scores)
@@ -122,14 +124,14 @@ def test_the_repetition_penalty_is_that_of_transformers() -> None:
     torch.testing.assert_close(mine[1:], theirs)
 
 
-def test_a_drawn_token_is_seen_from_then_on() -> None:
+def test_a_drawn_token_is_added_to_seen_tokens() -> None:
     scores = logits(1)
     seen = seen_tokens([1], scores)
     token = int(draw(scores, [wanted(repetition_penalty=2.0, seen=seen)]).tokens)
     assert seen.nonzero()[:, 0].tolist() == sorted({1, token})
 
 
-def test_logprobs_are_the_models_own_whatever_was_sampled_from() -> None:
+def test_logprobs_are_computed_before_truncation() -> None:
     scores = logits(2)
     drawn = draw(scores, [wanted(temperature=2.0, top_k=1, logprobs=3), wanted()])
     assert drawn.logprobs is not None

@@ -1,4 +1,4 @@
-"""Who runs when: order, budgets, preemption, and what a step costs."""
+"""The scheduler: order, budgets, preemption, sharing, and the cost of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
 
 STEP_SECONDS = 0.3e-3
-"""Most that a decode step of 256 sequences may cost the scheduler."""
+"""Limit on the scheduler's time for a decode step of 256 sequences."""
 
 
 def make_harness(options: dict[str, Any] | None = None, **sizes: Any) -> EngineHarness:
@@ -40,21 +40,21 @@ def tokens_of(request: Request) -> int:
 # -- order --------------------------------------------------------------------------------------
 
 
-def test_requests_come_in_by_arrival() -> None:
+def test_requests_are_admitted_in_order_of_arrival() -> None:
     harness = make_harness(rows=2)
     asked = [ask(harness, [n + 1]) for n in range(3)]
     harness.step()
     assert states(*asked) == [State.DECODE, State.DECODE, State.WAITING]
 
 
-def test_a_higher_priority_goes_first() -> None:
+def test_higher_priority_is_admitted_first() -> None:
     harness = make_harness(rows=1)
     low, high = ask(harness, [1]), ask(harness, [2], priority=1)
     harness.step()
     assert states(low, high) == [State.WAITING, State.DECODE]
 
 
-def test_a_low_priority_is_not_starved_by_a_stream_of_higher_ones(
+def test_low_priority_is_not_starved_by_higher_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler, "PRIORITY_WORTH", 8)
@@ -73,33 +73,33 @@ def test_a_long_prompt_never_stalls_a_running_request() -> None:
     long = ask(harness, list(range(90)) * 2, new=1)
     for step in range(8):
         harness.step()
-        assert tokens_of(running) == step + 1, "a step passed it by"
+        assert tokens_of(running) == step + 1, "a step did not decode the running request"
     assert states(long) == [State.PREFILL]
 
 
-def test_a_step_keeps_to_its_tokens() -> None:
+def test_a_step_keeps_to_its_token_budget() -> None:
     harness = make_harness({"step_tokens": 16}, pages=200, rows=8, chunk_tokens=64)
     for number in range(8):
         ask(harness, [number] * 30)
     before = 0
     while harness.step():
-        assert harness.runner.computed - before <= 16 + 8, "more than a chunk and the decodes"
+        assert harness.runner.computed - before <= 16 + 8, (
+            "a step computed more than its chunk and its decodes"
+        )
         before = harness.runner.computed
 
 
 @pytest.mark.parametrize(("time", "most"), [(0, 8), (470, 16), (500, 32), (520, 64)])
-def test_prompts_beside_rows_that_decode_are_cut_to_what_those_can_bear(
-    time: float, most: int
-) -> None:
-    """To a power of two of tokens, and 8 at least. A prompt's call takes as long as 450 tokens
-    beside its own."""
+def test_prefill_chunks_are_limited_while_rows_decode(time: float, most: int) -> None:
+    """The limit is a power of two of tokens, at least 8. A prefill call costs as much as 450 more
+    tokens than it has."""
     rows = 3
     longest = 1 + time / Shapes(64, rows, captured=False).decode_cost(rows)
     harness = make_harness({"longest_step": longest}, pages=200, rows=8, chunk_tokens=64)
     for number in range(rows):
         ask(harness, [number], new=40)
     harness.step()
-    assert harness.runner.computed == rows, "nobody decodes yet: as many as there are"
+    assert harness.runner.computed == rows, "no row decodes yet, so every prompt is computed"
     ask(harness, list(range(90)) * 2, new=1)
     largest = 0
     for _ in range(3):
@@ -109,7 +109,7 @@ def test_prompts_beside_rows_that_decode_are_cut_to_what_those_can_bear(
     assert largest == most
 
 
-def test_a_prompt_that_could_be_cut_anywhere_is_not_cut_to_pieces() -> None:
+def test_dense_prompts_are_not_split_into_tiny_chunks() -> None:
     harness = make_harness(pages=200, rows=8, chunk_tokens=64, stateful=False, alignment=1)
     ask(harness, [1], new=40)
     harness.step()
@@ -118,7 +118,7 @@ def test_a_prompt_that_could_be_cut_anywhere_is_not_cut_to_pieces() -> None:
     assert long.jobs[0].stored == 64
 
 
-def test_who_comes_second_and_does_not_fit_waits_instead_of_being_cut() -> None:
+def test_a_second_prompt_waits_instead_of_being_split() -> None:
     harness = make_harness({"longest_step": 3.0}, pages=200, rows=8, chunk_tokens=64)
     for number in range(3):
         ask(harness, [number], new=40)
@@ -128,13 +128,13 @@ def test_who_comes_second_and_does_not_fit_waits_instead_of_being_cut() -> None:
     assert states(first, second) == [State.DECODE, State.PREFILL]
     assert second.jobs[0].stored == 0
     harness.step()
-    assert states(second) == [State.DECODE], "whole"
+    assert states(second) == [State.DECODE], "the prompt is computed in one chunk"
 
 
 # -- pages --------------------------------------------------------------------------------------
 
 
-def test_the_newest_gives_up_its_pages_and_loses_no_token() -> None:
+def test_preemption_takes_the_newest_and_loses_no_token() -> None:
     harness = make_harness(pages=9, rows=2)
     old, new = ask(harness, [1] * 8, new=16), ask(harness, [2] * 8, new=16)
     while not harness.engine.stats().preempted:
@@ -146,7 +146,7 @@ def test_the_newest_gives_up_its_pages_and_loses_no_token() -> None:
     assert (tokens_of(old), tokens_of(new)) == (16, 16)
 
 
-def test_swapping_brings_pages_back_instead_of_computing_again() -> None:
+def test_swapping_avoids_recomputation() -> None:
     computed = {}
     for preemption in ("recompute", "swap"):
         harness = make_harness({"preemption": preemption, "state_bytes": 0}, pages=9, rows=2)
@@ -159,7 +159,7 @@ def test_swapping_brings_pages_back_instead_of_computing_again() -> None:
     assert computed["recompute"] > computed["swap"]
 
 
-def test_what_does_not_fit_into_host_memory_is_computed_again() -> None:
+def test_pages_beyond_swap_bytes_are_recomputed() -> None:
     harness = make_harness({"preemption": "swap", "swap_bytes": 10}, pages=9, rows=2)
     ask(harness, [1] * 8, new=16)
     ask(harness, [2] * 8, new=16)
@@ -168,7 +168,7 @@ def test_what_does_not_fit_into_host_memory_is_computed_again() -> None:
     assert not harness.met["swapped"]
 
 
-def test_a_request_that_can_never_fit_is_refused_with_the_pages() -> None:
+def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
     harness = make_harness(pages=9, page_size=4)
     with pytest.raises(RequestTooLarge, match="9 needed, 8 free") as refusal:
         harness.engine.submit([1] * 8, SamplingParams(max_new_tokens=26))
@@ -178,7 +178,7 @@ def test_a_request_that_can_never_fit_is_refused_with_the_pages() -> None:
     assert tokens_of(fits) == 25
 
 
-def test_a_full_queue_refuses_and_nothing_is_half_in() -> None:
+def test_a_full_queue_refuses_all_samples_of_a_request() -> None:
     harness = make_harness({"queue": 3})
     for number in range(2):
         ask(harness, [number + 1])
@@ -190,7 +190,7 @@ def test_a_full_queue_refuses_and_nothing_is_half_in() -> None:
 # -- sharing ------------------------------------------------------------------------------------
 
 
-def test_samples_of_one_prompt_compute_it_once() -> None:
+def test_samples_share_one_prefill() -> None:
     harness = make_harness({"state_bytes": 0}, rows=4)
     ask(harness, [7] * 11, new=2, n=4, temperature=1.0)
     harness.drain()
@@ -198,28 +198,28 @@ def test_samples_of_one_prompt_compute_it_once() -> None:
     assert harness.runner.forked == 3
 
 
-def test_samples_that_find_no_row_are_computed_when_there_is_one() -> None:
+def test_samples_wait_for_free_rows() -> None:
     harness = make_harness(rows=2)
     request = ask(harness, [7] * 11, new=3, n=5, temperature=1.0)
     harness.drain()
     assert all(output.finish == "length" for output in request.outputs)
 
 
-def test_a_context_is_computed_once_for_all_its_continuations() -> None:
+def test_continuations_share_one_prefill_of_the_context() -> None:
     harness = make_harness({"state_bytes": 0}, rows=3)
     harness.score([7] * 13, [[1, 2], [3], [4, 5, 6], [8]])
     harness.drain()
     assert harness.runner.computed == 12 + (2 + 1 + 3 + 1)
-    assert harness.runner.forked == 3, "the last one takes the context's own row"
+    assert harness.runner.forked == 3, "the last continuation takes the context's own row"
 
 
-def test_contexts_leave_rows_for_the_continuations_of_those_that_are_there() -> None:
-    """Eight contexts in eight rows would fork into none, and score one continuation a step each."""
+def test_contexts_leave_rows_for_continuations() -> None:
+    """Eight contexts in eight rows would leave none to fork, and score one choice per step."""
     harness = make_harness({"state_bytes": 0}, rows=8, pages=200, chunk_tokens=64)
     for number in range(8):
         harness.score([number] * 13, [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]])
     harness.step()
-    assert harness.engine.stats().running == 4, "half of all rows at most are kept for forks"
+    assert harness.engine.stats().running == 4, "at most half of all rows are reserved for forks"
     steps = 1
     while harness.step():
         steps += 1
@@ -227,7 +227,7 @@ def test_contexts_leave_rows_for_the_continuations_of_those_that_are_there() -> 
     assert steps <= 14
 
 
-def test_choices_of_one_token_are_answered_by_the_context_itself() -> None:
+def test_one_token_continuations_need_no_extra_step() -> None:
     harness = make_harness({"state_bytes": 0}, rows=1)
     harness.score([7] * 13, [[1], [3], [8], [9]])
     harness.drain()
@@ -236,7 +236,7 @@ def test_choices_of_one_token_are_answered_by_the_context_itself() -> None:
     assert harness.runner.forked == 0
 
 
-def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
+def test_a_burst_computes_its_common_prefix_once() -> None:
     harness = make_harness(pages=200, rows=8, chunk_tokens=64)
     beginning = list(range(24))
     for number in range(8):
@@ -246,7 +246,7 @@ def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
     assert harness.runner.calls["save_row"] == 1
 
 
-def test_a_state_is_copied_once_there_is_room_for_it() -> None:
+def test_room_is_made_before_a_state_is_copied() -> None:
     harness = make_harness({"state_bytes": 200}, pages=200, chunk_tokens=64)
     held = []
     harness.runner.fault = lambda call, rows: (
@@ -258,11 +258,11 @@ def test_a_state_is_copied_once_there_is_room_for_it() -> None:
             while harness.step():
                 pass
     assert len(held) == 4
-    assert max(held) <= 100, "two are kept at most, the one that is made included"
+    assert max(held) <= 100, "at most two states may exist, including the one being copied"
     assert harness.engine.stats().state_bytes == 200
 
 
-def test_a_continuation_longer_than_a_call_is_scored_in_pieces() -> None:
+def test_a_long_continuation_is_scored_in_chunks() -> None:
     harness = make_harness(pages=64, chunk_tokens=8)
     harness.score([1, 2, 3], [list(range(30)), [5]])
     harness.drain()
@@ -283,7 +283,7 @@ class Instant(SimulatedRunner):
         return self.oracle.logits((1,)).expand(len(rows), -1)
 
 
-def test_a_step_of_256_sequences_costs_the_scheduler_little() -> None:
+def test_scheduling_256_sequences_is_fast() -> None:
     runner = Instant(HashOracle(), pages=20_000, page_size=128, rows=256, chunk_tokens=2048)
     engine = EngineHarness(runner.oracle, runner=runner).engine
     for number in range(512):
@@ -298,7 +298,7 @@ def test_a_step_of_256_sequences_costs_the_scheduler_little() -> None:
         engine.step()
         return spent
 
-    # best of many: what others do on the machine only ever adds
+    # a low quantile of many: other processes can only add time
     spent = sorted(seconds() for _ in range(60))
     assert engine.stats().running == 256
     assert spent[len(spent) // 4] < STEP_SECONDS

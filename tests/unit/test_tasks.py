@@ -1,4 +1,4 @@
-"""Tasks: what is asked, in which words, how much of it, and what neighbours share."""
+"""Evaluation tasks: prompts, choices, limits, and the prefixes that questions share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.tiny_models import tiny_model
 
 
 class Letters:
-    """A tokenizer of bytes that merges a space with the letter after it, as real ones do."""
+    """A tokenizer of words: the second of two spaces belongs to the next word, as in real ones."""
 
     def __init__(self, tokens: int = 97) -> None:
         self._tokens = tokens
@@ -63,7 +63,7 @@ def made(name: str, folder: str, **options: Any) -> Any:
     return make_task(name, Options(data=folder, num_fewshot=2, **options), LOADED, Letters())
 
 
-def test_mmlu_is_worded_as_in_lm_eval() -> None:
+def test_mmlu_prompts_equal_those_of_lm_eval() -> None:
     text = "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:"
     assert mmlu_text({**MMLU, "question": " Which? "}) == text
     assert mmlu_prefix("high_school_biology", [MMLU]) == (
@@ -72,13 +72,13 @@ def test_mmlu_is_worded_as_in_lm_eval() -> None:
     )
 
 
-def test_truthfulqa_is_worded_as_in_lm_eval() -> None:
+def test_truthfulqa_prompts_equal_those_of_lm_eval() -> None:
     text = truthfulqa_text(TRUTHFULQA)
     assert text.startswith("Q: What is human life expectancy in the United States?\nA: Human life")
     assert text.endswith("held in Barcelona, Spain.\n\nQ: Is it?\nA:")
 
 
-def test_a_choice_is_the_tokens_that_the_whole_has_more_than_the_context() -> None:
+def test_a_continuation_is_encoded_together_with_its_context() -> None:
     question = TextQuestion("1", "g", "one two", ("three", "four five"), (1, 0))
     (request,) = Encoder(Letters(), 97, "tiny").requests([question])
     whole = Letters()(["one two three", "one two four five", "one two"])["input_ids"]
@@ -92,12 +92,12 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tokens: int) -> None:
         Encoder(Letters(tokens), 97, "tiny")
 
 
-def test_a_model_without_a_tokenizer_asks_for_one() -> None:
+def test_a_missing_tokenizer_is_refused_with_advice() -> None:
     with pytest.raises(TokenizerError, match="tiny has no tokenizer: pass --tokenizer"):
         Encoder(None, 97, "tiny")
 
 
-def test_questions_of_a_subject_share_its_examples(folder: str) -> None:
+def test_questions_of_a_subject_share_their_examples(folder: str) -> None:
     task = made("mmlu", folder)
     assert task.fewshot == 2
     assert [q.key for q in task.questions][::6] == ["anatomy/0", "college_biology/0"]
@@ -108,18 +108,18 @@ def test_questions_of_a_subject_share_its_examples(folder: str) -> None:
         assert min(shared) > 10
 
 
-def test_no_examples_are_taken_at_0_shot(folder: str) -> None:
+def test_zero_shot_needs_no_examples(folder: str) -> None:
     (Path(folder) / "mmlu_dev.jsonl").unlink()
     task = make_task("mmlu", Options(data=folder, num_fewshot=0), LOADED, Letters())
     assert len(task.questions) == 12
 
 
-def test_more_examples_than_there_are_is_refused(folder: str) -> None:
+def test_too_many_examples_are_refused(folder: str) -> None:
     with pytest.raises(InvalidArgument, match="9 examples asked for, anatomy has 4: lower"):
         make_task("mmlu", Options(data=folder, num_fewshot=9), LOADED, Letters())
 
 
-def test_the_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
+def test_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
     whole = [q.key for q in made("mmlu", folder).questions]
     drawn = [q.key for q in made("mmlu", folder, limit=5).questions]
     assert len(drawn) == 5
@@ -129,14 +129,14 @@ def test_the_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
     assert [q.key for q in made("mmlu", folder, limit=99).questions] == whole
 
 
-def test_subjects_are_chosen_by_name_and_unknown_ones_answered_with_the_known(folder: str) -> None:
+def test_subjects_are_chosen_by_name(folder: str) -> None:
     task = made("mmlu", folder, subjects=("college_biology",))
     assert {q.group for q in task.questions} == {"college_biology"}
     with pytest.raises(InvalidArgument, match="unknown subject 'law': use one of anatomy, college"):
         made("mmlu", folder, subjects=("law",))
 
 
-def test_truthfulqa_has_one_right_choice_in_mc1_and_mass_in_mc2(folder: str) -> None:
+def test_truthfulqa_mc1_has_one_right_choice_and_mc2_mass(folder: str) -> None:
     first, second = (made(f"truthfulqa_mc{i}", folder) for i in (1, 2))
     assert [q.labels for q in first.questions] == [tuple(TARGETS["labels"])] * 9
     assert [q.labels for q in second.questions] == [(1, 1, 0)] * 9
@@ -144,7 +144,7 @@ def test_truthfulqa_has_one_right_choice_in_mc1_and_mass_in_mc2(folder: str) -> 
     assert second.mass
 
 
-def test_groups_of_tasks_are_resolved_once_and_in_order() -> None:
+def test_task_groups_are_resolved_once_and_in_order() -> None:
     assert task_names(["truthfulqa", "recall", "truthfulqa_mc1"]) == (
         "truthfulqa_mc1",
         "truthfulqa_mc2",
@@ -153,7 +153,7 @@ def test_groups_of_tasks_are_resolved_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("names", [["mlmu"], []])
-def test_unknown_tasks_are_answered_with_the_known(names: list[str]) -> None:
+def test_an_unknown_task_error_lists_the_known_ones(names: list[str]) -> None:
     with pytest.raises(InvalidArgument, match="use one of recall, mmlu, truthfulqa_mc1, truth"):
         task_names(names)
 
@@ -165,21 +165,21 @@ def recall(**options: Any) -> Any:
     return make_task("recall", Options(**options), LoadedModel(EMBEDDED, tiny_model(), None), None)
 
 
-def test_recall_reaches_from_a_page_to_4096_tokens() -> None:
+def test_recall_contexts_span_one_page_to_4096_tokens() -> None:
     lengths = [len(q.request.context) for q in recall(smallest=16).questions]
     assert min(lengths) < 16
     assert RECALL_LONGEST - 30 < max(lengths) <= RECALL_LONGEST
 
 
-def test_recall_has_one_right_choice_of_four_and_asks_first() -> None:
+def test_recall_has_one_right_choice_of_four() -> None:
     for question in recall().questions:
         values = [continuation[1] for continuation in question.request.continuations]
         assert sum(question.labels) == 1
-        assert len(set(values)) == 4, "a value twice among the choices"
+        assert len(set(values)) == 4, "the choices repeat a value"
         assert {continuation[0] for continuation in question.request.continuations} == {ASK}
 
 
-def test_recall_questions_share_their_sequence_up_to_the_first() -> None:
+def test_recall_questions_share_the_prefix_of_their_sequence() -> None:
     groups: dict[str, list[Any]] = {}
     for question in recall().questions:
         groups.setdefault(question.group, []).append(question.request)
@@ -188,12 +188,12 @@ def test_recall_questions_share_their_sequence_up_to_the_first() -> None:
         assert len(contexts) == 1 or requests[0].shared <= shared_prefix(contexts)
 
 
-def test_recall_is_decided_by_its_seed() -> None:
+def test_recall_is_determined_by_its_seed() -> None:
     assert recall(seed=3) == recall(seed=3)
     assert recall(seed=3) != recall(seed=4)
 
 
-def test_recall_is_for_the_model_that_was_trained_on_it() -> None:
+def test_recall_needs_the_model_trained_on_it() -> None:
     with pytest.raises(InvalidArgument, match="tiny was not trained on"):
         make_task("recall", Options(), LOADED, None)
 

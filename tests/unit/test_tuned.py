@@ -1,4 +1,4 @@
-"""The tuned constants: read once and checked, and what the rules make of them today."""
+"""The tuned constants: reading and checking them, and what the rules derive from them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 GEOMETRY = make_geometry(page_size=128, kv_heads=4, head_dim=64, dtype=torch.bfloat16)
 
 H200 = 132
-"""Multiprocessors."""
+"""Number of multiprocessors."""
 
 
 @pytest.fixture(autouse=True)
 def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans are made as for an H200."""
+    """Make plans for an H200."""
     monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: H200)
 
 
@@ -36,10 +36,10 @@ PRODUCTS = {
     "gated": (4096, 1536, True),
     "output": (1536, 4096, False),
 }
-"""Columns and depth of granite-4.0-h-1b's products."""
+"""Columns, depth and gating of granite-4.0-h-1b's products."""
 
 
-# -- what the rules say for granite-4.0-h-1b on an H200; whoever rewrites the constants looks here
+# -- what the rules give for granite-4.0-h-1b on an H200: update these with the constants --------
 
 ONE_ROW = {
     "in_proj": (8, 2048, 8),
@@ -67,13 +67,13 @@ FEW_ROWS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_tiles_of_one_row_are_those_measured(name: str) -> None:
+def test_one_row_tiles_are_the_measured_ones(name: str) -> None:
     found = product_tiles(1, name)
     assert found == dict(zip(("COLUMNS", "DEPTH", "num_warps"), ONE_ROW[name], strict=True))
 
 
 @pytest.mark.parametrize(("rows", "name"), FEW_ROWS, ids=str)
-def test_tiles_of_few_rows_are_those_measured(rows: int, name: str) -> None:
+def test_few_rows_tiles_are_the_measured_ones(rows: int, name: str) -> None:
     names = ("COLUMNS", "DEPTH", "SPLITS", "num_stages")
     expected = dict(zip(names, FEW_ROWS[rows, name], strict=True))
     assert product_tiles(rows, name) == {"ROWS": rows, **expected, "num_warps": 4}
@@ -83,7 +83,7 @@ def test_tiles_of_few_rows_are_those_measured(rows: int, name: str) -> None:
     ("batch", "pages", "splits"),
     [(1, 4, 4), (1, 1024, 33), (8, 32, 4), (8, 2, 2), (32, 32, 1), (128, 1024, 1)],
 )
-def test_decode_plans_are_those_measured(batch: int, pages: int, splits: int) -> None:
+def test_decode_plans_are_the_measured_ones(batch: int, pages: int, splits: int) -> None:
     plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU)
     assert plan == DecodePlan(splits=splits, block=128, warps=4, stages=3)
 
@@ -96,17 +96,17 @@ def product_tiles(rows: int, name: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(2, 16), (17, 32), (33, 64), (65, 64), (200, 64)])
-def test_rows_take_the_least_tile_that_holds_them_or_the_largest(rows: int, tile: int) -> None:
+def test_rows_take_the_smallest_sufficient_tile(rows: int, tile: int) -> None:
     assert product_tiles(rows, "in_proj")["ROWS"] == tile
 
 
-def test_a_shallow_product_is_not_split_into_parts_of_nothing() -> None:
+def test_a_shallow_product_is_not_split() -> None:
     constants = replace(TUNED.few_rows[0], DEPTH=256, SPLITS=4)
     found = [tiles.few_rows_tiles(constants, depth)["SPLITS"] for depth in (200, 300, 5000)]
     assert found == [1, 2, 4]
 
 
-def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
+def test_a_deep_row_takes_fewer_columns() -> None:
     constants = replace(TUNED.one_row[0], COLUMNS=4)
     depths = (4096, 8192, 32768)
     found = [tiles.one_row_tiles(constants, depth)["COLUMNS"] for depth in depths]
@@ -117,7 +117,7 @@ def test_a_row_too_deep_for_one_load_of_many_columns_takes_fewer() -> None:
     ("parts_per_multiprocessor", "batch", "pages", "splits"),
     [(1, 1, 1024, 33), (2, 1, 1024, 66), (0.5, 1, 1024, 16), (1, 1, 3, 3), (0.5, 32, 64, 1)],
 )
-def test_parts_are_shared_out_over_multiprocessors_a_page_each_at_least(
+def test_splits_occupy_multiprocessors_with_at_least_one_page_each(
     parts_per_multiprocessor: float, batch: int, pages: int, splits: int
 ) -> None:
     constants = replace(TUNED.decode[0], parts_per_multiprocessor=parts_per_multiprocessor)
@@ -126,7 +126,7 @@ def test_parts_are_shared_out_over_multiprocessors_a_page_each_at_least(
 
 
 @pytest.mark.parametrize("page_size", [16, 64, 128, 256])
-def test_a_plans_block_is_a_page_at_most(page_size: int) -> None:
+def test_a_block_of_a_plan_is_at_most_a_page(page_size: int) -> None:
     constants = replace(TUNED.decode[0], block=128)
     geometry = replace(GEOMETRY, page_size=page_size)
     plan = DecodePlan.from_constants(constants, geometry, 1, 8, CPU)
@@ -137,7 +137,7 @@ def test_a_plans_block_is_a_page_at_most(page_size: int) -> None:
 
 
 class Mask:
-    """As much of a BlockMask as the rule looks at."""
+    """The part of a BlockMask that the rule reads."""
 
     def __init__(self, folded_rows: int, page_size: int) -> None:
         self.shape = (1, 1, folded_rows, 2**20)
@@ -151,9 +151,7 @@ def options(dtype: torch.dtype, head_dim: int, *, rows: int = 6144, page: int = 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_prefill_in_half_precision_leaves_nothing_to_defaults(
-    dtype: torch.dtype, head_dim: int
-) -> None:
+def test_half_precision_prefill_sets_every_option(dtype: torch.dtype, head_dim: int) -> None:
     expected = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     assert options(dtype, head_dim) == expected
 
@@ -161,18 +159,16 @@ def test_prefill_in_half_precision_leaves_nothing_to_defaults(
 @pytest.mark.parametrize(
     ("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 256)], ids=str
 )
-def test_prefill_elsewhere_has_flex_attentions_own_warps_and_stages(
-    dtype: torch.dtype, head_dim: int
-) -> None:
+def test_other_prefills_keep_default_warps_and_stages(dtype: torch.dtype, head_dim: int) -> None:
     assert options(dtype, head_dim) == {"BLOCK_M": 64, "BLOCK_N": 64}
 
 
-def test_a_few_folded_rows_take_the_smallest_block() -> None:
+def test_few_folded_rows_take_the_smallest_block() -> None:
     assert options(torch.bfloat16, 64, rows=12) == {"BLOCK_M": 16, "BLOCK_N": 64}
 
 
-def test_options_are_chosen_within_a_traced_region() -> None:
-    """Where a caller compiles a model, dynamo traces the rule: it must not read a file there."""
+def test_options_can_be_chosen_inside_a_traced_region() -> None:
+    """If a caller compiles a model, dynamo traces the rule, so it must not read a file there."""
     pool = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
 
     def block_of(x: torch.Tensor) -> torch.Tensor:
@@ -186,14 +182,14 @@ def test_options_are_chosen_within_a_traced_region() -> None:
 # -- the file -----------------------------------------------------------------------------------
 
 
-def test_the_packaged_file_says_where_it_comes_from() -> None:
+def test_the_packaged_file_names_its_origin() -> None:
     assert read_tuned(PATH) == TUNED
     assert TUNED.device
     assert TUNED.torch
     assert TUNED.triton
 
 
-def test_a_batch_has_the_constants_of_the_nearest_measured_one_at_or_below(tmp_path: Path) -> None:
+def test_a_batch_takes_the_constants_of_the_next_smaller_one(tmp_path: Path) -> None:
     def edit(data: dict[str, Any]) -> None:
         data["decode"] = [{**data["decode"][0], "batch": b, "warps": b} for b in (1, 8, 32)]
 
@@ -244,13 +240,13 @@ BROKEN: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_refused_by_file_and_field(name: str, tmp_path: Path) -> None:
+def test_an_error_names_the_file_and_broken_field(name: str, tmp_path: Path) -> None:
     edit, problem = BROKEN[name]
     with pytest.raises(TunedFileError, match=rf"tuned\.json: {problem}.*tune --write"):
         read_tuned(edited(tmp_path, edit))
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_missing_tuned_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TunedFileError, match=r"tuned\.json cannot be read: No such file"):
         read_tuned(tmp_path / "tuned.json")
 
