@@ -289,8 +289,8 @@ def test_kernels_agree_with_plain_pytorch(shape: str, positions: list[list[int]]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
-@pytest.mark.parametrize("form", [mamba_forward, mamba.mamba_forward], ids=["plain", "kernels"])
-def test_a_ring_is_not_read_before_position_0(tokens: int, form: Any) -> None:
+@pytest.mark.parametrize("run", [mamba_forward, mamba.mamba_forward], ids=["plain", "kernels"])
+def test_conv_state_is_not_read_before_position_0(tokens: int, run: Any) -> None:
     mixer, _ = mamba_layer()
     mixer = mixer.to(DEVICE)
     at = torch.arange(tokens, device=DEVICE)[None]
