@@ -106,14 +106,14 @@ def test_every_option_is_explained(command: str, capsys: Capture) -> None:
 WRONG: dict[str, tuple[list[str], str]] = {
     "unknown command": (["verfy"], "No such command 'verfy'"),
     "unknown option": (["verify", "--pages", "3"], "No such option '--pages'"),
-    "bad page size": (["verify", "--page-size", "12"], "power of two, 12 given"),
+    "bad page size": (["verify", "--page-size", "12"], "power of two, got 12"),
     "page size zero": (["verify", "--page-size", "0"], "'--page-size'"),
     "page larger than the pool": (
         ["verify", "--page-size", "64", "--max-tokens", "32"],
-        "--page-size 64 does not fit into --max-tokens 32",
+        "--max-tokens must be at least --page-size 64, got 32",
     ),
     "unknown device": (["verify", "--device", "banana"], "unknown device 'banana': use auto"),
-    "missing device": (["generate", "x", "--device", "cuda:99"], "cuda:99 is not there"),
+    "missing device": (["generate", "x", "--device", "cuda:99"], "cuda:99 does not exist"),
     "unknown dtype": (["verify", "--dtype", "int4"], "unknown dtype 'int4': use one of auto"),
     "unknown backend": (["verify", "--backend", "fast"], "'eager', 'compiled'"),
     "unknown geometry": (["verify", "--random-weights", "gpt-2"], "unknown geometry 'gpt-2'"),
