@@ -65,6 +65,16 @@ def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:
     return max(1, min(stages, memory // stage_bytes))
 
 
+def device_name(device: torch.device) -> str:
+    """Return a GPU's product name; for other devices, their type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
 # -- memory -------------------------------------------------------------------------------------
 
 

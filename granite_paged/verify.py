@@ -1,15 +1,15 @@
-"""The main job: the same inputs through SDPA and through pages, and a verdict.
+"""Run the same inputs through SDPA and through pages, compare, and give a verdict.
 
-Every case is a script of moves (feed tokens, fork rows) that is played three times: by the model as
-transformers runs it (`default`: SDPA and DynamicCache), by the patched model (`paged`), and by a
-float64 copy as the reference. The laws are in `tolerances.py`.
+A case is a script of moves (feed tokens, fork rows). It runs three times: on the model as
+transformers runs it (`default`: SDPA and DynamicCache), on the patched model (`paged`), and on a
+float64 copy, the reference. The tolerances are in `tolerances.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from granite_paged import tolerances
 from granite_paged.checkpoints.recall import recall_accuracy, recall_batch, usual_pairs
+from granite_paged.device import device_name, dtype_name
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, DeviceError, InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
@@ -27,19 +28,18 @@ from granite_paged.hf.compat import with_cache
 from granite_paged.hf.patching import paged
 from granite_paged.models import EMBEDDED, LoadedModel
 from granite_paged.paging.allocator import PageAllocator
+from granite_paged.progress import Progress, silent
 
 DECODE_STEPS = 64
 RECALL_CONTEXTS = (128, 1024, 4096)
 RAGGED_SEQUENCES, RAGGED_LONGEST = 256, 4096
 
-_MOST_LOGITS = 2**26  # kept of one feed; more would need gigabytes in float64
-
-Progress = Callable[[str], None]
+_MOST_LOGITS = 2**26  # kept per feed; more would take gigabytes in float64
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Run these tokens on. input_ids [B, S]; attention_mask [B, columns so far + S] or None."""
+    """Feed tokens. input_ids [B, S]; attention_mask [B, columns so far + S], or None."""
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
@@ -47,7 +47,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Fork:
-    """Row i goes on as a copy of row `rows[i]`."""
+    """Make row i a copy of row `rows[i]`."""
 
     rows: tuple[int, ...]
 
@@ -57,11 +57,13 @@ Move = Feed | Fork
 
 @dataclass(frozen=True)
 class Case:
-    """What one script showed. Differences are of logits; errors are relative to float64.
+    """Result of one script. Differences are between logits; errors are relative to float64.
 
-    `invariant` says which agreement of allocator, page tables and pools is broken, or `holds`.
-    `flipped` counts tokens whose likeliest successor differs, `near_ties` those among them whose
-    two best logits were closer than the largest difference allows to tell apart.
+    Attributes:
+        flipped: tokens after which the two argmaxes differ.
+        near_ties: flipped tokens whose two best logits are too close for the difference to judge.
+        law: the tolerance that was applied.
+        invariant: the broken invariant of allocator, page tables and pools, or `holds`.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Recall:
-    """Accuracy on associative recall, and whether every single answer agrees."""
+    """Accuracy on associative recall, and whether every answer agrees."""
 
     default: float
     paged: float
@@ -91,7 +93,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class KVMemory:
-    """Bytes of K and V for a ragged set of sequences: padded into one batch, and in pages."""
+    """Bytes of K and V of ragged sequences: padded into one batch, and in pages."""
 
     sequences: int
     tokens: int
@@ -103,7 +105,7 @@ class KVMemory:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `granite-paged verify` has to say."""
+    """Everything that `granite-paged verify` reports."""
 
     passed: bool
     model: str
@@ -116,7 +118,7 @@ class Report:
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types only."""
+        """Return plain types only."""
         return asdict(self)
 
 
@@ -127,43 +129,45 @@ def verify(
     context: int = 384,
     seed: int = 0,
     reference: bool = True,
-    progress: Progress = lambda stage: None,
+    progress: Progress = silent,
 ) -> Report:
-    """Play every case, default against paged.
+    """Run every case on `default` and on `paged`, and compare.
 
     Args:
         loaded: the model.
-        config: of the paged side.
-        context: tokens of the longest prompt. At least 16.
-        seed: of the prompts.
-        reference: play each case in float64 too. Needs 8 bytes a parameter.
-        progress: told the name of each stage as it begins.
+        config: sizes and backend of the paged side.
+        context: tokens of the longest prompt, at least 16.
+        seed: seed of the prompts.
+        reference: also run each case in float64, which takes 8 bytes per parameter.
+        progress: called as each stage begins.
 
     Raises:
         DeviceError: if the float64 copy does not fit.
-        InvalidArgument: for a context that is too short.
+        InvalidArgument: if `context` is too short.
     """
     if context < 16:
         raise InvalidArgument(f"context must be at least 16 tokens, got {context}")
     config = config or PagedConfig()
     model = loaded.model
-    bench = _Bench(model, config, _float64_copy(model) if reference else None)
+    players = _Players(model, config, float64_copy(model) if reference else None)
+    has_recall = loaded.name == EMBEDDED
+    stages = len(_SCRIPTS) + has_recall + 1
     with torch.inference_mode():
-        cases = []
-        for name, moves in _scripts(bench, context, seed):
-            progress(name)
-            cases.append(bench.judge(name, moves))
+        cases: list[Case] = []
+        for name, moves in zip(_SCRIPTS, _scripts(players, context, seed), strict=True):
+            progress(name, len(cases), stages)
+            cases.append(players.judge(name, moves))
         recall = None
-        if loaded.name == EMBEDDED:
-            progress("recall")
-            recall = bench.recall(seed)
-        progress("memory")
-        kv = kv_memory(bench.geometry, seed)
+        if has_recall:
+            progress("recall", len(cases), stages)
+            recall = players.recall(seed)
+        progress("memory", stages - 1, stages)
+        kv = kv_memory(players.geometry, seed)
     return Report(
         passed=all(case.passed for case in cases) and kv.passed and (not recall or recall.passed),
         model=loaded.name,
-        device=_device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        device=device_name(model.device),
+        dtype=dtype_name(model.dtype),
         page_size=config.page_size,
         cases=cases,
         recall=recall,
@@ -172,13 +176,8 @@ def verify(
     )
 
 
-def stages(loaded: LoadedModel) -> int:
-    """How many times `verify` will call `progress`."""
-    return 7 if loaded.name == EMBEDDED else 6
-
-
 def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
-    """Drive the allocator with ragged sequences and count bytes: padded, and in pages."""
+    """Allocate pages for ragged sequences and count bytes: padded, and in pages."""
     draw = random.Random(seed)
     lengths = [draw.randint(1, RAGGED_LONGEST) for _ in range(RAGGED_SEQUENCES)]
     pages = 1 + sum(geometry.pages_for(length) for length in lengths)
@@ -200,24 +199,28 @@ def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
 # -- scripts ------------------------------------------------------------------------------------
 
 
-def _scripts(bench: _Bench, context: int, seed: int) -> Iterator[tuple[str, list[Move]]]:
-    ids = bench.tokens(4, context, seed)
-    chunk = _chunk(bench, context)
-    yield "prefill", [Feed(ids[:2])]
-    yield "chunked prefill", [Feed(part) for part in torch.split(ids[:2], chunk, dim=1)]
-    yield "decode", [Feed(ids[:2]), *bench.greedy(ids[:2], DECODE_STEPS)]
-    yield "ragged batch", _ragged(ids, bench.tokens(4, DECODE_STEPS // 4, seed + 1))
-    yield "fork and continue", _fork(ids[:1], bench.tokens(3, DECODE_STEPS // 4, seed + 2))
+_SCRIPTS = ("prefill", "chunked prefill", "decode", "ragged batch", "fork and continue")
 
 
-def _chunk(bench: _Bench, context: int) -> int:
-    """About a third of the context; Mamba's scan is exact only at multiples of its own chunk."""
-    unit = bench.model.config.mamba_chunk_size if bench.geometry.mamba_layers else 1
+def _scripts(players: _Players, context: int, seed: int) -> Iterator[list[Move]]:
+    """Yield the moves of each of `_SCRIPTS`."""
+    ids = players.tokens(4, context, seed)
+    chunk = _chunk(players, context)
+    yield [Feed(ids[:2])]
+    yield [Feed(part) for part in torch.split(ids[:2], chunk, dim=1)]
+    yield [Feed(ids[:2]), *players.greedy(ids[:2], DECODE_STEPS)]
+    yield _ragged(ids, players.tokens(4, DECODE_STEPS // 4, seed + 1))
+    yield _fork(ids[:1], players.tokens(3, DECODE_STEPS // 4, seed + 2))
+
+
+def _chunk(players: _Players, context: int) -> int:
+    """Return about a third of the context, in multiples of Mamba's own chunk, which are exact."""
+    unit = players.model.config.mamba_chunk_size if players.geometry.mamba_layers else 1
     return int(max(1, context // 3 // unit) * unit)
 
 
 def _ragged(ids: Tensor, then: Tensor) -> list[Move]:
-    """Four left-padded rows: whole, two thirds, a third, and three tokens."""
+    """Return moves of four left-padded rows: whole, two thirds, a third, and three tokens."""
     width = ids.shape[1]
     lengths = torch.tensor([width, 2 * width // 3, width // 3, 3], device=ids.device)
     columns = torch.arange(width, device=ids.device)
@@ -230,7 +233,7 @@ def _ragged(ids: Tensor, then: Tensor) -> list[Move]:
 
 
 def _fork(ids: Tensor, then: Tensor) -> list[Move]:
-    """One prompt, ending inside a page, that three branches continue: a chunk, then by tokens."""
+    """Return moves of a prompt that ends inside a page and is continued by three forks."""
     half = then.shape[1] // 2
     steps = [Feed(token) for token in torch.split(then[:, half:], 1, dim=1)]
     return [Feed(ids[:, :-1]), Fork((0, 0, 0)), Feed(then[:, :half]), *steps]
@@ -240,8 +243,8 @@ def _fork(ids: Tensor, then: Tensor) -> list[Move]:
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """A model, how it is paged, and its float64 copy."""
+class _Players:
+    """The three that run a script: the model, the model with pages, and its float64 copy."""
 
     model: Any
     config: PagedConfig
@@ -254,13 +257,13 @@ class _Bench:
         )
 
     def tokens(self, rows: int, columns: int, seed: int) -> Tensor:
-        """[rows, columns] random token ids on the model's device."""
+        """Draw token ids [rows, columns] on the model's device."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, self.model.config.vocab_size, (rows, columns), generator=draw)
         return ids.to(self.model.device)
 
     def greedy(self, ids: Tensor, steps: int) -> list[Move]:
-        """The tokens that `default` would generate, to feed to everybody alike."""
+        """Return the tokens that `default` generates, so that all three are fed the same."""
         cache = DynamicCache(config=self.model.config)
         moves: list[Move] = []
         for _ in range(steps):
@@ -273,7 +276,7 @@ class _Bench:
         return play(self.model, moves, DynamicCache(config=self.model.config))
 
     def play_paged(self, moves: list[Move]) -> tuple[Tensor, str]:
-        """Logits, and which invariant of the cache does not hold afterwards, if any."""
+        """Return the logits and the invariant that is broken afterwards, if any."""
         with paged(self.model, self.config):
             cache = PagedCache.for_model(self.model, self.config)
             cache.reserve(_tokens_of_each_row(moves))
@@ -285,7 +288,7 @@ class _Bench:
         return logits, ""
 
     def judge(self, name: str, moves: list[Move]) -> Case:
-        """Play a script everywhere and hold the results against the law for the dtype."""
+        """Run a script on all three and compare the results with the dtype's tolerance."""
         default, (ours, broken) = self.play_default(moves), self.play_paged(moves)
         errors: tuple[float, float] | None = None
         if self.exact is not None:
@@ -301,7 +304,7 @@ class _Bench:
         return tolerances.logit_bound(self.model.dtype, attention_only=attention_only)
 
     def recall(self, seed: int) -> Recall:
-        """Facts in a first feed, questions about them in a second: the history is in pages."""
+        """Feed facts, then questions about them, so that the facts are read from pages."""
         default: list[float] = []
         ours: list[float] = []
         equal, questions = True, 0
@@ -326,14 +329,12 @@ class _Bench:
             paged=worst_paged,
             answers_equal=equal,
             questions=questions,
-            passed=equal
-            and default == ours
-            and min(worst_default, worst_paged) >= tolerances.RECALL,
+            passed=equal and default == ours and worst_paged >= tolerances.RECALL,
         )
 
 
 def play(model: Any, moves: list[Move], cache: Any) -> Tensor:
-    """Run a script. Returns the logits of its tokens (padding left out), [n, vocabulary]."""
+    """Run a script. Returns the logits of its tokens without padding, [n, vocabulary]."""
     kept = []
     for move in moves:
         if isinstance(move, Fork):
@@ -353,13 +354,13 @@ def play(model: Any, moves: list[Move], cache: Any) -> Tensor:
 
 
 def _tokens_of_each_row(moves: list[Move]) -> list[int]:
-    """What the script needs at most, so that pools and kernels are made once."""
+    """Return the tokens to reserve per row, so that pools and kernels are made once."""
     feeds = [move.input_ids.shape for move in moves if isinstance(move, Feed)]
     return [sum(columns for _, columns in feeds)] * max(rows for rows, _ in feeds)
 
 
 def _position_ids(move: Feed) -> Tensor | None:
-    """As `generate()` makes them for padded batches; None lets the model count columns."""
+    """Return position ids as `generate()` makes them; None lets the model count columns."""
     if move.attention_mask is None:
         return None
     positions = (move.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -373,7 +374,7 @@ def _is_token(move: Feed) -> Tensor:
 
 
 def _by_feed(flat: Tensor, moves: list[Move]) -> list[Tensor]:
-    """Undo `play`'s flattening for scripts without padding: a [B, S] for each feed."""
+    """Undo the flattening of `play` for scripts without padding: one [B, S] per feed."""
     shapes = [move.input_ids.shape for move in moves if isinstance(move, Feed)]
     parts = torch.split(flat, [shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -404,7 +405,7 @@ def _case(
         law = f"error <= {tolerances.SDPA_RATIO:g} x SDPA's"
         passed = ratio <= tolerances.SDPA_RATIO
     else:
-        law = "not judged: no float64 reference"
+        law = "none: there is no float64 reference"
         passed = True
     return Case(
         name=name,
@@ -422,7 +423,8 @@ def _case(
     )
 
 
-def _float64_copy(model: Any) -> Any:
+def float64_copy(model: Any) -> Any:
+    """Copy a model in float64. Raises DeviceError if it does not fit."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         exact = copy.deepcopy(model).double()
@@ -430,9 +432,5 @@ def _float64_copy(model: Any) -> Any:
         raise DeviceError(
             f"the float64 reference needs {8 * parameters / 1e9:.1f} GB: pass --no-reference"
         ) from None
-    exact.set_experts_implementation("eager")  # the grouped product takes no float64
+    exact.set_experts_implementation("eager")  # the grouped product does not take float64
     return exact
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -56,7 +56,7 @@ def test_log_probabilities_err_no_more_than_sdpas_whatever_else_runs(model: Any)
     pairs = [(context, each) for context, several in items for each in several]
     ours = torch.tensor([t for scores in found for score in scores for t in score.tokens])
     sdpa = torch.cat([logprobs(model, *pair) for pair in pairs])
-    exact_model = verify._float64_copy(model)
+    exact_model = verify.float64_copy(model)
     exact = torch.cat([logprobs(exact_model, *pair) for pair in pairs])
     assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(sdpa, exact)
 

@@ -63,7 +63,7 @@ def test_a_prompt_of_32768_tokens_errs_no_more_than_sdpa(one_b: LoadedModel) -> 
     default = last(model, fill(model, DynamicCache(config=model.config)))
     with paged(model):
         ours = last(model, fill(model, PagedCache.for_model(model)))
-    exact_model = verify._float64_copy(model)
+    exact_model = verify.float64_copy(model)
     exact = last(exact_model, fill(exact_model, DynamicCache(config=model.config)))
     assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(default, exact)
 

@@ -38,7 +38,7 @@ def text(model: Any) -> Tensor:
 @pytest.fixture(scope="module")
 def references(model: Any, text: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of the prompt's end and of each step: float64's, and SDPA's own."""
-    exact_model = verify._float64_copy(model)
+    exact_model = verify.float64_copy(model)
     exact, sdpa = (
         _played(each, text, DynamicCache(config=each.config)) for each in (exact_model, model)
     )
