@@ -110,6 +110,13 @@ def test_every_module_of_the_folder_table_exists() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_module_run_on_a_page_exists(page: str) -> None:
+    modules = re.findall(r"python3? -m ((?:granite_paged|tools)[\w.]*)", read(page))
+    files = [(ROOT / module.replace(".", "/")).with_suffix(".py") for module in modules]
+    assert not [path for path in files if not path.exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_on_a_page_leads_to_a_file(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", read(page))
     missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
