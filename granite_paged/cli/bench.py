@@ -153,7 +153,7 @@ def bench(
     try:
         with progress() as report_progress:
             rows.extend(run_plan(session, plan, report_progress))
-    finally:  # an interrupted run keeps the rows so far
+    finally:  # an interrupted run keeps its rows
         _write_rows(session, rows, earlier, json_file, markdown_file)
     console = report_console(json_file)
     console.print(*_row_tables(session, rows), sep="")
@@ -206,7 +206,7 @@ def _write_rows(
 
 # -- tables -------------------------------------------------------------------------------------
 
-_STEP_COLUMNS = ("batch", "context", "ms", "p90", "n", "tokens/s", "floor", "peak GB")
+_STEP_COLUMNS = ("batch", "context", "ms", "p90", "n", "tokens/s", "floor", "SDPA", "peak GB")
 _OTHER_COLUMNS = ("what", "sequences", "seconds", "GB")
 
 
@@ -218,7 +218,9 @@ def _row_tables(session: Session, rows: Sequence[Row]) -> list[Table]:
     tables = []
     if steps:
         lines = [(*_shape(row), *_cells(row)) for row in steps]
-        tables.append(_table(title, _STEP_COLUMNS, lines))
+        table = _table(title, _STEP_COLUMNS, lines)
+        table.caption = "ms is the median of n repeats; p90, floor and SDPA are also in ms"
+        tables.append(table)
     if others:
         tables.append(_table(title, _OTHER_COLUMNS, [_other_cells(row) for row in others]))
     return tables
@@ -260,6 +262,7 @@ def _cells(row: Row) -> list[str]:
         str(latency.n) if latency else "-",
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
         _ms(row.floor_us / 1e3 if row.floor_us else row.floor_ms),
+        _ms(row.sdpa_us / 1e3 if row.sdpa_us else None),
         _gb(row),
     ]
 

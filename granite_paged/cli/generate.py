@@ -58,7 +58,7 @@ def generate(
     if tokens is None:
         raise TokenizerError(f"{loaded.name} has no tokenizer: pass --tokenizer ID_OR_PATH")
     prompt = check_tokens(tokens(text)["input_ids"], loaded.model.config.vocab_size, "prompt")
-    config = sized(choice.config, rows=1, tokens=len(prompt) + max_new_tokens)
+    config = sized(choice.config, loaded.model, rows=1, tokens=len(prompt) + max_new_tokens)
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=choice.seed
     )

@@ -133,7 +133,9 @@ def serve(
     workload = Workload(**params)
     loaded = choice.load()
     coming = arrivals(workload, loaded.model.config.vocab_size, choice.seed)
-    config = sized(choice.config, rows=min(rows, len(coming)), tokens=workload.longest)
+    config = sized(
+        choice.config, loaded.model, rows=min(rows, len(coming)), tokens=workload.longest
+    )
     with (
         progress("capture") as report_progress,
         Engine(loaded.model, config, queue=len(coming)) as engine,
@@ -154,15 +156,16 @@ def serve(
     return OK
 
 
-def sized(config: PagedConfig, *, rows: int, tokens: int) -> PagedConfig:
+def sized(config: PagedConfig, model: Any, *, rows: int, tokens: int) -> PagedConfig:
     """Return the config with rows and pages for the work, where the user left them open.
 
     Args:
         config: from the model options.
+        model: limits the length of a sequence.
         rows: sequences that run at once.
         tokens: length of the longest sequence.
     """
-    page = config.page_size
+    page, tokens = config.page_size, min(tokens, model.config.max_position_embeddings)
     needed = rows * -(-tokens // page) * page
     return dataclasses.replace(
         config,

@@ -109,9 +109,10 @@ def choose_sizes(
     needed = rows * per_row + max(pages, 2) * per_page
     if needed > free or pages < 2:
         raise OutOfMemory(
-            what=f"{rows} rows and {max(pages, 2)} pages need {needed / 1e9:.2f} GB",
+            what=f"{rows} rows and {max(pages, 2)} pages of {config.page_size} tokens need "
+            f"{needed / 1e9:.2f} GB",
             free=free,
-            advice="lower PagedConfig.max_sequences or max_tokens",
+            advice="lower PagedConfig.page_size, max_sequences or max_tokens",
         )
     held = (pages - 1) * config.page_size
     return RunnerSizes(rows, pages, min(held, _positions(model)))

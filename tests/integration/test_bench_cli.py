@@ -68,6 +68,15 @@ def test_bench_writes_rows_of_both_modes_and_shows_them(tmp_path: Path, capsys: 
     assert shown.err == ""
 
 
+def test_the_table_shows_sdpa_next_to_the_paged_kernel(tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "result.json"
+    assert bench("--case", "kernel", "--batch", "1", "--context", "32", "--json", str(file)) == OK
+    (row,) = read_result(file).rows
+    shown = capsys.readouterr().out
+    assert "SDPA" in shown
+    assert f"{(row.sdpa_us or 0) / 1e3:.3g}" in shown
+
+
 def test_json_on_standard_output_is_all_there_is(capsys: Capture) -> None:
     assert bench("--case", "memory", "--json", "-") == OK
     shown = capsys.readouterr()

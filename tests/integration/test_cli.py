@@ -133,6 +133,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no requests": (["bench", "serve", "--requests", "0"], "'--requests'"),
     "more than most": (["bench", "serve", "--new-tokens", "9", "8"], "got 9 to 8"),
     "long prompts of no length": (["bench", "serve", "--long-every", "3"], "at least 1 token"),
+    "too many new tokens": (
+        ["generate", "and", "--max-new-tokens", "1000000000000"],
+        "ask for fewer than 1000000000000 tokens",
+    ),
+    "pages too large for the memory": (
+        ["generate", "and", "--page-size", "1073741824"],
+        "2 pages of 1073741824 tokens need 1099.51 GB",
+    ),
     "no new tokens": (["generate", "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "pool too small": (
         ["generate", "and " * 40, "--max-tokens", "32"],
