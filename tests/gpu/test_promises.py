@@ -1,6 +1,6 @@
-"""What paging is for, in numbers that an engine keeps on a data-centre GPU.
+"""Numbers that the engine must reach on a data-centre GPU.
 
-Times are ratios of one run. Alone on the device: nothing else may run beside these.
+Times are compared within one run. Nothing else may use the device at the same time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from granite_paged.runner.memory_plan import RunnerSizes, plan_memory
 from granite_paged.runner.runner import Runner
 
 NEEDED_GB = 100
-"""Of device memory, for a thousand sequences and their states."""
+"""Fraction of the device memory, for a thousand sequences and their states."""
 
 PREFIX, CONTINUATIONS, SCORED = 4096, 64, 32
-"""Tokens of a prefix; how many continuations it has, and tokens of each."""
+"""Tokens of a prefix, number of its continuations, and tokens per continuation."""
 
 SEQUENCES, TOKENS = 1000, 1024
-"""Held at once, and how long each of them becomes."""
+"""Number of sequences held at once, and their final length in tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def seconds_to_score(engine: Engine, items: Sequence[tuple[list[int], list[list[
     return time.perf_counter() - began
 
 
-def test_continuations_of_one_prefix_are_scored_20_times_faster_than_each_with_its_own(
+def test_a_shared_prefix_scores_20_times_faster(
     model: Any,
 ) -> None:
     together = [text(SCORED, seed) for seed in range(CONTINUATIONS)]
@@ -85,7 +85,7 @@ def test_a_thousand_sequences_are_held_and_stepped(model: Any) -> None:
     assert stats.preempted == 0
 
 
-def test_as_many_sequences_fit_as_the_plan_promises_give_or_take_five_per_cent(model: Any) -> None:
+def test_the_plan_predicts_capacity_within_five_per_cent(model: Any) -> None:
     geometry = CacheGeometry.from_config(model.config, page_size=128, dtype=model.dtype)
     promised = 300
 
@@ -110,8 +110,8 @@ def test_as_many_sequences_fit_as_the_plan_promises_give_or_take_five_per_cent(m
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def test_long_prompts_hold_nobody_up(model: Any) -> None:
-    """Tokens come at most three times as far apart as usual while prompts of 8,192 come in."""
+def test_long_prompts_do_not_stall_decoding(model: Any) -> None:
+    """While prompts of 8,192 tokens arrive, the time between tokens at most triples."""
     workload = Workload(
         requests=256,
         rate=30,

@@ -1,4 +1,4 @@
-"""Tuning on a CUDA device: candidates run, and whatever is chosen, the answer is the same."""
+"""Tuning on a CUDA device: candidates run, and every choice gives the same answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from granite_paged.layers.tuning import TUNED
 from granite_paged.models import load
 
 ONE_STEP = 2**-7
-"""Of bfloat16, relative: sums in another order may round to the neighbour."""
+"""Relative tolerance for bfloat16: sums in another order may round to the next number."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_candidates_run_and_take_time(target: TuningTarget, subject: str) -> Non
 
 @pytest.mark.parametrize("rows", [1, 16, 40])
 @pytest.mark.parametrize("gated", [False, True])
-def test_every_choice_of_a_product_gives_the_same_answer(rows: int, gated: bool) -> None:
+def test_every_product_constant_gives_the_same_answer(rows: int, gated: bool) -> None:
     kernels = pytest.importorskip("granite_paged.layers.triton.linear")
     torch.manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16}

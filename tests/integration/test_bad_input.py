@@ -1,4 +1,4 @@
-"""Bad input gives one of our errors, in one line, and leaves everything usable."""
+"""Bad input raises one of our errors with a one-line message, and everything stays usable."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def more(mask: Tensor, columns: int = 1, value: int = 1) -> Tensor:
 
 
 def state(own: PagedCache) -> tuple[Any, ...]:
-    """Everything that a refused call must leave as it was."""
+    """Return everything that a refused call must not change."""
     own.check_valid()
     tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
     slots = [page * PAGE + i for table in tables for page in table for i in range(PAGE)]
@@ -68,7 +68,7 @@ def state(own: PagedCache) -> tuple[Any, ...]:
 def refused(
     kind: type[GranitePagedError], match: str, model: Any, own: PagedCache, **inputs: Any
 ) -> GranitePagedError:
-    """Run a step that has to be refused in one line, with the cache as before."""
+    """Run a step that must be refused with a one-line message and an unchanged cache."""
     before = state(own)
     with pytest.raises(kind, match=match) as caught:
         model(**with_cache(own), **inputs)
@@ -78,12 +78,12 @@ def refused(
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Within the law for float32: pages may lie elsewhere, so sums may be in another order."""
+    """Compare within the float32 tolerance: other pages may sum in another order."""
     assert (actual - expected).abs().max() <= LOGITS_FLOAT32 * expected.abs().max()
 
 
 def assert_goes_on(model: Any, own: PagedCache) -> None:
-    """The next step is answered as if nothing had been refused."""
+    """Check that the next step answers as if nothing had been refused."""
     mask = more(prompts(LENGTHS)[1])
     actual = model(NEXT, attention_mask=mask, **with_cache(own)).logits
     expected = model(NEXT, attention_mask=mask, **with_cache(filled(model))).logits
@@ -107,12 +107,12 @@ def test_a_page_that_does_not_fit_max_tokens_is_refused() -> None:
 @pytest.mark.parametrize(
     "options", [{"memory_fraction": 0.0}, {"memory_fraction": 1.1}, {"max_sequences": 0}]
 )
-def test_a_budget_that_means_nothing_is_refused(options: dict[str, Any]) -> None:
+def test_an_impossible_budget_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(GeometryError, match=next(iter(options))):
         PagedConfig(**options)
 
 
-def test_a_pool_too_small_says_what_was_needed_and_free_and_serves_a_smaller_request(
+def test_a_pool_too_small_names_both_numbers_and_stays_usable(
     model: Any,
 ) -> None:
     own = filled(model, max_tokens=56)  # 14 pages, 12 of them held
@@ -131,7 +131,7 @@ def test_a_pool_too_small_says_what_was_needed_and_free_and_serves_a_smaller_req
     assert_goes_on(model, own)
 
 
-def test_a_prompt_longer_than_the_pool_is_refused_and_a_shorter_one_runs(model: Any) -> None:
+def test_a_prompt_longer_than_the_pool_is_refused(model: Any) -> None:
     own = fresh(model, max_tokens=20)
     refused(OutOfPages, "6 needed, 5 free", model, own, input_ids=prompts((21,))[0])
     assert not own.is_initialized
@@ -152,7 +152,7 @@ def test_a_batch_larger_than_max_sequences_is_refused_with_both_numbers(model: A
     own = fresh(model, max_sequences=2)
     ids, mask = prompts(LENGTHS)
     error = refused(
-        OutOfRows, "a batch of 3 .* 2 fit", model, own, input_ids=ids, attention_mask=mask
+        OutOfRows, "batch has 3 .* 2 rows", model, own, input_ids=ids, attention_mask=mask
     )
     assert isinstance(error, OutOfRows)
     assert (error.needed, error.rows) == (3, 2)
@@ -288,14 +288,14 @@ def test_a_four_dimensional_mask_is_refused(model: Any) -> None:
 
 @pytest.fixture
 def poisoned() -> Any:
-    """A copy of the model to put NaN into."""
+    """Return a copy of the model to put NaN into."""
     return tiny_model().requires_grad_(False)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("projection", ["k_proj", "v_proj"])
 @pytest.mark.parametrize("layer", [1, 3])
-def test_nan_in_keys_or_values_names_the_layer_and_releases_the_cache(
+def test_nan_in_keys_or_values_names_the_layer(
     poisoned: Any, layer: int, projection: str, value: float
 ) -> None:
     getattr(poisoned.model.layers[layer].self_attn, projection).weight[3, 5] = value
@@ -332,11 +332,11 @@ def test_after_nan_and_reset_the_cache_is_as_new(poisoned: Any) -> None:
 
 @pytest.mark.parametrize("flavour", ["hybrid", "dense"])
 @pytest.mark.parametrize("step", ["prefill", "decode"])
-def test_our_cache_on_a_model_that_is_not_patched_fails_clearly(flavour: str, step: str) -> None:
+def test_our_cache_needs_a_patched_model(flavour: str, step: str) -> None:
     model = tiny_model(flavour).requires_grad_(False)
     ids = prompts((9,))[0]
     own = fresh(model)
-    if step == "decode":  # the cache is used after its model was unpatched
+    if step == "decode":  # the cache is used after its model is unpatched
         with paged(model, PAGES):
             model(ids, **with_cache(own))
     with pytest.raises(NotPatched, match="patched model only: use `with paged") as caught:
@@ -345,7 +345,7 @@ def test_our_cache_on_a_model_that_is_not_patched_fails_clearly(flavour: str, st
     own.check_valid()
 
 
-def test_generate_with_our_cache_on_a_model_that_is_not_patched_fails_clearly() -> None:
+def test_generate_with_our_cache_needs_a_patched_model() -> None:
     model = tiny_model()
     with pytest.raises(NotPatched):
         model.generate(prompts((9,))[0], **with_cache(fresh(model)), max_new_tokens=2)
@@ -377,7 +377,7 @@ def test_the_geometry_is_read_once_for_all_steps_of_a_model(
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
-def test_a_batch_of_another_size_mid_way_is_refused(model: Any, rows: int) -> None:
+def test_a_change_of_batch_size_is_refused(model: Any, rows: int) -> None:
     own = filled(model)
     ids = NEXT[:1].expand(rows, 1)
     match = f"holds 3 rows, the batch has {rows}"
@@ -402,13 +402,13 @@ def test_a_model_refused_for_its_sizes_is_left_unpatched() -> None:
     assert not is_patched(model)
 
 
-def test_a_config_is_checked_when_it_is_made_not_when_it_is_used() -> None:
+def test_a_config_is_checked_when_it_is_made() -> None:
     with pytest.raises(GeometryError):
         dataclasses.replace(PAGES, page_size=PAGE + 1)
 
 
 def test_padding_ids_without_a_mask_are_ordinary_tokens(model: Any) -> None:
-    """Nothing is guessed: what is not masked counts, as under SDPA."""
+    """Tokens without a mask count, as under SDPA; padding is never guessed."""
     own = fresh(model)
     model(torch.full((1, 6), PAD), **with_cache(own))
     assert own.allocator.tokens == 6

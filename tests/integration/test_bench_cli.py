@@ -1,4 +1,4 @@
-"""`bench`, `gate`, `tune`, `plot` and `profile` as a user types them, on the CPU."""
+"""The commands `bench`, `gate`, `tune`, `plot` and `profile`, on the CPU."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_modes_can_be_chosen(tmp_path: Path, runner: Any) -> None:
     assert runner.made == []
 
 
-def test_what_a_mode_cannot_do_is_listed_with_its_reason(
+def test_a_failing_mode_is_listed_with_its_reason(
     runner: Any, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def full(self: Any, chunks: Any) -> Any:
@@ -110,7 +110,7 @@ def test_what_a_mode_cannot_do_is_listed_with_its_reason(
     assert "batch, paged, 2 x 16: OutOfMemoryError: 3 GB asked for" in shown
 
 
-def test_an_interrupt_keeps_the_rows_so_far(
+def test_an_interrupt_keeps_the_measured_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     def rows(self: Any, case: Any, shape: Any, modes: Any) -> list[Row]:
@@ -127,7 +127,7 @@ def test_an_interrupt_keeps_the_rows_so_far(
     assert capsys.readouterr().err.strip() == "granite-paged: interrupted"
 
 
-def test_an_update_replaces_what_is_measured_again_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_an_update_replaces_only_what_is_measured_again(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     update = ("--json", str(file), "--update")
     assert bench("--case", "memory", *update) == OK
@@ -140,7 +140,7 @@ def test_an_update_replaces_what_is_measured_again_and_keeps_the_rest(tmp_path: 
     assert changed == ["default"]
 
 
-def test_an_update_of_another_models_result_is_refused_before_the_work(
+def test_an_update_of_another_model_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     file = tmp_path / "result.json"
@@ -171,7 +171,7 @@ def test_bench_profiles_attention_alone(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"kernel-paged.trace.json", "kernels.md"}
 
 
-def test_bench_without_steps_to_profile_says_so_in_an_empty_table(tmp_path: Path) -> None:
+def test_bench_without_steps_to_profile_writes_an_empty_table(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "profiles"
     assert bench("--case", "memory", "--budget", "0", "--profile", str(folder)) == OK
     assert len((folder / "kernels.md").read_text().splitlines()) == 2
@@ -180,7 +180,7 @@ def test_bench_without_steps_to_profile_says_so_in_an_empty_table(tmp_path: Path
 # -- cold start ---------------------------------------------------------------------------------
 
 
-def test_a_cold_start_is_timed_from_the_model_to_the_first_token_and_every_bucket(
+def test_a_cold_start_times_the_first_token_and_every_bucket(
     runner: Any,
 ) -> None:
     model = models.load(device="cpu").model
@@ -225,7 +225,7 @@ def test_a_cold_start_has_fresh_caches_then_warm_ones(
 REAL_LOAD = models.load
 
 
-def test_a_cold_start_that_fails_is_a_row_with_the_last_words_of_its_process(
+def test_a_failed_cold_start_is_a_row_with_its_last_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failed(command: list[str], **options: Any) -> Any:
@@ -247,7 +247,7 @@ def test_the_process_of_a_cold_start_prints_its_times(capsys: Capture) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to judge")
-def test_the_gate_refuses_where_there_is_no_gpu_before_it_loads_a_model(
+def test_the_gate_without_a_gpu_refuses_before_loading(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
@@ -256,7 +256,7 @@ def test_the_gate_refuses_where_there_is_no_gpu_before_it_loads_a_model(
 
 
 @pytest.mark.parametrize("command", ["gate", "tune"])
-def test_a_command_for_gpus_refuses_a_cpu_before_it_loads_a_model(
+def test_a_gpu_command_refuses_a_cpu_before_loading(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
@@ -267,7 +267,7 @@ def test_a_command_for_gpus_refuses_a_cpu_before_it_loads_a_model(
 def judged(
     monkeypatch: pytest.MonkeyPatch, records: Path, *options: str, ratio: float = 0.5
 ) -> int:
-    """The gate with a GPU made up, on which paged takes `ratio` times what default takes."""
+    """Run the gate on a pretended GPU, where paged takes `ratio` times as long as default."""
 
     def measure(self: Any, case: Any, shape: Any, modes: Any, repeats: Any) -> Any:
         times = [1 + 0.001 * (i % 7) for i in range(repeats.least)]
@@ -283,7 +283,7 @@ def judged(
     return run(["gate", "--device", "cpu", "--records", str(records), *options])
 
 
-def test_the_gate_on_an_unrecorded_gpu_applies_the_laws_and_says_how_to_record(
+def test_the_gate_on_an_unrecorded_gpu_says_how_to_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     assert judged(monkeypatch, tmp_path) == OK
@@ -325,7 +325,7 @@ def recorded(folder: Path, model: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize(("ratio", "status"), [(0.5, OK), (0.45, FAILED)])
-def test_the_gate_holds_time_over_the_floor_against_the_record(
+def test_the_gate_compares_time_over_floor_with_the_record(
     ratio: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     recorded(tmp_path, "tiny-recall", ratio)
@@ -335,7 +335,7 @@ def test_the_gate_holds_time_over_the_floor_against_the_record(
     assert "perf_record" not in shown
 
 
-def test_a_record_of_another_model_is_not_held_against(
+def test_a_record_of_another_model_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     recorded(tmp_path, "granite-4.0-h-1b", 0.1)
@@ -353,7 +353,7 @@ def test_tune_refuses_where_there_is_no_gpu(capsys: Capture) -> None:
 
 
 def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> int:
-    """`tune` on a GPU made up, where half as many columns would save the rule its loss."""
+    """Run `tune` on a pretended GPU, where half as many columns avoid the loss."""
     rule, better = (replace(TUNED.one_row[0], COLUMNS=columns) for columns in (4, 2))
 
     def layout(constants: Any) -> dict[str, int]:
@@ -372,7 +372,7 @@ def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> i
 @pytest.mark.parametrize(
     ("loss", "allow", "status"), [(0.05, "10", OK), (0.2, "10", FAILED), (0.2, "30", OK)]
 )
-def test_tune_exits_1_where_the_rule_loses_more_than_is_allowed(
+def test_tune_exits_1_when_the_loss_exceeds_the_limit(
     loss: float, allow: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     before = PATH.read_bytes()
@@ -400,7 +400,7 @@ def test_tune_writes_the_best_constants_and_all_measurements(
     assert f"written: {out}" in capsys.readouterr().out
 
 
-def test_tune_refuses_a_file_that_cannot_be_written_before_the_work(
+def test_tune_refuses_an_unwritable_file_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     out = tmp_path / "nowhere" / "tuned.json"
@@ -455,7 +455,7 @@ def test_help_teaches_with_examples(command: str, capsys: Capture) -> None:
     assert "\\b" not in shown
 
 
-def test_the_command_that_only_bench_calls_is_not_advertised(capsys: Capture) -> None:
+def test_the_internal_command_is_hidden(capsys: Capture) -> None:
     assert run(["--help"]) == OK
     shown = capsys.readouterr().out
     assert "bench" in shown
@@ -503,9 +503,7 @@ def test_wrong_usage_is_said_in_one_line(
     one_line(capsys, reason)
 
 
-def test_a_result_with_a_wrong_field_is_named_by_file_and_field(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_wrong_field_of_a_result_is_named(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "result.json"
     file.write_text(json.dumps(Result("cpu", {}, 0, []).to_json() | {"seed": "zero"}))
     assert run(["plot", str(file), "--out", str(tmp_path)]) == USAGE

@@ -1,4 +1,4 @@
-"""Each mode prepares the step it says, on a live model, and gives its memory back."""
+"""Each mode prepares the right step on a live model, and releases its memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def runner() -> Iterator[Any]:
 
 
 def seen_by_model(model: Any) -> list[tuple[tuple[int, ...], int]]:
-    """(shape of input_ids, tokens cached before) of every forward pass from now on."""
+    """Record (shape of input_ids, tokens already cached) of every forward pass from now on."""
     seen: list[tuple[tuple[int, ...], int]] = []
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:
@@ -129,13 +129,13 @@ def test_paged_prefills_every_token_of_every_row_once(runner: Any) -> None:
     (made,) = runner.made
     assert made.lengths == [0, 150, 150, 150]
     prepared.reset()
-    prepared.step()  # the fake refuses chunks that do not begin where their row stands
+    prepared.step()  # the fake refuses chunks that do not start at the end of their row
     assert made.lengths == [0, 150, 150, 150]
 
 
 def test_paged_decodes_one_token_after_the_context_of_every_row(runner: Any) -> None:
     prepared = Paged(tiny_model(), CONFIG, 0).prepare("decode", Shape(3, 150))
-    prepared.step()  # the fake refuses contexts with a page that nothing was written to
+    prepared.step()  # the fake refuses contexts with a page that was never written
     prepared.step()
     (made,) = runner.made
     assert [call for call in made.calls if call[0] == "decode"] == [
@@ -229,7 +229,7 @@ def test_every_mode_has_its_row_with_time_tokens_and_floor(runner: Any) -> None:
         assert row.peak_bytes is None
 
 
-def test_a_mode_that_runs_out_of_memory_is_a_row_with_its_reason(
+def test_out_of_memory_is_a_row_with_its_reason(
     runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: Any, chunks: Any) -> Any:
@@ -245,7 +245,7 @@ def test_a_mode_that_runs_out_of_memory_is_a_row_with_its_reason(
     assert all(made.closed for made in runner.made)
 
 
-def test_a_mode_that_fits_only_alone_is_timed_alone_and_says_so(
+def test_a_mode_that_fits_only_alone_is_timed_alone(
     runner: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, tries = runner.prefill, []
@@ -263,7 +263,7 @@ def test_a_mode_that_fits_only_alone_is_timed_alone_and_says_so(
     assert paged.note.startswith("timed alone")
 
 
-def test_what_the_budget_has_no_time_for_is_listed(runner: Any) -> None:
+def test_shapes_beyond_the_budget_are_listed(runner: Any) -> None:
     shapes = [(CASES["batch"], Shape(1, 16)), (CASES["kernel"], Shape(2, 32, 8))]
     rows = rows_of(BenchPlan(shapes, ("default", "paged"), budget=-1), session())
     assert [row.key for row in rows] == [

@@ -1,4 +1,4 @@
-"""The paged mode on the engine's own runner: it runs, and decodes what transformers decodes."""
+"""The paged mode on the real runner decodes what transformers decodes."""
 
 from __future__ import annotations
 

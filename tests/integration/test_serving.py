@@ -15,7 +15,7 @@ NEW = (2, 5, 3)
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_a_batch_takes_as_many_steps_as_its_longest_answer(
+def test_a_batch_runs_as_many_steps_as_its_longest_answer(
     static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model()
@@ -31,5 +31,5 @@ def test_a_batch_takes_as_many_steps_as_its_longest_answer(
     records = Batches(model, coming, 2, static=static).serve("default")
     assert [len(record.tokens) for record in records] == list(NEW)
     assert [len(record.times) for record in records] == list(NEW)
-    last = (2, 5) if static else (1, 1)  # of one shape, or as long as it is
+    last = (2, 5) if static else (1, 1)  # static: one shape for all batches
     assert shapes == [(2, 5), *[(2, 1)] * 4, last, *[(last[0], 1)] * 2]
