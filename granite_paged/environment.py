@@ -1,4 +1,4 @@
-"""What a result depends on besides its inputs: it is named in every report."""
+"""Versions that a result depends on; every report lists them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from granite_paged import __version__
 
 
 def versions() -> dict[str, str]:
-    """Of everything that a result depends on, where it is installed.
+    """Return the versions of Python and of the installed packages that a result depends on.
 
-    transformers' modes run Mamba on mamba_ssm and causal_conv1d where they are; ours never do.
+    Packages that are not installed are left out. transformers' modes run Mamba layers with
+    mamba_ssm and causal_conv1d where they are installed; `paged` never uses them.
     """
     optional = {}
     for name in ("triton", "mamba_ssm", "causal_conv1d"):

@@ -1,4 +1,4 @@
-"""What "the same answer" means, and where each bound comes from. None was tuned."""
+"""Tolerances for "the same answer", each with its derivation. None was tuned to pass a test."""
 
 from __future__ import annotations
 
@@ -6,33 +6,42 @@ import torch
 from torch import Tensor
 
 SDPA_RATIO = 1.1
-"""Half precision: our error against float64 may exceed SDPA's own by a tenth. Two summation orders
-of the same rounded products differ by that much and no more when both are right."""
+"""float16 and bfloat16: limit on paged's error against float64, divided by SDPA's error.
+
+Two correct kernels add the same rounded products in different orders, and their errors differ by
+less than a tenth."""
 
 LOGITS_FLOAT32 = 2e-5
-"""float32: largest |paged - SDPA| as a part of the largest |logit|. About 170 roundings of 2**-23:
-what a few layers of sums over a few hundred terms differ by when only their order does."""
+"""float32: limit on the largest |paged - SDPA|, divided by the largest |logit|.
+
+This is about 170 roundings of 2**-23. A few layers of sums over a few hundred terms differ by that
+much when only the order of summation differs."""
 
 LOGITS_FLOAT64 = 1e-12
-"""float64, attention only (transformers computes Mamba in float32): about 10**4 roundings."""
+"""The same limit for float64 without Mamba layers: about 10**4 roundings of 2**-53.
+
+transformers computes Mamba layers in float32 in any case, so models with them keep
+`LOGITS_FLOAT32`."""
 
 RECALL = 0.98
-"""Accuracy that the embedded checkpoint reaches on associative recall, default and paged."""
+"""Least accuracy of the embedded checkpoint on associative recall, for `default` and `paged`."""
 
 WASTE = 0.04
-"""Part of the held KV bytes without a token, over many sequences of 1 to 4096 tokens: half a page
-of 128 is 3.1 % of their mean length."""
+"""Limit on the share of held KV bytes that store no token, for many sequences of 1 to 4096 tokens.
+
+A sequence wastes half a page on average; half of 128 tokens is 3.1 % of the mean length."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square error as a part of the root mean square of `expected`."""
+    """Return the root mean square of the difference, divided by that of `expected`."""
     difference = actual.double() - expected.double()
     return float(difference.norm() / expected.double().norm())
 
 
 def logit_bound(dtype: torch.dtype, *, attention_only: bool) -> float | None:
-    """Bound on the largest logit difference, as a part of the largest logit; None for halves,
-    which are judged by `SDPA_RATIO`.
+    """Return the limit on the largest logit difference, divided by the largest logit.
+
+    None for float16 and bfloat16, to which `SDPA_RATIO` applies instead.
     """
     if dtype == torch.float64 and attention_only:
         return LOGITS_FLOAT64

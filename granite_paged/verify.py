@@ -1,15 +1,16 @@
-"""Run the same inputs through SDPA and through pages, compare, and give a verdict.
+"""Run the same inputs through SDPA and through pages, and judge the difference.
 
-A case is a script of moves (feed tokens, fork rows). It runs three times: on the model as
-transformers runs it (`default`: SDPA and DynamicCache), on the patched model (`paged`), and on a
-float64 copy, the reference. The tolerances are in `tolerances.py`.
+Each case is a script of moves (feed tokens, fork rows). It is played three times: by transformers
+(`default`: SDPA and a DynamicCache), by the patched model (`paged`), and by a float64 copy of the
+model as the reference. `tolerances.py` says which differences pass.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,12 +35,17 @@ DECODE_STEPS = 64
 RECALL_CONTEXTS = (128, 1024, 4096)
 RAGGED_SEQUENCES, RAGGED_LONGEST = 256, 4096
 
-_MOST_LOGITS = 2**26  # kept per feed; more would take gigabytes in float64
+_MOST_LOGITS = 2**26  # kept per feed; in float64 these are 0.5 GB
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Feed tokens. input_ids [B, S]; attention_mask [B, columns so far + S], or None."""
+    """Append tokens to every row.
+
+    Attributes:
+        input_ids: token ids [B, S].
+        attention_mask: 1 for tokens and 0 for padding, [B, columns so far + S]; None: no padding.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
@@ -47,7 +53,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class Fork:
-    """Make row i a copy of row `rows[i]`."""
+    """Replace row i by a copy of row `rows[i]`."""
 
     rows: tuple[int, ...]
 
@@ -56,13 +62,19 @@ Move = Feed | Fork
 
 
 @dataclass(frozen=True)
-class Case:
-    """Result of one script. Differences are between logits; errors are relative to float64.
+class CaseResult:
+    """Result of one script.
 
     Attributes:
-        flipped: tokens after which the two argmaxes differ.
-        near_ties: flipped tokens whose two best logits are too close for the difference to judge.
-        law: the tolerance that was applied.
+        max_abs_diff: largest difference between a logit of `default` and of `paged`.
+        relative_diff: `max_abs_diff` divided by the largest absolute logit of `default`.
+        error_default, error_paged: relative RMS error against float64; None without a reference.
+        error_ratio: `error_paged / error_default`.
+        tokens_equal: whether both modes choose the same token at every position.
+        flipped: number of positions where they choose different tokens.
+        near_ties: flipped positions where the two best logits of `default` differ by no more
+            than twice `max_abs_diff`.
+        law: the tolerance that applies, in words.
         invariant: the broken invariant of allocator, page tables and pools, or `holds`.
     """
 
@@ -81,8 +93,13 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Accuracy on associative recall, and whether every answer agrees."""
+class RecallResult:
+    """Accuracy on associative recall, the worst of all context lengths, and agreement.
+
+    Attributes:
+        default, paged: share of right answers, 0 to 1.
+        answers_equal: whether both modes give the same answer to every question.
+    """
 
     default: float
     paged: float
@@ -93,7 +110,10 @@ class Recall:
 
 @dataclass(frozen=True)
 class KVMemory:
-    """Bytes of K and V of ragged sequences: padded into one batch, and in pages."""
+    """Bytes of K and V for sequences of random lengths: padded into one batch, and in pages.
+
+    `waste_fraction` is the share of bytes in held pages that store no token.
+    """
 
     sequences: int
     tokens: int
@@ -104,21 +124,21 @@ class KVMemory:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Everything that `granite-paged verify` reports."""
+class VerifyReport:
+    """Result of `granite-paged verify`."""
 
     passed: bool
     model: str
     device: str
     dtype: str
     page_size: int
-    cases: list[Case]
-    recall: Recall | None
+    cases: list[CaseResult]
+    recall: RecallResult | None
     kv: KVMemory
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain types only."""
+        """Return the report as plain types."""
         return asdict(self)
 
 
@@ -130,19 +150,19 @@ def verify(
     seed: int = 0,
     reference: bool = True,
     progress: Progress = silent,
-) -> Report:
-    """Run every case on `default` and on `paged`, and compare.
+) -> VerifyReport:
+    """Compare paged attention with transformers' default on every case.
 
     Args:
-        loaded: the model.
-        config: sizes and backend of the paged side.
-        context: tokens of the longest prompt, at least 16.
+        loaded: the model to verify.
+        config: page size and pool sizes of the paged side.
+        context: length of the longest prompt in tokens, at least 16.
         seed: seed of the prompts.
-        reference: also run each case in float64, which takes 8 bytes per parameter.
-        progress: called as each stage begins.
+        reference: whether to also play each case in float64, which takes 8 bytes per parameter.
+        progress: called with (stage, stages done, stages) at the start of each stage.
 
     Raises:
-        DeviceError: if the float64 copy does not fit.
+        DeviceError: if the float64 copy does not fit into memory.
         InvalidArgument: if `context` is too short.
     """
     if context < 16:
@@ -150,20 +170,23 @@ def verify(
     config = config or PagedConfig()
     model = loaded.model
     players = _Players(model, config, float64_copy(model) if reference else None)
-    has_recall = loaded.name == EMBEDDED
-    stages = len(_SCRIPTS) + has_recall + 1
+    recall, scripts = None, _scripts(players, context, seed)
+    stages = [*scripts, *(["recall"] if loaded.name == EMBEDDED else []), "memory"]
+
+    def begin(name: str) -> None:
+        progress(name, stages.index(name), len(stages))
+
     with torch.inference_mode():
-        cases: list[Case] = []
-        for name, moves in zip(_SCRIPTS, _scripts(players, context, seed), strict=True):
-            progress(name, len(cases), stages)
-            cases.append(players.judge(name, moves))
-        recall = None
-        if has_recall:
-            progress("recall", len(cases), stages)
+        cases = []
+        for name, moves in scripts.items():
+            begin(name)
+            cases.append(players.judge(name, moves()))
+        if "recall" in stages:
+            begin("recall")
             recall = players.recall(seed)
-        progress("memory", stages - 1, stages)
+        begin("memory")
         kv = kv_memory(players.geometry, seed)
-    return Report(
+    return VerifyReport(
         passed=all(case.passed for case in cases) and kv.passed and (not recall or recall.passed),
         model=loaded.name,
         device=device_name(model.device),
@@ -177,7 +200,7 @@ def verify(
 
 
 def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
-    """Allocate pages for ragged sequences and count bytes: padded, and in pages."""
+    """Count the bytes of K and V for `RAGGED_SEQUENCES` sequences: padded, and in pages."""
     draw = random.Random(seed)
     lengths = [draw.randint(1, RAGGED_LONGEST) for _ in range(RAGGED_SEQUENCES)]
     pages = 1 + sum(geometry.pages_for(length) for length in lengths)
@@ -199,28 +222,30 @@ def kv_memory(geometry: CacheGeometry, seed: int) -> KVMemory:
 # -- scripts ------------------------------------------------------------------------------------
 
 
-_SCRIPTS = ("prefill", "chunked prefill", "decode", "ragged batch", "fork and continue")
-
-
-def _scripts(players: _Players, context: int, seed: int) -> Iterator[list[Move]]:
-    """Yield the moves of each of `_SCRIPTS`."""
+def _scripts(players: _Players, context: int, seed: int) -> dict[str, Callable[[], list[Move]]]:
     ids = players.tokens(4, context, seed)
-    chunk = _chunk(players, context)
-    yield [Feed(ids[:2])]
-    yield [Feed(part) for part in torch.split(ids[:2], chunk, dim=1)]
-    yield [Feed(ids[:2]), *players.greedy(ids[:2], DECODE_STEPS)]
-    yield _ragged(ids, players.tokens(4, DECODE_STEPS // 4, seed + 1))
-    yield _fork(ids[:1], players.tokens(3, DECODE_STEPS // 4, seed + 2))
+    chunk, steps = _chunk(players, context), DECODE_STEPS // 4
+    return {
+        "prefill": lambda: [Feed(ids[:2])],
+        "chunked prefill": lambda: [Feed(part) for part in torch.split(ids[:2], chunk, dim=1)],
+        "decode": lambda: [Feed(ids[:2]), *players.greedy(ids[:2], DECODE_STEPS)],
+        "ragged batch": lambda: _ragged(ids, players.tokens(4, steps, seed + 1)),
+        "fork and continue": lambda: _fork(ids[:1], players.tokens(3, steps, seed + 2)),
+    }
 
 
 def _chunk(players: _Players, context: int) -> int:
-    """Return about a third of the context, in multiples of Mamba's own chunk, which are exact."""
+    """Return about a third of the context.
+
+    With Mamba layers it is a multiple of their chunk, because only then is splitting the scan
+    exact.
+    """
     unit = players.model.config.mamba_chunk_size if players.geometry.mamba_layers else 1
     return int(max(1, context // 3 // unit) * unit)
 
 
 def _ragged(ids: Tensor, then: Tensor) -> list[Move]:
-    """Return moves of four left-padded rows: whole, two thirds, a third, and three tokens."""
+    """Feed four left-padded rows: whole, two thirds, a third, and three tokens; then decode."""
     width = ids.shape[1]
     lengths = torch.tensor([width, 2 * width // 3, width // 3, 3], device=ids.device)
     columns = torch.arange(width, device=ids.device)
@@ -233,7 +258,7 @@ def _ragged(ids: Tensor, then: Tensor) -> list[Move]:
 
 
 def _fork(ids: Tensor, then: Tensor) -> list[Move]:
-    """Return moves of a prompt that ends inside a page and is continued by three forks."""
+    """Fork one prompt, which ends inside a page, into three rows; feed a chunk, then tokens."""
     half = then.shape[1] // 2
     steps = [Feed(token) for token in torch.split(then[:, half:], 1, dim=1)]
     return [Feed(ids[:, :-1]), Fork((0, 0, 0)), Feed(then[:, :half]), *steps]
@@ -244,7 +269,7 @@ def _fork(ids: Tensor, then: Tensor) -> list[Move]:
 
 @dataclass(frozen=True)
 class _Players:
-    """The three that run a script: the model, the model with pages, and its float64 copy."""
+    """The model, how it is paged, and its float64 copy if a reference is wanted."""
 
     model: Any
     config: PagedConfig
@@ -257,13 +282,13 @@ class _Players:
         )
 
     def tokens(self, rows: int, columns: int, seed: int) -> Tensor:
-        """Draw token ids [rows, columns] on the model's device."""
+        """Draw random token ids [rows, columns] on the model's device."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, self.model.config.vocab_size, (rows, columns), generator=draw)
         return ids.to(self.model.device)
 
     def greedy(self, ids: Tensor, steps: int) -> list[Move]:
-        """Return the tokens that `default` generates, so that all three are fed the same."""
+        """Return the tokens that `default` generates, as moves that every mode can play."""
         cache = DynamicCache(config=self.model.config)
         moves: list[Move] = []
         for _ in range(steps):
@@ -276,7 +301,7 @@ class _Players:
         return play(self.model, moves, DynamicCache(config=self.model.config))
 
     def play_paged(self, moves: list[Move]) -> tuple[Tensor, str]:
-        """Return the logits and the invariant that is broken afterwards, if any."""
+        """Return the logits, and the invariant of the cache that is then broken, or ""."""
         with paged(self.model, self.config):
             cache = PagedCache.for_model(self.model, self.config)
             cache.reserve(_tokens_of_each_row(moves))
@@ -287,8 +312,8 @@ class _Players:
             return logits, str(broken)
         return logits, ""
 
-    def judge(self, name: str, moves: list[Move]) -> Case:
-        """Run a script on all three and compare the results with the dtype's tolerance."""
+    def judge(self, name: str, moves: list[Move]) -> CaseResult:
+        """Play a script in every mode and apply the tolerance for the model's dtype."""
         default, (ours, broken) = self.play_default(moves), self.play_paged(moves)
         errors: tuple[float, float] | None = None
         if self.exact is not None:
@@ -297,14 +322,14 @@ class _Players:
                 tolerances.relative_error(default, exact),
                 tolerances.relative_error(ours, exact),
             )
-        return _case(name, default, ours, errors, bound=self._bound(), broken=broken)
+        return _result(name, default, ours, errors, bound=self._bound(), broken=broken)
 
     def _bound(self) -> float | None:
         attention_only = not self.geometry.mamba_layers
         return tolerances.logit_bound(self.model.dtype, attention_only=attention_only)
 
-    def recall(self, seed: int) -> Recall:
-        """Feed facts, then questions about them, so that the facts are read from pages."""
+    def recall(self, seed: int) -> RecallResult:
+        """Feed facts first and then questions about them, so that the facts come from pages."""
         default: list[float] = []
         ours: list[float] = []
         equal, questions = True, 0
@@ -324,17 +349,22 @@ class _Players:
             equal &= bool((answers[0] == answers[1])[batch.scored].all())
             questions += int(batch.scored.sum())
         worst_default, worst_paged = min(default), min(ours)
-        return Recall(
+        return RecallResult(
             default=worst_default,
             paged=worst_paged,
             answers_equal=equal,
             questions=questions,
-            passed=equal and default == ours and worst_paged >= tolerances.RECALL,
+            passed=equal
+            and default == ours
+            and min(worst_default, worst_paged) >= tolerances.RECALL,
         )
 
 
 def play(model: Any, moves: list[Move], cache: Any) -> Tensor:
-    """Run a script. Returns the logits of its tokens without padding, [n, vocabulary]."""
+    """Play a script and return the logits of its tokens, without padding: [n, vocabulary].
+
+    Of feeds that would keep more than `_MOST_LOGITS` numbers, only the last columns count.
+    """
     kept = []
     for move in moves:
         if isinstance(move, Fork):
@@ -354,13 +384,13 @@ def play(model: Any, moves: list[Move], cache: Any) -> Tensor:
 
 
 def _tokens_of_each_row(moves: list[Move]) -> list[int]:
-    """Return the tokens to reserve per row, so that pools and kernels are made once."""
+    """Return the final length of each row, for which pools and kernels are prepared once."""
     feeds = [move.input_ids.shape for move in moves if isinstance(move, Feed)]
     return [sum(columns for _, columns in feeds)] * max(rows for rows, _ in feeds)
 
 
 def _position_ids(move: Feed) -> Tensor | None:
-    """Return position ids as `generate()` makes them; None lets the model count columns."""
+    """Return positions [B, S] as `generate()` does for padded batches; None without padding."""
     if move.attention_mask is None:
         return None
     positions = (move.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -383,7 +413,7 @@ def _by_feed(flat: Tensor, moves: list[Move]) -> list[Tensor]:
 # -- judging ------------------------------------------------------------------------------------
 
 
-def _case(
+def _result(
     name: str,
     default: Tensor,
     ours: Tensor,
@@ -391,23 +421,17 @@ def _case(
     *,
     bound: float | None,
     broken: str,
-) -> Case:
+) -> CaseResult:
     difference = float((ours.double() - default.double()).abs().max())
     relative = difference / float(default.abs().max())
     flipped = ours.argmax(dim=-1) != default.argmax(dim=-1)
     best = default[flipped].double().topk(2, dim=-1).values
     near_ties = int((best[:, 0] - best[:, 1] <= 2 * difference).sum())
     ratio = errors[1] / errors[0] if errors and errors[0] else None
-    if bound is not None:
-        law = f"|diff| <= {bound:g} of the largest logit"
-        passed = relative <= bound and near_ties == int(flipped.sum())
-    elif ratio is not None:
-        law = f"error <= {tolerances.SDPA_RATIO:g} x SDPA's"
-        passed = ratio <= tolerances.SDPA_RATIO
-    else:
-        law = "none: there is no float64 reference"
-        passed = True
-    return Case(
+    within = bound is None or (relative <= bound and near_ties == int(flipped.sum()))
+    if bound is None and ratio is not None:
+        within = ratio <= tolerances.SDPA_RATIO
+    return CaseResult(
         name=name,
         max_abs_diff=difference,
         relative_diff=relative,
@@ -417,20 +441,29 @@ def _case(
         tokens_equal=not bool(flipped.any()),
         flipped=int(flipped.sum()),
         near_ties=near_ties,
-        law=law,
+        law=_law(bound, ratio),
         invariant=broken or "holds",
-        passed=passed and not broken and difference == difference,  # NaN is equal to nothing
+        passed=within and not broken and not math.isnan(difference),
     )
 
 
+def _law(bound: float | None, ratio: float | None) -> str:
+    if bound is not None:
+        return f"largest difference <= {bound:g} x the largest logit"
+    if ratio is not None:
+        return f"paged error <= {tolerances.SDPA_RATIO:g} x SDPA error"
+    return "none, because half precision is judged by its error against float64"
+
+
 def float64_copy(model: Any) -> Any:
-    """Copy a model in float64. Raises DeviceError if it does not fit."""
+    """Return a float64 copy of the model. Raises DeviceError if it does not fit into memory."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         exact = copy.deepcopy(model).double()
     except (torch.OutOfMemoryError, MemoryError):
         raise DeviceError(
-            f"the float64 reference needs {8 * parameters / 1e9:.1f} GB: pass --no-reference"
+            f"the float64 reference needs {8 * parameters / 1e9:.1f} GB, which is more than is "
+            "free; pass --no-reference"
         ) from None
-    exact.set_experts_implementation("eager")  # the grouped product does not take float64
+    exact.set_experts_implementation("eager")  # the grouped kernel does not support float64
     return exact

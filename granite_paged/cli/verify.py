@@ -1,8 +1,8 @@
-"""`granite-paged verify`."""
+"""The command `verify`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.box import SIMPLE
@@ -20,6 +20,9 @@ from granite_paged.cli.options import (
     write_json,
 )
 
+if TYPE_CHECKING:
+    from granite_paged.verify import CaseResult, KVMemory, RecallResult, VerifyReport
+
 
 @click.command(context_settings=SETTINGS)
 @model_options
@@ -27,6 +30,7 @@ from granite_paged.cli.options import (
     "--context",
     default=384,
     type=click.IntRange(min=16),
+    metavar="TOKENS",
     help="Give the longest prompt this many tokens.",
 )
 @click.option(
@@ -52,61 +56,68 @@ def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | 
     from granite_paged.verify import verify as run_verification
 
     loaded = choice.load()
-    with progress() as report:
-        found = run_verification(
+    with progress() as report_progress:
+        report = run_verification(
             loaded,
             config=choice.config,
             context=context,
             seed=choice.seed,
             reference=reference,
-            progress=report,
+            progress=report_progress,
         )
-    report_console(json_file).print(*_report_tables(found), sep="")
+    report_console(json_file).print(_cases(report), _summary(report), sep="")
     if json_file:
-        write_json(json_file, found.to_json())
-    return OK if found.passed else FAILED
+        write_json(json_file, report.to_json())
+    return OK if report.passed else FAILED
 
 
-def _report_tables(report: Any) -> list[Any]:
-    title = f"{report.model}, {report.dtype}, {report.device}, pages of {report.page_size}"
-    cases = Table(title=title, box=SIMPLE, caption=f"law: {report.cases[0].law}")
-    cases.add_column("case", no_wrap=True)
-    for column in ("max |diff|", "of scale", "SDPA error", "paged error", "ratio", "tokens", ""):
-        cases.add_column(column, justify="right", no_wrap=True)
+def _cases(report: VerifyReport) -> Table:
+    title = f"{report.model}, {report.dtype}, {report.device}, {report.page_size} tokens per page"
+    table = Table(title=title, box=SIMPLE, caption=f"tolerance: {report.cases[0].law}")
+    table.add_column("case", no_wrap=True)
+    for column in ("max |diff|", "relative", "SDPA error", "paged error", "ratio", "tokens", ""):
+        table.add_column(column, justify="right", no_wrap=True)
     for case in report.cases:
-        cases.add_row(
-            case.name,
-            *map(_short, (case.max_abs_diff, case.relative_diff)),
-            *map(_short, (case.error_default, case.error_paged)),
-            "-" if case.error_ratio is None else f"{case.error_ratio:.3f}",
-            "equal" if case.tokens_equal else f"{case.flipped} flipped",
-            _verdict(case.passed),
-        )
+        table.add_row(case.name, *_numbers(case), _verdict(case.passed))
         if case.invariant != "holds":
-            cases.add_row(f"  [red]{case.invariant}[/]")
-    summary = Table(show_header=False, box=SIMPLE)
+            table.add_row(f"  [red]{case.invariant}[/]")
+    return table
+
+
+def _numbers(case: CaseResult) -> list[str]:
+    return [
+        *map(_short, (case.max_abs_diff, case.relative_diff)),
+        *map(_short, (case.error_default, case.error_paged)),
+        "-" if case.error_ratio is None else f"{case.error_ratio:.3f}",
+        "equal" if case.tokens_equal else f"{case.flipped} differ",
+    ]
+
+
+def _summary(report: VerifyReport) -> Table:
+    table = Table(show_header=False, box=SIMPLE)
     if report.recall:
-        recall = report.recall
-        same = "every answer equal" if recall.answers_equal else "answers differ"
-        summary.add_row(
-            "recall",
-            f"default {recall.default:.4f}, paged {recall.paged:.4f}; {same}",
-            _verdict(recall.passed),
-        )
-    kv = report.kv
-    summary.add_row(
-        "KV memory",
-        f"{kv.sequences} ragged sequences: padded {_megabytes(kv.bytes_contiguous)}, "
-        f"paged {_megabytes(kv.bytes_paged)}, waste {kv.waste_fraction:.2%}",
-        _verdict(kv.passed),
+        table.add_row("recall", _recall(report.recall), _verdict(report.recall.passed))
+    table.add_row("KV memory", _memory(report.kv), _verdict(report.kv.passed))
+    table.add_row("versions", ", ".join(f"{name} {v}" for name, v in report.versions.items()))
+    table.add_row("verdict", "passed" if report.passed else "FAILED", _verdict(report.passed))
+    return table
+
+
+def _recall(recall: RecallResult) -> str:
+    same = "all answers equal" if recall.answers_equal else "answers differ"
+    return f"accuracy default {recall.default:.4f}, paged {recall.paged:.4f}; {same}"
+
+
+def _memory(kv: KVMemory) -> str:
+    padded, in_pages = _megabytes(kv.bytes_contiguous), _megabytes(kv.bytes_paged)
+    return (
+        f"{kv.sequences} ragged sequences: padded {padded}, in pages {in_pages}, "
+        f"{kv.waste_fraction:.2%} of it wasted"
     )
-    summary.add_row("versions", ", ".join(f"{name} {v}" for name, v in report.versions.items()))
-    summary.add_row("verdict", "passed" if report.passed else "FAILED", _verdict(report.passed))
-    return [cases, summary]
 
 
 def _verdict(passed: bool) -> str:
-    return "[green]ok[/]" if passed else "[red]BROKEN[/]"
+    return "[green]ok[/]" if passed else "[red]FAILED[/]"
 
 
 def _short(number: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`verify` passes on what is right, and sees every fault that is put in."""
+"""`verify` passes on correct code and detects every injected fault."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def embedded() -> LoadedModel:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer steps, the same moves."""
+    """Decode fewer steps and use one recall context."""
     monkeypatch.setattr(verify, "DECODE_STEPS", 8)
     monkeypatch.setattr(verify, "RECALL_CONTEXTS", (128,))
 
@@ -36,7 +36,7 @@ def loaded(model: Any) -> LoadedModel:
     return LoadedModel("tiny", model.requires_grad_(False), None)
 
 
-def test_the_embedded_model_passes_every_law(embedded: LoadedModel) -> None:
+def test_the_embedded_model_passes_every_tolerance(embedded: LoadedModel) -> None:
     report = verify.verify(embedded, config=PAGES, context=200)
     assert report.passed, report
     assert [case.name for case in report.cases] == CASES
@@ -61,7 +61,7 @@ def test_half_precision_errs_no_more_than_sdpa(embedded: LoadedModel, dtype: str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_flavour_passes(flavour: str, dtype: torch.dtype) -> None:
     model = tiny_model(flavour).to(dtype)
-    model.set_experts_implementation("eager")  # transformers' grouped product takes no float64
+    model.set_experts_implementation("eager")  # the grouped kernel does not support float64
     report = verify.verify(loaded(model), config=PagedConfig(page_size=8), context=64)
     assert report.passed, report
     assert report.recall is None
@@ -69,16 +69,16 @@ def test_every_flavour_passes(flavour: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("fault", faults.SEEN_BY_VERIFY)
-def test_a_fault_is_seen(embedded: LoadedModel, fault: str) -> None:
+def test_a_fault_is_detected(embedded: LoadedModel, fault: str) -> None:
     with faults.SEEN_BY_VERIFY[fault]():
         report = verify.verify(embedded, config=PAGES, context=64, reference=False)
     assert not report.passed
     worst = max(case.relative_diff for case in report.cases)
-    assert worst > 10 * LOGITS_FLOAT32, f"{fault} went unseen by the logit law"
+    assert worst > 10 * LOGITS_FLOAT32, f"the logit tolerance missed {fault}"
 
 
 @pytest.mark.usefixtures("short")
-def test_values_of_other_keys_cost_recall(embedded: LoadedModel) -> None:
+def test_values_of_other_keys_lower_recall(embedded: LoadedModel) -> None:
     with faults.crossed_values():
         recall = verify.verify(embedded, config=PAGES, context=16, reference=False).recall
     assert recall is not None
@@ -87,7 +87,7 @@ def test_values_of_other_keys_cost_recall(embedded: LoadedModel) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_mamba_states_that_do_not_follow_a_fork_are_seen(
+def test_mamba_states_that_do_not_follow_a_fork_are_detected(
     embedded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "_fork", _fork_of_two_prompts)
@@ -102,7 +102,7 @@ def _fork_of_two_prompts(ids: torch.Tensor, then: torch.Tensor) -> list[verify.M
     return [verify.Feed(two[:, :-1]), verify.Fork((1, 0, 0)), verify.Feed(then)]
 
 
-def test_waste_over_256_ragged_sequences_is_within_the_law(embedded: LoadedModel) -> None:
+def test_waste_over_256_ragged_sequences_is_within_the_tolerance(embedded: LoadedModel) -> None:
     for page_size in (16, 128):
         geometry = CacheGeometry.from_config(
             embedded.model.config, page_size=page_size, dtype=torch.float32
@@ -126,14 +126,26 @@ def test_json_on_standard_output_is_one_object(capsys: pytest.CaptureFixture[str
     assert {"name", "max_abs_diff", "error_ratio", "tokens_equal"} <= report["cases"][0].keys()
     assert {"default", "paged"} <= report["recall"].keys()
     assert {"bytes_contiguous", "bytes_paged", "waste_fraction"} <= report["kv"].keys()
-    assert "chunked prefill" in err, "the table goes where the JSON does not"
+    assert "chunked prefill" in err, (
+        "tables go to standard error when the JSON goes to standard output"
+    )
 
 
 @pytest.mark.usefixtures("short")
-def test_a_broken_law_exits_with_1(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exceeded_tolerance_exits_with_1(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "report.json"
     with faults.wrong_scale():
         status = run(["verify", "--device", "cpu", "--context", "32", "--json", str(target)])
     assert status == FAILED
     assert json.loads(target.read_text())["passed"] is False
-    assert "BROKEN" in capsys.readouterr().out
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_progress_counts_every_stage_once(embedded: LoadedModel, short: None) -> None:
+    seen: list[tuple[str, int, int]] = []
+    verify.verify(
+        embedded, config=PAGES, context=16, reference=False, progress=lambda *s: seen.append(s)
+    )
+    assert seen == [(name, i, 7) for i, name in enumerate([*CASES, "recall", "memory"])]
