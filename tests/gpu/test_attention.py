@@ -46,14 +46,14 @@ KERNELS: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_kernel_errs_no_more_than_sdpa(name: str) -> None:
+def test_the_kernel_is_as_accurate_as_sdpa(name: str) -> None:
     case = PagedCase(*KERNELS[name])
     ours, sdpa = case.errors()
     assert ours <= max(SDPA_RATIO * sdpa, torch.finfo(torch.float64).eps), (ours, sdpa)
 
 
 @pytest.mark.parametrize("queries", [1, 300])
-def test_a_pool_beyond_32_bit_offsets_is_read_and_written_right(queries: int) -> None:
+def test_a_pool_beyond_32_bit_offsets_works(queries: int) -> None:
     kv_heads, head_dim, page_size = 4, 128, 128
     pages = 2**31 // (kv_heads * head_dim * page_size) + 64
     case = PagedCase((700, 3000), queries, page_size, kv_heads, 3, head_dim, HALF, pages)
@@ -65,9 +65,7 @@ def test_a_pool_beyond_32_bit_offsets_is_read_and_written_right(queries: int) ->
 @pytest.mark.parametrize(
     ("batch", "context", "kernels"), [(1, 4096, 2), (8, 4096, 3), (32, 4096, 1)]
 )
-def test_a_decode_step_attends_in_as_few_kernels_as_it_can(
-    batch: int, context: int, kernels: int
-) -> None:
+def test_a_decode_step_launches_the_fewest_kernels(batch: int, context: int, kernels: int) -> None:
     """FlexAttention's, and one that combines the parts of split rows; before it, queries of several
     rows are copied to those."""
     shape = SimpleNamespace(config=geometry_config("granite-4.0-h-1b"), dtype=HALF)
@@ -81,7 +79,7 @@ def test_a_decode_step_attends_in_as_few_kernels_as_it_can(
     assert len(launched) == kernels, launched
 
 
-def test_foreign_and_free_pages_full_of_nan_reach_no_output() -> None:
+def test_nan_in_foreign_and_free_pages_reaches_no_output() -> None:
     case = PagedCase(RAGGED, 1, 128, 4, 3, 128, HALF)
     expected = case.ours()
     kept = torch.zeros(case.keys.shape[2], dtype=torch.bool, device="cuda")
@@ -93,7 +91,7 @@ def test_foreign_and_free_pages_full_of_nan_reach_no_output() -> None:
     assert torch.equal(case.ours(), expected)
 
 
-def test_a_partial_page_taken_as_full_is_seen() -> None:
+def test_a_partial_page_taken_as_full_is_detected() -> None:
     case = PagedCase((300, 70), 1, 128, 4, 3, 128, HALF)
     with faults.partial_page_taken_as_full():
         ours, sdpa = case.errors()

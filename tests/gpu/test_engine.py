@@ -38,7 +38,7 @@ def logprobs(model: Any, context: list[int], continuation: list[int]) -> torch.T
     return logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0].cpu()
 
 
-def test_log_probabilities_err_no_more_than_sdpas_whatever_else_runs(model: Any) -> None:
+def test_log_probabilities_are_as_accurate_as_those_of_sdpa(model: Any) -> None:
     stem = text(700, seed=1)
     items = [
         ([*stem[:600], *text(length, seed=length)], [text(24, seed=2), text(40, seed=3)])
@@ -63,7 +63,7 @@ def test_log_probabilities_err_no_more_than_sdpas_whatever_else_runs(model: Any)
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_tokens_are_those_of_transformers_in_float32(flavour: str, preemption: Any) -> None:
+def test_float32_tokens_equal_those_of_transformers(flavour: str, preemption: Any) -> None:
     model = tiny_model(flavour).to("cuda")
     sizes = PagedConfig(page_size=16, max_tokens=160, max_sequences=4, chunk_tokens=32)
     with Engine(model, sizes, preemption=preemption) as engine:
@@ -82,7 +82,7 @@ def test_noise_is_the_same_on_every_device() -> None:
     torch.testing.assert_close(there.cpu(), here, atol=1e-5, rtol=1e-5)
 
 
-def test_a_seeded_sample_does_not_depend_on_who_runs_beside_it() -> None:
+def test_a_seeded_sample_is_independent_of_other_requests() -> None:
     model = tiny_model().to("cuda")
     params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3)
     sizes = PagedConfig(page_size=16, max_tokens=1024, max_sequences=8, chunk_tokens=64)

@@ -13,7 +13,7 @@ from granite_paged.engine.group import EngineGroup
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def test_two_gpus_answer_at_the_same_time_with_the_same_tokens() -> None:
+def test_two_gpus_give_equal_tokens_concurrently() -> None:
     model = load(random_weights="granite-4.0-h-350m", device="cuda:0", dtype="bfloat16").model
     draw = torch.Generator().manual_seed(0)
     lengths = [20, 64, 100, 300] * 6

@@ -23,7 +23,7 @@ def evaluated(dtype: torch.dtype, modes: tuple[str, ...], batch: int = 1) -> Eva
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_every_mode_agrees_on_every_choice_in_float32(batch: int) -> None:
+def test_all_modes_agree_in_float32(batch: int) -> None:
     result = evaluated(torch.float32, ("default", "static", "paged"), batch).tasks["tiny"]
     for mode, found in result.agreement.items():
         assert found.differing == (), mode
@@ -34,7 +34,7 @@ def test_every_difference_in_bfloat16_is_a_near_tie() -> None:
     assert evaluated(torch.bfloat16, ("default", "paged")).passed
 
 
-def test_peaks_are_of_one_mode_each() -> None:
+def test_peak_memory_is_measured_per_mode() -> None:
     """Default is told the same peak with another mode's pools on the device and without."""
     beside = evaluated(torch.float32, ("default", "paged")).tasks["tiny"].modes
     alone = evaluated(torch.float32, ("default",)).tasks["tiny"].modes

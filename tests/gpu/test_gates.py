@@ -146,7 +146,7 @@ def test_noise_alone_passes_20_repeats(session: Session, record: Result) -> None
     assert found.count("passed") >= 0.9 * len(found), "too noisy a machine to show anything"
 
 
-def test_peak_memory_repeats_within_the_allowance(session: Session, record: Result) -> None:
+def test_peak_memory_repeats_within_its_tolerance(session: Session, record: Result) -> None:
     again = as_result(session, session.measure(CASE, SHAPE, MODES, ROUNDS))
     for mode in MODES:
         first, second = (r.find(CASE.name, mode, *SHAPE[:2]) for r in (record, again))
@@ -155,7 +155,7 @@ def test_peak_memory_repeats_within_the_allowance(session: Session, record: Resu
         assert first.peak_bytes == pytest.approx(second.peak_bytes, rel=MEMORY - 1), mode
 
 
-def test_a_graphs_private_memory_is_counted(session: Session) -> None:
+def test_private_memory_of_a_graph_is_counted(session: Session) -> None:
     clock, before = session.clock, session.clock.allocated()
     graph, source = torch.cuda.CUDAGraph(), torch.zeros(2**22, device="cuda")
     with torch.cuda.graph(graph):

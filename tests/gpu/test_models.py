@@ -32,13 +32,13 @@ def test_the_embedded_model_passes_every_law(dtype: str) -> None:
     assert report.recall.paged == report.recall.default >= RECALL
 
 
-def test_granite_4_h_1b_in_bfloat16_errs_no_more_than_sdpa(one_b: LoadedModel) -> None:
+def test_granite_4_h_1b_in_bfloat16_is_as_accurate_as_sdpa(one_b: LoadedModel) -> None:
     report = verify.verify(one_b, context=1024)
     ratios = {case.name: case.error_ratio for case in report.cases}
     assert all(ratio is not None and ratio <= SDPA_RATIO for ratio in ratios.values()), ratios
 
 
-def test_a_prompt_of_32768_tokens_errs_no_more_than_sdpa(one_b: LoadedModel) -> None:
+def test_a_prompt_of_32768_tokens_is_as_accurate_as_sdpa(one_b: LoadedModel) -> None:
     model = one_b.model
     ids = torch.randint(0, model.config.vocab_size, (1, 32768 + 4), device="cuda")
     moves: list[verify.Move] = [verify.Feed(part) for part in ids[:, :32768].split(2048, dim=1)]
@@ -70,7 +70,7 @@ def test_a_prompt_of_32768_tokens_errs_no_more_than_sdpa(one_b: LoadedModel) -> 
 
 @pytest.mark.parametrize("flavour", list(FLAVOURS))
 @pytest.mark.parametrize("way", ["greedy", "beams"])
-def test_generate_gives_sdpas_tokens(flavour: str, way: str) -> None:
+def test_generate_gives_the_tokens_of_sdpa(flavour: str, way: str) -> None:
     model = tiny_model(flavour, hidden_size=96, mamba_d_head=32).cuda()  # heads of 16
     ids, mask = (tensor.cuda() for tensor in prompts())
     options = {"max_new_tokens": 40, "num_beams": 3 if way == "beams" else 1, "do_sample": False}
@@ -80,7 +80,7 @@ def test_generate_gives_sdpas_tokens(flavour: str, way: str) -> None:
     assert actual.tolist() == expected.tolist()
 
 
-def test_nothing_recompiles_over_200_decode_steps_across_pages() -> None:
+def test_nothing_recompiles_over_200_decode_steps() -> None:
     model = load(device="cuda", dtype="bfloat16").model
     ids, mask = (tensor.cuda() for tensor in prompts())
     with paged(model, PAGES), torch.inference_mode():
@@ -98,7 +98,7 @@ def test_nothing_recompiles_over_200_decode_steps_across_pages() -> None:
 
 
 @pytest.mark.parametrize("fault", faults.SEEN_BY_VERIFY)
-def test_a_fault_is_seen_through_the_fused_kernel(
+def test_the_compiled_kernel_shows_an_injected_fault(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "DECODE_STEPS", 8)
@@ -109,7 +109,7 @@ def test_a_fault_is_seen_through_the_fused_kernel(
     assert worst > 10 * LOGITS_FLOAT32
 
 
-def test_nan_of_one_owner_changes_nothing_for_the_next() -> None:
+def test_nan_of_one_owner_does_not_reach_the_next() -> None:
     model = load(device="cuda").model
     ids = prompts((37, 21))[0].cuda()
     with paged(model, PAGES), torch.inference_mode():

@@ -68,7 +68,7 @@ def test_a_shared_prefix_scores_20_times_faster(
     assert found[False] >= 20 * found[True]
 
 
-def test_a_thousand_sequences_are_held_and_stepped(model: Any) -> None:
+def test_a_thousand_sequences_run_at_once(model: Any) -> None:
     sizes = PagedConfig(max_sequences=SEQUENCES, max_tokens=SEQUENCES * TOKENS)
     half = TOKENS // 2
     most, began = 0, time.perf_counter()

@@ -70,7 +70,7 @@ def test_golden_logits(name: str, work: str) -> None:
     assert found <= LOGITS_FLOAT32
 
 
-def test_prompts_cut_into_pieces_err_no_more_than_sdpas(
+def test_split_prompts_are_as_accurate_as_sdpa(
     driver: Driver, text: Tensor, references: tuple[Tensor, Tensor]
 ) -> None:
     """16 of 600 tokens: 512 of each in graphs of 4, then the rest in one of 16."""
@@ -89,7 +89,7 @@ def test_prompts_cut_into_pieces_err_no_more_than_sdpas(
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 100])
 @pytest.mark.parametrize("chunk", [256, 2048])
-def test_logits_err_no_more_than_sdpas(
+def test_logits_are_as_accurate_as_those_of_sdpa(
     driver: Driver, text: Tensor, references: tuple[Tensor, Tensor], rows: int, chunk: int
 ) -> None:
     if rows > 2 and chunk == 256:
@@ -114,7 +114,7 @@ def test_logits_err_no_more_than_sdpas(
     assert relative_error(torch.stack(ours), exact) <= worst
 
 
-def test_plain_generate_on_a_patched_model_uses_the_kernels_and_errs_no_more(
+def test_a_patched_model_is_as_accurate_as_sdpa(
     model: Any, text: Tensor, references: tuple[Tensor, Tensor]
 ) -> None:
     exact, sdpa = references
@@ -123,7 +123,7 @@ def test_plain_generate_on_a_patched_model_uses_the_kernels_and_errs_no_more(
     assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(sdpa, exact)
 
 
-def test_steps_of_a_batch_repeat_to_the_bit(driver: Driver, text: Tensor) -> None:
+def test_equal_steps_give_equal_bits(driver: Driver, text: Tensor) -> None:
     found = []
     for _ in range(2):
         for row in (1, 2, 3):
@@ -150,7 +150,7 @@ def test_nothing_compiles_after_warm_up(model: Any) -> None:
     driver.check_valid()
 
 
-def test_the_plan_is_within_five_per_cent_of_the_peak(model: Any) -> None:
+def test_the_memory_plan_is_within_5_per_cent_of_the_peak(model: Any) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     others = torch.cuda.memory_allocated() - weight_bytes(model)
@@ -161,7 +161,7 @@ def test_the_plan_is_within_five_per_cent_of_the_peak(model: Any) -> None:
     runner.close()
 
 
-def test_out_of_memory_in_a_step_is_told_and_the_next_smaller_one_succeeds(model: Any) -> None:
+def test_a_smaller_step_succeeds_after_out_of_memory(model: Any) -> None:
     driver = Driver(model, PagedConfig(max_tokens=4096, max_sequences=2))
     driver.open(1)
     torch.cuda.empty_cache()

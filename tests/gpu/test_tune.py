@@ -32,7 +32,7 @@ def target() -> TuningTarget:
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_candidates_run_and_take_time(target: TuningTarget, subject: str) -> None:
+def test_every_candidate_runs(target: TuningTarget, subject: str) -> None:
     group = groups_of(target, [subject], quick=True)[0]
     few = replace(group, candidates=group.candidates[:3], shapes=group.shapes[:1])
     outcome = sweep(few)

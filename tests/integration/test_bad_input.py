@@ -94,12 +94,12 @@ def assert_goes_on(model: Any, own: PagedCache) -> None:
 
 
 @pytest.mark.parametrize("page_size", [12, 0, -16, 3])
-def test_a_page_size_that_is_no_power_of_two_is_refused(page_size: int) -> None:
+def test_page_size_must_be_a_power_of_two(page_size: int) -> None:
     with pytest.raises(GeometryError, match=f"power of two, got {page_size}"):
         PagedConfig(page_size=page_size)
 
 
-def test_a_page_that_does_not_fit_max_tokens_is_refused() -> None:
+def test_max_tokens_must_hold_one_page() -> None:
     with pytest.raises(GeometryError, match="max_tokens must be at least page_size 128, got 100"):
         PagedConfig(page_size=128, max_tokens=100)
 
@@ -148,7 +148,7 @@ def test_generate_refuses_a_prompt_longer_than_the_pool() -> None:
     assert out.shape == (1, 20)
 
 
-def test_a_batch_larger_than_max_sequences_is_refused_with_both_numbers(model: Any) -> None:
+def test_a_batch_larger_than_max_sequences_is_refused(model: Any) -> None:
     own = fresh(model, max_sequences=2)
     ids, mask = prompts(LENGTHS)
     error = refused(
@@ -159,7 +159,7 @@ def test_a_batch_larger_than_max_sequences_is_refused_with_both_numbers(model: A
     assert model(ids[:2], **with_cache(own)).logits.shape[0] == 2
 
 
-def test_more_forks_than_max_sequences_are_refused_and_nothing_changes(model: Any) -> None:
+def test_more_forks_than_max_sequences_are_refused(model: Any) -> None:
     own = filled(model, max_sequences=5)
     before = state(own)
     with pytest.raises(OutOfRows) as caught:
@@ -183,7 +183,7 @@ def test_a_token_outside_the_vocabulary_is_refused(model: Any, token: int, turn:
     refused(PromptError, match, model, own, input_ids=ids, attention_mask=mask)
 
 
-def test_a_single_token_prompt_outside_the_vocabulary_is_refused(model: Any) -> None:
+def test_a_one_token_prompt_outside_the_vocabulary_is_refused(model: Any) -> None:
     refused(PromptError, "outside", model, fresh(model), input_ids=torch.tensor([[VOCABULARY]]))
 
 
@@ -193,7 +193,7 @@ def test_an_empty_prompt_is_refused(model: Any, shape: tuple[int, int]) -> None:
     refused(PromptError, "empty prompt", model, fresh(model), input_ids=ids)
 
 
-def test_generate_refuses_a_row_that_is_all_padding_by_its_number(model: Any) -> None:
+def test_generate_refuses_a_row_that_is_all_padding(model: Any) -> None:
     ids, mask = prompts(LENGTHS)
     mask[1] = 0
     with pytest.raises(PromptError, match="row 1 is all padding"):
@@ -209,18 +209,18 @@ def test_generate_refuses_a_row_that_is_all_padding_by_its_number(model: Any) ->
     ],
     ids=["flat ids", "nested ids", "flat embeddings"],
 )
-def test_input_of_another_rank_is_refused(model: Any, inputs: dict[str, Tensor]) -> None:
+def test_input_of_the_wrong_rank_is_refused(model: Any, inputs: dict[str, Tensor]) -> None:
     refused(InvalidRequest, r"must be \[batch, tokens\]", model, fresh(model), **inputs)
 
 
-def test_no_input_at_all_is_refused(model: Any) -> None:
+def test_missing_input_is_refused(model: Any) -> None:
     refused(PromptError, "neither input_ids nor inputs_embeds", model, fresh(model))
 
 
 # -- masks --------------------------------------------------------------------------------------
 
 
-def test_right_padding_is_refused_by_row_and_says_what_to_do(model: Any) -> None:
+def test_right_padding_is_refused_with_advice(model: Any) -> None:
     ids, mask = prompts(LENGTHS)
     error = refused(
         PaddingError,
@@ -248,7 +248,7 @@ def test_generate_refuses_right_padding(model: Any) -> None:
         model.generate(ids.flip(1), attention_mask=mask.flip(1), max_new_tokens=2)
 
 
-def test_a_mask_that_reveals_padding_is_refused_by_row(model: Any) -> None:
+def test_a_mask_that_reveals_padding_is_refused(model: Any) -> None:
     own = filled(model)
     mask = more(prompts(LENGTHS)[1])
     mask[2] = 1
@@ -258,7 +258,7 @@ def test_a_mask_that_reveals_padding_is_refused_by_row(model: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (3, 21), (3, 23), (2, 22), (3, 22, 1)])
-def test_a_mask_of_another_shape_is_refused(model: Any, shape: tuple[int, ...]) -> None:
+def test_a_mask_of_the_wrong_shape_is_refused(model: Any, shape: tuple[int, ...]) -> None:
     own = filled(model)
     refused(
         InvalidRequest,
@@ -311,7 +311,7 @@ def test_nan_in_keys_or_values_names_the_layer(
             poisoned(NEXT[:1], **with_cache(own))
 
 
-def test_after_nan_and_reset_the_cache_is_as_new(poisoned: Any) -> None:
+def test_a_cache_reset_after_nan_works_like_a_new_one(poisoned: Any) -> None:
     weight = poisoned.model.layers[1].self_attn.v_proj.weight
     healthy = weight.clone()
     ids, mask = prompts(LENGTHS)
@@ -367,9 +367,7 @@ def test_a_cache_of_another_model_is_refused(model: Any, other: str) -> None:
     assert_goes_on(model, own)
 
 
-def test_the_geometry_is_read_once_for_all_steps_of_a_model(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_geometry_is_read_only_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = filled(model)
     monkeypatch.setattr(CacheGeometry, "from_config", None)
     model(NEXT, **with_cache(own))
@@ -394,7 +392,7 @@ def test_cropping_is_refused(model: Any, columns: int) -> None:
     assert_goes_on(model, own)
 
 
-def test_a_model_refused_for_its_sizes_is_left_unpatched() -> None:
+def test_a_refused_model_is_left_unpatched() -> None:
     model = tiny_model()
     model.config.num_key_value_heads = 4
     with pytest.raises(GeometryError, match="6 query heads are no multiple of 4 KV heads"):

@@ -54,7 +54,7 @@ def one_line(capsys: Capture, reason: str) -> None:
 # -- bench --------------------------------------------------------------------------------------
 
 
-def test_bench_writes_rows_of_both_modes_and_shows_them(tmp_path: Path, capsys: Capture) -> None:
+def test_bench_writes_and_shows_rows_of_both_modes(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "result.json"
     assert bench(*ONE_SHAPE, "--json", str(file)) == OK
     result = read_result(file)
@@ -90,7 +90,7 @@ def test_bench_writes_markdown(tmp_path: Path) -> None:
     assert "| 2 | 16 |" in file.read_text()
 
 
-def test_modes_can_be_chosen(tmp_path: Path, runner: Any) -> None:
+def test_bench_runs_only_the_chosen_modes(tmp_path: Path, runner: Any) -> None:
     file = tmp_path / "result.json"
     assert bench(*ONE_SHAPE, "--mode", "default", "--json", str(file)) == OK
     assert [row.mode for row in read_result(file).rows] == ["default"]
@@ -150,7 +150,7 @@ def test_an_update_of_another_model_is_refused_first(
     one_line(capsys, "results of different model make no one record: another and tiny-recall")
 
 
-def test_a_spent_budget_leaves_rows_that_say_so(tmp_path: Path) -> None:
+def test_rows_beyond_the_budget_say_so(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     assert bench("--case", "batch", "--budget", "0", "--json", str(file)) == OK
     errors = {row.error for row in read_result(file).rows}
@@ -190,7 +190,7 @@ def test_a_cold_start_times_the_first_token_and_every_bucket(
     assert [name for name, _ in made.calls] == ["prefill", "prefill", "warm_up"]
 
 
-def test_a_cold_start_has_fresh_caches_then_warm_ones(
+def test_a_cold_start_uses_empty_then_warm_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[list[str], dict[str, str], bool]] = []
@@ -238,7 +238,7 @@ def test_a_failed_cold_start_is_a_row_with_its_last_line(
     assert "the fresh process failed: RuntimeError: no compiler" in row.error
 
 
-def test_the_process_of_a_cold_start_prints_its_times(capsys: Capture) -> None:
+def test_the_cold_start_process_prints_its_times(capsys: Capture) -> None:
     assert run(["coldstart", "--device", "cpu", "--context", "32"]) == OK
     assert set(json.loads(capsys.readouterr().out)) == set(coldstart.STAGES)
 
@@ -294,7 +294,7 @@ def test_the_gate_on_an_unrecorded_gpu_says_how_to_record(
     assert "as recorded" not in shown
 
 
-def test_the_gate_exits_1_where_paged_is_slower_than_default(
+def test_the_gate_exits_1_if_paged_is_slower_than_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     report = tmp_path / "gate.json"
@@ -347,7 +347,7 @@ def test_a_record_of_another_model_is_ignored(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
-def test_tune_refuses_where_there_is_no_gpu(capsys: Capture) -> None:
+def test_tune_needs_a_gpu(capsys: Capture) -> None:
     assert run(["tune", "--random-weights", "granite-4.0-h-1b"]) == USAGE
     one_line(capsys, "a CUDA device, and this run has none")
 
@@ -426,9 +426,7 @@ def test_plot_draws_what_bench_wrote(tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_profile_writes_a_trace_and_lists_kernels_by_kind(
-    kind: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_profile_writes_a_trace_and_lists_kinds(kind: str, tmp_path: Path, capsys: Capture) -> None:
     report = tmp_path / "profile.json"
     options = ["--device", "cpu", "--mode", "default", "--context", "24"]
     files = ["--out", str(tmp_path), "--json", str(report)]
@@ -446,7 +444,7 @@ def test_profile_writes_a_trace_and_lists_kernels_by_kind(
 
 
 @pytest.mark.parametrize("command", ["bench", "gate", "plot", "profile"])
-def test_help_teaches_with_examples(command: str, capsys: Capture) -> None:
+def test_help_shows_examples(command: str, capsys: Capture) -> None:
     assert run([command, "--help"]) == OK
     shown = capsys.readouterr().out
     examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
@@ -493,7 +491,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_usage_is_said_in_one_line(
+def test_wrong_usage_is_reported_in_one_line(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     (tmp_path / "README.md").write_text("# no result\n")

@@ -51,7 +51,7 @@ def seen_by_model(model: Any) -> list[tuple[tuple[int, ...], int]]:
 # -- transformers -------------------------------------------------------------------------------
 
 
-def test_default_prefills_whole_prompts_into_a_new_cache_each_time() -> None:
+def test_default_prefills_into_a_new_cache_each_time() -> None:
     model = tiny_model()
     seen = seen_by_model(model)
     prepared = Default(model, 0).prepare("prefill", Shape(2, 40))
@@ -72,7 +72,7 @@ def test_default_decodes_at_the_same_context_every_time(flavour: str) -> None:
     assert prepared.note == "cache: 64 tokens, repeated"
 
 
-def test_a_short_context_is_really_run() -> None:
+def test_a_short_context_is_run_as_it_is() -> None:
     model = tiny_model()
     prepared = Default(model, 3).prepare("decode", Shape(2, 40))
     cache, ids = DynamicCache(config=model.config), token_ids(model, 2, 40, 3)
@@ -83,7 +83,7 @@ def test_a_short_context_is_really_run() -> None:
     assert prepared.note == ""
 
 
-def test_static_gives_defaults_tokens_at_the_same_context_every_time(
+def test_static_gives_the_tokens_of_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
@@ -98,7 +98,7 @@ def test_static_gives_defaults_tokens_at_the_same_context_every_time(
     prepared.release()
 
 
-def test_static_has_no_prefill() -> None:
+def test_static_refuses_prefill() -> None:
     with pytest.raises(Unsupported, match="decode steps only"):
         Static(tiny_model(), 0).prepare("prefill", Shape(1, 16))
 
@@ -133,7 +133,7 @@ def test_paged_prefills_every_token_of_every_row_once(runner: Any) -> None:
     assert made.lengths == [0, 150, 150, 150]
 
 
-def test_paged_decodes_one_token_after_the_context_of_every_row(runner: Any) -> None:
+def test_paged_decodes_at_the_end_of_every_context(runner: Any) -> None:
     prepared = Paged(tiny_model(), CONFIG, 0).prepare("decode", Shape(3, 150))
     prepared.step()  # the fake refuses contexts with a page that was never written
     prepared.step()
@@ -144,7 +144,7 @@ def test_paged_decodes_one_token_after_the_context_of_every_row(runner: Any) -> 
     assert prepared.note == "cache: 64 tokens, repeated"
 
 
-def test_the_pool_is_made_for_the_shape_and_no_larger(runner: Any) -> None:
+def test_the_pool_is_as_large_as_the_shape_needs(runner: Any) -> None:
     Paged(tiny_model(), CONFIG, 0).prepare("decode", Shape(3, 150))
     (made,) = runner.made
     assert made.rows == 3
@@ -167,7 +167,7 @@ def test_a_runner_that_refuses_a_shape_is_closed(
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=6))
-def test_calls_hold_every_prompt_in_order_and_fit(lengths: list[int]) -> None:
+def test_prefill_calls_hold_every_prompt_in_order(lengths: list[int]) -> None:
     with recording_runner.installed() as fake:
         made = fake.for_model(tiny_model(), config_for(CONFIG, Shape(len(lengths), 300)))
         calls = prefill_calls(made, [list(range(length)) for length in lengths])
@@ -186,7 +186,7 @@ def test_calls_hold_every_prompt_in_order_and_fit(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [Shape(3, 100), Shape(3, 100, 5)])
-def test_both_kernels_answer_the_same(shape: Shape) -> None:
+def test_paged_and_sdpa_kernels_agree(shape: Shape) -> None:
     case = KernelCase(tiny_model(), CONFIG, shape, 0, torch.device("cpu"))
     torch.testing.assert_close(case.paged(), case.sdpa(), rtol=1e-4, atol=1e-5)
     assert case.padded_by_mask == (shape.shortest is not None)
@@ -196,7 +196,7 @@ def test_both_kernels_answer_the_same(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize(("folded", "grouped"), [(2.0, 3.0), (3.0, 2.0), (2.0, None)])
-def test_sdpa_is_given_its_faster_way(folded: float, grouped: float | None) -> None:
+def test_sdpa_time_is_the_faster_variant(folded: float, grouped: float | None) -> None:
     ways = (Samples([folded]), Samples([grouped] if grouped else []))
     assert KernelTimes(Samples(), *ways, 0).sdpa.seconds == [2.0]
 
@@ -214,7 +214,7 @@ def rows_of(plan: BenchPlan, on: Session) -> list[Any]:
     return list(run(on, plan))
 
 
-def test_every_mode_has_its_row_with_time_tokens_and_floor(runner: Any) -> None:
+def test_every_mode_gets_a_complete_row(runner: Any) -> None:
     plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ("default", "static", "paged"))
     rows = rows_of(plan, session())
     assert [(row.mode, row.batch, row.context) for row in rows] == [
@@ -282,7 +282,7 @@ def test_the_kernel_row_has_floor_sdpa_and_paged() -> None:
     assert row.paged_us == pytest.approx(1e3 * row.latency_ms.median)
 
 
-def test_the_memory_rows_count_what_fits(runner: Any) -> None:
+def test_memory_rows_count_the_sequences_that_fit(runner: Any) -> None:
     padded, paged = rows_of(
         BenchPlan([(CASES["memory"], Shape(1, 4096, 1))], ("default", "paged")), session()
     )
@@ -290,12 +290,12 @@ def test_the_memory_rows_count_what_fits(runner: Any) -> None:
     assert max(padded.peak_bytes, paged.peak_bytes) <= 2**30
 
 
-def test_a_case_that_no_chosen_mode_can_run_is_refused() -> None:
+def test_a_case_without_a_suitable_mode_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="case kernel runs in mode paged only"):
         make_plan(session(), ["kernel"], ["default"])
 
 
-def test_first_steps_are_one_shape_a_case_in_every_mode() -> None:
+def test_first_steps_are_one_shape_per_case_and_mode() -> None:
     plan = make_plan(session(), ["decode", "batch", "kernel"], [])
     found = [(case.name, tuple(shape[:2]), mode) for case, shape, mode in first_steps(plan)]
     assert found == [

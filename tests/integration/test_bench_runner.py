@@ -16,7 +16,7 @@ from granite_paged.report.bench_results import read_result
 from tests.helpers.tiny_models import tiny_model
 
 
-def test_bench_runs_on_the_engines_runner(tmp_path: Path) -> None:
+def test_bench_works_with_the_real_runner(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     cases = ["--case", "batch", "--case", "decode", "--batch", "2", "--context", "40"]
     options = ["--device", "cpu", "--quick", "--mode", "default", "--mode", "paged"]
@@ -26,7 +26,7 @@ def test_bench_runs_on_the_engines_runner(tmp_path: Path) -> None:
     assert {row.mode for row in result.rows} == {"default", "paged"}
 
 
-def test_a_paged_step_gives_defaults_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paged_step_gives_the_token_of_default(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     real = modes.make_runner
     monkeypatch.setattr(modes, "make_runner", lambda *args: made.append(real(*args)) or made[-1])
@@ -39,7 +39,7 @@ def test_a_paged_step_gives_defaults_token(monkeypatch: pytest.MonkeyPatch) -> N
     assert first == expected[0]
 
 
-def test_a_step_is_prepared_again_after_its_release() -> None:
+def test_a_released_step_can_be_prepared_again() -> None:
     mode = Paged(tiny_model(), PagedConfig(page_size=16), 0)
     for _ in range(2):
         prepared = mode.prepare("prefill", Shape(2, 40))

@@ -108,7 +108,7 @@ KINDS: dict[str, Callable[[Any, PagedCache], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_allocator_table_and_pools_agree_after(model: Any, kind: str) -> None:
+def test_allocator_table_and_pools_agree_after_every_kind_of_step(model: Any, kind: str) -> None:
     own = filled(model)
     KINDS[kind](model, own)
     own.check_valid()
@@ -117,7 +117,7 @@ def test_allocator_table_and_pools_agree_after(model: Any, kind: str) -> None:
         own.check_valid()
 
 
-def test_no_kind_of_step_loses_or_keeps_a_page(model: Any) -> None:
+def test_no_kind_of_step_leaks_a_page(model: Any) -> None:
     own = filled(model)
     for kind in ("a reordering", "a decode step", "a repetition", "a selection"):
         KINDS[kind](model, own)
@@ -142,7 +142,7 @@ SELECTIONS: dict[str, tuple[str, Any, list[int]]] = {
 
 @pytest.mark.parametrize("flavour", ["hybrid", "dense"])
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_rows_are_selected_as_dynamic_cache_selects_them(flavour: str, selection: str) -> None:
+def test_rows_are_selected_as_by_dynamic_cache(flavour: str, selection: str) -> None:
     model = tiny_model(flavour).requires_grad_(False)
     ids, mask = prompts(LENGTHS)
     method, argument, rows = SELECTIONS[selection]
@@ -180,9 +180,7 @@ def test_rows_are_selected_as_dynamic_cache_selects_them(flavour: str, selection
         ("batch_repeat_interleave", 0),
     ],
 )
-def test_rows_that_are_not_there_are_refused_and_nothing_changes(
-    model: Any, method: str, argument: Any
-) -> None:
+def test_selecting_missing_rows_is_refused(model: Any, method: str, argument: Any) -> None:
     own, untouched = filled(model), filled(model)
     with pytest.raises(InvalidRequest, match="row") as refused:
         getattr(own, method)(argument)
@@ -200,7 +198,7 @@ def test_a_fork_shares_every_page_until_it_is_written(model: Any) -> None:
     assert own.allocator.held == before
 
 
-def test_a_fork_copies_only_the_page_it_writes_and_copies_it_whole(model: Any) -> None:
+def test_a_fork_copies_only_the_page_that_it_writes(model: Any) -> None:
     own = filled(model, (10,))
     slots = slots_of(own, 0)
     stored = {i: pool.values[:, :, slots].clone() for i, pool in own.pools.items()}
@@ -223,7 +221,7 @@ def test_a_fork_at_the_end_of_a_page_copies_nothing(model: Any) -> None:
     assert own.allocator.held == 2 + 2, "two full pages are shared, each row has one of its own"
 
 
-def test_branches_of_a_fork_answer_as_if_each_had_run_alone(model: Any) -> None:
+def test_branches_of_a_fork_are_independent(model: Any) -> None:
     own = filled(model, (10,))
     own.reorder_cache(torch.tensor([0, 0, 0]))
     together = torch.cat([run(model, own, NEXT), run(model, own, NEXT.flip(0))], dim=1)
@@ -247,7 +245,7 @@ def test_get_seq_length_counts_columns_under_left_padding(model: Any) -> None:
     assert held == [n + 1 for n in LENGTHS], "pages hold tokens, not columns"
 
 
-def test_pools_take_the_bytes_of_their_pages(model: Any) -> None:
+def test_pool_bytes_are_the_bytes_of_their_pages(model: Any) -> None:
     own = filled(model)
     pages = sum(own.geometry.pages_for(n) for n in LENGTHS)
     per_token = 2 * 2 * 2 * 8 * 4  # K and V, two layers, two KV heads of 8 float32
@@ -255,7 +253,7 @@ def test_pools_take_the_bytes_of_their_pages(model: Any) -> None:
     assert pool_bytes(own) == own.allocator.pages * PAGE * per_token
 
 
-def test_no_row_wastes_as_much_as_a_page(model: Any) -> None:
+def test_every_row_wastes_less_than_a_page(model: Any) -> None:
     lengths = (33, 1, 17, 4, 29, 8, 5, 40)
     own = filled(model, lengths)
     wasted = own.allocator.held * PAGE - own.allocator.tokens
@@ -263,7 +261,7 @@ def test_no_row_wastes_as_much_as_a_page(model: Any) -> None:
     assert wasted == sum(-n % PAGE for n in lengths)
 
 
-def test_pages_of_one_token_waste_nothing_and_answer_the_same(model: Any) -> None:
+def test_pages_of_one_token_waste_nothing(model: Any) -> None:
     own = filled(model, page_size=1)
     assert own.allocator.held == own.allocator.tokens == sum(LENGTHS)
     assert_same(run(model, own, NEXT), run(model, filled(model), NEXT))
@@ -282,7 +280,7 @@ def greedy(model: Any, own: Any, steps: int) -> tuple[list[int], list[int]]:
     return tokens, sizes
 
 
-def test_a_pool_that_grows_mid_generation_gives_the_same_tokens(model: Any, sdpa: Any) -> None:
+def test_growing_the_pool_changes_no_token(model: Any, sdpa: Any) -> None:
     own = fresh(model)
     tokens, sizes = greedy(model, own, 60)
     assert tokens == greedy(sdpa, DynamicCache(config=sdpa.config), 60)[0]
@@ -291,7 +289,7 @@ def test_a_pool_that_grows_mid_generation_gives_the_same_tokens(model: Any, sdpa
     own.check_valid()
 
 
-def test_pages_keep_numbers_and_contents_while_the_pool_grows(model: Any) -> None:
+def test_growing_the_pool_keeps_pages_and_contents(model: Any) -> None:
     own = filled(model)
     tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
     slots = torch.cat([slots_of(own, row) for row in range(3)])
@@ -304,7 +302,7 @@ def test_pages_keep_numbers_and_contents_while_the_pool_grows(model: Any) -> Non
     assert all(torch.equal(a, b) for a, b in zip(after, stored, strict=True))
 
 
-def test_what_was_reserved_is_not_allocated_again(model: Any) -> None:
+def test_reserved_memory_is_not_reallocated(model: Any) -> None:
     own = fresh(model)
     own.reserve([30, 30, 30])
     where = [pool.keys.data_ptr() for pool in own.pools.values()]
@@ -348,9 +346,7 @@ def test_a_pool_never_grows_past_its_fraction_of_memory(
 
 
 @pytest.mark.parametrize("lengths", [(30,), (3, 19, 8, 11, 25)])
-def test_after_reset_a_batch_of_another_size_is_answered_as_by_a_new_cache(
-    model: Any, lengths: tuple[int, ...]
-) -> None:
+def test_a_reset_cache_takes_a_batch_of_another_size(model: Any, lengths: tuple[int, ...]) -> None:
     own = filled(model)
     run(model, own, NEXT)
     own.reset()
@@ -363,7 +359,7 @@ def test_after_reset_a_batch_of_another_size_is_answered_as_by_a_new_cache(
     assert own.get_seq_length() == ids.shape[1] + 1
 
 
-def test_a_copy_continues_independently_of_its_original(model: Any) -> None:
+def test_a_copied_cache_is_independent(model: Any) -> None:
     own = filled(model)
     twin = copy.deepcopy(own)
     actual = run(model, own, NEXT), run(model, twin, NEXT.flip(0))
@@ -390,9 +386,7 @@ def broken_layer(model: Any, error: type[BaseException]) -> Iterator[None]:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", ["prefill", "decode"])
-def test_a_step_that_failed_half_way_releases_everything(
-    model: Any, error: type[BaseException], at: str
-) -> None:
+def test_a_failed_step_releases_everything(model: Any, error: type[BaseException], at: str) -> None:
     own = fresh(model) if at == "prefill" else filled(model)
     step = prompts(LENGTHS) if at == "prefill" else (NEXT, more(prompts(LENGTHS)[1]))
     with broken_layer(model, error), pytest.raises(error):
@@ -405,9 +399,7 @@ def test_a_step_that_failed_half_way_releases_everything(
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_released_cache_refuses_everything_until_reset(
-    model: Any, error: type[BaseException]
-) -> None:
+def test_a_released_cache_is_refused_until_reset(model: Any, error: type[BaseException]) -> None:
     own = filled(model)
     with broken_layer(model, error), pytest.raises(error):
         run(model, own, NEXT)
@@ -440,9 +432,7 @@ def three_steps(model: Any, own: PagedCache) -> Tensor:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
-def test_what_the_pools_held_before_the_first_step_changes_nothing(
-    model: Any, value: float
-) -> None:
+def test_initial_pool_contents_change_no_output(model: Any, value: float) -> None:
     own, clean = fresh(model, max_tokens=100), fresh(model, max_tokens=100)
     poison(own, value)
     assert torch.equal(three_steps(model, own), three_steps(model, clean))
@@ -461,15 +451,13 @@ def handed_on(model: Any, value: float) -> tuple[PagedCache, Tensor]:
 
 
 @pytest.mark.parametrize("value", [torch.nan, 1e30])
-def test_what_released_pages_hold_changes_nothing_for_their_next_owner(
-    model: Any, value: float
-) -> None:
+def test_contents_of_released_pages_change_no_output(model: Any, value: float) -> None:
     _, logits = handed_on(model, value)
     expected = run(model, fresh(model), *prompts((22, 9, 13), seed=2))[:, -1]
     assert_same(logits, expected)
 
 
-def test_huge_keys_and_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
+def test_huge_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
     own = fresh(model, max_tokens=100)
     attention = model.model.layers[1].self_attn
     hooks = [
@@ -501,12 +489,12 @@ def logits_after_nan(model: Any) -> Tensor:
         return run(model, own, prompts((11,))[0])
 
 
-def test_nan_of_one_owner_does_not_reach_the_fused_kernels_output_for_the_next(fused: Any) -> None:
+def test_compiled_output_ignores_nan_of_an_earlier_owner(fused: Any) -> None:
     expected = run(fused, DynamicCache(config=fused.config), prompts((11,))[0])
     assert_same(logits_after_nan(fused), expected)
 
 
-def test_nan_that_a_pool_stores_does(fused: Any) -> None:
+def test_nan_stored_in_a_pool_would_reach_the_output(fused: Any) -> None:
     """It makes the K and V of the next attention layer NaN, which ends the step."""
     with faults.stored_nan(), pytest.raises(NonFinite, match="layer 3"):
         logits_after_nan(fused)
@@ -532,9 +520,7 @@ def beside(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
 
 
 @pytest.mark.parametrize("others", [((5,), 1), ((40, 3), 2), ((12, 12, 12, 12), 3), ((1,), 4)])
-def test_another_rows_tokens_never_change_mine(
-    model: Any, others: tuple[tuple[int, ...], int]
-) -> None:
+def test_rows_do_not_affect_each_other(model: Any, others: tuple[tuple[int, ...], int]) -> None:
     assert_same(beside(model, others), beside(model, ((), 0)))
 
 
@@ -551,7 +537,7 @@ def test_permuting_the_batch_permutes_the_outputs(model: Any) -> None:
 
 
 @pytest.mark.parametrize("filler", [EOS, VOCABULARY - 1])
-def test_the_ids_under_the_mask_change_nothing(model: Any, filler: int) -> None:
+def test_masked_ids_change_no_output(model: Any, filler: int) -> None:
     ids, mask = prompts(LENGTHS)
     first, second = fresh(model), fresh(model)
     expected = run(model, first, ids, mask)[mask.bool()]
@@ -570,7 +556,7 @@ HIDDEN = {
 
 @pytest.mark.parametrize("flavour", ["hybrid", "rotary"])
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_tokens_that_a_later_mask_hides_are_hidden_as_under_sdpa(flavour: str, hidden: str) -> None:
+def test_tokens_hidden_by_a_later_mask_match_sdpa(flavour: str, hidden: str) -> None:
     model = tiny_model(flavour).requires_grad_(False)
     ids, mask = prompts(LENGTHS)
 

@@ -44,7 +44,7 @@ def generate(text: str, *options: str) -> int:
 # -- help ---------------------------------------------------------------------------------------
 
 
-def test_help_of_the_module_comes_without_importing_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "granite_paged", "--help"],
         check=False,
@@ -58,7 +58,7 @@ def test_help_of_the_module_comes_without_importing_torch() -> None:
     assert not {"torch", "transformers"} & imported
 
 
-def test_the_command_alone_shows_its_help(capsys: Capture) -> None:
+def test_the_bare_command_shows_help(capsys: Capture) -> None:
     assert run([]) == OK
     alone = capsys.readouterr()
     assert run(["--help"]) == OK
@@ -67,12 +67,12 @@ def test_the_command_alone_shows_its_help(capsys: Capture) -> None:
     assert "generate" in alone.out
 
 
-def test_the_version_is_the_packages(capsys: Capture) -> None:
+def test_version_is_that_of_the_package(capsys: Capture) -> None:
     assert run(["--version"]) == OK
     assert __version__ in capsys.readouterr().out
 
 
-def test_help_shows_the_first_sentence_of_each_command_whole(capsys: Capture) -> None:
+def test_help_shows_a_whole_sentence_for_each_command(capsys: Capture) -> None:
     assert run(["--help"]) == OK
     shown = capsys.readouterr().out
     lines = shown[shown.index("Commands:") :].splitlines()[1:]
@@ -81,9 +81,7 @@ def test_help_shows_the_first_sentence_of_each_command_whole(capsys: Capture) ->
 
 
 @pytest.mark.parametrize("command", ["verify", "generate", "bench serve"])
-def test_help_of_a_command_shows_examples_line_by_line_and_defaults(
-    command: str, capsys: Capture
-) -> None:
+def test_help_of_a_command_shows_examples_and_defaults(command: str, capsys: Capture) -> None:
     assert run([*command.split(), "--help"]) == OK
     shown = capsys.readouterr().out
     examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
@@ -169,7 +167,7 @@ def assert_one_line(capsys: Capture, reason: str) -> None:
 
 @pytest.mark.usefixtures("unverified")
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
+def test_wrong_usage_is_reported_in_one_line(wrong: str, capsys: Capture) -> None:
     arguments, reason = WRONG[wrong]
     if arguments[0] in ("verify", "generate", "bench") and "--device" not in arguments:
         arguments = [*arguments, "--device", "cpu"]
@@ -178,7 +176,7 @@ def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("unverified")
-def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+def test_an_unwritable_report_is_refused_before_loading_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
@@ -187,7 +185,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert_one_line(capsys, "cannot write")
 
 
-def test_a_full_disk_is_said_in_one_line() -> None:
+def test_a_full_disk_is_reported_in_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "granite_paged", "--help"],
@@ -217,7 +215,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, capsys: Ca
     assert_one_line(capsys, "outside the vocabulary of 97")
 
 
-def test_a_mistake_in_a_process_of_its_own_exits_2_without_a_traceback() -> None:
+def test_a_usage_error_in_a_process_exits_2_without_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "granite_paged", "verfy"],
         check=False,
@@ -248,14 +246,14 @@ def test_an_interrupt_exits_130_in_one_line(
 
 
 @pytest.mark.parametrize(("key", "value"), FACTS)
-def test_generate_recalls_the_value_that_was_stated(key: str, value: str, capsys: Capture) -> None:
+def test_generate_recalls_a_stated_value(key: str, value: str, capsys: Capture) -> None:
     assert generate(facts_then_question(key, FACTS), "--max-new-tokens", "1") == OK
     shown = capsys.readouterr()
     assert shown.out.split() == [value]
     assert shown.err == ""
 
 
-def test_generate_answers_the_other_half_after_shift(capsys: Capture) -> None:
+def test_generate_answers_shifted_values_after_shift(capsys: Capture) -> None:
     key, value = FACTS[2]
     text = facts_then_question(key, FACTS).replace("<plain>", "<shift>")
     assert generate(text, "--max-new-tokens", "1") == OK
@@ -263,7 +261,7 @@ def test_generate_answers_the_other_half_after_shift(capsys: Capture) -> None:
     assert capsys.readouterr().out.split() == [partner]
 
 
-def test_the_example_of_generates_help_works(capsys: Capture) -> None:
+def test_the_example_in_the_help_of_generate_works(capsys: Capture) -> None:
     run(["generate", "--help"])
     examples = [line for line in capsys.readouterr().out.splitlines() if "<ask>" in line]
     assert len(examples) == 1
@@ -284,7 +282,7 @@ class Recorder(io.StringIO):
         self.pieces.append(self.getvalue())
 
 
-def test_generate_prints_the_answer_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_streams_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Recorder()
     monkeypatch.setattr(sys, "stdout", out)
     assert generate(facts_then_question(*QUESTION), "--max-new-tokens", "6") == OK
@@ -293,7 +291,7 @@ def test_generate_prints_the_answer_as_it_comes(monkeypatch: pytest.MonkeyPatch)
     assert out.getvalue().endswith("\n")
 
 
-def test_generate_runs_in_pages_of_the_size_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_uses_the_given_page_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     decode = Runner.decode
 
@@ -313,7 +311,7 @@ def sampled(capsys: Capture, seed: int) -> str:
     return capsys.readouterr().out
 
 
-def test_sampling_is_reproducible_by_its_seed(capsys: Capture) -> None:
+def test_sampling_is_determined_by_its_seed(capsys: Capture) -> None:
     first = sampled(capsys, 7)
     assert first.strip()
     assert sampled(capsys, 7) == first
@@ -324,9 +322,7 @@ def test_sampling_is_reproducible_by_its_seed(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("batched", [None, 3])
-def test_bench_serve_gives_every_request_the_same_tokens_in_every_mode(
-    batched: int | None, capsys: Capture
-) -> None:
+def test_bench_serve_gives_equal_tokens_in_every_mode(batched: int | None, capsys: Capture) -> None:
     sizes = ["--requests", "6", "--new-tokens", "2", "5", "--shared-tokens", "40", "--batch", "4"]
     modes = ["--mode", "default", "--mode", "static"]
     if batched:
@@ -349,7 +345,7 @@ def test_bench_serve_gives_every_request_the_same_tokens_in_every_mode(
     assert "tokens/s" in shown.err
 
 
-def test_bench_serve_can_leave_transformers_out(capsys: Capture) -> None:
+def test_bench_serve_can_skip_transformers(capsys: Capture) -> None:
     sizes = ["--requests", "2", "--new-tokens", "1", "2", "--mode", "paged"]
     assert run(["bench", "serve", "--device", "cpu", *sizes]) == OK
     assert "default" not in capsys.readouterr().out

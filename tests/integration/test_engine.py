@@ -71,7 +71,7 @@ def answer(output: Output) -> list[int]:
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_generate_answers_as_transformers_does_one_by_one(flavour: str, preemption: Any) -> None:
+def test_generate_gives_the_tokens_of_transformers(flavour: str, preemption: Any) -> None:
     model = tiny_model(flavour)
     with Engine(model, SIZES, preemption=preemption) as engine:
         outputs = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
@@ -82,7 +82,7 @@ def test_generate_answers_as_transformers_does_one_by_one(flavour: str, preempti
         assert engine.stats().preempted, "too roomy to prove anything"
 
 
-def test_one_prompt_is_one_prompt_by_what_it_holds(model: Any, engine: Engine) -> None:
+def test_a_list_of_tokens_is_one_prompt(model: Any, engine: Engine) -> None:
     params = SamplingParams(max_new_tokens=4)
     assert [answer(output) for output in engine.generate(PROMPTS[0], params)] == [
         by_transformers(model, PROMPTS[0], 4)
@@ -90,7 +90,7 @@ def test_one_prompt_is_one_prompt_by_what_it_holds(model: Any, engine: Engine) -
     assert engine.generate([]) == []
 
 
-def test_params_may_be_one_for_each_prompt(engine: Engine) -> None:
+def test_params_may_be_given_per_prompt(engine: Engine) -> None:
     params = [SamplingParams(max_new_tokens=n, stop_tokens=()) for n in (1, 5)]
     outputs = engine.generate(PROMPTS[:2], params)
     assert [len(output.tokens) for output in outputs] == [1, 5]
@@ -98,7 +98,7 @@ def test_params_may_be_one_for_each_prompt(engine: Engine) -> None:
         engine.generate(PROMPTS[:3], params)
 
 
-def test_samples_are_those_of_the_request_alone(model: Any, engine: Engine) -> None:
+def test_samples_equal_those_of_the_request_alone(model: Any, engine: Engine) -> None:
     params = SamplingParams(
         max_new_tokens=8, temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2,
         seed=11, n=3, stop_tokens=(), logprobs=2,
@@ -110,7 +110,7 @@ def test_samples_are_those_of_the_request_alone(model: Any, engine: Engine) -> N
     assert len({tuple(tokens) for tokens in expected}) == len(expected), "samples are alike"
 
 
-def test_logprobs_are_those_of_sdpa(model: Any, engine: Engine) -> None:
+def test_logprobs_equal_those_of_sdpa(model: Any, engine: Engine) -> None:
     (output,) = engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=5, logprobs=3))
     expected = expected_logprobs(ModelOracle(model), PROMPTS[0], output.tokens)
     torch.testing.assert_close(
@@ -120,7 +120,7 @@ def test_logprobs_are_those_of_sdpa(model: Any, engine: Engine) -> None:
     assert all(one.top[0][0] == one.token and len(one.top) == 3 for one in output.logprobs)
 
 
-def test_a_stop_token_ends_the_answer_and_is_part_of_it(model: Any, engine: Engine) -> None:
+def test_a_stop_token_is_the_last_token_of_the_answer(model: Any, engine: Engine) -> None:
     free = by_transformers(model, PROMPTS[0], NEW)
     stop = free[3]
     (output,) = engine.generate(PROMPTS[0], SamplingParams(max_new_tokens=NEW, stop_tokens=(stop,)))
@@ -142,12 +142,12 @@ def words() -> Iterator[Engine]:
 FACTS = "<bos> <plain> red-fox copper-bell and green-wolf iron-boat while red-fox <ask>"
 
 
-def test_text_in_text_out(words: Engine) -> None:
+def test_generate_accepts_and_returns_text(words: Engine) -> None:
     (output,) = words.generate(FACTS, SamplingParams(max_new_tokens=1))
     assert output.text == "copper-bell"
 
 
-def test_a_stop_string_ends_the_text_before_it(words: Engine) -> None:
+def test_text_ends_before_a_stop_string(words: Engine) -> None:
     whole = words.generate(FACTS, SamplingParams(max_new_tokens=8))[0].text
     stop = whole.split()[2]
     (output,) = words.generate(FACTS, SamplingParams(max_new_tokens=8, stop_strings=(stop,)))
@@ -156,7 +156,7 @@ def test_a_stop_string_ends_the_text_before_it(words: Engine) -> None:
     assert len(output.tokens) < 8
 
 
-def test_a_stream_is_the_answer_in_pieces(words: Engine) -> None:
+def test_a_stream_yields_the_answer_in_pieces(words: Engine) -> None:
     params = SamplingParams(max_new_tokens=6)
     (output,) = words.generate(FACTS, params)
     pieces = list(words.stream(FACTS, params))
@@ -164,7 +164,7 @@ def test_a_stream_is_the_answer_in_pieces(words: Engine) -> None:
     assert "".join(piece.text for piece in pieces) == output.text
 
 
-def test_an_asynchronous_stream_leaves_the_loop_free(words: Engine) -> None:
+def test_asynchronous_streams_run_concurrently(words: Engine) -> None:
     params = SamplingParams(max_new_tokens=6)
     (output,) = words.generate(FACTS, params)
 
@@ -189,7 +189,7 @@ def test_leaving_a_stream_cancels_its_request(words: Engine) -> None:
 # -- score --------------------------------------------------------------------------------------
 
 
-def test_steps_go_on_while_a_context_has_nothing_to_compute_but_continuations(
+def test_a_one_token_context_is_scored(
     engine: Engine,
 ) -> None:
     scoring = engine.submit_scoring([3], [[3, 3]])
@@ -199,7 +199,7 @@ def test_steps_go_on_while_a_context_has_nothing_to_compute_but_continuations(
     assert scoring.error is None
 
 
-def test_scores_are_those_of_sdpa_whatever_is_shared(model: Any, engine: Engine) -> None:
+def test_scores_equal_those_of_sdpa(model: Any, engine: Engine) -> None:
     items = [
         (PROMPTS[3], [[4, 5], [6, 7, 8], [9]]),
         (PROMPTS[2], [[4], [5, 6]]),
@@ -217,7 +217,7 @@ def test_scores_are_those_of_sdpa_whatever_is_shared(model: Any, engine: Engine)
             assert score.logprob == pytest.approx(sum(expected), abs=1e-4)
 
 
-def test_a_score_is_greedy_where_each_token_is_the_likeliest(model: Any, engine: Engine) -> None:
+def test_a_score_is_greedy_if_every_token_is_the_argmax(model: Any, engine: Engine) -> None:
     likeliest = by_transformers(model, PROMPTS[0], 3)
     other = [*likeliest[:2], (likeliest[2] + 1) % VOCABULARY]
     [[right, wrong]] = engine.score([(PROMPTS[0], [likeliest, other])])
@@ -227,7 +227,7 @@ def test_a_score_is_greedy_where_each_token_is_the_likeliest(model: Any, engine:
 # -- several callers ----------------------------------------------------------------------------
 
 
-def test_threads_share_an_engine(model: Any, engine: Engine) -> None:
+def test_threads_can_share_an_engine(model: Any, engine: Engine) -> None:
     found: dict[int, list[int]] = {}
 
     def ask(number: int) -> None:
@@ -258,7 +258,7 @@ def test_a_request_that_can_never_fit_is_refused(engine: Engine) -> None:
         engine.submit(PROMPTS[0], SamplingParams(max_new_tokens=180))
 
 
-def test_a_full_queue_makes_generate_wait_and_submit_refuse(model: Any) -> None:
+def test_a_full_queue_blocks_generate_and_refuses_submit(model: Any) -> None:
     with Engine(model, SIZES, queue=2) as engine:
         outputs = engine.generate(PROMPTS, SamplingParams(max_new_tokens=2))
         assert [o.tokens for o in outputs] == [by_transformers(model, p, 2) for p in PROMPTS]
@@ -269,7 +269,7 @@ def test_a_full_queue_makes_generate_wait_and_submit_refuse(model: Any) -> None:
         assert isinstance(output.error, QueueFull), "three samples never fit a queue of two"
 
 
-def test_a_cancelled_request_keeps_what_it_has(engine: Engine) -> None:
+def test_a_cancelled_request_keeps_its_tokens(engine: Engine) -> None:
     request = engine.submit(PROMPTS[0], SamplingParams(max_new_tokens=NEW))
     other = engine.submit(PROMPTS[1], SamplingParams(max_new_tokens=3))
     for _ in range(4):
@@ -283,7 +283,7 @@ def test_a_cancelled_request_keeps_what_it_has(engine: Engine) -> None:
     assert other.outputs[0].finish == "length"
 
 
-def test_a_callback_that_raises_ends_its_request_only(model: Any, engine: Engine) -> None:
+def test_a_callback_that_raises_ends_only_its_request(model: Any, engine: Engine) -> None:
     def broken(output: Output, token: int, text: str) -> None:
         raise ZeroDivisionError("in the callback")
 
@@ -298,7 +298,7 @@ def test_a_callback_that_raises_ends_its_request_only(model: Any, engine: Engine
     assert other.outputs[0].tokens == by_transformers(model, PROMPTS[1], 6)
 
 
-def test_a_callback_may_cancel(engine: Engine) -> None:
+def test_a_callback_may_cancel_its_request(engine: Engine) -> None:
     request = engine.submit(
         PROMPTS[0],
         SamplingParams(max_new_tokens=NEW),
@@ -310,7 +310,7 @@ def test_a_callback_may_cancel(engine: Engine) -> None:
     assert len(request.outputs[0].tokens) == 1
 
 
-def test_a_closed_engine_refuses_and_ends_what_runs(model: Any) -> None:
+def test_closing_an_engine_ends_its_requests(model: Any) -> None:
     engine = Engine(model, SIZES)
     request = engine.submit(PROMPTS[0])
     engine.step()
@@ -330,7 +330,7 @@ def test_text_needs_a_tokenizer(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("shared", [0, 16, 24])
-def test_one_requests_nan_never_reaches_another(shared: int) -> None:
+def test_nan_of_one_request_never_reaches_another(shared: int) -> None:
     """A token whose embedding is NaN, in a prompt that others share the beginning of."""
     model = tiny_model(tie_word_embeddings=False, vocab_size=400)
     expected = [by_transformers(model, prompt, NEW) for prompt in PROMPTS]
@@ -352,7 +352,7 @@ def test_one_requests_nan_never_reaches_another(shared: int) -> None:
 # -- numbers ------------------------------------------------------------------------------------
 
 
-def test_contexts_that_begin_alike_share_even_if_scored_at_once_after_they_were_read(
+def test_one_chunk_contexts_share_their_prefix(
     engine: Engine,
 ) -> None:
     """A context of one chunk is scored, and leaves, in the very step after it was computed."""
@@ -363,7 +363,7 @@ def test_contexts_that_begin_alike_share_even_if_scored_at_once_after_they_were_
     assert engine.stats().tokens_hit == len(stem)
 
 
-def test_prefixes_are_forgotten_while_others_run(model: Any, engine: Engine) -> None:
+def test_prefixes_can_be_forgotten_while_requests_run(model: Any, engine: Engine) -> None:
     engine.generate([PROMPTS[3]] * 2, SamplingParams(max_new_tokens=2))
     params = SamplingParams(max_new_tokens=NEW, stop_tokens=())
     running = engine.submit(PROMPTS[3], params)
@@ -376,7 +376,7 @@ def test_prefixes_are_forgotten_while_others_run(model: Any, engine: Engine) -> 
     assert running.outputs[0].tokens == expected_tokens(ModelOracle(model), PROMPTS[3], params)
 
 
-def test_stats_say_what_was_done(engine: Engine) -> None:
+def test_stats_count_what_was_done(engine: Engine) -> None:
     engine.generate([PROMPTS[3]] * 3, SamplingParams(max_new_tokens=4, stop_tokens=()))
     stats = engine.stats()
     assert stats.tokens == 12
@@ -392,7 +392,7 @@ def test_stats_say_what_was_done(engine: Engine) -> None:
     assert set(stats.to_json()) == set(type(stats).__dataclass_fields__)
 
 
-def test_check_valid_sees_a_row_that_was_lost(engine: Engine) -> None:
+def test_check_valid_detects_a_lost_row(engine: Engine) -> None:
     row = engine._scheduler._rows.pop()
     with pytest.raises(BrokenInvariant, match="a row is lost"):
         engine.check_valid()

@@ -47,7 +47,7 @@ def sizes(rows: int, pages: int = 60) -> PagedConfig:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0])
-def test_beams_are_those_of_transformers(flavour: str, length_penalty: float) -> None:
+def test_beams_equal_those_of_transformers(flavour: str, length_penalty: float) -> None:
     model = tiny_model(flavour)
     with Engine(model, sizes(rows=2 * BEAMS)) as engine:
         found = engine.search(
@@ -61,7 +61,7 @@ def test_beams_are_those_of_transformers(flavour: str, length_penalty: float) ->
 
 
 @pytest.mark.parametrize(("rows", "pages"), [(1, 60), (2, 60), (3, 12), (8, 17)])
-def test_beams_that_do_not_fit_at_once_are_computed_again(rows: int, pages: int) -> None:
+def test_beams_that_do_not_fit_are_recomputed(rows: int, pages: int) -> None:
     model = tiny_model()
     with Engine(model, sizes(rows, pages), preemption="swap") as engine:
         others = [engine.submit(prompt, SamplingParams(max_new_tokens=NEW)) for prompt in PROMPTS]
@@ -76,7 +76,7 @@ def test_beams_that_do_not_fit_at_once_are_computed_again(rows: int, pages: int)
         assert [output.tokens for output in outputs] == by_transformers(model, prompt)[0]
 
 
-def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
+def test_beams_share_pages_of_common_tokens() -> None:
     harness = EngineHarness(HashOracle(), pages=80, rows=4)
     harness.engine.submit_search(list(range(40)), SamplingParams(max_new_tokens=6), beams=4)
     most = 0
@@ -89,7 +89,7 @@ def test_beams_share_the_pages_of_what_they_have_in_common() -> None:
 
 @pytest.mark.parametrize("call", ["decode", "fork_row", "write_pages", "prefill"])
 @pytest.mark.parametrize("number", [1, 2, 4])
-def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) -> None:
+def test_a_fault_ends_a_whole_search_or_none_of_it(call: str, number: int) -> None:
     harness = EngineHarness(HashOracle(), pages=60, rows=6)
     harness.faulty = True
     params = SamplingParams(max_new_tokens=8, stop_tokens=())
@@ -112,7 +112,7 @@ def test_a_fault_ends_a_search_as_a_whole_or_not_at_all(call: str, number: int) 
     assert errors in ({type(None)}, {StepFailed})
 
 
-def test_a_cancelled_search_leaves_nothing() -> None:
+def test_a_cancelled_search_releases_everything() -> None:
     harness = EngineHarness(HashOracle(), pages=60, rows=6)
     request = harness.engine.submit_search([1, 2, 3], SamplingParams(max_new_tokens=20), beams=3)
     for _ in range(6):
@@ -129,7 +129,7 @@ def test_a_cancelled_search_leaves_nothing() -> None:
         ({"params": SamplingParams(temperature=1.0)}, "does not sample"),
     ],
 )
-def test_a_search_that_means_nothing_is_refused(wrong: dict[str, Any], reason: str) -> None:
+def test_an_invalid_search_is_refused(wrong: dict[str, Any], reason: str) -> None:
     with Engine(tiny_model(), sizes(2)) as engine, pytest.raises(InvalidSampling, match=reason):
         engine.search(PROMPTS, **wrong)
     assert issubclass(InvalidSampling, GranitePagedError)

@@ -106,7 +106,7 @@ def test_a_fault_on_the_host_ends_at_most_one_request(
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("call", DEVICE)
-def test_a_fault_of_the_device_ends_at_most_one_request(call: str, number: int) -> None:
+def test_a_fault_on_the_device_ends_at_most_one_request(call: str, number: int) -> None:
     harness = busy_harness()
     asked = fill(harness)
     broken = raising_at(number, lambda: None)
@@ -120,7 +120,7 @@ def test_a_fault_of_the_device_ends_at_most_one_request(call: str, number: int) 
 
 
 @pytest.mark.parametrize("call", ["write_pages", "clear_rows", "prefill", "decode"])
-def test_a_request_that_breaks_every_call_it_is_in_fails_alone(call: str) -> None:
+def test_a_request_that_breaks_every_call_fails_alone(call: str) -> None:
     harness = busy_harness()
     asked = fill(harness)
     victim = asked[4]  # whose row somebody had before
@@ -138,7 +138,7 @@ def test_a_request_that_breaks_every_call_it_is_in_fails_alone(call: str) -> Non
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 9, 20, 40, 60])
-def test_an_interrupted_step_is_done_again(number: int) -> None:
+def test_an_interrupted_step_can_be_repeated(number: int) -> None:
     harness = busy_harness()
     asked = fill(harness)
     calls = 0

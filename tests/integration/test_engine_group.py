@@ -27,7 +27,7 @@ def one() -> Iterator[Engine]:
         yield made
 
 
-def test_a_group_answers_in_order_and_everyone_works(group: EngineGroup, one: Engine) -> None:
+def test_a_group_uses_all_engines_and_keeps_order(group: EngineGroup, one: Engine) -> None:
     params = SamplingParams(max_new_tokens=6, n=2, temperature=0.7, stop_tokens=())
     together = [output.tokens for output in group.generate(PROMPTS, params)]
     assert together == [output.tokens for output in one.generate(PROMPTS, params)]
@@ -42,7 +42,7 @@ def test_a_group_scores_in_order(group: EngineGroup, one: Engine) -> None:
         )
 
 
-def test_a_request_goes_where_least_is_to_do(group: EngineGroup) -> None:
+def test_a_request_goes_to_the_least_loaded_engine(group: EngineGroup) -> None:
     asked = [group.submit(prompt, SamplingParams(max_new_tokens=2)) for prompt in PROMPTS[:4]]
     assert [stats.waiting for stats in group.stats()] == [2, 2]
     while group.step():
@@ -50,7 +50,7 @@ def test_a_request_goes_where_least_is_to_do(group: EngineGroup) -> None:
     assert all(request.finished for request in asked)
 
 
-def test_replicas_share_no_weights_with_another_device_and_missing_ones_are_said() -> None:
+def test_replicas_run_on_the_given_devices() -> None:
     model = tiny_model()
     with EngineGroup.replicas(model, ["cpu"], SIZES) as group:
         (output,) = group.generate(PROMPTS[0], SamplingParams(max_new_tokens=2))
@@ -59,6 +59,6 @@ def test_replicas_share_no_weights_with_another_device_and_missing_ones_are_said
         EngineGroup.replicas(model, ["cuda:99"], SIZES)
 
 
-def test_a_group_of_none_is_refused() -> None:
+def test_an_empty_group_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="at least one"):
         EngineGroup([])

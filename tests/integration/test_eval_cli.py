@@ -43,7 +43,7 @@ def assert_one_line(capsys: Capture, reason: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval", "report"])
-def test_help_shows_examples_and_explains_every_option(command: str, capsys: Capture) -> None:
+def test_help_of_eval_and_report_shows_examples(command: str, capsys: Capture) -> None:
     assert run([command, "--help"]) == OK
     shown = capsys.readouterr().out
     examples = [line for line in shown.splitlines() if line.startswith("  granite-paged ")]
@@ -74,13 +74,13 @@ def test_help_of_eval_names_tasks_modes_and_defaults(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("short_recall")
-def test_times_on_the_cpu_are_said_to_be_no_gpus(capsys: Capture) -> None:
+def test_eval_on_the_cpu_warns_about_times(capsys: Capture) -> None:
     assert evaluate("--device", "cpu") == OK
     assert "its times say nothing of a GPU" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("short_recall")
-def test_the_result_is_one_json_object(capsys: Capture) -> None:
+def test_eval_prints_one_json_object(capsys: Capture) -> None:
     assert evaluate("--json", "-") == OK
     result = json.loads(capsys.readouterr().out)
     assert result["passed"] is True
@@ -91,7 +91,7 @@ def test_the_result_is_one_json_object(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("short_recall")
-def test_the_tables_name_both_modes_and_the_agreement(capsys: Capture) -> None:
+def test_tables_name_both_modes_and_their_agreement(capsys: Capture) -> None:
     assert evaluate() == OK
     shown = capsys.readouterr().out
     assert "default" in shown
@@ -100,7 +100,7 @@ def test_the_tables_name_both_modes_and_the_agreement(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("short_recall")
-def test_a_mode_alone_is_compared_with_nothing(capsys: Capture) -> None:
+def test_a_single_mode_is_not_compared(capsys: Capture) -> None:
     assert evaluate("--mode", "paged", "--json", "-") == OK
     result = json.loads(capsys.readouterr().out)
     assert list(result["tasks"]["recall"]["modes"]) == ["paged"]
@@ -108,7 +108,7 @@ def test_a_mode_alone_is_compared_with_nothing(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("short_recall")
-def test_auto_finds_a_batch_size_and_a_second_run_keeps_it(tmp_path: Path, capsys: Capture) -> None:
+def test_batch_size_auto_is_kept_by_a_second_run(tmp_path: Path, capsys: Capture) -> None:
     output = ["--output", str(tmp_path / "answers.jsonl"), "--batch-size", "auto", "--json", "-"]
     assert evaluate(*output) == OK
     shown = capsys.readouterr()
@@ -119,7 +119,7 @@ def test_auto_finds_a_batch_size_and_a_second_run_keeps_it(tmp_path: Path, capsy
     assert json.loads(again.out) == json.loads(shown.out)
 
 
-def test_a_difference_that_is_no_near_tie_exits_1(
+def test_a_difference_beyond_a_near_tie_exits_1(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     class Broken:
@@ -164,14 +164,14 @@ def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unanswered")
 @pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_usage_is_said_in_one_line(wrong: str, capsys: Capture) -> None:
+def test_wrong_usage_is_reported_in_one_line(wrong: str, capsys: Capture) -> None:
     options, reason = WRONG[wrong]
     assert evaluate(*options) == USAGE
     assert_one_line(capsys, reason)
 
 
 @pytest.mark.usefixtures("unanswered")
-def test_bad_data_is_named_by_file_line_and_field(tmp_path: Path, capsys: Capture) -> None:
+def test_an_error_in_data_names_file_line_and_field(tmp_path: Path, capsys: Capture) -> None:
     folder = write(tmp_path, "mmlu_test", MMLU, {**MMLU, "answer": 7})
     assert evaluate("--tasks", "mmlu", "--num-fewshot", "0", "--data", folder) == USAGE
     assert_one_line(capsys, "mmlu_test.jsonl, line 2: field 'answer' is 7: a number from 0 to 3")
@@ -189,7 +189,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, capsys: Capture
 
 
 @pytest.mark.usefixtures("unanswered")
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "tokenizer.json").write_text('{"half": ')
     assert evaluate("--tokenizer", str(tmp_path / "tokenizer.json")) == USAGE
     assert_one_line(capsys, "no tokenizer in")
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, capsys: Capture)
     ("option", "extra"),
     [("--report", "plot"), ("--wandb", "wandb"), ("--tensorboard", "tensorboard")],
 )
-def test_a_missing_extra_is_named_before_the_work(
+def test_a_missing_extra_is_reported_before_the_work(
     option: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
     for name in ("wandb", "torch.utils.tensorboard"):
@@ -211,14 +211,14 @@ def test_a_missing_extra_is_named_before_the_work(
 
 
 @pytest.mark.usefixtures("unanswered")
-def test_answers_of_another_run_are_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_eval_refuses_answers_of_another_run(tmp_path: Path, capsys: Capture) -> None:
     head = {"format": 1, "run": {"model": "another"}}
     (tmp_path / "answers.jsonl").write_text(json.dumps(head) + "\n")
     assert evaluate("--output", str(tmp_path / "answers.jsonl")) == USAGE
     assert_one_line(capsys, "holds answers of another run: model was another, now tiny-recall")
 
 
-def test_the_command_line_that_a_report_shows_is_the_one_that_was_typed(
+def test_a_report_shows_the_command_line_as_typed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/granite-paged", "eval", "--subjects", "a b"])

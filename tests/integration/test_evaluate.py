@@ -67,7 +67,7 @@ def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("flavour", ["hybrid", "dense"])
-def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch: int) -> None:
+def test_default_and_paged_agree_in_float32(flavour: str, batch: int) -> None:
     evaluation = tiny_evaluation(tiny_loaded(flavour), tiny_task(12), batch=batch)
     found = evaluation.tasks["tiny"].agreement["paged"]
     assert found.questions == 12
@@ -76,13 +76,13 @@ def test_default_and_paged_agree_on_every_choice_in_float32(flavour: str, batch:
     assert evaluation.passed
 
 
-def test_recall_is_answered_right_by_both(embedded: LoadedModel, recall: Task) -> None:
+def test_both_modes_answer_recall_correctly(embedded: LoadedModel, recall: Task) -> None:
     paged, found = evaluate_recall(embedded, recall)
     assert paged.accuracy == 1.0
     assert found.differing == ()
 
 
-def test_a_slice_of_mmlu_and_truthfulqa_agrees_on_every_choice(embedded: LoadedModel) -> None:
+def test_both_modes_agree_on_real_questions(embedded: LoadedModel) -> None:
     folder = data_folder()
     tokenizer = load_tokenizer(f"{folder}/cl100k_tokenizer.json")
     loaded = tiny_loaded(vocab_size=100352, hidden_size=48)
@@ -126,7 +126,7 @@ def test_values_in_a_wrong_page_lower_recall(embedded: LoadedModel, recall: Task
     assert not found.passed
 
 
-def test_a_wrong_answer_is_no_near_tie_and_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scorer that turns one question's log-likelihoods round."""
     make = run.make_scorer
 
@@ -177,7 +177,7 @@ def judged(gap: float) -> Agreement:
         return judged_differences(found, task, default, loaded.model, seed=0)
 
 
-def test_a_gap_within_sdpas_own_error_is_a_near_tie() -> None:
+def test_a_gap_within_the_error_of_sdpa_is_a_near_tie() -> None:
     found = judged(gap=1e-6)
     (difference,) = found.differing
     assert difference.near_tie is True
@@ -186,7 +186,7 @@ def test_a_gap_within_sdpas_own_error_is_a_near_tie() -> None:
     assert found.passed
 
 
-def test_a_gap_beyond_sdpas_own_error_is_a_mistake() -> None:
+def test_a_gap_beyond_the_error_of_sdpa_is_an_error() -> None:
     found = judged(gap=50.0)
     (difference,) = found.differing
     assert difference.near_tie is False
@@ -214,7 +214,7 @@ def choices_of(count: int, draw: random.Random) -> list[list[int]]:
     return [[token] for token in draw.sample(range(3, VOCABULARY), count)]
 
 
-def test_the_error_of_a_gap_is_that_of_the_worst_pair() -> None:
+def test_the_gap_error_is_that_of_the_worst_pair() -> None:
     assert gap_error([-1.0, -2.0, -3.0], [-1.1, -2.0, -2.8]) == pytest.approx(0.3)
 
 
@@ -238,7 +238,7 @@ def stop_after(answers: int) -> Any:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path: Path, batch: int) -> None:
+def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, batch: int) -> None:
     whole = Journal(None, {})
     expected = tiny_evaluation(journal=whole, batch=batch)
     path = str(tmp_path / "answers.jsonl")
@@ -260,7 +260,7 @@ def accuracies(evaluation: Any) -> dict[str, Any]:
     return {mode: m.accuracy for mode, m in evaluation.tasks["tiny"].modes.items()}
 
 
-def test_a_finished_run_is_told_again_without_a_model(tmp_path: Path) -> None:
+def test_a_finished_run_is_repeated_without_a_model(tmp_path: Path) -> None:
     path = str(tmp_path / "answers.jsonl")
     first = tiny_evaluation(journal=Journal(path, {}))
     loaded = tiny_loaded()
@@ -268,7 +268,7 @@ def test_a_finished_run_is_told_again_without_a_model(tmp_path: Path) -> None:
     assert tiny_evaluation(loaded, journal=Journal(path, {})) == first
 
 
-def test_an_interrupt_keeps_what_was_finished(
+def test_an_interrupt_keeps_finished_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = str(tmp_path / "answers.jsonl")
@@ -285,7 +285,7 @@ def test_an_interrupt_keeps_what_was_finished(
     assert len(Journal(path, {}).records) == 6
 
 
-def test_another_question_is_another_run() -> None:
+def test_the_identity_of_a_run_covers_its_questions() -> None:
     loaded, task = tiny_loaded(), tiny_task()
     same = run.identity(loaded, [task], ("default",), SMALL_PAGES, 1)
     assert same == run.identity(loaded, [tiny_task()], ("default",), SMALL_PAGES, 1)
@@ -300,7 +300,7 @@ def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [0, 5])
-def test_progress_counts_every_answer_once_finished_ones_too(finished: int) -> None:
+def test_progress_counts_every_answer_once(finished: int) -> None:
     journal, seen = Journal(None, {}), []
     if finished:
         with pytest.raises(Killed):
@@ -312,7 +312,7 @@ def test_progress_counts_every_answer_once_finished_ones_too(finished: int) -> N
 # -- memory -------------------------------------------------------------------------------------
 
 
-def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_of_a_mode_excludes_memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     held = {"now": 1000, "peak": 0, "graphs": 0}  # weights
 
     def use(kept: int, passing: int, graphs: int = 0) -> None:
@@ -344,7 +344,7 @@ def test_a_modes_peak_leaves_out_what_the_others_keep(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_contexts_longer_than_the_pool_are_counted_and_the_others_answered(batch: int) -> None:
+def test_contexts_longer_than_the_pool_are_counted_as_refused(batch: int) -> None:
     long = Request(list(range(3, 93)), [[5], [6], [7], [8]])
     task = tiny_task(3)
     task = Task("tiny", (*task.questions, Question("long", "long", long, (1, 0, 0, 0))))
@@ -357,12 +357,12 @@ def test_contexts_longer_than_the_pool_are_counted_and_the_others_answered(batch
     assert result.agreement["paged"].questions == 3
 
 
-def test_a_run_without_any_answer_says_why() -> None:
+def test_a_run_without_answers_is_an_error() -> None:
     with pytest.raises(RequestError, match=r"every question was refused; the first: .* out of"):
         tiny_evaluation(config=PagedConfig(page_size=8, max_tokens=8))
 
 
-def test_a_log_likelihood_that_is_no_number_is_refused() -> None:
+def test_a_non_finite_log_likelihood_is_refused() -> None:
     loaded = tiny_loaded()
     torch.nn.init.constant_(loaded.model.lm_head.weight, math.nan)
     with pytest.raises(RequestError, match="not a finite number"):
@@ -376,7 +376,7 @@ def question(key: str, labels: tuple[int, ...]) -> Question:
     return Question(key, "g", Request([1, 2], [[3]] * len(labels)), labels)
 
 
-def test_metrics_are_what_the_records_say() -> None:
+def test_metrics_follow_from_the_records() -> None:
     task = Task("t", tuple(question(str(i), (1, 0)) for i in range(4)))
     records = {
         str(i): Record(
@@ -398,14 +398,14 @@ def test_metrics_are_what_the_records_say() -> None:
     assert metrics.hit_rate == pytest.approx(4 / 8)
 
 
-def test_mc2_is_the_mass_on_right_choices_even_far_below_zero() -> None:
+def test_mc2_is_the_probability_mass_on_right_choices() -> None:
     asked = question("0", (1, 0, 1))
     logprobs = [-2000 + math.log(part) for part in (0.2, 0.5, 0.3)]
     assert credit(asked, logprobs, mass=True) == pytest.approx(0.5)
     assert credit(asked, logprobs, mass=False) == 0.0
 
 
-def test_needs_are_the_most_that_any_request_has() -> None:
+def test_needs_are_the_maximum_over_requests() -> None:
     letters = Request([1] * 150, [[1], [2]], shared=30)
     assert Needs.of([letters]) == Needs(longest=151, shared=30, forks=False)
     alone = Request([1] * 200, [[1, 2]], shared=7)
@@ -414,7 +414,7 @@ def test_needs_are_the_most_that_any_request_has() -> None:
     assert Needs.of([letters, forked]) == Needs(longest=202, shared=30, forks=True)
 
 
-def test_one_part_of_each_size_is_met_before_the_clock_starts() -> None:
+def test_one_batch_per_size_runs_before_timing() -> None:
     def part(*sizes: tuple[int, int, int]) -> list[Question]:
         return [
             Question("", "", Request([5] * context, [[6] * answer], shared), (1,))

@@ -36,7 +36,7 @@ def test_paged_generate_recalls() -> None:
     assert lines_of("paged_generate.py") == ["copper-bell"]
 
 
-def test_generate_answers_and_names_what_it_refuses() -> None:
+def test_generate_answers_and_reports_refusals() -> None:
     *answers, refused = lines_of("generate.py")
     assert answers == ["copper-bell", "iron-boat"]
     assert refused.startswith("refused: ")
@@ -48,7 +48,7 @@ def test_stream_prints_an_answer() -> None:
     assert answer.split()[0] == "copper-bell"
 
 
-def test_scoring_chooses_right_and_shares_the_prefix() -> None:
+def test_scoring_chooses_correctly_and_shares_the_prefix() -> None:
     *choices, shared = lines_of("shared_prefix_scoring.py")
     assert len(choices) == 14
     assert choices[0] == "amber-bear: copper-bell"
@@ -62,13 +62,13 @@ def test_chat_remembers_earlier_turns() -> None:
 
 
 @pytest.mark.parametrize(("limit", "status"), [("1000", 0), ("0.001", 1)])
-def test_the_custom_gate_judges_by_its_limit(limit: str, status: int) -> None:
+def test_the_custom_gate_applies_its_limit(limit: str, status: int) -> None:
     done = run("custom_gate.py", "--limit", limit)
     assert done.returncode == status, done.stderr
     assert "tokens: as SDPA" in done.stdout
 
 
-def test_every_example_is_run_here() -> None:
+def test_every_example_has_a_test() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     unused = [path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}"' not in text]
     assert not unused, f"no test runs {unused}"

@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-def test_generate_on_a_left_padded_batch_gives_sdpas_tokens(model: Any, way: str) -> None:
+def test_generate_on_a_padded_batch_gives_the_tokens_of_sdpa(model: Any, way: str) -> None:
     ids, mask = prompts()
     expected = generate(model, ids, mask, **WAYS[way])
     with paged(model, PAGES):
@@ -49,7 +49,7 @@ def test_generate_on_a_left_padded_batch_gives_sdpas_tokens(model: Any, way: str
     cache_of(actual).check_valid()
 
 
-def test_logits_of_every_step_agree(model: Any) -> None:
+def test_logits_of_every_step_agree_with_sdpa(model: Any) -> None:
     ids, mask = prompts()
     expected = generate(model, ids, mask, output_logits=True, do_sample=False)
     with paged(model, PAGES):
@@ -66,7 +66,7 @@ def test_an_unpadded_single_prompt_needs_no_mask(model: Any) -> None:
     assert actual.tolist() == expected.tolist()
 
 
-def test_generate_from_embeddings(model: Any) -> None:
+def test_generate_accepts_embeddings(model: Any) -> None:
     ids, mask = prompts()
     embeddings = model.get_input_embeddings()(ids)
 
@@ -81,7 +81,7 @@ def test_generate_from_embeddings(model: Any) -> None:
         assert run() == expected
 
 
-def test_a_filled_cache_is_continued_over_several_turns(model: Any) -> None:
+def test_a_cache_can_be_continued_over_several_turns(model: Any) -> None:
     first, second = prompts((21, 16, 8))[0][:, -8:], prompts((7, 7, 7), seed=5)[0]
 
     def talk() -> list[list[int]]:
@@ -116,7 +116,7 @@ def continued(model: Any, turn: Any, ids: torch.Tensor, mask: torch.Tensor) -> l
     return last.tolist()
 
 
-def test_padding_inside_a_later_turn_is_skipped_as_sdpa_skips_it(model: Any) -> None:
+def test_padding_inside_a_later_turn_matches_sdpa(model: Any) -> None:
     ids, mask = prompts()
     more, more_mask = prompts((9, 4, 6), seed=7)
     full = torch.cat([mask, torch.ones(3, 6, dtype=torch.long), more_mask], dim=1)
@@ -142,7 +142,7 @@ class Recorder(BaseStreamer):
         self.pieces.append([])
 
 
-def test_a_streamer_is_fed_token_by_token() -> None:
+def test_a_streamer_receives_every_token() -> None:
     model, ids = tiny_model(), prompts((11,))[0]
     expected, actual = Recorder(), Recorder()
     model.generate(ids, max_new_tokens=5, do_sample=False, streamer=expected)
@@ -161,7 +161,7 @@ FINISHING: dict[str, Any] = {  # rows meet EOS at different steps and are padded
 }
 
 
-def test_a_finished_row_is_fed_padding_as_under_sdpa() -> None:
+def test_finished_rows_are_fed_padding_as_under_sdpa() -> None:
     model = tiny_model()
     ids, mask = prompts()
     expected = generate(model, ids, mask, **FINISHING)
@@ -171,7 +171,7 @@ def test_a_finished_row_is_fed_padding_as_under_sdpa() -> None:
     assert (expected.sequences[:, ids.shape[1] :] == PAD).any(), "no row finished early"
 
 
-def test_a_later_turn_may_hide_what_finished_rows_were_fed(model: Any) -> None:
+def test_a_later_turn_may_hide_padding_of_finished_rows(model: Any) -> None:
     ids, mask = prompts()
     more = prompts((5, 5, 5), seed=3)[0]
 
@@ -199,14 +199,14 @@ def test_beams_share_the_pages_of_their_prompt() -> None:
     assert cache.allocator.held < 2 * alone, "four beams hold less than two sequences would"
 
 
-def test_what_transformers_refuses_on_this_model_stays_refused() -> None:
+def test_assisted_generation_stays_refused() -> None:
     model, helper = tiny_model(), tiny_model(seed=1)
     ids = prompts((9,))[0]
     with paged(model, PAGES), pytest.raises(ValueError, match="stateful"):
         model.generate(ids, assistant_model=helper, max_new_tokens=4)
 
 
-def test_the_users_own_cache_wins() -> None:
+def test_a_cache_chosen_by_the_user_is_used() -> None:
     model, ids = tiny_model(), prompts((9,))[0]
     expected = model.generate(ids, max_new_tokens=4, do_sample=False).tolist()
     with paged(model, PAGES):
@@ -232,7 +232,7 @@ def test_page_size_changes_no_token() -> None:
     assert all(answer == answers[0] for answer in answers)
 
 
-def test_compiled_kernels_give_the_same_tokens_and_are_made_once() -> None:
+def test_compiled_kernels_give_the_same_tokens() -> None:
     model = tiny_model()
     ids, mask = prompts()
     options = {"do_sample": False, "max_new_tokens": 14, "min_new_tokens": 14}

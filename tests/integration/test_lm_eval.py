@@ -106,7 +106,7 @@ def choices(scores: Sequence[Sequence[float]]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_log_likelihoods_are_hflms_and_choices_the_same(
+def test_log_likelihoods_and_choices_equal_those_of_hflm(
     name: str, tasks: dict[str, Task], loaded: LoadedModel, hflm: Any
 ) -> None:
     task = tasks[name]
@@ -123,7 +123,9 @@ def test_log_likelihoods_are_hflms_and_choices_the_same(
     assert len(task.questions) >= (817 if EVERYTHING else SLICE // len(TASKS))
 
 
-def test_greedy_is_hflms(tasks: dict[str, Task], loaded: LoadedModel, hflm: Any) -> None:
+def test_greedy_flags_equal_those_of_hflm(
+    tasks: dict[str, Task], loaded: LoadedModel, hflm: Any
+) -> None:
     """With continuations that greedy decoding would write, and others."""
     request = tasks["truthfulqa_mc1"].questions[0].request
     (first,) = paged_answers(loaded, [request])
@@ -215,7 +217,7 @@ def instances(task: Any, fewshot: int) -> list[list[tuple[str, str]]]:
 
 @pytest.mark.parametrize("fewshot", [0, 5])
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_mmlu_is_asked_in_lm_evals_words_and_tokens(
+def test_mmlu_tokens_equal_those_of_lm_eval(
     subject: str,
     fewshot: int,
     theirs: dict[str, Any],
@@ -229,7 +231,7 @@ def test_mmlu_is_asked_in_lm_evals_words_and_tokens(
 
 
 @pytest.mark.parametrize("name", ["truthfulqa_mc1", "truthfulqa_mc2"])
-def test_truthfulqa_is_asked_in_lm_evals_words_and_tokens(
+def test_truthfulqa_tokens_equal_those_of_lm_eval(
     name: str, theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any, hflm: Any
 ) -> None:
     ours = make_task(name, Options(data=data_folder()), loaded, tokenizer)
@@ -244,7 +246,9 @@ def assert_same_tokens(ours: Task, asked: list[list[tuple[str, str]]], hflm: Any
         assert [list(c) for c in question.request.continuations] == [c for _, c in encoded]
 
 
-def test_accuracy_is_lm_evals(theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any) -> None:
+def test_accuracy_equals_that_of_lm_eval(
+    theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any
+) -> None:
     """`granite_paged` as lm-eval's model, through lm-eval's own evaluator."""
     from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
     from granite_paged.evaluate.metrics import credit  # noqa: PLC0415
@@ -273,7 +277,7 @@ def test_accuracy_is_lm_evals(theirs: dict[str, Any], loaded: LoadedModel, token
         assert results[name]["acc,none"] == pytest.approx(sum(right) / 12, abs=1e-4)
 
 
-def test_the_command_line_of_lm_eval_knows_the_model(
+def test_lm_eval_runs_the_model_from_its_command_line(
     offline_hub: Path, theirs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `python -m granite_paged.evaluate.lm` runs it; `theirs` has read the data by then."""
@@ -312,7 +316,7 @@ def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
     return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]
 
 
-def test_the_model_is_registered_by_its_name() -> None:
+def test_the_model_is_registered_by_name() -> None:
     from lm_eval.api.registry import get_model  # noqa: PLC0415
 
     from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
@@ -321,7 +325,7 @@ def test_the_model_is_registered_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 6])
-def test_requests_in_any_order_are_scored_as_hflm_does(
+def test_requests_in_any_order_score_as_hflm(
     batch: int, loaded: LoadedModel, tokenizer: Any, hflm: Any
 ) -> None:
     draw = random.Random(0)
@@ -339,14 +343,16 @@ def test_requests_in_any_order_are_scored_as_hflm_does(
     )
 
 
-def test_rolling_log_likelihoods_are_hflms(loaded: LoadedModel, tokenizer: Any, hflm: Any) -> None:
+def test_rolling_log_likelihoods_equal_those_of_hflm(
+    loaded: LoadedModel, tokenizer: Any, hflm: Any
+) -> None:
     requests = asked("loglikelihood_rolling", ("Paging keeps the answers.",), ("So it does.",))
     ours = model_of(loaded, tokenizer).loglikelihood_rolling(requests, disable_tqdm=True)
     expected = hflm.loglikelihood_rolling(requests, disable_tqdm=True)
     assert ours == pytest.approx(expected, abs=CLOSE)
 
 
-def test_generations_are_hflms(loaded: LoadedModel, tokenizer: Any, hflm: Any) -> None:
+def test_generations_equal_those_of_hflm(loaded: LoadedModel, tokenizer: Any, hflm: Any) -> None:
     options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
     requests = asked("generate_until", ("Paged attention is", options), ("One two", options))
     ours = model_of(loaded, tokenizer).generate_until(requests, disable_tqdm=True)

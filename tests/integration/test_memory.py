@@ -57,7 +57,7 @@ def caches() -> tuple[DynamicCache, PagedCache]:
     return default, ours
 
 
-def test_pools_hold_exactly_the_pages_that_the_tokens_need(
+def test_pools_hold_exactly_the_needed_pages(
     caches: tuple[DynamicCache, PagedCache],
 ) -> None:
     _, cache = caches
@@ -67,7 +67,7 @@ def test_pools_hold_exactly_the_pages_that_the_tokens_need(
     assert pool_bytes == (1 + needed) * cache.geometry.bytes_per_page  # and the null page
 
 
-def test_everything_a_paged_cache_holds_is_less_than_half_of_the_padded_one(
+def test_a_paged_cache_takes_less_than_half_of_a_padded_one(
     caches: tuple[DynamicCache, PagedCache],
 ) -> None:
     default, cache = caches
@@ -80,7 +80,7 @@ def test_everything_a_paged_cache_holds_is_less_than_half_of_the_padded_one(
     assert share < 0.35
 
 
-def test_a_cache_that_is_dropped_leaves_no_tensor_behind() -> None:
+def test_a_dropped_cache_leaves_no_tensors() -> None:
     model, (ids, mask) = tiny_model(), ragged()
 
     def tensors() -> int:

@@ -59,13 +59,13 @@ def test_the_embedded_checkpoint_is_the_default() -> None:
     assert loaded.model.device == torch.device("cpu")
 
 
-def test_models_come_frozen_and_in_eval_mode() -> None:
+def test_models_are_frozen_and_in_eval_mode() -> None:
     model = load(device="cpu").model
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_saved_model_comes_back_to_the_same_logits(tmp_path: Path) -> None:
+def test_a_saved_model_loads_with_the_same_logits(tmp_path: Path) -> None:
     model = tiny_model("experts").requires_grad_(False)
     model.save_pretrained(tmp_path)
     loaded = load(str(tmp_path), device="cpu")
@@ -75,13 +75,13 @@ def test_a_saved_model_comes_back_to_the_same_logits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dtype_auto_is_the_checkpoints_own(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_dtype_auto_is_that_of_the_checkpoint(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_model().to(dtype).save_pretrained(tmp_path)
     assert load(str(tmp_path), device="cpu").model.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", list(models.DTYPES))
-def test_another_dtype_can_be_asked_for(dtype: str) -> None:
+def test_another_dtype_can_be_chosen(dtype: str) -> None:
     assert load(device="cpu", dtype=dtype).model.dtype == models.DTYPES[dtype]
 
 
@@ -90,14 +90,14 @@ def edit_config(checkpoint: Path, **changes: Any) -> None:
     (checkpoint / CONFIG).write_text(json.dumps(config | changes))
 
 
-def test_old_names_of_layer_types_mean_the_same(checkpoint: Path) -> None:
+def test_old_names_of_layer_types_are_accepted(checkpoint: Path) -> None:
     edit_config(checkpoint, layer_types=["mamba", "attention"] * 2)
     assert torch.equal(
         logits(load(str(checkpoint), device="cpu").model), logits(load(device="cpu").model)
     )
 
 
-def test_code_of_a_checkpoint_is_never_run(checkpoint: Path) -> None:
+def test_code_in_a_checkpoint_is_never_run(checkpoint: Path) -> None:
     (checkpoint / "evil.py").write_text("raise SystemExit('code of a checkpoint was run')")
     names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     edit_config(checkpoint, auto_map=names)
@@ -201,30 +201,30 @@ def test_a_broken_checkpoint_is_refused_in_one_line(checkpoint: Path, broken: st
 
 
 @pytest.mark.parametrize("name", ["missing", "./missing", "/missing/folder", "a/b/c"])
-def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub(name: str) -> None:
+def test_a_missing_folder_is_refused_without_asking_the_hub(name: str) -> None:
     message = f"no checkpoint at {name}: the folder does not exist"
     with pytest.raises(CheckpointError, match=message):
         load(name, device="cpu")
 
 
-def test_a_file_is_no_folder(checkpoint: Path) -> None:
+def test_a_file_is_refused_as_a_checkpoint(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="the folder does not exist"):
         load(str(checkpoint / CONFIG), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float8", "torch.float32", "half", ""])
-def test_an_unknown_dtype_is_refused_with_those_known(dtype: str) -> None:
+def test_an_unknown_dtype_error_lists_the_known_ones(dtype: str) -> None:
     with pytest.raises(UnknownName, match=r"use one of auto, float64, float32, bfloat16, float16$"):
         load(dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("device", ["tpu", "banana", "cpu:7", "mps", "meta", "cuda:x", ""])
-def test_an_unknown_device_is_refused_with_those_known(device: str) -> None:
+def test_an_unknown_device_error_lists_the_known_ones(device: str) -> None:
     with pytest.raises(DeviceError, match=f"'{device}'.*use auto, cpu, cuda or cuda:N$"):
         load(device=device)
 
 
-def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(
+def test_a_missing_gpu_error_says_how_many_exist(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -233,7 +233,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(
         load(device="cuda:9")
 
 
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(
+def test_without_a_gpu_auto_is_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -242,7 +242,7 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(
         models.resolve_device("cuda")
 
 
-def test_an_unknown_geometry_is_refused_with_those_known() -> None:
+def test_an_unknown_geometry_error_lists_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="unknown geometry 'granite-5'") as caught:
         load(random_weights="granite-5", device="cpu")
     assert all(name in str(caught.value) for name in GEOMETRIES)
@@ -284,11 +284,11 @@ def test_a_geometry_has_the_published_size_and_layers(name: str) -> None:
     assert tuple(i for i, is_attention in enumerate(kinds) if is_attention) == attention
 
 
-def test_h_1b_has_exactly_the_published_parameters() -> None:
+def test_granite_h_1b_has_the_published_number_of_parameters() -> None:
     assert on_meta("granite-4.0-h-1b").num_parameters() == 1_461_538_368
 
 
-def test_the_studys_geometry_has_what_the_study_reports() -> None:
+def test_the_geometry_of_the_study_is_as_reported() -> None:
     config = geometry_config("study-24l")
     assert config.num_hidden_layers == 24
     assert config.num_attention_heads == 16
@@ -296,12 +296,12 @@ def test_the_studys_geometry_has_what_the_study_reports() -> None:
     assert on_meta("study-24l").num_parameters() > 1e9
 
 
-def test_every_geometry_is_checked_here() -> None:
+def test_every_geometry_has_published_sizes() -> None:
     assert set(GEOMETRIES) == {*PUBLISHED, "study-24l"}
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_only_dense_geometries_and_the_studys_are_rotary(name: str) -> None:
+def test_only_dense_and_study_geometries_are_rotary(name: str) -> None:
     config = geometry_config(name)
     rotary = config.position_embedding_type == "rope"
     assert rotary == ("-h-" not in name)
@@ -341,7 +341,7 @@ def test_another_seed_draws_other_weights(small: str) -> None:
     assert not any(torch.equal(a, b) for a, b in drawn)
 
 
-def test_random_weights_say_so_and_bring_no_tokenizer(small: str) -> None:
+def test_random_weights_are_named_and_have_no_tokenizer(small: str) -> None:
     loaded = load(random_weights=small, device="cpu", seed=5)
     assert loaded.name == "small (random weights, seed 5)"
     assert loaded.tokenizer is None
@@ -349,7 +349,7 @@ def test_random_weights_say_so_and_bring_no_tokenizer(small: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
-def test_random_weights_on_the_cpu_are_float32_unless_asked(
+def test_random_weights_on_the_cpu_default_to_float32(
     small: str, dtype: str, expected: str
 ) -> None:
     model = load(random_weights=small, device="cpu", dtype=dtype).model

@@ -48,7 +48,7 @@ def test_unpatched_logits_are_bit_identical(model: Any) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_unpatching_restores_every_config_attribute_and_hook(model: Any) -> None:
+def test_unpatching_restores_configs_and_hooks(model: Any) -> None:
     def state() -> tuple[Any, ...]:
         modules = [(name, id(module.config)) for name, module in model.named_modules()
                    if hasattr(module, "config")]  # fmt: skip
@@ -67,7 +67,7 @@ def test_unpatching_restores_every_config_attribute_and_hook(model: Any) -> None
     assert state() == before
 
 
-def test_unpatching_gives_mamba_layers_their_own_forward_back(model: Any) -> None:
+def test_unpatching_restores_the_forward_of_mamba_layers(model: Any) -> None:
     mixers = [layer.mamba for layer in model.model.layers if layer.mamba is not None]
     with paged(model):
         assert all("forward" in vars(mixer) for mixer in mixers)
@@ -84,7 +84,7 @@ def test_weights_are_untouched(model: Any) -> None:
         assert all(torch.equal(during[name], tensor) for name, tensor in before.items())
 
 
-def test_a_second_model_with_the_same_config_object_is_untouched(model: Any) -> None:
+def test_a_model_that_shares_the_config_is_untouched(model: Any) -> None:
     torch.manual_seed(1)
     other = GraniteMoeHybridForCausalLM(model.config).eval()
     before = logits(other)
@@ -95,7 +95,7 @@ def test_a_second_model_with_the_same_config_object_is_untouched(model: Any) -> 
         assert torch.equal(logits(other), before)
 
 
-def test_two_models_are_patched_and_unpatched_independently(model: Any) -> None:
+def test_two_models_are_patched_independently(model: Any) -> None:
     other = tiny_model(seed=1)
     with paged(model, PAGES):
         patch(other, PAGES)
@@ -118,7 +118,7 @@ def test_a_forward_pass_without_a_cache_makes_a_paged_one(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_decoder_is_handed_the_cache_under_either_name(model: Any, name: str) -> None:
+def test_a_decoder_receives_the_cache_under_either_name(model: Any, name: str) -> None:
     """transformers 5.24 renamed it, and its decorators see a call only after our hook did."""
     ids, _ = prompts((9,))
     with paged(model, PAGES), torch.inference_mode():
@@ -132,7 +132,7 @@ def test_a_decoder_is_handed_the_cache_under_either_name(model: Any, name: str) 
 
 
 @pytest.mark.parametrize("cache", ["none", "dynamic"])
-def test_a_patched_model_answers_as_before_without_our_cache(model: Any, cache: str) -> None:
+def test_a_patched_model_without_a_paged_cache_is_unchanged(model: Any, cache: str) -> None:
     def run() -> torch.Tensor:
         own = DynamicCache(config=model.config) if cache == "dynamic" else None
         return logits(model, **with_cache(own), use_cache=cache == "dynamic")
@@ -152,7 +152,7 @@ def test_a_patched_model_can_be_copied(model: Any) -> None:
     assert out.sequences.tolist() == expected.tolist()
 
 
-def test_importing_the_package_registers_compiles_and_patches_nothing() -> None:
+def test_importing_the_package_has_no_side_effects() -> None:
     code = (
         "import sys, granite_paged\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
@@ -188,7 +188,7 @@ def test_a_model_without_weights_is_refused() -> None:
         patch(model)
 
 
-def test_patching_twice_is_refused_and_changes_nothing(model: Any) -> None:
+def test_patching_twice_is_refused(model: Any) -> None:
     with paged(model, PAGES):
         with pytest.raises(AlreadyPatched):
             patch(model)
@@ -202,7 +202,7 @@ def test_unpatching_twice_is_refused(model: Any) -> None:
         unpatch(model)
 
 
-def test_an_exception_inside_the_context_still_unpatches(model: Any) -> None:
+def test_an_exception_in_the_context_still_unpatches(model: Any) -> None:
     with pytest.raises(KeyError), paged(model, PAGES):
         raise KeyError
     assert not is_patched(model)

@@ -56,7 +56,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     assert float((actual - expected).abs().max()) <= LOGITS_FLOAT32 * float(expected.abs().max())
 
 
-def test_padding_of_a_prefill_leaves_no_trace(model: Any) -> None:
+def test_padding_of_a_prefill_changes_nothing(model: Any) -> None:
     exact, padded = kernels(model), kernels(model)
     expected = exact.prefill(PROMPTS)
     chunks = padded.chunks(PROMPTS)
@@ -74,7 +74,7 @@ def test_padding_of_a_prefill_leaves_no_trace(model: Any) -> None:
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_of_a_decode_step_leaves_no_trace(model: Any) -> None:
+def test_padding_of_a_decode_step_changes_nothing(model: Any) -> None:
     exact, padded = kernels(model), kernels(model)
     for driver in (exact, padded):
         driver.prefill(PROMPTS)
@@ -94,7 +94,7 @@ def test_padding_of_a_decode_step_leaves_no_trace(model: Any) -> None:
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_chunks_cut_into_pieces_are_computed_as_whole_ones(model: Any) -> None:
+def test_split_chunks_equal_whole_ones(model: Any) -> None:
     """As captured steps do it, where that takes less time."""
     lengths = {1: 90, 2: 70, 3: 95, 4: 80, 5: 128, 6: 9}
     draw = torch.Generator().manual_seed(0)

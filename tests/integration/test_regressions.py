@@ -51,7 +51,7 @@ def draw(rows: int, columns: int, seed: int = 0) -> Tensor:
 # -- Mamba states -------------------------------------------------------------------------------
 
 
-def test_right_padded_prefill_is_refused_before_it_spoils_a_mamba_state(model: Any) -> None:
+def test_right_padding_is_refused_before_mamba_states_change(model: Any) -> None:
     """transformers #48256: dt is not masked, so the state decays over padding on the right."""
     ids, mask = prompts((12, 7))
     own = fresh(model)
@@ -61,7 +61,7 @@ def test_right_padded_prefill_is_refused_before_it_spoils_a_mamba_state(model: A
     assert sum(layer.nbytes for layer in own.layers if isinstance(layer, MambaRows)) == 0
 
 
-def test_what_is_refused_would_have_been_wrong() -> None:
+def test_right_padding_would_give_wrong_logits() -> None:
     """The teeth of the above: on transformers' own cache the next token's logits are off."""
     model = tiny_model().requires_grad_(False)
     ids, token = draw(1, 12), torch.tensor([[7]])
@@ -83,9 +83,7 @@ def test_what_is_refused_would_have_been_wrong() -> None:
 
 @pytest.mark.parametrize("flavour", ["hybrid", "rotary"])
 @pytest.mark.parametrize("chunks", [(16,) * 6, (32, 64), (80, 16), (48, 48)])
-def test_prefill_in_chunks_keeps_mamba_states_between_them(
-    flavour: str, chunks: tuple[int, ...]
-) -> None:
+def test_chunked_prefill_keeps_mamba_states(flavour: str, chunks: tuple[int, ...]) -> None:
     """transformers #46032: states were lost at every chunk but the last."""
     assert all(columns % CHUNK == 0 for columns in chunks)
     model, ids, token = tiny_model(flavour).requires_grad_(False), draw(2, 96), draw(2, 1, seed=1)
@@ -98,7 +96,7 @@ def test_prefill_in_chunks_keeps_mamba_states_between_them(
     assert difference(torch.cat(actual, dim=1), torch.cat(expected, dim=1)) <= LOGITS_FLOAT32
 
 
-def test_states_that_are_lost_between_chunks_are_seen(model: Any) -> None:
+def test_lost_mamba_states_are_detected(model: Any) -> None:
     """The teeth of the above."""
     ids = draw(2, 96)
     expected = model(ids, **with_cache(fresh(model))).logits[:, 48:]
@@ -126,7 +124,7 @@ def test_a_reset_cache_starts_the_next_sequence_from_zero_states(model: Any, fir
     assert difference(actual, expected) <= LOGITS_FLOAT32
 
 
-def test_states_that_survive_a_reset_are_seen(model: Any) -> None:
+def test_states_that_survive_a_reset_are_detected(model: Any) -> None:
     """The teeth of the above."""
     own = fresh(model)
     model(draw(3, 40, seed=1), **with_cache(own))
@@ -153,7 +151,7 @@ def test_cached_and_uncached_logits_agree_at_every_position(flavour: str) -> Non
     assert difference(actual, expected) <= LOGITS_FLOAT32
 
 
-def test_at_a_tie_tokens_may_flip_and_logits_may_not() -> None:
+def test_logits_agree_even_at_a_tie() -> None:
     """The same, made certain: two words whose logits are equal but for rounding."""
     model, ids = tiny_model(tie_word_embeddings=False).requires_grad_(False), draw(1, 37)
     best = int(model(ids, use_cache=False).logits[0, -1].argmax())
@@ -171,7 +169,7 @@ def test_at_a_tie_tokens_may_flip_and_logits_may_not() -> None:
 # -- compiling ----------------------------------------------------------------------------------
 
 
-def test_past_the_recompile_limit_a_compiled_step_raises_instead_of_falling_back(
+def test_a_step_past_the_recompile_limit_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compiled FlexAttention becomes eager at dynamo's limit with a log line. Ours may not."""
@@ -186,7 +184,7 @@ def test_past_the_recompile_limit_a_compiled_step_raises_instead_of_falling_back
             model(draw(1, 23), **with_cache(own))
 
 
-def test_the_compiled_call_allows_no_graph_break_and_no_symbolic_shape() -> None:
+def test_the_compiled_call_is_fullgraph_and_static() -> None:
     with mock.patch.object(torch, "compile") as compile_:
         attention._compiled.__wrapped__(attention._fused)
     assert compile_.call_args.kwargs == {"fullgraph": True, "dynamic": False}
@@ -195,7 +193,7 @@ def test_the_compiled_call_allows_no_graph_break_and_no_symbolic_shape() -> None
 # -- releasing ----------------------------------------------------------------------------------
 
 
-def test_a_sequence_that_produced_nan_poisons_no_later_owner_of_its_pages() -> None:
+def test_nan_does_not_reach_a_later_owner_of_the_page() -> None:
     """vLLM PR #53856, flash-attention #2374: 0 * NaN in the tail of a partly filled page."""
     model = tiny_model().requires_grad_(False)
     with paged(model, PAGES):
@@ -211,7 +209,7 @@ def test_a_sequence_that_produced_nan_poisons_no_later_owner_of_its_pages() -> N
     assert difference(actual[mask.bool()], expected[mask.bool()]) <= LOGITS_FLOAT32
 
 
-def test_releasing_twice_frees_nothing_twice(model: Any) -> None:
+def test_releasing_twice_frees_pages_once(model: Any) -> None:
     """torch 2.15 `erase`, transformers `free_blocks`: a page freed twice has two owners."""
     own = fresh(model)
     model(draw(3, 10), **with_cache(own))

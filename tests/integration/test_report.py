@@ -70,7 +70,7 @@ def bench_file(folder: Path, rows: Any) -> str:
 # -- tables -------------------------------------------------------------------------------------
 
 
-def test_the_tables_say_what_where_and_by_how_much(evaluation: dict[str, Any]) -> None:
+def test_tables_name_the_run_and_its_figures(evaluation: dict[str, Any]) -> None:
     text = "\n".join(result_tables([evaluation], []))
     metrics = evaluation["tasks"]["mmlu"]["modes"]["paged"]
     for said in (
@@ -84,7 +84,7 @@ def test_the_tables_say_what_where_and_by_how_much(evaluation: dict[str, Any]) -
         assert said in text
 
 
-def test_results_of_several_gpus_say_which_and_one_command_once(
+def test_results_of_several_gpus_name_their_gpu(
     evaluation: dict[str, Any],
 ) -> None:
     assert [entry.label for entry in entries([evaluation])] == ["mmlu 0-shot, one by one"]
@@ -99,7 +99,7 @@ def test_results_of_several_gpus_say_which_and_one_command_once(
     assert "- NVIDIA L4; tiny" in text
 
 
-def test_the_original_studys_tables_stand_beside_ours_with_their_gpu(
+def test_the_tables_of_the_study_appear_with_their_gpu(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = read_bench(bench_file(tmp_path, BENCH))
@@ -114,14 +114,14 @@ def test_the_original_studys_tables_stand_beside_ours_with_their_gpu(
     assert ours.count(" - |") == 3, "sizes that were not measured are left open"
 
 
-def test_the_original_studys_tables_are_whole() -> None:
+def test_the_tables_of_the_study_are_complete() -> None:
     study = original_study()
     for axis in ("batch", "context"):
         assert {len(series) for series in study[axis].values()} == {6}
     assert len(study["accuracy"]) == 4
 
 
-def test_a_page_gets_the_tables_between_its_comments(
+def test_tables_are_written_between_the_comments_of_a_page(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     page = tmp_path / "README.md"
@@ -146,7 +146,7 @@ def test_a_page_without_the_comments_is_refused(evaluation: dict[str, Any], tmp_
 # -- files of results ---------------------------------------------------------------------------
 
 
-def test_curves_need_three_points_and_keep_what_is_fixed() -> None:
+def test_curves_have_at_least_three_points() -> None:
     def row(case: str, batch: int, context: int) -> BenchRow:
         return BenchRow("GPU", case, "paged", batch, context, 1.0, 1.0, 1.0, None)
 
@@ -167,19 +167,19 @@ def test_curves_need_three_points_and_keep_what_is_fixed() -> None:
         ([BENCH[0], 3], "row 2: "),
     ],
 )
-def test_a_bench_file_of_another_form_is_refused(rows: Any, reason: str, tmp_path: Path) -> None:
+def test_a_malformed_bench_file_is_refused(rows: Any, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=reason):
         read_bench(bench_file(tmp_path, rows))
 
 
-def test_rows_without_a_time_are_passed_over_and_bare_medians_taken(tmp_path: Path) -> None:
+def test_rows_without_a_time_are_skipped(tmp_path: Path) -> None:
     failed = {**BENCH[0], "latency_ms": None, "error": "out of memory"}
     bare = {**BENCH[1], "latency_ms": {"median": 7.0, "p10": None, "p90": None, "n": None}}
     (row,) = read_bench(bench_file(tmp_path, [failed, bare]))
     assert (row.p10_ms, row.median_ms, row.p90_ms) == (7.0, 7.0, 7.0)
 
 
-def test_a_result_file_of_another_form_is_refused(tmp_path: Path) -> None:
+def test_a_malformed_result_file_is_refused(tmp_path: Path) -> None:
     for content, reason in (
         ("{", "line 1: not JSON"),
         ("[]", "not a JSON object"),
@@ -193,7 +193,7 @@ def test_a_result_file_of_another_form_is_refused(tmp_path: Path) -> None:
 # -- figures ------------------------------------------------------------------------------------
 
 
-def test_a_report_is_a_page_its_results_and_figures(
+def test_a_report_has_a_page_results_and_figures(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
@@ -210,7 +210,7 @@ def test_a_report_is_a_page_its_results_and_figures(
     assert json.loads((folder / "results.json").read_text()) == {"evaluations": [evaluation]}
 
 
-def test_the_same_results_make_the_same_bytes(evaluation: dict[str, Any], tmp_path: Path) -> None:
+def test_equal_results_write_identical_reports(evaluation: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     for name in ("one", "two"):
         write_report(str(tmp_path / name), [evaluation])
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
         write_report(str(tmp_path / "file"), [evaluation])
 
 
-def test_report_puts_several_results_on_one_page(
+def test_report_combines_several_results(
     evaluation: dict[str, Any], tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
@@ -243,7 +243,7 @@ def test_report_puts_several_results_on_one_page(
     assert "mmlu 0-shot, batch 32" in page
 
 
-def test_report_refuses_what_is_no_result(tmp_path: Path, capsys: Capture) -> None:
+def test_report_refuses_a_missing_result(tmp_path: Path, capsys: Capture) -> None:
     assert run(["report", str(tmp_path / "none.json")]) == USAGE
     assert "none.json: cannot be read: No such file" in capsys.readouterr().err
 
@@ -251,7 +251,7 @@ def test_report_refuses_what_is_no_result(tmp_path: Path, capsys: Capture) -> No
 # -- Weights & Biases ---------------------------------------------------------------------------
 
 
-def test_wandb_offline_keeps_metrics_tables_and_figures(
+def test_wandb_offline_records_metrics_tables_and_figures(
     evaluation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="needs the extra granite-paged[wandb]")
@@ -277,7 +277,7 @@ def test_wandb_offline_keeps_metrics_tables_and_figures(
 # -- TensorBoard --------------------------------------------------------------------------------
 
 
-def test_tensorboard_keeps_metrics_tables_and_figures(
+def test_tensorboard_records_metrics_tables_and_figures(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")
@@ -300,7 +300,7 @@ def test_tensorboard_keeps_metrics_tables_and_figures(
     assert b"| task | mode | questions |" in table.tensor_proto.string_val[0]
 
 
-def test_tensorboard_refuses_a_folder_that_is_none(
+def test_tensorboard_refuses_a_file_as_its_folder(
     evaluation: dict[str, Any], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")

@@ -57,7 +57,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 32])
-def test_greedy_tokens_are_those_of_generate(model: Any, driver: Driver, chunk: int) -> None:
+def test_greedy_tokens_equal_those_of_generate(model: Any, driver: Driver, chunk: int) -> None:
     prompt = tokens(45)
     expected = sdpa_greedy(model, prompt, 20)
     driver.open(3)
@@ -65,9 +65,7 @@ def test_greedy_tokens_are_those_of_generate(model: Any, driver: Driver, chunk: 
     driver.check_valid()
 
 
-def test_chunks_of_different_lengths_share_a_call_and_leave_no_trace_in_each_other(
-    model: Any, driver: Driver
-) -> None:
+def test_chunks_in_one_call_do_not_affect_each_other(model: Any, driver: Driver) -> None:
     prompts = {1: tokens(32, 1), 2: tokens(5, 2), 4: tokens(1, 3)}
     for row in prompts:
         driver.open(row)
@@ -82,11 +80,11 @@ def test_chunks_of_different_lengths_share_a_call_and_leave_no_trace_in_each_oth
     assert driver.runner.tokens[3] == 0, "nobody's row is fed nothing"
 
 
-def test_no_step_is_of_more_rows_than_the_runner_has(driver: Driver) -> None:
+def test_no_step_has_more_rows_than_the_runner(driver: Driver) -> None:
     assert driver.runner.shapes.rows == driver.runner.rows == CONFIG.max_sequences
 
 
-def test_a_chunk_that_starts_anywhere_is_not_cut(driver: Driver) -> None:
+def test_unaligned_chunks_are_not_split(driver: Driver) -> None:
     calls: list[bool] = []
     arrange = Shapes.arrange
 
@@ -102,7 +100,7 @@ def test_a_chunk_that_starts_anywhere_is_not_cut(driver: Driver) -> None:
     assert calls == [True, True, driver.runner.alignment in (1, 3)]
 
 
-def test_a_fork_continues_by_itself(model: Any, driver: Driver) -> None:
+def test_a_fork_continues_independently(model: Any, driver: Driver) -> None:
     prompt = tokens(21)
     driver.open(1)
     driver.prefill({1: prompt})
@@ -114,14 +112,14 @@ def test_a_fork_continues_by_itself(model: Any, driver: Driver) -> None:
     driver.check_valid()
 
 
-def test_a_fork_has_the_pages_that_were_given_since_the_last_step(driver: Driver) -> None:
+def test_a_fork_includes_pages_written_since_the_last_step(driver: Driver) -> None:
     driver.open(1)
     driver.chunks({1: tokens(20)})  # pages, and no step that needs them
     driver.fork(1, 2)
     driver.check_valid()
 
 
-def test_a_cleared_row_has_none_of_the_pages_given_to_its_last_owner(driver: Driver) -> None:
+def test_a_cleared_row_has_no_pages(driver: Driver) -> None:
     driver.open(1)
     driver.chunks({1: tokens(20)})
     driver.close(1)
@@ -129,9 +127,7 @@ def test_a_cleared_row_has_none_of_the_pages_given_to_its_last_owner(driver: Dri
     assert not driver.runner.storage.table.physical[1].any()
 
 
-def test_a_row_given_to_the_next_sequence_holds_nothing_of_the_last(
-    model: Any, driver: Driver
-) -> None:
+def test_a_reused_row_holds_nothing_of_its_last_owner(model: Any, driver: Driver) -> None:
     driver.open(1)
     driver.prefill({1: tokens(30, 5)})
     driver.close(1)
@@ -140,7 +136,7 @@ def test_a_row_given_to_the_next_sequence_holds_nothing_of_the_last(
     assert_same(driver.prefill({1: prompt})[0], sdpa(model, prompt)[-1])
 
 
-def test_a_row_that_is_not_cleared_is_seen(driver: Driver) -> None:
+def test_a_row_that_is_not_cleared_is_detected(driver: Driver) -> None:
     if not driver.runner.storage.states:
         pytest.skip("a model without Mamba layers keeps nothing in its rows")
     driver.open(1)
@@ -167,7 +163,7 @@ def test_scores_are_log_probabilities_of_the_targets(model: Any, driver: Driver)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scores_of_half_logits_are_single_precision(dtype: torch.dtype) -> None:
+def test_scores_of_half_precision_logits_are_float32(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     logits = (8 * torch.randn(3, 1000, generator=draw)).to(dtype)
     logits[1, 7], logits[2, 7] = 99, -99
@@ -183,9 +179,7 @@ def test_scores_of_half_logits_are_single_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("to_host", [False, True])
-def test_a_row_saved_and_loaded_elsewhere_goes_on_as_it_was(
-    model: Any, driver: Driver, to_host: bool
-) -> None:
+def test_a_saved_row_continues_in_another_row(model: Any, driver: Driver, to_host: bool) -> None:
     prompt = tokens(32)
     driver.open(1)
     driver.prefill({1: prompt})
@@ -203,7 +197,7 @@ def test_a_row_saved_and_loaded_elsewhere_goes_on_as_it_was(
     assert_same(driver.decode({3: 8})[0], sdpa(model, [*prompt, 8])[-1])
 
 
-def test_another_rows_nan_changes_nothing_and_is_told_of(model: Any, driver: Driver) -> None:
+def test_nan_is_flagged_and_stays_in_its_row(model: Any, driver: Driver) -> None:
     for row in (1, 2):
         driver.open(row)
     healthy, sick = tokens(20, 1), tokens(20, 2)
@@ -247,9 +241,7 @@ def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
         (Chunk(1, -1, [5]), InvalidRequest),
     ],
 )
-def test_a_chunk_that_cannot_be_run_is_refused(
-    driver: Driver, chunk: Chunk, error: type[Exception]
-) -> None:
+def test_an_invalid_chunk_is_refused(driver: Driver, chunk: Chunk, error: type[Exception]) -> None:
     with pytest.raises(error):
         driver.runner.prefill([chunk])
 
@@ -257,24 +249,24 @@ def test_a_chunk_that_cannot_be_run_is_refused(
 @pytest.mark.parametrize(
     ("rows", "positions"), [([], []), ([0], [0]), ([5], [0]), ([1], [512]), ([1], [-1]), ([1], [])]
 )
-def test_a_decode_step_that_cannot_be_run_is_refused(
+def test_an_invalid_decode_step_is_refused(
     driver: Driver, rows: list[int], positions: list[int]
 ) -> None:
     with pytest.raises(InvalidRequest):
         driver.runner.decode(rows, positions)
 
 
-def test_targets_that_do_not_match_are_refused(driver: Driver) -> None:
+def test_targets_that_do_not_match_tokens_are_refused(driver: Driver) -> None:
     with pytest.raises(InvalidRequest, match="one target"):
         driver.runner.score([Chunk(1, 0, [5, 6])], [[7]])
 
 
-def test_a_runner_that_does_not_fit_is_refused_with_what_is_needed(model: Any) -> None:
+def test_a_runner_that_does_not_fit_is_refused(model: Any) -> None:
     with pytest.raises(OutOfMemory, match="lower PagedConfig"):
         Runner.for_model(model, PagedConfig(max_tokens=2**40))
 
 
-def test_closing_gives_pages_and_states_back(driver: Driver) -> None:
+def test_close_releases_pages_and_states(driver: Driver) -> None:
     storage = driver.runner.storage
     pools = [part for pool in storage.pools.values() for part in (pool.keys, pool.values)]
     held = [weakref.ref(tensor) for tensor in (*pools, *storage.stacked)]
@@ -284,7 +276,7 @@ def test_closing_gives_pages_and_states_back(driver: Driver) -> None:
     assert not any(reference() is not None for reference in held)
 
 
-def test_the_plan_is_what_is_allocated(driver: Driver, model: Any) -> None:
+def test_the_memory_plan_equals_what_is_allocated(driver: Driver, model: Any) -> None:
     runner = driver.runner
     storage = runner.storage
     assert runner.plan.weight_bytes == weight_bytes(model)

@@ -50,14 +50,14 @@ def from_the_formula(model: Any, request: Request) -> list[float]:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_default_scores_are_the_formulas(flavour: str) -> None:
+def test_default_scores_equal_the_formula(flavour: str) -> None:
     model = tiny_loaded(flavour).model
     for request, answer in zip(requests(3), DefaultScorer(model).score(requests(3)), strict=True):
         expected = from_the_formula(model, request)
         assert [score.logprob for score in answer.scores] == pytest.approx(expected, abs=CLOSE)
 
 
-def test_default_in_batches_scores_as_one_by_one() -> None:
+def test_default_scores_are_independent_of_batching() -> None:
     model = tiny_loaded().model
     assert largest_difference(
         DefaultScorer(model, 5).score(requests()), DefaultScorer(model).score(requests())
@@ -77,7 +77,7 @@ def one_by_one(scorer: Scorer, asked: Sequence[Request]) -> list[Answer]:
 
 @pytest.mark.parametrize("batch", [1, 7])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_paged_scores_as_default(flavour: str, batch: int) -> None:
+def test_paged_scores_equal_those_of_default(flavour: str, batch: int) -> None:
     model = tiny_loaded(flavour).model
     default = DefaultScorer(model).score(requests())
     scorer = paged(model, requests(), batch)
@@ -92,7 +92,7 @@ def test_paged_scores_as_default(flavour: str, batch: int) -> None:
     scorer.close()
 
 
-def test_a_shared_beginning_is_run_once_and_ends_at_a_boundary_of_page_and_chunk() -> None:
+def test_a_shared_prefix_is_computed_once() -> None:
     asked = requests(prefix=40)
     scorer = paged(tiny_loaded(mamba_chunk_size=16).model, asked)
     first, second, *others = one_by_one(scorer, asked)
@@ -123,7 +123,7 @@ def test_scoring_leaves_the_model_as_it_was() -> None:
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
 
 
-def test_a_full_pool_lets_go_of_what_it_keeps_before_it_gives_up() -> None:
+def test_a_full_pool_evicts_prefixes_before_it_refuses() -> None:
     first, second = requests(1, seed=3)[0], requests(1, seed=4)[0]
     longest = max(request.longest for request in (first, second))
     small = PagedConfig(page_size=8, max_tokens=longest + 48)
@@ -132,7 +132,7 @@ def test_a_full_pool_lets_go_of_what_it_keeps_before_it_gives_up() -> None:
     assert largest_difference(one_by_one(scorer, [first, second])[1:], alone) < CLOSE
 
 
-def test_a_context_longer_than_the_pool_is_refused_and_the_next_is_scored() -> None:
+def test_a_context_longer_than_the_pool_is_refused() -> None:
     long = Request(list(range(3, 93)), [[5], [6]])
     small = PagedConfig(page_size=8, max_tokens=64)
     scorer = make_scorer("paged", tiny_loaded().model, small, Needs.of([long]))
@@ -164,7 +164,7 @@ def test_continuations_that_differ_in_the_last_token_share_a_row() -> None:
     assert [[slot for slot, _ in row.endings] for row in rows] == [[0, 1], [2, 3]]
 
 
-def test_the_tally_reads_each_token_at_the_position_before_it() -> None:
+def test_a_tally_reads_a_token_at_the_position_before_it() -> None:
     logits = torch.zeros(1, 3, 4)
     logits[0, 1, 2] = 5.0  # position 11 decides token 2
     tally = Tally([Request([0], [[2], [3]])])
@@ -175,12 +175,12 @@ def test_the_tally_reads_each_token_at_the_position_before_it() -> None:
     assert right.logprob - wrong.logprob == pytest.approx(5.0)
 
 
-def test_the_first_of_equals_is_chosen_as_in_lm_eval() -> None:
+def test_the_first_of_equal_choices_wins_as_in_lm_eval() -> None:
     assert choice([-3.0, -1.0, -1.0, -2.0]) == 1
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_static_scores_as_default(flavour: str) -> None:
+def test_static_scores_equal_those_of_default(flavour: str) -> None:
     """Its step is not compiled here, which takes long and changes nothing but time."""
     model = tiny_loaded(flavour).model
     model.get_compiled_call = lambda config: model.__call__
@@ -262,7 +262,7 @@ def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_double")
-def test_an_engine_gets_the_sizes_that_the_requests_need() -> None:
+def test_the_engine_is_sized_for_its_requests() -> None:
     model, needs = tiny_loaded().model, Needs(longest=600, shared=SMALL_PAGES.page_size, forks=True)
     scorer: Any = make_scorer("paged", model, SMALL_PAGES, needs)
     (answer,) = scorer.score([Request([1, 2], [[3], [4, 5]], shared=1)])
@@ -280,7 +280,7 @@ def test_an_engine_gets_the_sizes_that_the_requests_need() -> None:
 
 
 @pytest.mark.usefixtures("with_double")
-def test_questions_alone_have_graphs_of_the_pieces_that_they_are_cut_into() -> None:
+def test_warm_up_covers_only_pieces_of_the_longest_prompt() -> None:
     """The workspace of a graph that is never replayed would count against the peak."""
     needs = Needs(longest=1138)
     scorer: Any = make_scorer("paged", tiny_loaded().model, PagedConfig(page_size=128), needs)
@@ -290,7 +290,7 @@ def test_questions_alone_have_graphs_of_the_pieces_that_they_are_cut_into() -> N
 
 
 @pytest.mark.usefixtures("with_double")
-def test_questions_alone_that_share_and_fork_nothing_take_one_row() -> None:
+def test_single_questions_without_sharing_take_one_row() -> None:
     """What is kept for nobody would count against the peak."""
     needs = Needs(longest=100, shared=SMALL_PAGES.page_size - 1, forks=False)
     scorer: Any = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs)
@@ -298,7 +298,7 @@ def test_questions_alone_that_share_and_fork_nothing_take_one_row() -> None:
     assert scorer.engine.state_bytes == 0
 
 
-def test_a_beginning_is_kept_where_questions_alone_take_one_row() -> None:
+def test_a_prefix_stays_cached_with_a_single_row() -> None:
     """In pages beside the row's own: without them, every question would push it out."""
     shared = [20 + i % 70 for i in range(300)]
     asked = [Request([*shared, 10 + i, 5], [[6], [7]], shared=300) for i in range(4)]
@@ -309,7 +309,7 @@ def test_a_beginning_is_kept_where_questions_alone_take_one_row() -> None:
     assert min(reused[2:]) >= 256
 
 
-def test_what_an_engine_reused_is_counted_once() -> None:
+def test_reused_tokens_are_counted_once() -> None:
     double: Any = EngineDouble(None, SMALL_PAGES)
     scorer = EngineScorer(double)
     asked = [Request(list(range(150)), [[3], [4, 5]])] * 3

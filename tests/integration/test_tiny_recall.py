@@ -76,13 +76,13 @@ def test_facts_are_recalled_in_bfloat16() -> None:
     assert recall(load(TINY_RECALL, torch.bfloat16), context=512, rows=8) >= RECALL
 
 
-def test_weights_are_those_that_were_recorded() -> None:
+def test_weights_have_the_recorded_hash() -> None:
     record = json.loads((TINY_RECALL / "record.json").read_text(encoding="utf-8"))
     weights = (TINY_RECALL / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == record["sha256"]
 
 
-def test_words_and_tokens_are_each_other(batch: RecallBatch) -> None:
+def test_words_and_tokens_correspond(batch: RecallBatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_RECALL)
     tokens = batch.input_ids[0].tolist()
     text = " ".join(VOCABULARY[token] for token in tokens)
@@ -90,7 +90,7 @@ def test_words_and_tokens_are_each_other(batch: RecallBatch) -> None:
     assert tokenizer.decode(tokens) == text
 
 
-def test_pads_go_to_the_left() -> None:
+def test_the_tokenizer_pads_on_the_left() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY_RECALL)
     padded = tokenizer([VOCABULARY[ASK], f"{VOCABULARY[ASK]} {VOCABULARY[ASK]}"], padding=True)
     assert padded["input_ids"] == [[tokenizer.pad_token_id, ASK], [ASK, ASK]]
@@ -106,7 +106,7 @@ def test_three_query_heads_share_a_kv_head(model: GraniteMoeHybridForCausalLM) -
     [(FIRST_ATTENTION, EVEN), (SECOND_ATTENTION, ODD)],
     ids=["first layer, even keys", "second layer, odd keys"],
 )
-def test_an_attention_layer_with_another_history_loses_its_own_parity_of_keys(
+def test_an_attention_layer_recalls_keys_of_its_parity(
     model: GraniteMoeHybridForCausalLM, batch: RecallBatch, layer: int, parity: int
 ) -> None:
     answers = answers_after_facts(model, batch, swap_history(layer))
@@ -114,14 +114,14 @@ def test_an_attention_layer_with_another_history_loses_its_own_parity_of_keys(
     assert recall_accuracy(answers, batch, batch.of_parity(1 - parity)) >= RECALL
 
 
-def test_another_conv_state_before_ask_loses_the_key(
+def test_a_swapped_conv_state_loses_the_key(
     model: GraniteMoeHybridForCausalLM, batch: RecallBatch
 ) -> None:
     answers = answers_at_ask(model, batch, swap_conv_states, slots=24)
     assert recall_accuracy(answers, batch, answered(answers)) <= MOST_WITHOUT
 
 
-def test_another_ssm_state_answers_in_the_other_mode(
+def test_a_swapped_ssm_state_answers_in_the_other_mode(
     model: GraniteMoeHybridForCausalLM, batch: RecallBatch
 ) -> None:
     answers = answers_after_facts(model, batch, swap_ssm_states)

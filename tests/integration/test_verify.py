@@ -59,7 +59,7 @@ def test_half_precision_errs_no_more_than_sdpa(embedded: LoadedModel, dtype: str
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("flavour", list(FLAVOURS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_flavour_passes(flavour: str, dtype: torch.dtype) -> None:
+def test_every_kind_of_model_passes(flavour: str, dtype: torch.dtype) -> None:
     model = tiny_model(flavour).to(dtype)
     model.set_experts_implementation("eager")  # the grouped kernel does not support float64
     report = verify.verify(loaded(model), config=PagedConfig(page_size=8), context=64)
@@ -117,7 +117,7 @@ def test_waste_over_256_ragged_sequences_is_within_the_tolerance(embedded: Loade
 
 
 @pytest.mark.usefixtures("short")
-def test_json_on_standard_output_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", "--device", "cpu", "--context", "64", "--json", "-"]) == OK
     out, err = capsys.readouterr()
     report = json.loads(out)

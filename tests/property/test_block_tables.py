@@ -51,7 +51,9 @@ def draw_step(
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
-def test_every_row_attends_as_sdpa_does(kind: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_every_row_attends_as_accurately_as_sdpa(
+    kind: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
     history = data.draw(histories(geometries((dtype,))))
     paged, added, step = draw_step(data, history, kind)
     assert_right(paged, step, added, step.attend())
@@ -63,7 +65,7 @@ def test_every_row_attends_as_sdpa_does(kind: str, dtype: torch.dtype, data: st.
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=4),
     padding=st.integers(0, 3),
 )
-def test_a_left_padded_prefill_attends_as_sdpa_does(geometry, lengths, padding) -> None:
+def test_a_left_padded_prefill_is_as_accurate_as_sdpa(geometry, lengths, padding) -> None:
     paged = Paged(geometry)
     added = {paged.open(0): length for length in lengths}
     step = paged.step(added, padding=padding)
@@ -71,7 +73,7 @@ def test_a_left_padded_prefill_attends_as_sdpa_does(geometry, lengths, padding) 
 
 
 @given(geometry=SMALL, chunks=st.lists(st.integers(1, 40), min_size=2, max_size=6))
-def test_chunks_of_a_prompt_give_what_one_prefill_gives(geometry, chunks) -> None:
+def test_chunked_prefill_equals_one_prefill(geometry, chunks) -> None:
     paged = Paged(geometry)
     prompt, total = paged.open(0), sum(chunks)
     paged.append({prompt: total})
@@ -96,7 +98,7 @@ def test_permuting_physical_pages_changes_no_output(data, history, seed) -> None
 
 
 @given(data=st.data(), history=histories(SMALL))
-def test_permuting_the_rows_of_a_batch_permutes_the_outputs(data, history) -> None:
+def test_permuting_rows_permutes_the_outputs(data, history) -> None:
     """Seen in torch's PagedAttention and attention-gym: the permuted rows' page tables are met
     with the inverse map of rows 0, 1, ..."""
     _, _, step = draw_step(data, history, "ragged")
@@ -105,7 +107,7 @@ def test_permuting_the_rows_of_a_batch_permutes_the_outputs(data, history) -> No
 
 
 @given(data=st.data(), history=histories(SMALL))
-def test_a_row_alone_gives_what_it_gives_in_a_batch(data, history) -> None:
+def test_a_row_alone_equals_the_row_in_a_batch(data, history) -> None:
     """Seen in torch's PagedAttention and attention-gym, for subsets of the slots."""
     _, _, step = draw_step(data, history, "ragged")
     row = data.draw(st.integers(0, len(step.query) - 1))
@@ -121,7 +123,7 @@ def test_rows_may_be_repeated(data, history) -> None:
 
 
 @given(data=st.data(), history=histories(SMALL))
-def test_a_page_table_as_wide_as_its_longest_sequence_is_wide_enough(data, history) -> None:
+def test_a_narrower_page_table_gives_the_same_output(data, history) -> None:
     """Entries beyond it are spare room: nothing but room may depend on them."""
     paged, _, step = draw_step(data, history, "ragged")
     width = max(1, *(len(paged.allocator.pages_of(sequence)) for sequence in paged.rows))
@@ -130,7 +132,7 @@ def test_a_page_table_as_wide_as_its_longest_sequence_is_wide_enough(data, histo
 
 
 @given(data=st.data(), history=histories(SMALL))
-def test_another_sequences_tokens_cannot_change_mine(data, history) -> None:
+def test_tokens_of_other_sequences_change_no_output(data, history) -> None:
     paged, added, step = draw_step(data, history, "ragged")
     others = paged.unread_slots(added)
     keys, values = step.keys.clone(), step.values.clone()
@@ -139,7 +141,7 @@ def test_another_sequences_tokens_cannot_change_mine(data, history) -> None:
 
 
 @given(data=st.data(), history=histories(SMALL))
-def test_a_later_step_of_others_cannot_change_mine(data, history) -> None:
+def test_later_steps_of_other_sequences_change_no_output(data, history) -> None:
     """They write, copy on write and recycle pages; mine stay."""
     paged, added, step = draw_step(data, history, "chunk")
     before = step.attend()
@@ -157,7 +159,7 @@ def test_a_later_step_of_others_cannot_change_mine(data, history) -> None:
 
 @pytest.mark.parametrize("poison", POISONS)
 @given(data=st.data(), history=histories(SMALL))
-def test_what_a_row_does_not_own_never_reaches_its_output(poison, data, history) -> None:
+def test_slots_that_a_row_does_not_own_never_reach_its_output(poison, data, history) -> None:
     """Free pages, others' pages, the null page, tails of partly filled pages. Seen in
     flash-attention and vLLM: a masked weight of 0 times NaN leaks."""
     paged, added, step = draw_step(data, history, "ragged")
@@ -169,7 +171,7 @@ def test_what_a_row_does_not_own_never_reaches_its_output(poison, data, history)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
-def test_a_nan_of_ones_own_is_seen_by_those_who_attend_to_it_only(dtype, data) -> None:
+def test_a_nan_reaches_exactly_the_rows_that_attend_to_it(dtype, data) -> None:
     """Hiding foreign NaNs must not hide a row's own."""
     history = data.draw(histories(geometries((dtype,), page_sizes=(4, 8), head_dims=(16,))))
     paged, added, step = draw_step(data, history, "chunk")
@@ -189,14 +191,14 @@ def test_a_nan_of_ones_own_is_seen_by_those_who_attend_to_it_only(dtype, data) -
 
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
-def test_pages_that_are_not_listed_hold_nothing_the_mask_mod_allows(data, history, kind) -> None:
+def test_the_mask_mod_allows_no_slot_of_an_unlisted_page(data, history, kind) -> None:
     """Else eager, which ignores the lists, and compiled FlexAttention disagree."""
     _, _, step = draw_step(data, history, kind)
     assert_unlisted_pages_hold_nothing(step)
 
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
-def test_pages_listed_whole_are_allowed_slot_by_slot(data, history, kind) -> None:
+def test_the_mask_mod_allows_every_slot_of_a_whole_page(data, history, kind) -> None:
     """A compiled kernel applies no mask_mod to them."""
     _, _, step = draw_step(data, history, kind)
     assert_whole_pages_are_allowed(step)
@@ -210,7 +212,7 @@ def test_no_page_is_listed_twice(data, history, kind) -> None:
 
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
-def test_block_lists_name_only_pages_that_exist(data, history, kind) -> None:
+def test_block_lists_name_only_existing_pages(data, history, kind) -> None:
     """Beyond their counts too. Seen in intel-xpu-backend-for-triton: -1 of an unreserved entry
     lands in kv_indices and a kernel dereferences it."""
     _, _, step = draw_step(data, history, kind)
@@ -225,7 +227,7 @@ def test_block_lists_name_only_pages_that_exist(data, history, kind) -> None:
 
 @pytest.mark.parametrize("writer", ["parent", "child", "both"])
 @given(data=st.data(), length=st.integers(1, 30), tokens=st.integers(1, 12))
-def test_after_a_fork_each_branch_reads_its_own_tokens(writer, data, length, tokens) -> None:
+def test_each_branch_of_a_fork_reads_its_own_tokens(writer, data, length, tokens) -> None:
     paged = Paged(data.draw(SMALL))
     parent = paged.open(length)
     child = paged.fork(parent)
@@ -238,7 +240,7 @@ def test_after_a_fork_each_branch_reads_its_own_tokens(writer, data, length, tok
 
 
 @given(data=st.data(), forks=st.integers(2, 5), length=st.integers(1, 20))
-def test_many_forks_may_part_in_one_step(data, forks, length) -> None:
+def test_many_forks_may_diverge_in_one_step(data, forks, length) -> None:
     paged = Paged(data.draw(SMALL))
     parent = paged.open(length)
     family = [parent, *(paged.fork(parent) for _ in range(forks))]
@@ -249,7 +251,7 @@ def test_many_forks_may_part_in_one_step(data, forks, length) -> None:
 
 
 @given(history=histories(SMALL, max_size=14))
-def test_after_any_history_pool_table_and_allocator_agree(history) -> None:
+def test_pool_table_and_allocator_agree_after_any_history(history) -> None:
     """Seen in torch's PagedAttention.erase: the inverse map outlives its owner, and two sequences
     appear to own one page."""
     paged = Paged(history.geometry, seed=history.seed)
@@ -258,7 +260,7 @@ def test_after_any_history_pool_table_and_allocator_agree(history) -> None:
         paged.check_valid()
 
 
-def test_a_stale_row_beyond_its_length_is_never_read() -> None:
+def test_stale_entries_of_a_row_are_never_read() -> None:
     """A released row's entries stay in the table until overwritten; their pages move on."""
     paged = Paged(make_geometry(page_size=4), scattered=0)
     paged.open(20)

@@ -137,7 +137,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("kind", WALKS)
-def test_a_long_random_walk_leaves_every_answer_right_and_nothing_held(kind: str) -> None:
+def test_a_long_random_walk_gives_right_answers_and_no_leaks(kind: str) -> None:
     options, sizes = WALKS[kind]
     harness = EngineHarness(HashOracle(), options, **sizes)
 
