@@ -405,7 +405,7 @@ def test_a_config_is_checked_when_it_is_made() -> None:
         dataclasses.replace(PAGES, page_size=PAGE + 1)
 
 
-def test_padding_ids_without_a_mask_are_ordinary_tokens(model: Any) -> None:
+def test_without_a_mask_padding_ids_are_ordinary_tokens(model: Any) -> None:
     """Tokens without a mask count, as under SDPA; padding is never guessed."""
     own = fresh(model)
     model(torch.full((1, 6), PAD), **with_cache(own))

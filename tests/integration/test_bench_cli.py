@@ -77,7 +77,7 @@ def test_the_table_shows_sdpa_next_to_the_paged_kernel(tmp_path: Path, capsys: C
     assert f"{(row.sdpa_us or 0) / 1e3:.3g}" in shown
 
 
-def test_json_on_standard_output_is_all_there_is(capsys: Capture) -> None:
+def test_json_is_all_of_standard_output(capsys: Capture) -> None:
     assert bench("--case", "memory", "--json", "-") == OK
     shown = capsys.readouterr()
     assert [row["mode"] for row in json.loads(shown.out)["rows"]] == ["default", "paged"]
