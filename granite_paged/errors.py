@@ -140,17 +140,23 @@ class RequestCancelled(RequestError):
 class CallbackFailed(RequestError):
     """The request's own callback raised; see `__cause__`."""
 
-    def __init__(self, request: int, cause: str) -> None:
+    def __init__(self, request: int, cause: Exception) -> None:
         self.request = request
-        super().__init__(f"the callback of request {request} raised {cause}: the request was ended")
+        self.__cause__ = cause
+        super().__init__(
+            f"the callback of request {request} raised {_described(cause)}: the request was ended"
+        )
 
 
 class StepFailed(RequestError):
     """A step of this request raised, and again when the request ran alone; see `__cause__`."""
 
-    def __init__(self, request: int, cause: str) -> None:
+    def __init__(self, request: int, cause: Exception) -> None:
         self.request = request
-        super().__init__(f"a step of request {request} raised {cause}: the request was ended")
+        self.__cause__ = cause
+        super().__init__(
+            f"a step of request {request} raised {_described(cause)}: the request was ended"
+        )
 
 
 class NonFinite(RequestError, ArithmeticError):
@@ -327,6 +333,10 @@ def _restored(
     error = kind.__new__(kind, *args)
     error.__dict__.update(numbers)
     return error
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
 
 
 def _then(advice: str) -> str:

@@ -1,31 +1,34 @@
-"""Beam search: the beams of a request are jobs like others, which stop after each token.
+"""Beam search: the beams of a request are jobs that pause after each token.
 
 ::
 
-    each beam decodes one token, beside everyone else, and reports its likeliest continuations
-    when all have: the best of all are chosen; who has no child ends, who has several is forked
+    decode   each beam decodes one token, in a batch with other jobs, and reports its most likely
+             continuations
+    choose   when all beams have reported, the best continuations of all are chosen: a beam without
+             one ends, a beam with several is forked
 
-A beam that has reported gives up its row while another of its request waits for one, so that no
-beam waits for what its own siblings hold. Scores, stops and the length penalty are those of
-transformers' beam search with `early_stopping=False`.
+A beam that has reported gives up its row while a sibling waits for one, so that no beam waits for
+what its own siblings hold. Scores, stops and the length penalty are those of transformers' beam
+search with `early_stopping=False`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from granite_paged.engine.request import Job, Request, SamplingParams, State
+from granite_paged.engine.executor import Executor
+from granite_paged.engine.job import BeamJob, State
+from granite_paged.engine.request import Request, SamplingParams
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.errors import InvalidSampling
 
 
 class Continuation(NamedTuple):
-    """A beam and one more token, with the log-probability of all its tokens."""
+    """A beam and one more token, with the log-probability of all its new tokens."""
 
     score: float
-    parent: Job
+    parent: BeamJob
     token: int
 
 
@@ -34,24 +37,25 @@ class BeamRequest(Request):
     """A request whose outputs are the best `width` answers, the best first.
 
     Attributes:
-        scores: log-probability of each beam's tokens so far.
-        reports: (log-probability, token) of each beam's likeliest continuations.
-        finished: (score with length penalty, tokens), the best first.
+        scores: log-probability of each beam's new tokens so far.
+        reports: (log-probability, token) of each beam's most likely continuations.
+        answers: (score with length penalty, tokens) of finished beams, the best first.
     """
 
+    jobs: list[BeamJob] = field(default_factory=list)  # type: ignore[assignment]
     width: int = 1
     length_penalty: float = 1.0
-    scores: dict[Job, float] = field(default_factory=dict)
-    reports: dict[Job, list[tuple[float, int]]] = field(default_factory=dict)
-    finished_beams: list[tuple[float, list[int]]] = field(default_factory=list)
+    scores: dict[BeamJob, float] = field(default_factory=dict)
+    reports: dict[BeamJob, list[tuple[float, int]]] = field(default_factory=dict)
+    answers: list[tuple[float, list[int]]] = field(default_factory=list)
 
     @property
-    def complete(self) -> bool:
+    def all_reported(self) -> bool:
         """Whether every beam has reported."""
         return self.reports.keys() >= set(self.jobs)
 
     def choose(self) -> list[Continuation]:
-        """What to go on with, the best first; nothing when no better answer can come."""
+        """Return how the search goes on, the best first; [] when no better answer can come."""
         ordered = sorted(self._candidates(), key=lambda one: -one.score)
         candidates = ordered[: (1 + len(self.stop_tokens)) * self.width]
         length = len(candidates[0].parent.tokens) + 1 - len(self.prompt)
@@ -73,105 +77,95 @@ class BeamRequest(Request):
 
     def _finish(self, one: Continuation, length: int) -> None:
         answer = [*one.parent.tokens[len(self.prompt) :], one.token]
-        self.finished_beams.append((one.score / length**self.length_penalty, answer))
-        self.finished_beams.sort(key=lambda beam: -beam[0])
-        del self.finished_beams[self.width :]
+        self.answers.append((one.score / length**self.length_penalty, answer))
+        self.answers.sort(key=lambda beam: -beam[0])
+        del self.answers[self.width :]
 
     def _settled(self, running: list[Continuation], length: int) -> bool:
         if not running:
             return True
-        if len(self.finished_beams) < self.width:
+        if len(self.answers) < self.width:
             return False
         best = running[0].score / length**self.length_penalty
-        return bool(best <= self.finished_beams[-1][0])
+        return bool(best <= self.answers[-1][0])
 
 
 class BeamKeeper:
-    """Carries out what beam requests choose.
+    """Carries out what beam requests choose."""
 
-    Args:
-        feed: makes a job's last token the one its row is fed next.
-    """
-
-    def __init__(self, scheduler: Scheduler, feed: Callable[[Job], object]) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self._scheduler = scheduler
-        self._feed = feed
+        self._executor = executor
 
-    def report(self, request: BeamRequest, job: Job, likeliest: list[tuple[float, int]]) -> bool:
-        """A beam's numbers arrived. Whether the request has its answers now."""
-        request.reports[job] = likeliest
-        if request.complete:
-            self._advance(request)
-        return request.finished
+    def report(self, job: BeamJob, top: list[tuple[float, int]]) -> bool:
+        """Note a beam's (log-probability, token) pairs. Return whether its search is over."""
+        request = job.request
+        request.reports[job] = top
+        return request.all_reported and not self._advance(request)
 
     def make_way(self, request: BeamRequest) -> None:
-        """Beams that have reported must not hold what another of them waits for."""
+        """Free what reported beams hold, if another beam of the request waits for it."""
         if any(job.state is State.WAITING for job in request.jobs):
             for reported in request.reports:
-                self._scheduler.rest(reported)
+                self._scheduler.pause(reported)
 
-    def _advance(self, request: BeamRequest) -> None:
+    def _advance(self, request: BeamRequest) -> bool:
+        """Start the next token of every chosen beam. Return whether there is one."""
         chosen = request.choose()
         request.reports.clear()
-        children: dict[Job, list[Continuation]] = {job: [] for job in request.jobs}
+        children: dict[BeamJob, list[Continuation]] = {job: [] for job in request.jobs}
         for one in chosen:
             children[one.parent].append(one)
         for job in [job for job in request.jobs if not children[job]]:
-            self._scheduler.finish(job)  # first: its row may be a sibling's
-        if not chosen:
-            self._deliver(request)
-            return
+            self._scheduler.finish(job)  # first: a sibling may take its row
         request.scores = {}
         for parent, born in children.items():
             tokens = list(parent.tokens)
             for one in born[1:]:  # forks first, while the parent is as it was
                 sibling = _sibling(parent)
-                request.jobs.append(sibling)  # at once: should a fork fail, all of them end
-                self._go_on(request, parent, sibling, one, tokens)
+                request.jobs.append(sibling)  # at once: if a fork fails, all of them end
+                self._extend(parent, sibling, one, tokens)
             if born:
-                self._go_on(request, parent, parent, born[0], tokens)
+                self._extend(parent, parent, born[0], tokens)
         request.jobs = list(request.scores)
+        return bool(chosen)
 
-    def _go_on(
-        self, request: BeamRequest, parent: Job, job: Job, one: Continuation, tokens: list[int]
-    ) -> None:
-        """The job takes the parent's tokens and one more."""
-        request.scores[job] = one.score
+    def _extend(self, parent: BeamJob, job: BeamJob, one: Continuation, tokens: list[int]) -> None:
+        """Give a job the parent's tokens and one more."""
+        job.request.scores[job] = one.score
         if parent.state is State.DONE:
             return  # a fork failed, and the request with it
         forked = job is parent or self._scheduler.fork(parent, job)
         job.tokens = [*tokens, one.token]
-        job.sampled = len(job.tokens) - job.prompt_length
-        job.limit = job.sampled + 1
-        if forked and job.row > 0:
-            self._feed(job)
+        job.drawn = job.sampled
+        job.limit = job.drawn + 1
+        if forked and job.placement:
+            self._executor.feed(job)
         elif job.state is not State.DONE:
             self._scheduler.requeue(job)
 
-    def _deliver(self, request: BeamRequest) -> None:
-        for output, (score, tokens) in zip(request.outputs, request.finished_beams, strict=True):
-            output.tokens, output.score = tokens, score
-            output.finish = "stop" if tokens[-1] in request.stop_tokens else "length"
-
 
 def beam_params(params: SamplingParams, width: int, stops: int) -> SamplingParams:
-    """What each beam of a search asks for: so many of the likeliest tokens.
+    """Return what each of `width` beams asks for, if there are `stops` stop tokens.
 
     Raises:
-        InvalidSampling: for no beams, or params that a search cannot fulfil.
+        InvalidSampling: if there are no beams, or `params` asks for what a search does not do.
     """
     if width < 1:
-        raise InvalidSampling(f"beams must be at least 1, {width} given")
+        raise InvalidSampling(f"beams must be at least 1, got {width}")
     honoured = ("max_new_tokens", "stop_tokens", "priority")
     kept = {name: getattr(params, name) for name in honoured}
     if SamplingParams(**kept) != params:
-        raise InvalidSampling(f"beam search does not sample: it heeds {', '.join(honoured)} only")
+        raise InvalidSampling(f"beam search does not sample: only {', '.join(honoured)} may be set")
     return SamplingParams(**kept, logprobs=(1 + stops) * width)
 
 
-def _sibling(parent: Job) -> Job:
-    """A job of the same request, that is nowhere yet."""
-    return Job(
-        parent.request, parent.index, parent.rank, [], parent.limit, parent.most,
-        parent.prompt_length, greedy=False, exact=True,
-    )  # fmt: skip
+def _sibling(parent: BeamJob) -> BeamJob:
+    """Return a new beam of the same request."""
+    return BeamJob(
+        request=parent.request,
+        rank=parent.rank,
+        tokens=[],
+        max_stored=parent.max_stored,
+        limit=parent.limit,
+    )

@@ -1,4 +1,4 @@
-"""A planned step, put on the device.
+"""Puts a planned step on the device.
 
 Nothing here waits: each call leaves a `PendingResult`, whose numbers the host reads after the next
 step was launched. A call that raises concerns its own jobs only; the scheduler recovers them.
@@ -13,34 +13,35 @@ from typing import Any
 import torch
 
 from granite_paged.device import Fetch, upload
-from granite_paged.engine.prefix_cache import RowState
-from granite_paged.engine.request import Job, Request, Scoring, State
+from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
+from granite_paged.engine.prefix_cache import Snapshot
 from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
-from granite_paged.engine.step import PrefillChunk, ScoreChunk, Step
+from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan
 from granite_paged.runner.runner import Chunk, Runner, Scores, scores_of
 
 
 @dataclass(slots=True)
 class PendingResult:
-    """Numbers on their way to the host, and whose they are.
+    """Numbers on their way to the host, and the jobs that they are for.
 
     Attributes:
-        drawn: (job, generation) of each token.
-        kept: chunks whose pages, and states, others may use if they are sound.
-        parts: continuations, in the order of their log-probabilities.
+        drawn: (job, its generation) of each token.
+        prefilled: chunks whose pages, and states, other prompts may use if they are finite.
+        scored: chunks of continuations, in the order of their log-probabilities.
     """
 
     fetch: Fetch
-    drawn: list[tuple[Job, int]] = field(default_factory=list)
-    kept: list[tuple[PrefillChunk, RowState | None]] = field(default_factory=list)
-    parts: list[ScoreChunk] = field(default_factory=list)
+    drawn: list[tuple[SampleJob, int]] = field(default_factory=list)
+    prefilled: list[tuple[PrefillChunk, Snapshot | None]] = field(default_factory=list)
+    scored: list[ScoreChunk] = field(default_factory=list)
 
     @property
     def jobs(self) -> list[Job]:
-        """Everyone concerned, as they were when it was launched."""
-        owners = [*self.drawn, *((s.job, s.generation) for s, _ in self.kept)]
-        owners += [(part.job, part.generation) for part in self.parts]
+        """Return the jobs concerned that did not restart since."""
+        owners: list[tuple[Job, int]] = list(self.drawn)
+        owners += [(chunk.job, chunk.generation) for chunk, _ in self.prefilled]
+        owners += [(chunk.job, chunk.generation) for chunk in self.scored]
         return [job for job, generation in dict.fromkeys(owners) if job.generation == generation]
 
 
@@ -52,8 +53,8 @@ class Executor:
         self._scheduler = scheduler
         self._concerned: list[Job] = []  # by the call that is being made
 
-    def launch(self, step: Step) -> list[PendingResult]:
-        """Make every call of a step. Returns those that were made."""
+    def launch(self, step: StepPlan) -> list[PendingResult]:
+        """Make every call of a step. Return the results of those that did not raise."""
         results: list[PendingResult] = []
         for job in step.resumed:
             self._attempt(results, [job], self.feed, job)
@@ -68,6 +69,12 @@ class Executor:
                 self._attempt(results, [chunk.job for chunk in live], self._prefill, live)
         return results
 
+    def feed(self, job: Job) -> list[PendingResult]:
+        """Feed a job's last token to its row in the next decode step."""
+        row = job.placed.row
+        self._runner.tokens[row : row + 1] = self._upload(job.tokens[-1:])
+        return []
+
     def _attempt(
         self,
         results: list[PendingResult],
@@ -77,102 +84,108 @@ class Executor:
     ) -> None:
         self._concerned = list(jobs)
         try:
-            made = call(argument)
+            results += call(argument)
         except Exception as error:
             self._scheduler.recover(self._concerned, error)
-        else:
-            results += made
 
     # -- calls ----------------------------------------------------------------------------------
 
-    def feed(self, job: Job) -> list[PendingResult]:
-        """The job's last token is the one that its row is fed next. Nothing comes back."""
-        last = self._upload(job.tokens[-1:])
-        self._runner.tokens[job.row : job.row + 1] = last
-        return []
-
-    def _decode(self, jobs: Sequence[Job]) -> list[PendingResult]:
-        positions = [job.stored - 1 for job in jobs]
-        logits = self._runner.decode([job.row for job in jobs], positions)
-        result = self._drawn(logits, jobs, decoded=True)
+    def _decode(self, jobs: Sequence[SampleJob]) -> list[PendingResult]:
+        places = [job.placed for job in jobs]
+        rows, positions = [p.row for p in places], [p.stored - 1 for p in places]
+        result = self._drawn(self._runner.decode(rows, positions), jobs, decoded=True)
         if len(jobs) == 1:
-            jobs[0].isolated = False  # it ran alone, and well
+            jobs[0].isolated = False  # it ran alone without a fault
         return [result]
 
     def _prefill(self, chunks: Sequence[PrefillChunk]) -> list[PendingResult]:
-        wanted = [Chunk(c.job.row, c.start, c.job.tokens[c.start : c.end]) for c in chunks]
-        logits = self._runner.prefill(wanted)
+        rows = [chunk.job.placed.row for chunk in chunks]
+        logits = self._runner.prefill(
+            [
+                Chunk(row, chunk.start, chunk.job.tokens[chunk.start : chunk.end])
+                for row, chunk in zip(rows, chunks, strict=True)
+            ]
+        )
         kept = [(chunk, self._state_after(chunk)) for chunk in chunks]
-        unsound = self._runner.nonfinite[self._upload([chunk.job.row for chunk in chunks])]
-        results = [PendingResult(Fetch(self._runner.device, unsound=unsound), kept=kept)]
-        drawing, places = [], []
+        unsound = self._runner.nonfinite[self._upload(rows)]
+        results = [PendingResult(Fetch(self._runner.device, unsound=unsound), prefilled=kept)]
+        drawing: list[SampleJob] = []
+        places: list[int] = []
+        single: list[tuple[int, ScoringJob]] = []
         for place, chunk in enumerate(chunks):
-            if chunk.last and not chunk.job.scoring:
-                jobs = self._scheduler.prefilled(chunk)
+            job = chunk.job
+            if chunk.last and isinstance(job, SampleJob):
+                jobs = [job, *self._scheduler.prefilled(chunk)]
                 self._concerned += jobs
                 drawing += jobs
                 places += [place] * len(jobs)
-        chosen = [
-            (place, chunk) for place, chunk in enumerate(chunks) if chunk.last and chunk.job.single
-        ]
-        if chosen:
-            results.append(self._choices(logits, chosen))
+            elif chunk.last and isinstance(job, ScoringJob) and job.single:
+                single.append((place, job))
+        if single:
+            results.append(self._score_single(logits, single))
         if drawing:
             results.append(self._drawn(logits[self._upload(places)], drawing))
         return results
 
-    def _choices(
-        self, logits: torch.Tensor, chosen: Sequence[tuple[int, PrefillChunk]]
+    def _score_single(
+        self, logits: torch.Tensor, contexts: Sequence[tuple[int, ScoringJob]]
     ) -> PendingResult:
-        """Log-probabilities of single tokens after a context, from the context's last logits."""
-        parts, places, tokens = [], [], []
-        for place, (job, generation, *_) in chosen:
+        """Score continuations of one token by their context's last logits.
+
+        Args:
+            logits: [n, V].
+            contexts: row of the logits, and job.
+        """
+        chunks, places, tokens = [], [], []
+        for place, job in contexts:
+            row, sequence = job.placed.row, job.placed.sequence
             for number in job.unscored():
-                parts.append(
-                    ScoreChunk(job, generation, number, 0, 1, job.row, job.sequence, False)
+                chunks.append(
+                    ScoreChunk(job, job.generation, number, 0, 1, row, sequence, forked=False)
                 )
                 places.append(place)
                 tokens.append(job.continuation(number)[0])
-        at, wanted = self._upload(places), self._upload(tokens)
-        return self._answered(scores_of(logits, wanted, at), parts)
+        return self._scored(scores_of(logits, self._upload(tokens), self._upload(places)), chunks)
 
     def _score(self, parts: Sequence[ScoreChunk]) -> list[PendingResult]:
         chunks, targets = [], []
         for part in parts:
-            fed, wanted = _continuation(part)
+            continuation = part.job.continuation(part.number)
+            fed = [part.job.tokens[-1], *continuation[:-1]]
             start = len(part.job.tokens) - 1 + part.start
-            chunks.append(Chunk(part.row, start, fed))
-            targets.append(wanted)
-        return [self._answered(self._runner.score(chunks, targets), parts)]
+            chunks.append(Chunk(part.row, start, fed[part.start : part.end]))
+            targets.append(list(continuation[part.start : part.end]))
+        return [self._scored(self._runner.score(chunks, targets), parts)]
 
     # -- details --------------------------------------------------------------------------------
 
-    def _state_after(self, chunk: PrefillChunk) -> RowState | None:
+    def _state_after(self, chunk: PrefillChunk) -> Snapshot | None:
         if not self._scheduler.room_for_state(chunk, self._runner.row_bytes):
             return None
-        state: RowState = self._runner.save_row(chunk.job.row)
-        return state
+        return self._runner.save_row(chunk.job.placed.row)
 
-    def _answered(self, scores: Scores, parts: Sequence[ScoreChunk]) -> PendingResult:
+    def _scored(self, scores: Scores, chunks: Sequence[ScoreChunk]) -> PendingResult:
         fetch = Fetch(
             self._runner.device,
             logprobs=scores.logprobs,
             greedy=scores.greedy,
-            bad=self._runner.nonfinite[self._upload([part.row for part in parts])],
+            bad=self._runner.nonfinite[self._upload([chunk.row for chunk in chunks])],
         )
-        return PendingResult(fetch, parts=list(parts))
+        return PendingResult(fetch, scored=list(chunks))
 
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         return upload(numbers, torch.int64, self._runner.device)
 
     def _drawn(
-        self, logits: torch.Tensor, jobs: Sequence[Job], *, decoded: bool = False
+        self, logits: torch.Tensor, jobs: Sequence[SampleJob], *, decoded: bool = False
     ) -> PendingResult:
         """Draw a token for each job, feed it to its row, and send it to the host.
 
-        decoded: the logits are those of a decode step, which has fed the likeliest.
+        Args:
+            logits: [jobs, V].
+            decoded: whether they are those of a decode step, which has fed the argmax already.
         """
-        rows, fed = self._upload([job.row for job in jobs]), self._runner.tokens
+        rows, fed = self._upload([job.placed.row for job in jobs]), self._runner.tokens
         if decoded and all(job.greedy for job in jobs):
             drawn = Drawn(fed.index_select(0, rows))
         else:
@@ -189,17 +202,8 @@ class Executor:
         return PendingResult(fetch, drawn=[(job, job.generation) for job in jobs])
 
 
-def _draw_of(job: Job, logits: torch.Tensor) -> Draw:
-    assert isinstance(job.request, Request)
+def _draw_of(job: SampleJob, logits: torch.Tensor) -> Draw:
     params = job.request.params
     if params.repetition_penalty != 1 and job.seen is None:
         job.seen = seen_tokens(job.tokens, logits)
-    return Draw(params, job.seed, job.sampled - 1, job.seen)
-
-
-def _continuation(part: ScoreChunk) -> tuple[list[int], list[int]]:
-    """Tokens to feed, and those whose log-probabilities are wanted after them."""
-    assert isinstance(part.job.request, Scoring)
-    continuation = part.job.continuation(part.number)
-    fed = [part.job.tokens[-1], *continuation[:-1]]
-    return fed[part.start : part.end], list(continuation[part.start : part.end])
+    return Draw(params, job.seed, job.drawn - 1, job.seen)

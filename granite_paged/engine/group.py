@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from granite_paged.device import resolve_device
-from granite_paged.engine.engine import Engine, Prompt, as_prompts, matched
+from granite_paged.engine.engine import Engine
+from granite_paged.engine.prompts import Prompt, as_prompts, matched
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
 from granite_paged.errors import InvalidArgument

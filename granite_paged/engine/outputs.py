@@ -1,200 +1,229 @@
-"""What came back from the device, turned into outputs: text, stops, callbacks, errors.
+"""Turns what came back from the device into outputs.
 
-A number that arrives for a job that restarted or ended since is dropped: it is one step late.
+::
+
+    read      numbers become tokens and scores of jobs; jobs whose last token came are finished
+    deliver   user code runs: text by the tokenizer, stop strings, callbacks; outputs are filled
+
+Between the two, the state of the step is complete. A number that arrives for a job that restarted
+or ended since is dropped: it is one step late.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from granite_paged.engine.beams import BeamKeeper, BeamRequest
 from granite_paged.engine.detokenizer import Detokenizer
 from granite_paged.engine.executor import PendingResult
-from granite_paged.engine.request import (
-    Finish,
-    Job,
-    Output,
-    Request,
-    Score,
-    Scoring,
-    State,
-    TokenLogprob,
-)
+from granite_paged.engine.job import BeamJob, Job, SampleJob, ScoringJob, State
+from granite_paged.engine.request import Finish, Output, Request, Score, Scoring, TokenLogprob
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import ScoreChunk
-from granite_paged.errors import CallbackFailed, NonFiniteRequest, StepFailed
+from granite_paged.errors import CallbackFailed, NonFiniteRequest
+
+
+class Arrival(NamedTuple):
+    """A token that was read and is to be delivered."""
+
+    job: SampleJob
+    token: int
+    logprob: TokenLogprob | None
+    finish: Finish | None  # why the token is the last one
 
 
 class OutputProcessor:
     """Fills the outputs of requests.
 
     Attributes:
-        scheduler, beams: told of jobs that end and report; set once, as each knows the other.
-        tokens: sampled and delivered since it was made.
-        ended: requests of which a job ended; whoever reads the list empties it.
+        tokens: number of tokens sampled since it was made.
+        ended: requests of which a job ended; the reader empties the list.
     """
 
-    scheduler: Scheduler
-    beams: BeamKeeper
-
-    def __init__(self, tokenizer: Any | None) -> None:
+    def __init__(self, tokenizer: Any | None, scheduler: Scheduler, beams: BeamKeeper) -> None:
         self.tokens = 0
         self.ended: list[Request | Scoring] = []
         self._tokenizer = tokenizer
-        self._texts: dict[Job, Detokenizer] = {}
+        self._scheduler = scheduler
+        self._beams = beams
+        self._arrivals: deque[Arrival | BeamRequest] = deque()
+        self._texts: dict[SampleJob, Detokenizer] = {}
 
-    # -- what arrives ---------------------------------------------------------------------------
+    # -- read -----------------------------------------------------------------------------------
 
     def read(self, result: PendingResult) -> None:
-        """Wait for a result and deliver it; a fault concerns its jobs only."""
+        """Wait for a result and take its numbers in; a fault concerns its jobs only."""
         try:
             numbers = result.fetch.read()
         except Exception as error:
-            self.scheduler.recover(result.jobs, error)
+            self._scheduler.recover(result.jobs, error)
             return
-        self._keep(result, numbers)
+        self._read_chunks(result, numbers)
         for at, (job, generation) in enumerate(result.drawn):
             if job.generation == generation and job.state is not State.DONE:
                 if numbers["bad"][at]:
-                    self.end(job, "error", NonFiniteRequest(job.request.number))
-                elif isinstance(job.request, BeamRequest):
-                    self._report(job, job.request, numbers, at)
+                    self._fail_nonfinite(job)
+                elif isinstance(job, BeamJob):
+                    self._read_beam(job, numbers, at)
                 else:
-                    self._token(job, numbers["tokens"][at], numbers, at)
-        if result.parts:
-            self._scores(result.parts, numbers)
+                    self._read_token(job, numbers, at)
+        if result.scored:
+            self._read_scores(result.scored, numbers)
 
-    def failed(self, job: Job, error: Exception) -> None:
-        """A fault of the machinery ended this job."""
-        failure = StepFailed(job.request.number, _named(error))
-        failure.__cause__ = error
-        self.end(job, "error", failure)
+    def _read_chunks(self, result: PendingResult, numbers: dict[str, list[Any]]) -> None:
+        unsound = numbers.get("unsound", ())
+        for (chunk, state), is_unsound in zip(result.prefilled, unsound, strict=True):
+            if not is_unsound:
+                self._scheduler.keep(chunk, state)
+            elif chunk.job.generation == chunk.generation:
+                self._fail_nonfinite(chunk.job)
 
-    def end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
-        """The job is over."""
-        if job.state is State.DONE:
-            return
-        self._texts.pop(job, None)
-        self.scheduler.finish(job)
-        self.ended.append(job.request)
-        if isinstance(job.request, Scoring):
-            job.request.error = job.request.error or error
-        elif isinstance(job.request, BeamRequest):
-            for beam in job.request.jobs:
-                self.scheduler.finish(beam)
-            for output in job.request.outputs:
-                output.finish, output.error = finish, error
-        else:
-            output = job.request.outputs[job.index]
-            output.finish, output.error = finish, error
-
-    # -- tokens ---------------------------------------------------------------------------------
-
-    def _keep(self, result: PendingResult, numbers: dict[str, list[Any]]) -> None:
-        for (chunk, state), unsound in zip(result.kept, numbers.get("unsound", ()), strict=True):
-            job = chunk.job
-            if not unsound:
-                self.scheduler.keep(chunk, state)
-            elif job.generation == chunk.generation:
-                self.end(job, "error", NonFiniteRequest(job.request.number))
-
-    def _token(self, job: Job, token: int, numbers: dict[str, list[Any]], at: int) -> None:
-        assert isinstance(job.request, Request)
-        output = job.request.outputs[job.index]
+    def _read_token(self, job: SampleJob, numbers: dict[str, list[Any]], at: int) -> None:
+        token, most = numbers["tokens"][at], job.request.params.logprobs
+        logprob = None if most is None else _logprob(token, most, numbers, at)
         self.tokens += 1
         job.tokens.append(token)
-        output.tokens.append(token)
-        if job.request.params.logprobs is not None:
-            output.logprobs.append(_logprob(token, job.request.params.logprobs, numbers, at))
-        finish = self._finish_of(job, job.request, token)
-        piece = self._text(job, output, token, last=finish is not None)
-        if finish is None and job in self._texts and self._texts[job].stopped:
-            finish = "stop"
-        self._tell(job, job.request, token, piece)
-        if finish:
-            self.end(job, finish)
+        self._arrivals.append(Arrival(job, token, logprob, job.finish))
+        if job.complete:
+            self._scheduler.finish(job)
 
-    def _report(
-        self, job: Job, request: BeamRequest, numbers: dict[str, list[Any]], at: int
-    ) -> None:
+    def _read_beam(self, job: BeamJob, numbers: dict[str, list[Any]], at: int) -> None:
         self.tokens += 1
-        likeliest = list(zip(numbers["top_logprobs"][at], numbers["top_tokens"][at], strict=True))
-        if self.beams.report(request, job, likeliest):
-            self.ended.append(request)
+        top = list(zip(numbers["top_logprobs"][at], numbers["top_tokens"][at], strict=True))
+        if self._beams.report(job, top):
+            self._arrivals.append(job.request)
+
+    def _read_scores(self, chunks: Sequence[ScoreChunk], numbers: dict[str, list[Any]]) -> None:
+        start = 0
+        for at, chunk in enumerate(chunks):
+            end = start + chunk.end - chunk.start
+            logprobs, greedy = numbers["logprobs"][start:end], numbers["greedy"][start:end]
+            start = end
+            job = chunk.job
+            if job.generation == chunk.generation and job.state is not State.DONE:
+                if numbers["bad"][at]:
+                    self._fail_nonfinite(job)
+                else:
+                    self._read_score(job, chunk, list(zip(logprobs, greedy, strict=True)))
+
+    def _read_score(
+        self, job: ScoringJob, chunk: ScoreChunk, pairs: list[tuple[float, bool]]
+    ) -> None:
+        known = [*job.partial.pop(chunk.number, []), *pairs]
+        if chunk.end < len(job.continuation(chunk.number)):
+            job.partial[chunk.number] = known
+            return
+        logprobs = tuple(logprob for logprob, _ in known)
+        is_greedy = all(greedy for _, greedy in known)
+        job.request.scores[chunk.number] = Score(sum(logprobs), logprobs, is_greedy)
+        if job.complete:
+            self._scheduler.finish(job)
+            self.ended.append(job.request)
+
+    def _fail_nonfinite(self, job: Job) -> None:
+        self._scheduler.fail(job, NonFiniteRequest(job.request.number))
+
+    # -- deliver --------------------------------------------------------------------------------
+
+    def deliver(self) -> bool:
+        """Deliver what was read, and every failure. Return whether there was anything.
+
+        An exception that is not an `Exception` passes through; the next call goes on from there.
+        """
+        busy = bool(self._arrivals or self._scheduler.failures)
+        while self._arrivals:
+            arrival = self._arrivals.popleft()
+            if isinstance(arrival, BeamRequest):
+                if not arrival.finished:
+                    self._deliver_search(arrival)
+            elif _output(arrival.job).finish is None:
+                self._deliver_token(*arrival)
+        failures = self._scheduler.failures
+        while failures:
+            job, error = failures.pop(0)
+            self.end(job, "error", error)
+        return busy
+
+    def end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
+        """End a job, and say why in the outputs that depend on it."""
+        self._scheduler.finish(job)
+        request = job.request
+        self.ended.append(request)
+        if isinstance(request, Scoring):
+            request.error = request.error or error
+        elif isinstance(request, BeamRequest):
+            for beam in request.jobs:
+                self._scheduler.finish(beam)
             for output in request.outputs:
-                output.text = self._whole_text(output)
+                _finish(output, finish, error)
+        elif isinstance(job, SampleJob):
+            self._texts.pop(job, None)
+            _finish(_output(job), finish, error)
 
-    def _finish_of(self, job: Job, request: Request, token: int) -> Finish | None:
-        if token in request.stop_tokens:
-            return "stop"
-        return "length" if len(job.tokens) - job.prompt_length == job.limit else None
+    def _deliver_token(
+        self, job: SampleJob, token: int, logprob: TokenLogprob | None, finish: Finish | None
+    ) -> None:
+        output = _output(job)
+        output.tokens.append(token)
+        if logprob:
+            output.logprobs.append(logprob)
+        try:
+            piece = self._text(job, output, token, last=finish is not None)
+            if finish is None and job in self._texts and self._texts[job].stopped:
+                finish = "stop"
+            self._call_back(job, output, token, piece)
+        finally:  # interrupted too, for the job is done
+            if finish:
+                self.end(job, finish)
 
-    def _text(self, job: Job, output: Output, token: int, *, last: bool) -> str:
-        """What the token adds to the text; all of it at the end where nobody looks before."""
-        assert isinstance(job.request, Request)
+    def _text(self, job: SampleJob, output: Output, token: int, *, last: bool) -> str:
+        """Return what the token adds to the text. Without a reader, the last token decodes all."""
+        request = job.request
         if self._tokenizer is None:
             return ""
-        if job.request.on_token is None and not job.request.params.stop_strings:
+        if request.on_token is None and not request.params.stop_strings:
             if last:
                 output.text = self._whole_text(output)
             return ""
         if job not in self._texts:
-            self._texts[job] = Detokenizer(self._tokenizer, job.request.params.stop_strings)
+            self._texts[job] = Detokenizer(self._tokenizer, request.params.stop_strings)
         text = self._texts[job]
         piece = text.push(token) + (text.finish() if last else "")
         output.text = text.text
         return piece
+
+    def _call_back(self, job: SampleJob, output: Output, token: int, piece: str) -> None:
+        if job.request.on_token is None:
+            return
+        try:
+            job.request.on_token(output, token, piece)
+        except Exception as error:
+            self.end(job, "error", CallbackFailed(job.request.number, error))
+
+    def _deliver_search(self, request: BeamRequest) -> None:
+        for output, (score, tokens) in zip(request.outputs, request.answers, strict=True):
+            output.tokens, output.score = tokens, score
+            output.text = self._whole_text(output)
+            output.finish = "stop" if tokens[-1] in request.stop_tokens else "length"
+        self.ended.append(request)
 
     def _whole_text(self, output: Output) -> str:
         if self._tokenizer is None:
             return ""
         return str(self._tokenizer.decode(output.tokens, skip_special_tokens=True))
 
-    def _tell(self, job: Job, request: Request, token: int, piece: str) -> None:
-        if request.on_token is None:
-            return
-        try:
-            request.on_token(request.outputs[job.index], token, piece)
-        except Exception as error:
-            failure = CallbackFailed(request.number, _named(error))
-            failure.__cause__ = error
-            self.end(job, "error", failure)
 
-    # -- scores ---------------------------------------------------------------------------------
+def _output(job: SampleJob) -> Output:
+    return job.request.outputs[job.index]
 
-    def _scores(self, parts: Sequence[ScoreChunk], numbers: dict[str, list[Any]]) -> None:
-        start = 0
-        for at, part in enumerate(parts):
-            end = start + part.end - part.start
-            pairs = list(
-                zip(numbers["logprobs"][start:end], numbers["greedy"][start:end], strict=True)
-            )
-            start = end
-            job = part.job
-            if job.generation == part.generation and job.state is not State.DONE:
-                if numbers["bad"][at]:
-                    self.end(job, "error", NonFiniteRequest(job.request.number))
-                else:
-                    self._scored(job, part, pairs)
 
-    def _scored(self, job: Job, part: ScoreChunk, pairs: list[tuple[float, bool]]) -> None:
-        assert isinstance(job.request, Scoring)
-        known = [*job.partial.pop(part.number, []), *pairs]
-        if part.end < len(job.continuation(part.number)):
-            job.partial[part.number] = known
-            return
-        logprobs = tuple(logprob for logprob, _ in known)
-        greedy = all(likeliest for _, likeliest in known)
-        job.request.scores[part.number] = Score(sum(logprobs), logprobs, greedy)
-        if job.request.finished:
-            self.end(job, "stop")
+def _finish(output: Output, finish: Finish, error: Exception | None) -> None:
+    if output.finish is None:
+        output.finish, output.error = finish, error
 
 
 def _logprob(token: int, most: int, numbers: dict[str, list[Any]], at: int) -> TokenLogprob:
-    likeliest = zip(numbers["top_tokens"][at], numbers["top_logprobs"][at], strict=True)
-    return TokenLogprob(token, numbers["logprobs"][at], tuple(likeliest)[:most])
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__} ({error})" if str(error) else type(error).__name__
+    top = zip(numbers["top_tokens"][at], numbers["top_logprobs"][at], strict=True)
+    return TokenLogprob(token, numbers["logprobs"][at], tuple(top)[:most])

@@ -21,7 +21,7 @@ is gone. Host only and without torch: a state is whatever has `nbytes`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,8 +29,8 @@ from granite_paged.errors import require
 from granite_paged.paging.allocator import PageAllocator
 
 
-class RowState(Protocol):
-    """Mamba state of one row."""
+class Snapshot(Protocol):
+    """Copy of one row's Mamba state."""
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +56,7 @@ class Node:
     interest: int = 0
     pending_states: int = 0
     sequence: int | None = None
-    state: RowState | None = None
+    state: Snapshot | None = None
 
     @property
     def idle(self) -> bool:
@@ -72,7 +72,7 @@ class Hit:
 
     tokens: int = 0
     pages: tuple[int, ...] = ()
-    state: RowState | None = None
+    state: Snapshot | None = None
 
 
 @dataclass(slots=True)
@@ -83,7 +83,6 @@ class PrefixStats:
     misses: int = 0
     tokens_hit: int = 0
     tokens_asked: int = 0
-    evicted_pages: int = 0
     evicted_states: int = 0
 
     @property
@@ -100,17 +99,10 @@ class PrefixCache:
         block: tokens a node; a multiple of the page size.
         stateful: whether the model has Mamba layers.
         budget: most bytes of states; 0 turns the cache off.
-        forget: told of pages that nobody holds any more.
     """
 
     def __init__(
-        self,
-        allocator: PageAllocator,
-        block: int,
-        *,
-        stateful: bool,
-        budget: int,
-        forget: Callable[[list[int]], None],
+        self, allocator: PageAllocator, block: int, *, stateful: bool, budget: int
     ) -> None:
         require(block % allocator.page_size == 0, "a block is whole pages")
         self.block = block
@@ -120,7 +112,7 @@ class PrefixCache:
         self._allocator = allocator
         self.stateful = stateful
         self.budget = budget
-        self._forget = forget
+        self._freed: list[int] = []  # pages that no call has returned yet
         self._root = Node((), None, 0)
         # least recently used first; a parent is touched after its children, so it comes later
         self._with_pages: OrderedDict[Node, None] = OrderedDict()
@@ -132,7 +124,7 @@ class PrefixCache:
         return len(self._with_pages) * (self.block // self._allocator.page_size)
 
     @property
-    def handles(self) -> list[int]:
+    def sequences(self) -> list[int]:
         """Sequences of the allocator that hold the tree's pages."""
         return [node.sequence for node in self._with_pages if node.sequence is not None]
 
@@ -205,7 +197,7 @@ class PrefixCache:
     # -- after it ran ---------------------------------------------------------------------------
 
     def keep(
-        self, tokens: Sequence[int], pages: Sequence[int], state: RowState | None = None
+        self, tokens: Sequence[int], pages: Sequence[int], state: Snapshot | None = None
     ) -> None:
         """Keep the whole blocks of `tokens`, which lie in `pages`; a state is that after the last.
 
@@ -220,16 +212,18 @@ class PrefixCache:
             self._touch(node)
             self._keep_state(node, state)
 
-    def evict(self, free: int) -> bool:
-        """Drop what was used least recently until so many pages are free. Whether they are."""
-        if self._allocator.free >= free:
-            return True
-        for node in list(self._with_pages):
+    def evict(self, free: int) -> list[int]:
+        """Drop what was used least recently until `free` pages are free, or nothing is left.
+
+        Returns:
+            Pages that became free.
+        """
+        for node in list(self._with_pages) if self._allocator.free < free else ():
             if not self._in_use(node):
                 self._drop_pages(node)
                 if self._allocator.free >= free:
-                    return True
-        return False
+                    break
+        return self._take_freed()
 
     def make_room(self, nbytes: int) -> bool:
         """Drop states used least recently until one of so many bytes fits. Whether one does."""
@@ -240,10 +234,11 @@ class PrefixCache:
             self.stats.evicted_states += 1
         return True
 
-    def clear(self) -> None:
-        """Drop everything that no waiting prompt names."""
+    def clear(self) -> list[int]:
+        """Drop all pages and states. Return the pages that became free."""
         for node in list(self._with_pages):
             self._drop_pages(node)
+        return self._take_freed()
 
     def check_valid(self) -> None:
         """Prove the invariant; BrokenInvariant says what broke."""
@@ -280,8 +275,8 @@ class PrefixCache:
         return node.sequence is not None and (depth == len(path) or path[depth].sequence is None)
 
     def _pages_of(self, path: Sequence[Node]) -> tuple[int, ...]:
-        handles = [node.sequence for node in path if node.sequence is not None]
-        return tuple(page for sequence in handles for page in self._allocator.pages_of(sequence))
+        sequences = [node.sequence for node in path if node.sequence is not None]
+        return tuple(page for sequence in sequences for page in self._allocator.pages_of(sequence))
 
     def _touch(self, node: Node) -> None:
         at: Node | None = node
@@ -291,7 +286,7 @@ class PrefixCache:
                     recent.move_to_end(at)
             at = at.parent
 
-    def _keep_state(self, node: Node, state: RowState | None) -> None:
+    def _keep_state(self, node: Node, state: Snapshot | None) -> None:
         if state is None or node.state is not None or not self.make_room(state.nbytes):
             return
         node.state = state
@@ -305,17 +300,19 @@ class PrefixCache:
         return any(self._allocator.references(page) > 1 for page in pages)
 
     def _drop_pages(self, node: Node) -> None:
-        """Of a node whose children have none, or of all nodes in order."""
+        """Drop the pages of a node whose children have none, or of all nodes in order."""
         if node.sequence is None:
             return
-        if node.state is not None:
-            self._drop_state(node)
-        sequence, node.sequence = node.sequence, None
+        self._freed += self._allocator.release(node.sequence)  # first: if it raises, all is as was
+        self._drop_state(node)
+        node.sequence = None
         del self._with_pages[node]
-        freed = self._allocator.release(sequence)
-        self.stats.evicted_pages += len(freed)
-        self._forget(freed)
         self._prune(node)
+
+    def _take_freed(self) -> list[int]:
+        freed, self._freed = self._freed, []
+        # where a call before raised, some may have new owners
+        return [page for page in freed if not self._allocator.references(page)]
 
     def _drop_state(self, node: Node) -> None:
         if node.state is not None:

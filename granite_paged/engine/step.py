@@ -1,4 +1,4 @@
-"""What the scheduler plans with, and what it plans: one step.
+"""What the scheduler decides for one step, and what it asks of device memory.
 
 Host only and without torch.
 """
@@ -9,23 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from granite_paged.engine.request import Job
+from granite_paged.engine.job import Job, SampleJob, ScoringJob
 from granite_paged.paging.allocator import AppendPlan
 
 
 class Device(Protocol):
-    """What the scheduler has done to device memory, in the order of its calls."""
+    """Changes to device memory, which are carried out in the order of the calls."""
 
     def write_pages(self, plan: AppendPlan, row_of: Mapping[int, int]) -> None:
-        """Carry out a plan of the allocator; `row_of`: sequence -> row."""
+        """Carry out a plan of the allocator; `row_of` maps sequences to rows."""
         ...
 
     def forget_pages(self, pages: Sequence[int]) -> None:
-        """Nobody holds these pages any more."""
+        """Drop what was to be written for pages that no sequence holds any more."""
         ...
 
     def fork_row(self, source: int, *targets: int) -> None:
-        """Copy a row with all that is in it: its page table and its Mamba state."""
+        """Copy a row to each target: its page table and its Mamba state."""
         ...
 
     def clear_rows(self, rows: Sequence[int]) -> None:
@@ -33,63 +33,28 @@ class Device(Protocol):
         ...
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
-        """A row's page table begins with these pages."""
+        """Make these the first pages of a row's page table."""
         ...
 
     def save_row(self, row: int, *, to_host: bool = False) -> Any:
-        """A copy of a row's Mamba state, with `nbytes`."""
+        """Return a copy of a row's Mamba state. It has `nbytes`."""
         ...
 
     def load_row(self, row: int, state: Any) -> None:
-        """Put it back, in any row."""
+        """Put a saved Mamba state into any row."""
         ...
 
     def save_pages(self, pages: Sequence[int]) -> Any:
-        """A copy of pages in host memory, with `nbytes`."""
+        """Return a copy of pages in host memory. It has `nbytes`."""
         ...
 
     def load_pages(self, pages: Sequence[int], contents: Any) -> None:
-        """Put it back, in any pages."""
+        """Put saved contents into any pages."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes the scheduler keeps to.
-
-    Attributes:
-        rows: jobs that may run.
-        longest: most tokens of one sequence.
-        step_tokens: tokens of a step, decoded ones included.
-        longest_step: most that prompts may make of a step, times what its decodes alone take; a
-            chunk of `alignment` at least is computed. infinity: as many as a step takes.
-        chunk_tokens: most tokens of one prefill or score call.
-        alignment: chunks are multiples of it, but for the last of a prompt.
-        queue: jobs that may wait.
-        swap_bytes: most host memory of preempted jobs.
-        fits: whether one call takes chunks of these lengths.
-        prefill_cost: device time of a call for chunks of these lengths.
-        decode_cost: device time of a call that decodes so many rows, in the same unit: the time
-            that one more token of a prompt takes.
-        swap: whether so many stored tokens are better copied to the host than computed again.
-    """
-
-    rows: int
-    longest: int
-    step_tokens: int
-    longest_step: float
-    chunk_tokens: int
-    alignment: int
-    queue: int
-    swap_bytes: int
-    fits: Callable[[Sequence[int]], bool]
-    prefill_cost: Callable[[Sequence[int]], float]
-    decode_cost: Callable[[int], float]
-    swap: Callable[[int], bool]
-
-
 class PrefillChunk(NamedTuple):
-    """A job's tokens `start` to `end`, to be computed."""
+    """Tokens `start` to `end` of a job, to be computed."""
 
     job: Job
     generation: int
@@ -99,9 +64,9 @@ class PrefillChunk(NamedTuple):
 
 
 class ScoreChunk(NamedTuple):
-    """Tokens `start` to `end` of one continuation, in a row of their own or in the context's."""
+    """Tokens `start` to `end` of one continuation, in a forked row or in the context's own."""
 
-    job: Job
+    job: ScoringJob
     generation: int
     number: int
     start: int
@@ -112,14 +77,16 @@ class ScoreChunk(NamedTuple):
 
 
 @dataclass(slots=True)
-class Step:
-    """Calls to make, in this order; an isolated job has calls of its own.
+class StepPlan:
+    """Calls to make, in this order. An isolated job has calls of its own.
 
-    `resumed` jobs came back from host memory: their last token is fed next. `ready` contexts came
-    in with nothing left to compute: their continuations are scored next.
+    Attributes:
+        resumed: jobs that came back from host memory; their last token is fed next.
+        ready: contexts that came in with nothing left to compute. Their continuations are scored
+            in the next step.
     """
 
-    decodes: list[list[Job]] = field(default_factory=list)
+    decodes: list[list[SampleJob]] = field(default_factory=list)
     scores: list[list[ScoreChunk]] = field(default_factory=list)
     prefills: list[list[PrefillChunk]] = field(default_factory=list)
     resumed: list[Job] = field(default_factory=list)
@@ -128,12 +95,17 @@ class Step:
     def __bool__(self) -> bool:
         return bool(self.decodes or self.scores or self.prefills or self.resumed or self.ready)
 
+    @property
+    def score_chunks(self) -> list[ScoreChunk]:
+        """Return the chunks of all score calls."""
+        return [chunk for chunks in self.scores for chunk in chunks]
+
 
 _Item = TypeVar("_Item")
 
 
 def calls(items: Sequence[_Item], job_of: Callable[[_Item], Job]) -> list[list[_Item]]:
-    """One call for all, but for each isolated job its own."""
+    """Group items into one call, and one more for each item of an isolated job."""
     alone = [[item] for item in items if job_of(item).isolated]
     together = [item for item in items if not job_of(item).isolated] if alone else list(items)
     return [together, *alone] if together else alone

@@ -10,7 +10,7 @@ from typing import Any
 from syrupy.assertion import SnapshotAssertion
 
 from granite_paged.engine.request import SamplingParams
-from granite_paged.engine.step import PrefillChunk, ScoreChunk, Step
+from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan
 from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle
 
@@ -21,15 +21,16 @@ class ScheduleRecorder(EngineHarness):
     def __init__(self, options: dict[str, Any] | None = None, **sizes: Any) -> None:
         super().__init__(HashOracle(), options, **sizes)
         self.lines = [f"{self.runner.rows} rows, {self.runner.pages - 1} pages of 4 tokens"]
-        schedule = self.engine._scheduler.schedule
+        scheduler = self.engine.inspect().scheduler
+        schedule = scheduler.schedule
 
-        def noted() -> Step:
+        def noted() -> StepPlan:
             before = self.engine.stats()
             step = schedule()
             self._note(step, self.engine.stats().preempted - before.preempted)
             return step
 
-        self.engine._scheduler.schedule = noted  # type: ignore[method-assign]
+        scheduler.schedule = noted  # type: ignore[method-assign]
 
     def ask(self, prompt: list[int], new: int, **params: Any) -> None:
         request = self.submit(prompt, SamplingParams(max_new_tokens=new, **params))
@@ -49,7 +50,7 @@ class ScheduleRecorder(EngineHarness):
         ]
         return "\n".join(self.lines) + "\n"
 
-    def _note(self, step: Step, preempted: int) -> None:
+    def _note(self, step: StepPlan, preempted: int) -> None:
         if not step:
             return
         stats = self.engine.stats()
@@ -59,7 +60,8 @@ class ScheduleRecorder(EngineHarness):
             f"{stats.pages - stats.pages_held}" + f", preempted {preempted}" * (preempted > 0),
         ]
         for job in step.resumed:
-            self.lines.append(f"   back    {_name(job)} in row {job.row}, {job.stored} tokens")
+            row, stored = job.placed.row, job.placed.stored
+            self.lines.append(f"   back    {_name(job)} in row {row}, {stored} tokens")
         for jobs in step.decodes:
             fed = ", ".join(f"{_name(job)} at {job.stored - 1}" for job in jobs)
             self.lines.append(f"   decode  {fed}")
@@ -71,12 +73,12 @@ class ScheduleRecorder(EngineHarness):
 
 def _name(job: Any) -> str:
     several = len(job.request.jobs) > 1
-    return f"{job.request.number}" + f".{job.index}" * several
+    return f"{job.request.number}" + (f".{job.index}" if several else "")
 
 
 def _span(span: PrefillChunk) -> str:
     state = ", its state kept" if span.end in span.job.checkpoints else ""
-    return f"{_name(span.job)} in row {span.job.row}: {span.start}..{span.end - 1}{state}"
+    return f"{_name(span.job)} in row {span.job.placed.row}: {span.start}..{span.end - 1}{state}"
 
 
 def _part(part: ScoreChunk) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from granite_paged.engine.beams import BeamRequest
-from granite_paged.engine.engine import _SAMPLE_STRIDE, Engine
+from granite_paged.engine.engine import SAMPLE_STRIDE, Engine
 from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
 from granite_paged.engine.sampling import Draw, draw, seen_tokens
 from granite_paged.errors import GranitePagedError
@@ -23,7 +23,7 @@ def expected_tokens(
 ) -> list[int]:
     """Return the tokens that one sample of a request gets when it runs by itself."""
     tokens = list(prompt)
-    seed = (params.seed + sample * _SAMPLE_STRIDE) % 2**63
+    seed = (params.seed + sample * SAMPLE_STRIDE) % 2**63
     seen = seen_tokens(prompt, oracle.last(tuple(prompt)))
     for place in range(params.max_new_tokens):
         penalised = seen if params.repetition_penalty != 1 else None
@@ -109,7 +109,7 @@ class EngineHarness:
 
     def evict(self) -> None:
         """Empty the prefix cache."""
-        self.engine._prefix.clear()
+        self.engine.forget_prefixes()
         self.check()
 
     def step(self) -> bool:
@@ -124,12 +124,13 @@ class EngineHarness:
             pass
         assert not self.open, "the engine says that it has no work, but a request is still open"
         self.evict()
-        assert self.engine._allocator.held == 0, "pages leaked"
-        assert not self.engine._allocator.sequences, "a sequence leaked"
-        assert self.engine._scheduler.free_rows == self.runner.rows, "a row leaked"
+        allocator, prefix, scheduler = self.engine.inspect()
+        assert allocator.held == 0, "pages leaked"
+        assert not allocator.sequences, "a sequence leaked"
+        assert scheduler.running.rows.free == self.runner.rows, "a row leaked"
         stats = self.engine.stats()
         assert (stats.waiting, stats.swapped_bytes, stats.state_bytes) == (0, 0, 0)
-        assert not self.engine._prefix._root.children, "prefix nodes leaked"
+        assert not prefix._root.children, "prefix nodes leaked"
         self.met.update(
             preempted=stats.preempted,
             swapped=stats.swapped,
@@ -185,7 +186,7 @@ def random_walk(harness: EngineHarness, steps: int, seed: int) -> None:
     vocabulary = harness.oracle.vocabulary
     stems = [_tokens(chance, 24, vocabulary - 1) for _ in range(2)]
     stems.append([stems[0][0] ^ 1, *stems[0][1:]])  # differs in its first token only
-    while harness.engine._scheduler.counts.steps < steps:
+    while harness.engine.stats().steps < steps:
         action = chance.random()
         if action < 0.10 and len(harness.open) < 12:
             harness.submit(_prompt(chance, stems, vocabulary), _params(chance, vocabulary))

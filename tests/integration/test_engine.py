@@ -50,8 +50,8 @@ def engine(model: Any) -> Iterator[Engine]:
         while made.step():
             pass
         made.check_valid()
-        made._prefix.clear()
-        assert made._allocator.held == 0, "pages leaked"
+        made.forget_prefixes()
+        assert made.inspect().allocator.held == 0, "pages leaked"
 
 
 def by_transformers(model: Any, prompt: list[int], new: int) -> list[int]:
@@ -317,7 +317,7 @@ def test_closing_an_engine_ends_its_requests(model: Any) -> None:
     engine.close()
     engine.close()
     assert isinstance(request.outputs[0].error, EngineClosed)
-    assert engine._allocator.held == 0
+    assert engine.inspect().allocator.held == 0
     with pytest.raises(EngineClosed, match="make another"):
         engine.submit(PROMPTS[0])
 
@@ -393,7 +393,7 @@ def test_stats_count_what_was_done(engine: Engine) -> None:
 
 
 def test_check_valid_detects_a_lost_row(engine: Engine) -> None:
-    row = engine._scheduler._rows.pop()
+    row = engine.inspect().scheduler.running.rows.take()
     with pytest.raises(BrokenInvariant, match="a row is lost"):
         engine.check_valid()
-    engine._scheduler._rows.append(row)
+    engine.inspect().scheduler.running.rows.give(row)

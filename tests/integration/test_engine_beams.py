@@ -68,9 +68,10 @@ def test_beams_that_do_not_fit_are_recomputed(rows: int, pages: int) -> None:
         found = engine.search(PROMPTS, SamplingParams(max_new_tokens=NEW), beams=BEAMS)
         while engine.step():
             engine.check_valid()
-        engine._prefix.clear()
-        assert engine._allocator.held == 0, "pages leaked"
-        assert engine._scheduler.free_rows == rows, "a row leaked"
+        engine.forget_prefixes()
+        allocator, _, scheduler = engine.inspect()
+        assert allocator.held == 0, "pages leaked"
+        assert scheduler.running.rows.free == rows, "a row leaked"
     assert all(request.outputs[0].error is None for request in others)
     for prompt, outputs in zip(PROMPTS, found, strict=True):
         assert [output.tokens for output in outputs] == by_transformers(model, prompt)[0]
@@ -82,7 +83,7 @@ def test_beams_share_pages_of_common_tokens() -> None:
     most = 0
     while harness.engine.step():
         harness.check()
-        most = max(most, harness.engine._allocator.held)
+        most = max(most, harness.engine.inspect().allocator.held)
     assert most <= 10 + 4 * 3, "forty tokens in ten pages, and a few for each beam"
     assert harness.runner.forked >= 3
 

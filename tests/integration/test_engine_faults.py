@@ -126,7 +126,7 @@ def test_a_request_that_breaks_every_call_fails_alone(call: str) -> None:
     victim = asked[4]  # whose row somebody had before
 
     def fault(made: str, rows: Sequence[int]) -> None:
-        if made == call and any(job.row in rows for job in victim.jobs):
+        if made == call and any(job.placement and job.placement.row in rows for job in victim.jobs):
             raise Broken("always")
 
     harness.runner.fault = fault

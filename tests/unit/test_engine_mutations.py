@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from granite_paged.engine.executor import Executor
+from granite_paged.engine.job import Job, Placement, SampleJob, State
 from granite_paged.engine.outputs import OutputProcessor
 from granite_paged.engine.prefix_cache import Hit, PrefixCache
-from granite_paged.engine.request import Job, State
+from granite_paged.engine.running import RunningJobs
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
@@ -90,24 +91,24 @@ def copies_are_not_made(patch: Patch) -> None:
 
 def preemption_forgets_a_token(patch: Patch) -> None:
     """A swapped job comes back one token short."""
-    swap_in = Scheduler._swap_in
+    swap_in = RunningJobs._swap_in
 
-    def short(self: Scheduler, job: Job, swapped: Any) -> None:
-        swap_in(self, job, swapped)
-        job.stored -= 1
+    def short(self: RunningJobs, job: Job, place: Placement, swapped: Any) -> None:
+        swap_in(self, job, place, swapped)
+        place.stored -= 1
 
-    patch.setattr(Scheduler, "_swap_in", short)
+    patch.setattr(RunningJobs, "_swap_in", short)
 
 
 def late_tokens_are_delivered(patch: Patch) -> None:
-    """The token that a sequence computes after its last one is not dropped."""
-    end = OutputProcessor.end
+    """The token that a sequence computes after its stop token is not dropped."""
 
-    def undead(self: OutputProcessor, job: Job, *why: Any) -> None:
-        end(self, job, *why)
-        job.state = State.READ if why[0] == "stop" else job.state
+    def late(self: SampleJob) -> str | None:
+        if self.sampled > 1 and self.tokens[-2] in self.request.stop_tokens:
+            return "stop"
+        return "length" if self.sampled == self.limit else None
 
-    patch.setattr(OutputProcessor, "end", undead)
+    patch.setattr(SampleJob, "finish", property(late))
 
 
 def finished_jobs_keep_their_row(patch: Patch) -> None:
@@ -115,9 +116,10 @@ def finished_jobs_keep_their_row(patch: Patch) -> None:
 
     def lost(self: Scheduler, job: Job) -> None:
         if job.state is not State.DONE:
-            self._leave_queue(job)
-            for jobs in (self.decoding, self.prefilling, self.scoring):
-                jobs.pop(job, None)
+            self.queue.remove(job)
+            running = self.running
+            for jobs in (running.decoding, running.prefilling, running.scoring):
+                jobs.pop(job, None)  # type: ignore[attr-defined]
             job.state = State.DONE
 
     patch.setattr(Scheduler, "finish", lost)
@@ -127,9 +129,9 @@ def noise_of_the_row_instead_of_the_request(patch: Patch) -> None:
     """A sample depends on the row that its request runs in."""
     drawn = Executor._drawn
 
-    def by_row(self: Executor, logits: Any, jobs: Sequence[Job], **more: Any) -> Any:
+    def by_row(self: Executor, logits: Any, jobs: Sequence[SampleJob], **more: Any) -> Any:
         for job in jobs:
-            job.seed = job.row
+            job.seed = job.placed.row
         return drawn(self, logits, jobs, **more)
 
     patch.setattr(Executor, "_drawn", by_row)
@@ -137,9 +139,11 @@ def noise_of_the_row_instead_of_the_request(patch: Patch) -> None:
 
 def scores_of_the_neighbour(patch: Patch) -> None:
     """Log-probabilities are returned in the wrong order."""
-    scores = OutputProcessor._scores
+    read = OutputProcessor._read_scores
     patch.setattr(
-        OutputProcessor, "_scores", lambda self, parts, numbers: scores(self, parts[::-1], numbers)
+        OutputProcessor,
+        "_read_scores",
+        lambda self, chunks, numbers: read(self, chunks[::-1], numbers),
     )
 
 

@@ -28,7 +28,7 @@ WRONG: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_an_invalid_parameter_is_refused_by_name(name: str) -> None:
-    with pytest.raises(InvalidSampling, match=f"^{name} must .* given$"):
+    with pytest.raises(InvalidSampling, match=f"^{name} must .*, got "):
         SamplingParams(**{name: WRONG[name]})
 
 

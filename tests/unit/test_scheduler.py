@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from granite_paged.engine import scheduler
-from granite_paged.engine.request import Request, SamplingParams, State
+from granite_paged.engine import waiting
+from granite_paged.engine.job import State
+from granite_paged.engine.request import Request, SamplingParams
 from granite_paged.errors import QueueFull, RequestTooLarge
 from granite_paged.runner.shapes import Shapes
 from tests.helpers.engine_harness import EngineHarness
@@ -57,7 +58,7 @@ def test_higher_priority_is_admitted_first() -> None:
 def test_low_priority_is_not_starved_by_higher_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scheduler, "PRIORITY_WORTH", 8)
+    monkeypatch.setattr(waiting, "PRIORITY_WORTH", 8)
     harness = make_harness(rows=1)
     low = ask(harness, [1], new=2)
     for number in range(40):
@@ -293,7 +294,7 @@ def test_scheduling_256_sequences_is_fast() -> None:
 
     def seconds() -> float:
         start = time.process_time()
-        engine._scheduler.schedule()
+        engine.inspect().scheduler.schedule()
         spent = time.process_time() - start
         engine.step()
         return spent

@@ -1,0 +1,147 @@
+"""Sizes and costs that the scheduler keeps to.
+
+Host only and without torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from granite_paged.geometry import pages_for
+from granite_paged.runner.shapes import Shapes
+
+if TYPE_CHECKING:
+    from granite_paged.runner.runner import Runner
+
+Preemption = Literal["auto", "recompute", "swap"]
+"""How a preempted job gets its pages back: they are computed again, or they are copied to host
+memory and back, or whichever of the two is faster."""
+
+PREFILL_TOKENS_PER_SECOND = 1.6e5
+"""granite-4.0-h-1b on an H200: 2,048 tokens in 12.7 ms (`golden/perf/nvidia-h200.json`)."""
+
+HOST_BYTES_PER_SECOND = 50e9
+"""Pinned memory over PCIe 5.0 x16, one way."""
+
+LONGEST_STEP = 2.0
+"""Limit on a mixed step, as a multiple of its decode-only time. At 2.0, inter-token latency is at
+most about 3 times that of a decode-only step: a mixed step also decodes more rows, and its prefill
+calls have fixed costs."""
+
+STEP_CHUNKS = 4
+"""Prefill chunks per step when nothing decodes. Larger batches raise throughput and delay the first
+token (50 ms instead of 13 ms on an H200)."""
+
+SMALLEST_CHUNK = 256
+"""Smallest prefill chunk worth a call. Applies to attention-only models, whose prompts can be split
+anywhere; hybrids split at the Mamba chunk size (256 for Granite)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SwapCost:
+    """When to copy a preempted job's pages to host memory instead of computing them again.
+
+    Attributes:
+        preemption: the user's choice.
+        page_size: tokens per page.
+        page_bytes: K and V of one page.
+        row_bytes: Mamba state of one row.
+        on_gpu: whether pages are on a GPU. Elsewhere `auto` computes them again.
+    """
+
+    preemption: Preemption
+    page_size: int
+    page_bytes: int
+    row_bytes: int
+    on_gpu: bool
+
+    def pays(self, tokens: int) -> bool:
+        """Return whether to copy the pages and the state of `tokens` stored tokens."""
+        if self.preemption != "auto":
+            return self.preemption == "swap"
+        pages = pages_for(tokens, self.page_size) * self.page_bytes
+        both_ways = 2 * (pages + self.row_bytes) / HOST_BYTES_PER_SECOND
+        return self.on_gpu and both_ways < tokens / PREFILL_TOKENS_PER_SECOND
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may hold and take.
+
+    Attributes:
+        rows: most running jobs.
+        longest: most tokens of one sequence.
+        step_tokens: most tokens of a step, decoded ones included.
+        longest_step: most time of a step, as a multiple of what its decodes alone take. A chunk of
+            `alignment` tokens is always allowed. `math.inf`: no such limit.
+        alignment: chunks are multiples of it, except for the last of a prompt.
+        queue: most waiting jobs.
+        swap_bytes: most host memory for preempted jobs.
+        shapes: shapes of the runner's calls, and their costs.
+        swap: cost of copying pages to host memory.
+    """
+
+    rows: int
+    longest: int
+    step_tokens: int
+    longest_step: float
+    alignment: int
+    queue: int
+    swap_bytes: int
+    shapes: Shapes
+    swap: SwapCost
+
+    @classmethod
+    def of(
+        cls,
+        runner: Runner,
+        *,
+        step_tokens: int | None,
+        longest_step: float,
+        queue: int,
+        swap_bytes: int,
+        preemption: Preemption,
+    ) -> Limits:
+        """Return the limits of an engine on this runner."""
+        stateful = bool(runner.geometry.mamba_layers)
+        smallest = runner.alignment if stateful else SMALLEST_CHUNK
+        return cls(
+            rows=runner.rows,
+            longest=runner.longest,
+            step_tokens=step_tokens or STEP_CHUNKS * runner.chunk_tokens + runner.rows,
+            longest_step=longest_step,
+            alignment=min(smallest, runner.chunk_tokens),
+            queue=queue,
+            swap_bytes=swap_bytes,
+            shapes=runner.shapes,
+            swap=SwapCost(
+                preemption,
+                runner.config.page_size,
+                runner.geometry.bytes_per_page,
+                runner.row_bytes,
+                runner.device.type == "cuda",
+            ),
+        )
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Most tokens of one prefill or score call."""
+        return self.shapes.chunk_tokens
+
+    def prefill_time(self, decodes: int) -> float:
+        """Return how long prefills may take beside `decodes` rows, in the unit of `shapes`."""
+        if not decodes:
+            return math.inf
+        return (self.longest_step - 1) * self.shapes.decode_cost(decodes)
+
+    def prefill_tokens(self, decodes: int, time: float) -> int:
+        """Return the most prefilled and scored tokens beside `decodes` rows in `time`."""
+        return max(int(min(self.step_tokens - decodes, time)), self.alignment)
+
+    def allows(self, lengths: Sequence[int], time: float) -> bool:
+        """Return whether one call takes chunks of these lengths, and no longer than `time`."""
+        in_time = time == math.inf or self.shapes.prefill_cost(lengths) <= time
+        return in_time and self.shapes.fits(lengths)
