@@ -1,0 +1,148 @@
+"""Each bound is pinned: to its derivation, to what the documents say, and to a fault it must see.
+
+A bound that is loosened by mistake turns one of these tests red. Faults are about twice the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from granite_paged import PagedCache, PagedConfig, paged, tolerances
+from granite_paged.bench import gate
+from granite_paged.hf import patching
+from granite_paged.hf.compat import with_cache
+from granite_paged.verify import RAGGED_LONGEST
+from tests.helpers.golden_models import golden_model
+
+ROOT = Path(__file__).parents[2]
+BOUNDS = (ROOT / "docs" / "golden.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = PagedConfig(page_size=16)
+
+
+# -- derivations --------------------------------------------------------------------------------
+
+
+def test_the_float32_bound_is_170_roundings() -> None:
+    assert 0.95 < tolerances.LOGITS_FLOAT32 / (170 * 2**-23) <= 1
+
+
+def test_the_float64_bound_is_at_most_ten_thousand_roundings() -> None:
+    assert 0.4 < tolerances.LOGITS_FLOAT64 / (1e4 * 2**-52) <= 1
+
+
+def test_the_waste_bound_is_half_a_page_of_the_mean_length_and_a_third_more() -> None:
+    half_a_page = 128 / 2 / ((1 + RAGGED_LONGEST) / 2)
+    assert 1 < tolerances.WASTE / half_a_page < 1.34
+
+
+def test_the_ratio_and_recall_bounds_are_as_stated() -> None:
+    assert (tolerances.SDPA_RATIO, tolerances.RECALL) == (1.1, 0.98)
+
+
+def test_each_limit_of_the_gate_lies_half_way_to_what_must_be_seen() -> None:
+    assert gate.limit_of(gate.SEEN) == pytest.approx(1.05)
+    assert gate.limit_of(gate.LAW_SEEN) == pytest.approx(1.025)
+
+
+# -- documents ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        f"logits differ by at most {tolerances.LOGITS_FLOAT32:g}".replace("e-0", "e-"),
+        f"at most {tolerances.SDPA_RATIO:g} times SDPA's own",
+        f"more than {gate.MEMORY - 1:.0%} above `default`'s".replace("%", " %"),
+        f"more than {gate.MEMORY - 1:.0%} above the record's".replace("%", " %"),
+    ],
+)
+def test_the_documents_state_the_bounds(sentence: str) -> None:
+    assert sentence in BOUNDS
+
+
+def test_the_readme_states_the_bounds_of_logits() -> None:
+    assert f"{tolerances.LOGITS_FLOAT32:g}".replace("e-0", "e-") in README
+    assert f"at most {tolerances.SDPA_RATIO:g} times SDPA's own" in README
+
+
+# -- faults of about twice a bound --------------------------------------------------------------
+
+
+def logits(model: Any, ids: Tensor, attention: Callable[..., Any] | None = None) -> Tensor:
+    """Return the logits of one prefill; with `attention`, through pages that use it."""
+    with torch.inference_mode():
+        if attention is None:
+            return model(ids, **with_cache(DynamicCache(config=model.config))).logits
+        with mock.patch.object(patching, "paged_attention", attention), paged(model, PAGES):
+            return model(ids, **with_cache(PagedCache.for_model(model, PAGES))).logits
+
+
+def scaled(factor: float) -> Callable[..., Tensor]:
+    right = patching.paged_attention
+    return lambda *args, scale, **kwargs: right(*args, scale=scale * factor, **kwargs)
+
+
+def rounded(dtype: torch.dtype) -> Callable[..., Tensor]:
+    right = patching.paged_attention
+    return lambda *args, **kwargs: right(*args, **kwargs).to(dtype).float()
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, 296, (2, 60), generator=draw)
+
+
+def difference(attention: Callable[..., Any], ids: Tensor) -> float:
+    """Return the largest logit difference over the largest logit, of the embedded checkpoint."""
+    model = golden_model("tiny-recall").model
+    expected = logits(model, ids)
+    return float((logits(model, ids, attention) - expected).abs().max() / expected.abs().max())
+
+
+def test_a_scale_that_is_wrong_by_1e_4_breaks_the_float32_bound(ids: Tensor) -> None:
+    found = difference(scaled(1 + 1e-4), ids)
+    assert tolerances.LOGITS_FLOAT32 < found < 3 * tolerances.LOGITS_FLOAT32
+    assert difference(scaled(1), ids) < tolerances.LOGITS_FLOAT32 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_rounded_to_half_precision_breaks_the_float32_bound(
+    dtype: torch.dtype, ids: Tensor
+) -> None:
+    assert difference(rounded(dtype), ids) > 2 * tolerances.LOGITS_FLOAT32
+
+
+# -- the gate at its boundaries -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("excess", "verdict"), [(0.009, "passed"), (0.015, "failed")])
+def test_memory_may_exceed_its_bound_by_one_per_cent(excess: float, verdict: str) -> None:
+    assert gate.judge_bytes(int(1e9 * (1 + excess)), 10**9) == verdict
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "seen", "verdict"),
+    [
+        (1.04, gate.LAW_SEEN, "failed"),
+        (1.01, gate.LAW_SEEN, "passed"),
+        (1.07, gate.SEEN, "failed"),
+        (1.03, gate.SEEN, "passed"),
+    ],
+)
+def test_a_quiet_measurement_is_judged_by_the_limit(
+    slowdown: float, seen: float, verdict: str
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    noise = (1 + 0.002 * torch.randn(gate.PAIRS, generator=draw)).tolist()
+    interval = gate.paired_ratio([slowdown * n for n in noise], [1.0] * gate.PAIRS)
+    assert gate.judge_ratio(interval, base=1.0, seen=seen) == verdict
