@@ -1,4 +1,4 @@
-"""Shared by the tests that need a CUDA device."""
+"""Fixtures of the tests that need a CUDA device."""
 
 from __future__ import annotations
 

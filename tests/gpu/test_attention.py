@@ -1,4 +1,4 @@
-"""The fused kernels, at every geometry of the family and the awkward ones, against float64."""
+"""Compiled kernels against float64, at every geometry of the family and at awkward ones."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_a_pool_beyond_32_bit_offsets_works(queries: int) -> None:
     ("batch", "context", "kernels"), [(1, 4096, 2), (8, 4096, 3), (32, 4096, 1)]
 )
 def test_a_decode_step_launches_the_fewest_kernels(batch: int, context: int, kernels: int) -> None:
-    """FlexAttention's, and one that combines the parts of split rows; before it, queries of several
-    rows are copied to those."""
+    """FlexAttention launches one kernel. Split rows add one that combines their parts, and with
+    several rows one that copies the queries to the parts."""
     shape = SimpleNamespace(config=geometry_config("granite-4.0-h-1b"), dtype=HALF)
     case = KernelCase(shape, PagedConfig(), Shape(batch, context), 0, torch.device("cuda"))
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def test_nan_in_foreign_and_free_pages_reaches_no_output() -> None:
     case = PagedCase(RAGGED, 1, 128, 4, 3, 128, HALF)
     expected = case.ours()
     kept = torch.zeros(case.keys.shape[2], dtype=torch.bool, device="cuda")
-    for own in case.pages:  # whole pages: what their tails hold is the cache's business
+    for own in case.pages:  # whole pages, since the cache keeps their tails finite
         slots = own[:, None] * case.page_size + torch.arange(case.page_size)
         kept[slots.flatten().cuda()] = True
     case.keys[:, :, ~kept] = torch.nan

@@ -1,4 +1,4 @@
-"""The engine where it is meant to run: graphs and kernels, a batch that changes every step."""
+"""The engine on a GPU: graphs and kernels, with a batch that changes at every step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_log_probabilities_are_as_accurate_as_those_of_sdpa(model: Any) -> None:
     with Engine(model, sizes) as engine:
         for length in (64, 300):
             engine.submit(text(length, seed=5), SamplingParams(max_new_tokens=200))
-        for item in items[:2]:  # one after the other: they part, and a state is kept there
+        for item in items[:2]:  # one after the other: a state is kept where they diverge
             engine.score([item])
         found = engine.score(items)
         assert engine.stats().prefix_hits

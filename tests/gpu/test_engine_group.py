@@ -1,4 +1,4 @@
-"""Engines on several GPUs, at work at the same time in threads of one process."""
+"""Engines on several GPUs that run concurrently in threads of one process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_two_gpus_give_equal_tokens_concurrently() -> None:
         EngineGroup.replicas(model, ["cuda:0", "cuda:1"], sizes) as group,
         ThreadPoolExecutor(2) as pool,
     ):
-        # both compile, capture and answer at once; the same work in the same batches
+        # both compile, capture and answer concurrently, with the same work in the same batches
         answers = list(pool.map(lambda engine: engine.generate(prompts, params), group.engines))
     assert [output.error for outputs in answers for output in outputs] == [None] * 2 * len(prompts)
     first, second = ([output.tokens for output in outputs] for outputs in answers)

@@ -1,4 +1,4 @@
-"""The evaluation on a GPU: every mode, real peaks, compiled steps."""
+"""The evaluation on a GPU: every mode, real peak memory, compiled steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = PagedConfig(page_size=16, max_tokens=8192)
 
 
 def evaluated(dtype: torch.dtype, modes: tuple[str, ...], batch: int = 1) -> Evaluation:
-    gc.collect()  # a patched model is a cycle, and holds its weights until then
+    gc.collect()  # a patched model is a reference cycle and keeps its weights until it is collected
     loaded = tiny_loaded(initializer_range=0.1, **SIZES)
     loaded.model.to("cuda", dtype)
     return tiny_evaluation(loaded, tiny_task(8), modes, config=CONFIG, batch=batch)
@@ -27,7 +27,9 @@ def test_all_modes_agree_in_float32(batch: int) -> None:
     result = evaluated(torch.float32, ("default", "static", "paged"), batch).tasks["tiny"]
     for mode, found in result.agreement.items():
         assert found.differing == (), mode
-        assert found.largest_difference < 1e-2, mode  # TF32 aside, kernels sum in other orders
+        assert found.largest_difference < 1e-2, (
+            mode
+        )  # even without TF32, kernels sum in other orders
 
 
 def test_every_difference_in_bfloat16_is_a_near_tie() -> None:
@@ -35,7 +37,7 @@ def test_every_difference_in_bfloat16_is_a_near_tie() -> None:
 
 
 def test_peak_memory_is_measured_per_mode() -> None:
-    """Default is told the same peak with another mode's pools on the device and without."""
+    """The peak of default is the same with and without another mode's pools on the device."""
     beside = evaluated(torch.float32, ("default", "paged")).tasks["tiny"].modes
     alone = evaluated(torch.float32, ("default",)).tasks["tiny"].modes
     assert alone["default"].peak_bytes

@@ -143,7 +143,7 @@ def test_noise_alone_passes_20_repeats(session: Session, record: Result) -> None
             found += [check.verdict for check in checks if check.law in RECORDED]
     assert len(found) == 20 * len(RECORDED)
     assert found.count("failed") == 0
-    assert found.count("passed") >= 0.9 * len(found), "too noisy a machine to show anything"
+    assert found.count("passed") >= 0.9 * len(found), "this machine is too noisy for the test"
 
 
 def test_peak_memory_repeats_within_its_tolerance(session: Session, record: Result) -> None:

@@ -1,4 +1,4 @@
-"""Live models on the GPU: the laws, generate(), and no recompilation once warm."""
+"""Live models on the GPU: the laws of `verify`, generate(), and no recompilation once warm."""
 
 from __future__ import annotations
 

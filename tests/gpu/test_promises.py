@@ -59,7 +59,7 @@ def test_a_shared_prefix_scores_20_times_faster(
     for shared, state_bytes in ((True, 2**30), (False, 0)):
         with Engine(model, sizes, state_bytes=state_bytes) as engine:
             times = []
-            for seed in (1, 2, 3):  # the first compiles; each prefix is new to the engine
+            for seed in (1, 2, 3):  # the first run compiles; each prefix is new to the engine
                 prefix = text(PREFIX, 100 + seed)
                 apart = [(prefix, [one]) for one in together]
                 times.append(seconds_to_score(engine, [(prefix, together)] if shared else apart))

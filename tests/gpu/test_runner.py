@@ -1,4 +1,4 @@
-"""A runner's graphs and kernels: the laws at every size of batch, the golden logits, the plan."""
+"""A runner's graphs and kernels: accuracy by batch size, golden logits, and the memory plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.golden_models import MODELS
 from tests.helpers.golden_runner import decoded, make_driver, prefilled, recorded
 from tests.helpers.tolerance import LOGITS_FLOAT32, SDPA_RATIO, largest_error, relative_error
 
-CONFIG = PagedConfig(max_tokens=16384, max_sequences=100)  # 100 forks copy their last page
+CONFIG = PagedConfig(max_tokens=16384, max_sequences=100)  # 100 forks each copy their last page
 PROMPT, STEPS = 600, 4
 
 
@@ -37,7 +37,7 @@ def text(model: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def references(model: Any, text: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of the prompt's end and of each step: float64's, and SDPA's own."""
+    """Logits of the prompt's last token and of each step, by float64 and by SDPA."""
     exact_model = verify.float64_copy(model)
     exact, sdpa = (
         _played(each, text, DynamicCache(config=each.config)) for each in (exact_model, model)
@@ -73,7 +73,7 @@ def test_golden_logits(name: str, work: str) -> None:
 def test_split_prompts_are_as_accurate_as_sdpa(
     driver: Driver, text: Tensor, references: tuple[Tensor, Tensor]
 ) -> None:
-    """16 of 600 tokens: 512 of each in graphs of 4, then the rest in one of 16."""
+    """16 prompts of 600 tokens: 512 tokens of each run in graphs of 4, the rest in one of 16."""
     exact, sdpa = references
     prompts = dict.fromkeys(range(1, 17), text[:PROMPT].tolist())
     steps = driver.runner.shapes.arrange([PROMPT] * len(prompts))
@@ -130,7 +130,7 @@ def test_equal_steps_give_equal_bits(driver: Driver, text: Tensor) -> None:
             driver.open(row)
             driver.prefill({row: text[: 100 * row].tolist()})
         found.append(driver.decode({1: 5, 2: 6, 3: 7}).clone())
-        for row in (3, 2, 1):  # pages come back in the order they were taken
+        for row in (3, 2, 1):  # so that the next round gets the same pages
             driver.close(row)
     assert torch.equal(*found)
 
@@ -166,7 +166,9 @@ def test_a_smaller_step_succeeds_after_out_of_memory(model: Any) -> None:
     driver.open(1)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    left = driver.runner.plan.workspace_bytes // 2  # of what a step of 2,048 tokens computes in
+    left = (
+        driver.runner.plan.workspace_bytes // 2
+    )  # half of the workspace of a step of 2,048 tokens
     hoard = torch.empty(free - left, dtype=torch.uint8, device="cuda")
     with pytest.raises(OutOfMemory, match="lower PagedConfig"):
         driver.prefill({1: [5] * 2048})

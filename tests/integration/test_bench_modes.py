@@ -241,7 +241,7 @@ def test_out_of_memory_is_a_row_with_its_reason(
     assert default.error == ""
     assert paged.error == "OutOfMemoryError: 3 GB asked for"
     assert (paged.latency_ms, paged.tokens_per_second) == (None, None)
-    assert len(runner.made) == 2, "tried once more, alone"
+    assert len(runner.made) == 2, "the failed mode must be tried once more, alone"
     assert all(made.closed for made in runner.made)
 
 

@@ -1,4 +1,4 @@
-"""A `PagedCache` on live models: what holds after every kind of step, and what may never leak."""
+"""A `PagedCache` on live models: what holds after every step, and what may never leak."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEXT = torch.tensor([[7], [30], [51]])
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
-    """Patched for the whole file."""
+    """A tiny model, patched for the whole file."""
     hybrid = tiny_model().requires_grad_(False)
     with paged(hybrid, PAGES):
         yield hybrid
@@ -36,12 +36,12 @@ def model() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def sdpa() -> Any:
-    """The same weights, as transformers runs them."""
+    """The same weights, unpatched."""
     return tiny_model().requires_grad_(False)
 
 
 def run(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits [B, S, V] of the next tokens; mask over all columns so far."""
+    """Return the logits of the next tokens, [B, S, V]. The mask covers all columns so far."""
     positions = None
     if mask is not None:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -51,9 +51,9 @@ def run(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Within the law for float32, NaN never."""
+    """Compare within the float32 bound; NaN never passes."""
     difference = (actual - expected).abs().max() / expected.abs().max()
-    assert difference <= LOGITS_FLOAT32, f"logits differ by {difference:.1e} of the largest"
+    assert difference <= LOGITS_FLOAT32, f"logits differ by {difference:.1e} of the largest logit"
 
 
 def fresh(model: Any, **options: Any) -> PagedCache:
@@ -61,7 +61,7 @@ def fresh(model: Any, **options: Any) -> PagedCache:
 
 
 def filled(model: Any, lengths: tuple[int, ...] = LENGTHS, **options: Any) -> PagedCache:
-    """After a left-padded prefill."""
+    """Return a cache after a left-padded prefill."""
     own = fresh(model, **options)
     run(model, own, *prompts(lengths))
     return own
@@ -76,7 +76,7 @@ def pool_bytes(own: PagedCache) -> int:
 
 
 def slots_of(own: PagedCache, row: int) -> Tensor:
-    """Where the tokens of a row are in every pool, in order."""
+    """Return the slots of a row's tokens, in order. They are the same in every pool."""
     sequence = own.sequences[row]
     pages = torch.tensor(own.allocator.pages_of(sequence))
     slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()
@@ -112,7 +112,7 @@ def test_allocator_table_and_pools_agree_after_every_kind_of_step(model: Any, ki
     own = filled(model)
     KINDS[kind](model, own)
     own.check_valid()
-    if own.is_initialized:  # and so they do after a step that writes into what was shared
+    if own.is_initialized:  # they must still agree after a step that writes into shared pages
         run(model, own, NEXT[:1].expand(own.batch_size, 1))
         own.check_valid()
 
@@ -150,7 +150,7 @@ def test_rows_are_selected_as_by_dynamic_cache(flavour: str, selection: str) -> 
     def talk(own: Any) -> Tensor:
         run(model, own, ids, mask)
         if isinstance(own, DynamicCache) and flavour == "hybrid":
-            own.reorder_cache(torch.tensor(rows))  # all that its Mamba layers know
+            own.reorder_cache(torch.tensor(rows))  # its Mamba layers support only this
         else:
             getattr(own, method)(argument)
         kept, steps = mask[rows], []
@@ -218,7 +218,7 @@ def test_a_fork_at_the_end_of_a_page_copies_nothing(model: Any) -> None:
     own = filled(model, (2 * PAGE,))
     own.reorder_cache(torch.tensor([0, 0]))
     run(model, own, NEXT[:2])
-    assert own.allocator.held == 2 + 2, "two full pages are shared, each row has one of its own"
+    assert own.allocator.held == 2 + 2, "two full pages are shared, and each row has one more"
 
 
 def test_branches_of_a_fork_are_independent(model: Any) -> None:
@@ -271,7 +271,7 @@ def test_pages_of_one_token_waste_nothing(model: Any) -> None:
 
 
 def greedy(model: Any, own: Any, steps: int) -> tuple[list[int], list[int]]:
-    """Tokens of one row, and the pages of the pool at each step."""
+    """Return the greedy tokens of one row, and the size of the pool at each step."""
     ids, tokens, sizes = prompts((5,))[0], [], []
     for _ in range(steps):
         ids = run(model, own, ids)[:, -1:].argmax(dim=-1)
@@ -338,7 +338,7 @@ def test_a_pool_never_grows_past_its_fraction_of_memory(
     assert pool_bytes(own) == memory / 2
     refusal = until_full(model, own)
     assert pool_bytes(own) == memory / 2
-    assert own.allocator.tokens == 9 * PAGE, "all pages but the null page are of use"
+    assert own.allocator.tokens == 9 * PAGE, "every page but the null page must be used"
     assert "memory_fraction" in str(refusal)
 
 
@@ -372,7 +372,7 @@ def test_a_copied_cache_is_independent(model: Any) -> None:
 
 @contextlib.contextmanager
 def broken_layer(model: Any, error: type[BaseException]) -> Iterator[None]:
-    """The third layer raises: the first attention layer has stored the step's K and V by then."""
+    """Make the third layer raise, after the first attention layer has stored the step's K and V."""
 
     def fail(*args: Any) -> None:
         raise error("broken on purpose")
@@ -422,7 +422,7 @@ def poison(own: PagedCache, value: float) -> None:
 
 
 def three_steps(model: Any, own: PagedCache) -> Tensor:
-    """Logits of a padded prefill, a chunk and a decode step, without those of padding."""
+    """Return the logits of a padded prefill, a chunk and a decode step, without padding."""
     ids, mask = prompts(LENGTHS)
     kept = [run(model, own, ids, mask)[mask.bool()]]
     for columns in (6, 1):
@@ -439,14 +439,14 @@ def test_initial_pool_contents_change_no_output(model: Any, value: float) -> Non
 
 
 def handed_on(model: Any, value: float) -> tuple[PagedCache, Tensor]:
-    """A cache whose pages held `value` for one batch and then go to the next."""
+    """Return a cache whose pages held `value` before the current batch, and its logits."""
     own = filled(model, (40, 40), max_tokens=80)
     before = {page for sequence in own.sequences for page in own.allocator.pages_of(sequence)}
     poison(own, value)
     own.reset()
     logits = run(model, own, *prompts((22, 9, 13), seed=2))
     after = {page for sequence in own.sequences for page in own.allocator.pages_of(sequence)}
-    assert after <= before, "no page has changed its owner"
+    assert after <= before, "no page has changed its owner, so nothing is tested"
     return own, logits[:, -1]
 
 
@@ -474,12 +474,12 @@ def test_huge_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
 
 @pytest.fixture(scope="module")
 def fused() -> Any:
-    """One page of 16 and heads of 16: a single kernel serves both tests below."""
+    """A model with heads of 16, so that both tests below share one compiled kernel."""
     return tiny_model(num_attention_heads=3, num_key_value_heads=1).requires_grad_(False)
 
 
 def logits_after_nan(model: Any) -> Tensor:
-    """A sequence of NaN is refused, and the next one gets its page."""
+    """Refuse a sequence of NaN, then return the logits of the next owner of its page."""
     config = PagedConfig(page_size=16, max_tokens=32, backend="compiled")
     with paged(model, config):
         own = PagedCache.for_model(model, config)
@@ -495,13 +495,13 @@ def test_compiled_output_ignores_nan_of_an_earlier_owner(fused: Any) -> None:
 
 
 def test_nan_stored_in_a_pool_would_reach_the_output(fused: Any) -> None:
-    """It makes the K and V of the next attention layer NaN, which ends the step."""
+    """Mutation test: a stored NaN makes the next layer's K and V NaN, which ends the step."""
     with faults.stored_nan(), pytest.raises(NonFinite, match="layer 3"):
         logits_after_nan(fused)
 
 
 def beside(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
-    """Logits of one prompt and three tokens after it, first row of a batch."""
+    """Return the logits of one prompt and three more tokens, run as the first row of a batch."""
     mine = prompts((12,), seed=9)[0]
     lengths, seed = others
     width = max(12, *lengths, 0)

@@ -1,4 +1,4 @@
-"""The command line: it teaches, answers, and says in one line what is wrong."""
+"""The command line: help, answers, and one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import tiny_model
 
 Capture = pytest.CaptureFixture[str]
 
-FACTS = [  # stated values are of the plain half; the others are what <shift> makes of them
+FACTS = [  # values are of the plain half; <shift> turns each into one of the other half
     ("amber-bear", "brass-bell"),
     ("amber-crane", "copper-kite"),
     ("red-fox", "glass-boat"),
@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong usage has to be noticed before the work."""
+    """Fail the test if the verification runs: wrong usage must be reported before the work."""
 
     def work(*args: Any, **kwargs: Any) -> None:
         pytest.fail("the verification ran")
@@ -272,7 +272,7 @@ def test_the_example_in_the_help_of_generate_works(capsys: Capture) -> None:
 
 
 class Recorder(io.StringIO):
-    """Standard output that counts what reaches its reader piece by piece."""
+    """Standard output that records what has been flushed, piece by piece."""
 
     def __init__(self) -> None:
         super().__init__()

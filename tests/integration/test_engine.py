@@ -1,4 +1,4 @@
-"""The engine on live models: each answer is that of the request alone, with plain transformers."""
+"""The engine on live models: each answer equals that of the request alone in transformers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def test_generate_gives_the_tokens_of_transformers(flavour: str, preemption: Any
         assert [output.tokens for output in outputs] == expected
         ended = ["stop" if tokens[-1] == EOS else "length" for tokens in expected]
         assert [output.finish for output in outputs] == ended
-        assert engine.stats().preempted, "too roomy to prove anything"
+        assert engine.stats().preempted, (
+            "no request was preempted, so the pool is too large for this test"
+        )
 
 
 def test_a_list_of_tokens_is_one_prompt(model: Any, engine: Engine) -> None:
@@ -107,7 +109,7 @@ def test_samples_equal_those_of_the_request_alone(model: Any, engine: Engine) ->
     oracle = ModelOracle(model)
     expected = [expected_tokens(oracle, p, params, n) for p in PROMPTS[:3] for n in range(3)]
     assert [answer(output) for output in outputs] == expected
-    assert len({tuple(tokens) for tokens in expected}) == len(expected), "samples are alike"
+    assert len({tuple(tokens) for tokens in expected}) == len(expected), "all samples must differ"
 
 
 def test_logprobs_equal_those_of_sdpa(model: Any, engine: Engine) -> None:
@@ -218,9 +220,9 @@ def test_scores_equal_those_of_sdpa(model: Any, engine: Engine) -> None:
 
 
 def test_a_score_is_greedy_if_every_token_is_the_argmax(model: Any, engine: Engine) -> None:
-    likeliest = by_transformers(model, PROMPTS[0], 3)
-    other = [*likeliest[:2], (likeliest[2] + 1) % VOCABULARY]
-    [[right, wrong]] = engine.score([(PROMPTS[0], [likeliest, other])])
+    best = by_transformers(model, PROMPTS[0], 3)
+    other = [*best[:2], (best[2] + 1) % VOCABULARY]
+    [[right, wrong]] = engine.score([(PROMPTS[0], [best, other])])
     assert (right.greedy, wrong.greedy) == (True, False)
 
 
@@ -241,7 +243,7 @@ def test_threads_can_share_an_engine(model: Any, engine: Engine) -> None:
     assert found == {n: by_transformers(model, PROMPTS[n], 9) for n in range(len(PROMPTS))}
 
 
-# -- what is wrong with one request -------------------------------------------------------------
+# -- errors of one request -----------------------------------------------------------------------
 
 
 def test_a_prompt_outside_the_vocabulary_fails_alone(model: Any, engine: Engine) -> None:
@@ -266,7 +268,9 @@ def test_a_full_queue_blocks_generate_and_refuses_submit(model: Any) -> None:
         with pytest.raises(QueueFull):
             engine.submit(PROMPTS[1], SamplingParams(n=2))
         (output, *_) = engine.generate(PROMPTS[0], SamplingParams(n=3))
-        assert isinstance(output.error, QueueFull), "three samples never fit a queue of two"
+        assert isinstance(output.error, QueueFull), (
+            "three samples can never fit into a queue of two"
+        )
 
 
 def test_a_cancelled_request_keeps_its_tokens(engine: Engine) -> None:
@@ -331,7 +335,7 @@ def test_text_needs_a_tokenizer(engine: Engine) -> None:
 
 @pytest.mark.parametrize("shared", [0, 16, 24])
 def test_nan_of_one_request_never_reaches_another(shared: int) -> None:
-    """A token whose embedding is NaN, in a prompt that others share the beginning of."""
+    """A token with a NaN embedding stands in prompts whose prefix other prompts share."""
     model = tiny_model(tie_word_embeddings=False, vocab_size=400)
     expected = [by_transformers(model, prompt, NEW) for prompt in PROMPTS]
     used = {token for tokens in [*expected, *PROMPTS] for token in tokens}
@@ -342,7 +346,7 @@ def test_nan_of_one_request_never_reaches_another(shared: int) -> None:
     mixed = [one for pair in zip(poisoned, PROMPTS, strict=True) for one in pair]
 
     with Engine(model, SIZES) as engine:
-        for _ in range(2):  # again, over pages and rows that were poisoned
+        for _ in range(2):  # the second time over pages and rows that held NaN
             outputs = engine.generate(mixed, SamplingParams(max_new_tokens=NEW))
             assert all(isinstance(o.error, NonFiniteRequest) for o in outputs[::2])
             assert [output.tokens for output in outputs[1::2]] == expected
@@ -355,11 +359,13 @@ def test_nan_of_one_request_never_reaches_another(shared: int) -> None:
 def test_one_chunk_contexts_share_their_prefix(
     engine: Engine,
 ) -> None:
-    """A context of one chunk is scored, and leaves, in the very step after it was computed."""
+    """A context of one chunk is scored and released in the step after it was computed."""
     stem, several = PROMPTS[3][:32], [[5, 6, 7], [8, 9]]
     for last in (3, 4, 5):
         engine.score([([*stem, last], several)])
-    assert engine.stats().prefix_hits == 1  # the second leaves a state where the first parted
+    assert (
+        engine.stats().prefix_hits == 1
+    )  # the second leaves a state where it diverged from the first
     assert engine.stats().tokens_hit == len(stem)
 
 

@@ -1,4 +1,4 @@
-"""Beam search on the engine is transformers' own."""
+"""Beam search on the engine gives the beams of transformers."""
 
 from __future__ import annotations
 

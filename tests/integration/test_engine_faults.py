@@ -1,4 +1,4 @@
-"""Something raises in the middle of a step: one request fails by name, the others never notice."""
+"""A fault in the middle of a step: at most one request fails, with a typed error."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ STEM = list(range(20))
 
 
 class Broken(RuntimeError):
-    """Put in on purpose."""
+    """A deliberate fault."""
 
 
 def raising_at(number: int, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, but its `number`-th time it raises instead."""
+    """Wrap a call so that it raises instead when it is called for the `number`-th time."""
     count = 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ def raising_at(number: int, call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def busy_harness() -> EngineHarness:
-    """Prefix hits, forks, preemption with swapping, scores: every call site is passed."""
+    """Return a harness in which `fill` reaches every call: hits, forks, swaps and scores."""
     harness = EngineHarness(HashOracle(), {"preemption": "swap"}, pages=19, rows=4)
     harness.faulty = True
     return harness
@@ -76,14 +76,14 @@ def fill(harness: EngineHarness) -> list[Request]:
 
 
 def assert_only_named_failures(harness: EngineHarness, asked: Sequence[Request]) -> None:
-    """`EngineHarness` judged the answers; what failed says so and why."""
+    """Check that failed requests name their fault. `EngineHarness` has checked the answers."""
     for output in (output for request in asked for output in request.outputs):
         if output.error is not None:
             assert isinstance(output.error, StepFailed)
             assert output.error.request == output.request
             assert isinstance(output.error.__cause__, Broken)
     failed = [request for request in asked if request.outputs[0].finish == "error"]
-    assert len(failed) <= 1, "one fault, several requests"
+    assert len(failed) <= 1, "one fault ended several requests"
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
@@ -100,7 +100,7 @@ def test_a_fault_on_the_host_ends_at_most_one_request(
     harness.drain()
 
     if number == 1:
-        assert broken.count(), "the fault was never met"  # type: ignore[attr-defined]
+        assert broken.count(), "the fault was never reached"  # type: ignore[attr-defined]
     assert_only_named_failures(harness, asked)
 
 
@@ -115,7 +115,7 @@ def test_a_fault_on_the_device_ends_at_most_one_request(call: str, number: int) 
     harness.drain()
 
     if number == 1:
-        assert broken.count(), "the fault was never met"  # type: ignore[attr-defined]
+        assert broken.count(), "the fault was never reached"  # type: ignore[attr-defined]
     assert_only_named_failures(harness, asked)
 
 
@@ -123,7 +123,7 @@ def test_a_fault_on_the_device_ends_at_most_one_request(call: str, number: int) 
 def test_a_request_that_breaks_every_call_fails_alone(call: str) -> None:
     harness = busy_harness()
     asked = fill(harness)
-    victim = asked[4]  # whose row somebody had before
+    victim = asked[4]  # its row had another owner before
 
     def fault(made: str, rows: Sequence[int]) -> None:
         if made == call and any(job.placement and job.placement.row in rows for job in victim.jobs):

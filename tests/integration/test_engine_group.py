@@ -1,4 +1,4 @@
-"""Several engines answer as one does."""
+"""A group of engines answers like one engine."""
 
 from __future__ import annotations
 

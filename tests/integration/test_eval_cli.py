@@ -1,4 +1,4 @@
-"""`granite-paged eval` and `report`: they answer, write, go on, and refuse in one line."""
+"""The commands `eval` and `report`: answers, files, resumed runs, and one-line errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEW = ["--device", "cpu", "--limit", "3", "--seed", "7"]
 
 @pytest.fixture
 def short_recall(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contexts of 16 and 32 tokens: attention on the CPU is dense."""
+    """Limit contexts to 32 tokens, since attention on the CPU is dense and slow."""
     monkeypatch.setattr("granite_paged.evaluate.tasks.RECALL_LONGEST", 32)
 
 
@@ -96,7 +96,7 @@ def test_tables_name_both_modes_and_their_agreement(capsys: Capture) -> None:
     shown = capsys.readouterr().out
     assert "default" in shown
     assert "3 of 3 choices are default's" in shown
-    assert "…" not in shown, "numbers are cut off"
+    assert "…" not in shown, "the table truncates numbers"
 
 
 @pytest.mark.usefixtures("short_recall")
@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 @pytest.fixture
 def unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wrong usage has to be noticed before the work."""
+    """Fail the test if questions are asked: wrong usage must be reported before the work."""
 
     def work(*args: Any, **kwargs: Any) -> None:
         pytest.fail("questions were asked")

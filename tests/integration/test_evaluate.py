@@ -1,4 +1,4 @@
-"""The evaluation as a whole: the same answers, told apart when they are not, and never lost."""
+"""The evaluation: equal answers, detected differences, and answers that are never lost."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recall(embedded: LoadedModel) -> Task:
 
 
 def evaluate_recall(embedded: LoadedModel, recall: Task) -> tuple[Any, Agreement]:
-    """The paged mode's metrics, and its agreement with default."""
+    """Return the metrics of the paged mode, and its agreement with default."""
     config = PagedConfig(page_size=16)
     result = tiny_evaluation(embedded, recall, config=config).tasks["recall"]
     return result.modes["paged"], result.agreement["paged"]
@@ -94,17 +94,17 @@ def test_both_modes_agree_on_real_questions(embedded: LoadedModel) -> None:
         assert found.differing == (), name
 
 
-# -- teeth --------------------------------------------------------------------------------------
+# -- mutation tests -----------------------------------------------------------------------------
 
 
 def dropped_pages(table: PageTable) -> None:
-    """Nobody owns any row's second page any more."""
+    """Remove the owner of every row's second page from the inverse map."""
     second = table.physical[:, 1].long()
     table.logical[second[second > 0]] = NOBODY
 
 
 def duplicated_pages(table: PageTable) -> None:
-    """Every row's first page stands in the place of its second, too."""
+    """Name every row's first page also in place of its second."""
     table.physical[:, 1] = table.physical[:, 0]
 
 
@@ -116,18 +116,18 @@ def test_a_wrong_page_table_lowers_recall_and_agreement(
         paged, found = evaluate_recall(embedded, recall)
     assert paged.accuracy < 0.95
     assert len(found.differing) > 0.05 * found.questions
-    assert not found.passed, "differences were taken for near-ties"
+    assert not found.passed, "the differences must not pass as near-ties"
 
 
 def test_values_in_a_wrong_page_lower_recall(embedded: LoadedModel, recall: Task) -> None:
     with faults.crossed_values():
         paged, found = evaluate_recall(embedded, recall)
-    assert paged.accuracy < 0.8  # a context of one page has no other to cross with
+    assert paged.accuracy < 0.8  # a context of one page has no neighbouring page
     assert not found.passed
 
 
 def test_a_wrong_answer_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scorer that turns one question's log-likelihoods round."""
+    """The paged scorer negates its log-likelihoods."""
     make = run.make_scorer
 
     def contrary(mode: str, *args: Any) -> Any:
@@ -163,7 +163,7 @@ class _Contrary:
 
 
 def judged(gap: float) -> Agreement:
-    """Of a bfloat16 model and a question whose two best choices are `gap` apart."""
+    """Judge a flipped choice of a bfloat16 model whose two best choices are `gap` apart."""
     loaded, task = tiny_loaded(), tiny_task(6)
     loaded.model.to(torch.bfloat16)
     journal = Journal(None, {})
@@ -196,7 +196,7 @@ def test_a_gap_beyond_the_error_of_sdpa_is_an_error() -> None:
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_every_difference_in_bfloat16_is_a_near_tie(batch: int) -> None:
-    """Of forty choices a token long, whose best two are often the same number in bfloat16."""
+    """With 40 one-token choices, the best two are often the same number in bfloat16."""
     loaded, draw = tiny_loaded("dense", initializer_range=0.144), random.Random(5)
     loaded.model.to(torch.bfloat16)
     many = [
@@ -218,7 +218,7 @@ def test_the_gap_error_is_that_of_the_worst_pair() -> None:
     assert gap_error([-1.0, -2.0, -3.0], [-1.1, -2.0, -2.8]) == pytest.approx(0.3)
 
 
-# -- going on -----------------------------------------------------------------------------------
+# -- resuming -----------------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -248,7 +248,10 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, batch: int) -> 
     assert 0 < len(kept.records) < len(whole.records)
     resumed = tiny_evaluation(journal=kept, batch=batch)
     assert set(kept.records) == set(whole.records)
-    for place, record in whole.records.items():  # other pages, other order of sums: last digits
+    for (
+        place,
+        record,
+    ) in whole.records.items():  # other pages change the order of sums, and so the last digits
         again = kept.records[place]
         assert again.greedy == record.greedy
         assert choice(again.logprobs) == choice(record.logprobs)
@@ -340,7 +343,7 @@ def test_the_peak_of_a_mode_excludes_memory_of_others(monkeypatch: pytest.Monkey
     assert memory.peak("paged") == 1347
 
 
-# -- what cannot be answered --------------------------------------------------------------------
+# -- refused questions --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 4])

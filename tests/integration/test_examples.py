@@ -1,4 +1,4 @@
-"""Every file of examples/ runs and prints what it is meant to."""
+"""Every file of examples/ runs and prints what it should."""
 
 from __future__ import annotations
 

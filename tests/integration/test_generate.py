@@ -1,4 +1,4 @@
-"""Plain `generate()` on a patched model gives SDPA's tokens, float32."""
+"""Plain `generate()` on a patched float32 model gives the tokens of SDPA."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_cache_can_be_continued_over_several_turns(model: Any) -> None:
 
 
 def continued(model: Any, turn: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
-    """Tokens of the next turn, on the last one's cache."""
+    """Return the tokens of the next turn, run on the last turn's cache."""
     last = model.generate(
         ids,
         attention_mask=mask,
@@ -153,7 +153,7 @@ def test_a_streamer_receives_every_token() -> None:
     assert issubclass(TextStreamer, BaseStreamer)
 
 
-FINISHING: dict[str, Any] = {  # rows meet EOS at different steps and are padded from there on
+FINISHING: dict[str, Any] = {  # rows reach EOS at different steps and are padded from then on
     "do_sample": True,
     "min_new_tokens": 0,
     "max_new_tokens": 25,
@@ -179,7 +179,7 @@ def test_a_later_turn_may_hide_padding_of_finished_rows(model: Any) -> None:
         turn = generate(model, ids, mask, **FINISHING)
         longer = torch.cat([turn.sequences, more], dim=1)
         shown = (longer != PAD).long()
-        assert not shown[:, ids.shape[1] :].all(), "nothing is hidden"
+        assert not shown[:, ids.shape[1] :].all(), "no token is hidden, so nothing is tested"
         return continued(model, turn, longer, shown)
 
     expected = talk()

@@ -1,6 +1,6 @@
-"""Kernels compile for every kind of GPU they are meant for, on a machine without one.
+"""Triton kernels compile for every supported GPU architecture, on a machine without a GPU.
 
-Elsewhere on a CPU they are interpreted, which knows neither layouts nor registers nor assembly.
+Other tests run them in Triton's interpreter, which has no layouts, registers or assembly.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ pytest.importorskip("triton.backends.nvidia")
 ROOT = Path(__file__).parents[2]
 
 SHARED = {80: 163, 89: 99, 90: 227}
-"""Compute capability -> KiB that a program may have (CUDA C++ programming guide, section 16.2)."""
+"""Shared memory per program in KiB by compute capability (CUDA C++ programming guide, 16.2)."""
 
 
 def launched() -> set[str]:
-    """Names of the kernels that Python calls; the others are called by kernels."""
+    """Return the kernels that Python launches; other kernels are called by these."""
     found: set[str] = set()
     for path in (ROOT / "granite_paged" / "layers" / "triton").glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

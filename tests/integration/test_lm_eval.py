@@ -1,6 +1,6 @@
-"""Against EleutherAI's lm-eval: its prompts, its scores, and this package as one of its models.
+"""Comparison with EleutherAI's lm-eval: its prompts, its scores, and this package as its model.
 
-Runs where lm-eval is installed: `nox -s eval_parity` installs it and asks every question there is.
+These tests need lm-eval: `nox -s eval_parity` installs it and runs them on every question.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ lm_eval = pytest.importorskip(
 
 CLOSE = 1e-4
 SLICE = 200
-"""Questions, over all tasks, unless GRANITE_PAGED_PARITY=all."""
+"""Number of questions over all tasks, unless GRANITE_PAGED_PARITY=all."""
 
 EVERYTHING = os.environ.get("GRANITE_PAGED_PARITY") == "all"
 TASKS = ("mmlu", "truthfulqa_mc1", "truthfulqa_mc2")
@@ -35,7 +35,7 @@ PAGES = PagedConfig(page_size=16)
 
 
 TOKENS = 4096
-"""The commonest of cl100k: logits of all would take most of the time, and texts are split alike."""
+"""Size of the vocabulary: the most common tokens of cl100k, since logits of all would be slow."""
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def loaded(tokenizer: Any) -> LoadedModel:
-    """Random weights: which choice wins is chance, that it is the same one is not.
+    """A model with random weights: which choice wins is chance, but both must choose the same.
 
-    They keep the scale of activations, as trained ones do. Sharper ones cost float32 itself 5e-5 of
-    a log-likelihood (against float64), half of what is allowed.
+    The weights keep the scale of activations, as trained ones do. With larger weights float32
+    itself errs by 5e-5 of a log-likelihood (against float64), half of the tolerance.
     """
     return tiny_loaded(vocab_size=len(tokenizer), initializer_range=0.144)
 
@@ -90,7 +90,7 @@ def lm_eval_scores(hflm: Any, task: Task) -> list[list[float]]:
 
 
 def paged_answers(loaded: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
-    """As `granite-paged eval --mode paged` answers one by one."""
+    """Answer one by one, as `granite-paged eval --mode paged` does."""
     scorer = make_scorer("paged", loaded.model, PAGES, Needs.of(requests))
     try:
         return [scorer.score([request])[0] for request in requests]
@@ -126,7 +126,7 @@ def test_log_likelihoods_and_choices_equal_those_of_hflm(
 def test_greedy_flags_equal_those_of_hflm(
     tasks: dict[str, Task], loaded: LoadedModel, hflm: Any
 ) -> None:
-    """With continuations that greedy decoding would write, and others."""
+    """The continuations are one that greedy decoding writes, and one that it does not."""
     request = tasks["truthfulqa_mc1"].questions[0].request
     (first,) = paged_answers(loaded, [request])
     greedy = _greedy(loaded, request.context, 3)
@@ -154,7 +154,7 @@ SUBJECTS = ("anatomy", "high_school_us_history", "us_foreign_policy")
 
 @pytest.fixture(scope="module")
 def offline_hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder from which lm-eval's unchanged tasks read our files as if they were the hub's."""
+    """A folder in which lm-eval's unchanged tasks find our files in place of the hub's."""
     hub = tmp_path_factory.mktemp("hub")
     mmlu = [
         {"config_name": subject, "data_files": [_file(hub, split, subject) for split in SPLITS]}
@@ -194,7 +194,7 @@ def _card(folder: Path, configs: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def theirs(offline_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """lm-eval's own tasks, by name."""
+    """The tasks of lm-eval, by name."""
     from lm_eval.tasks import TaskManager  # noqa: PLC0415
 
     names = [*(f"mmlu_{subject}" for subject in SUBJECTS), "truthfulqa_mc1", "truthfulqa_mc2"]
@@ -206,7 +206,7 @@ def theirs(offline_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def instances(task: Any, fewshot: int) -> list[list[tuple[str, str]]]:
-    """(context, continuation) of each choice of each question."""
+    """Return (context, continuation) of each choice of each question."""
     task.set_config("num_fewshot", fewshot)
     task.build_all_requests(rank=0, world_size=1)
     by_document: dict[int, list[tuple[str, str]]] = {}
@@ -249,7 +249,7 @@ def assert_same_tokens(ours: Task, asked: list[list[tuple[str, str]]], hflm: Any
 def test_accuracy_equals_that_of_lm_eval(
     theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any
 ) -> None:
-    """`granite_paged` as lm-eval's model, through lm-eval's own evaluator."""
+    """lm-eval's own evaluator runs `granite_paged` as its model."""
     from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
     from granite_paged.evaluate.metrics import credit  # noqa: PLC0415
 
@@ -280,7 +280,7 @@ def test_accuracy_equals_that_of_lm_eval(
 def test_lm_eval_runs_the_model_from_its_command_line(
     offline_hub: Path, theirs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `python -m granite_paged.evaluate.lm` runs it; `theirs` has read the data by then."""
+    """Run it as `python -m granite_paged.evaluate.lm` does. `theirs` has already read the data."""
     from granite_paged.evaluate.lm import main  # noqa: PLC0415
 
     monkeypatch.chdir(offline_hub)

@@ -1,4 +1,4 @@
-"""What a paged cache really holds in tensors, against what transformers' cache holds."""
+"""Bytes of tensors that a paged cache holds, compared with those of transformers' cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTHS = (500, 40, 7, 260, 90, 3, 120, 33)
 
 
 def storage_bytes(root: Any) -> int:
-    """Bytes of all distinct tensor storages reachable from an object's attributes."""
+    """Sum the bytes of all distinct tensor storages reachable from an object's attributes."""
     seen: set[int] = set()
     storages: dict[int, int] = {}
     waiting = [root]
@@ -46,7 +46,7 @@ def ragged() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def caches() -> tuple[DynamicCache, PagedCache]:
-    """After the same ragged prompts and 8 steps each, in an attention-only model."""
+    """Both caches after the same ragged prompts and 8 steps, in an attention-only model."""
     model = tiny_model("dense")
     ids, mask = ragged()
     options = {"max_new_tokens": 9, "do_sample": False, "return_dict_in_generate": True}
@@ -74,7 +74,7 @@ def test_a_paged_cache_takes_less_than_half_of_a_padded_one(
     tokens = sum(length + 8 for length in LENGTHS)
     padded = len(LENGTHS) * (max(LENGTHS) + 8)
     assert storage_bytes(default) == padded * cache.geometry.bytes_per_token
-    # the tokens' own share of the padded bytes, a page more for each sequence, and tables
+    # the tokens' share of the padded bytes, one more page per sequence, and page tables
     share = (tokens + len(LENGTHS) * cache.geometry.page_size) / padded
     assert storage_bytes(cache) <= 1.05 * share * storage_bytes(default)
     assert share < 0.35

@@ -1,4 +1,4 @@
-"""`load`: what it gives, what it refuses, and that published geometries are as published."""
+"""`load`: what it returns and refuses, and the published geometries."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
 
 @pytest.fixture(autouse=True, scope="module")
 def quiet() -> None:
-    """transformers' own reports of broken checkpoints are not what is tested."""
+    """Silence transformers' reports of broken checkpoints."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy of the embedded checkpoint, to be broken."""
+    """A copy of the embedded checkpoint, for a test to break."""
     return Path(shutil.copytree(TINY_RECALL, tmp_path / "checkpoint"))
 
 
@@ -49,7 +49,7 @@ def logits(model: Any) -> torch.Tensor:
     return out
 
 
-# -- what is loaded -----------------------------------------------------------------------------
+# -- loading ------------------------------------------------------------------------------------
 
 
 def test_the_embedded_checkpoint_is_the_default() -> None:
@@ -104,7 +104,7 @@ def test_code_in_a_checkpoint_is_never_run(checkpoint: Path) -> None:
     assert isinstance(load(str(checkpoint), device="cpu").model, GraniteMoeHybridForCausalLM)
 
 
-# -- what is refused ----------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------
 
 
 def without(name: str) -> Callable[[Path], None]:

@@ -1,4 +1,4 @@
-"""What patching changes, unpatching restores; nothing else is touched."""
+"""Unpatching restores everything that patching changes, and nothing else is touched."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_forward_pass_without_a_cache_makes_a_paged_one(model: Any) -> None:
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_decoder_receives_the_cache_under_either_name(model: Any, name: str) -> None:
-    """transformers 5.24 renamed it, and its decorators see a call only after our hook did."""
+    """transformers 5.24 renamed it, and its decorators run only after our hook."""
     ids, _ = prompts((9,))
     with paged(model, PAGES), torch.inference_mode():
         own = PagedCache.for_model(model, PAGES)

@@ -1,4 +1,4 @@
-"""A step larger than what it is given: padding computes nothing and leaves nothing behind."""
+"""A captured step larger than its batch: its padding changes no state and no output."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def kernels(model: Any, config: PagedConfig = CONFIG, rows: Iterable[int] = PROMPTS) -> Driver:
-    """A runner with the kernels' forms, its sequences open."""
+    """Return a runner with the Triton model, with a sequence open in each row."""
     driver = Driver(model, config)
     runner = driver.runner
     runner._model = TritonModel(model, runner.storage, "auto")
@@ -95,7 +95,7 @@ def test_padding_of_a_decode_step_changes_nothing(model: Any) -> None:
 
 
 def test_split_chunks_equal_whole_ones(model: Any) -> None:
-    """As captured steps do it, where that takes less time."""
+    """Captured steps split chunks where that takes less time."""
     lengths = {1: 90, 2: 70, 3: 95, 4: 80, 5: 128, 6: 9}
     draw = torch.Generator().manual_seed(0)
     prompts = {
@@ -109,7 +109,9 @@ def test_split_chunks_equal_whole_ones(model: Any) -> None:
     shapes = Shapes(128, 6, captured=True, alignment=cut.runner.alignment)
     cut.runner.shapes = shapes
     steps = shapes.arrange(list(lengths.values()))
-    assert any(piece.start for step in steps for piece in step.pieces), "nothing is cut"
+    assert any(piece.start for step in steps for piece in step.pieces), (
+        "no chunk is split, so nothing is tested"
+    )
     logits = cut.prefill(prompts)
     for place, row in enumerate(prompts):
         assert_same(logits[place], whole.prefill({row: prompts[row]})[0])

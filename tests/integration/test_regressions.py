@@ -1,6 +1,6 @@
-"""Failures that others shipped, on live models: each by the name of what went wrong.
+"""Bugs that other projects shipped, tested on live models.
 
-The trackers that saw them stand beside each test.
+Each docstring names the issue or pull request.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fresh(model: Any) -> PagedCache:
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest, as a part of the largest logit."""
+    """Return the largest difference as a fraction of the largest logit."""
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
@@ -62,7 +62,7 @@ def test_right_padding_is_refused_before_mamba_states_change(model: Any) -> None
 
 
 def test_right_padding_would_give_wrong_logits() -> None:
-    """The teeth of the above: on transformers' own cache the next token's logits are off."""
+    """Mutation test of the above: in transformers' own cache the next logits are wrong."""
     model = tiny_model().requires_grad_(False)
     ids, token = draw(1, 12), torch.tensor([[7]])
     alone = DynamicCache(config=model.config)
@@ -84,7 +84,7 @@ def test_right_padding_would_give_wrong_logits() -> None:
 @pytest.mark.parametrize("flavour", ["hybrid", "rotary"])
 @pytest.mark.parametrize("chunks", [(16,) * 6, (32, 64), (80, 16), (48, 48)])
 def test_chunked_prefill_keeps_mamba_states(flavour: str, chunks: tuple[int, ...]) -> None:
-    """transformers #46032: states were lost at every chunk but the last."""
+    """transformers #46032: all states but those of the last chunk were lost."""
     assert all(columns % CHUNK == 0 for columns in chunks)
     model, ids, token = tiny_model(flavour).requires_grad_(False), draw(2, 96), draw(2, 1, seed=1)
     with paged(model, PAGES):
@@ -97,7 +97,7 @@ def test_chunked_prefill_keeps_mamba_states(flavour: str, chunks: tuple[int, ...
 
 
 def test_lost_mamba_states_are_detected(model: Any) -> None:
-    """The teeth of the above."""
+    """Mutation test of the above."""
     ids = draw(2, 96)
     expected = model(ids, **with_cache(fresh(model))).logits[:, 48:]
     own = fresh(model)
@@ -111,7 +111,7 @@ def test_lost_mamba_states_are_detected(model: Any) -> None:
 
 @pytest.mark.parametrize("first", ["tokens", "chunk"])
 def test_a_reset_cache_starts_the_next_sequence_from_zero_states(model: Any, first: str) -> None:
-    """vLLM PR #56524: the slot's last owner lived on in the next one's state."""
+    """vLLM PR #56524: a slot kept the state of its last owner."""
     own = fresh(model)
     model(draw(3, 40, seed=1), **with_cache(own))
     model(draw(3, 1, seed=2), **with_cache(own))
@@ -125,7 +125,7 @@ def test_a_reset_cache_starts_the_next_sequence_from_zero_states(model: Any, fir
 
 
 def test_states_that_survive_a_reset_are_detected(model: Any) -> None:
-    """The teeth of the above."""
+    """Mutation test of the above."""
     own = fresh(model)
     model(draw(3, 40, seed=1), **with_cache(own))
     with mock.patch.object(MambaRows, "reset", return_value=None):
@@ -141,7 +141,7 @@ def test_states_that_survive_a_reset_are_detected(model: Any) -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_cached_and_uncached_logits_agree_at_every_position(flavour: str) -> None:
-    """vLLM #43090: judged by argmax at a near-tie, where only logits can tell."""
+    """vLLM #43090: at a near-tie the argmax proves nothing, so logits are compared."""
     model, ids = tiny_model(flavour).requires_grad_(False), draw(2, 53)
     expected = model(ids, use_cache=False).logits
     with paged(model, PAGES):
@@ -152,7 +152,7 @@ def test_cached_and_uncached_logits_agree_at_every_position(flavour: str) -> Non
 
 
 def test_logits_agree_even_at_a_tie() -> None:
-    """The same, made certain: two words whose logits are equal but for rounding."""
+    """Two tokens have logits that are equal up to rounding, so that a near-tie is certain."""
     model, ids = tiny_model(tie_word_embeddings=False).requires_grad_(False), draw(1, 37)
     best = int(model(ids, use_cache=False).logits[0, -1].argmax())
     model.lm_head.weight[best - 1] = model.lm_head.weight[best]
@@ -162,7 +162,9 @@ def test_logits_agree_even_at_a_tie() -> None:
         parts = ids.split([CHUNK, CHUNK, 5], dim=1)
         actual = torch.cat([model(part, **with_cache(own)).logits for part in parts], dim=1)
     first, second = expected[0, -1].topk(2).values
-    assert first - second <= LOGITS_FLOAT32 * first.abs(), "no tie"
+    assert first - second <= LOGITS_FLOAT32 * first.abs(), (
+        "the two best logits are not tied, so nothing is tested"
+    )
     assert difference(actual, expected) <= LOGITS_FLOAT32
 
 
@@ -172,7 +174,7 @@ def test_logits_agree_even_at_a_tie() -> None:
 def test_a_step_past_the_recompile_limit_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Compiled FlexAttention becomes eager at dynamo's limit with a log line. Ours may not."""
+    """At dynamo's limit, compiled FlexAttention silently becomes eager. Ours must not."""
     monkeypatch.setattr(attention, "RECOMPILE_LIMIT", 0)
     model = tiny_model().requires_grad_(False)
     config = PagedConfig(page_size=16, backend="compiled")
@@ -194,7 +196,7 @@ def test_the_compiled_call_is_fullgraph_and_static() -> None:
 
 
 def test_nan_does_not_reach_a_later_owner_of_the_page() -> None:
-    """vLLM PR #53856, flash-attention #2374: 0 * NaN in the tail of a partly filled page."""
+    """vLLM PR #53856, flash-attention #2374: 0 * NaN in the tail of a partly filled page is NaN."""
     model = tiny_model().requires_grad_(False)
     with paged(model, PAGES):
         own = fresh(model)

@@ -1,4 +1,4 @@
-"""The report: a page, figures and a run log that say what was measured, and where."""
+"""Reports: pages, figures and run logs that say what was measured, and on which GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ BENCH = [
 
 @pytest.fixture(scope="module")
 def evaluation() -> dict[str, Any]:
-    """A real one, in which one choice differs and a GPU's memory was measured."""
+    """A real evaluation, edited: one choice differs, and peak memory was measured."""
     result = tiny_evaluation().to_json()
     task = result["tasks"]["tiny"]
     task["agreement"]["paged"].update(
@@ -111,7 +111,7 @@ def test_the_tables_of_the_study_appear_with_their_gpu(
         line for line in text.splitlines() if "ours: prefill, batch 1, NVIDIA H200 | paged" in line
     )
     assert ours.count("ms,") == 3
-    assert ours.count(" - |") == 3, "sizes that were not measured are left open"
+    assert ours.count(" - |") == 3, "sizes that were not measured must show a dash"
 
 
 def test_the_tables_of_the_study_are_complete() -> None:
@@ -143,7 +143,7 @@ def test_a_page_without_the_comments_is_refused(evaluation: dict[str, Any], tmp_
         update_page(str(tmp_path / "page.md"), [evaluation])
 
 
-# -- files of results ---------------------------------------------------------------------------
+# -- result files -------------------------------------------------------------------------------
 
 
 def test_curves_have_at_least_three_points() -> None:

@@ -1,4 +1,4 @@
-"""A runner against transformers: the same tokens and logits, in whatever rows and chunks."""
+"""A runner gives the tokens and logits of transformers, in any rows and chunks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 @torch.inference_mode()
 def sdpa(model: Any, ids: list[int]) -> Tensor:
-    """Logits of every token, [tokens, vocabulary]."""
+    """Return the logits of every token, [S, V]."""
     return model(torch.tensor([ids])).logits[0]
 
 
@@ -72,12 +72,12 @@ def test_chunks_in_one_call_do_not_affect_each_other(model: Any, driver: Driver)
     logits = driver.prefill(prompts)
     for place, prompt in enumerate(prompts.values()):
         assert_same(logits[place], sdpa(model, prompt)[-1])
-    fed = {4: 7, 1: 9, 2: 11}  # in another order than their rows
+    fed = {4: 7, 1: 9, 2: 11}  # not in the order of the prefill
     logits = driver.decode(fed)
     for place, (row, token) in enumerate(fed.items()):
         assert_same(logits[place], sdpa(model, [*prompts[row], token])[-1])
     assert driver.runner.tokens[list(fed)].tolist() == logits.argmax(1).tolist()
-    assert driver.runner.tokens[3] == 0, "nobody's row is fed nothing"
+    assert driver.runner.tokens[3] == 0, "an unused row must not be fed"
 
 
 def test_no_step_has_more_rows_than_the_runner(driver: Driver) -> None:
@@ -114,7 +114,7 @@ def test_a_fork_continues_independently(model: Any, driver: Driver) -> None:
 
 def test_a_fork_includes_pages_written_since_the_last_step(driver: Driver) -> None:
     driver.open(1)
-    driver.chunks({1: tokens(20)})  # pages, and no step that needs them
+    driver.chunks({1: tokens(20)})  # pages are assigned, but no step has run
     driver.fork(1, 2)
     driver.check_valid()
 
@@ -188,7 +188,7 @@ def test_a_saved_row_continues_in_another_row(model: Any, driver: Driver, to_hos
     assert state.nbytes == driver.runner.row_bytes
     driver.close(1)
     driver.open(2)
-    driver.prefill({2: tokens(32, 9)})  # takes the pages over
+    driver.prefill({2: tokens(32, 9)})  # takes over the pages
     driver.open(3)
     plan = driver.allocator.append({driver.sequences[3]: len(prompt)})
     driver.runner.write_pages(plan, {driver.sequences[3]: 3})
@@ -213,7 +213,7 @@ def test_nan_is_flagged_and_stays_in_its_row(model: Any, driver: Driver) -> None
     with torch.no_grad():
         embedding[token] = before
     assert driver.runner.nonfinite.tolist() == [0, 0, 1, 0, 0]
-    driver.close(2)  # its pages go to the next
+    driver.close(2)  # its pages go to the next sequence
     assert_same(driver.prefill({1: healthy}), clean)
     assert all(pool.keys.isfinite().all() for pool in driver.runner.storage.pools.values())
 
@@ -227,7 +227,7 @@ def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
         pool.keys.fill_(1e30)
         pool.values.fill_(-1e30)
     driver.open(1)
-    assert_same(driver.prefill({1: prompt}), clean)  # other pages, so another order of sums
+    assert_same(driver.prefill({1: prompt}), clean)  # in other pages, so sums differ in order
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scorers: the same log-likelihoods, whatever is shared, forked, batched or compiled."""
+"""Scorers give equal log-likelihoods, however requests share, fork, batch or compile."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from granite_paged.runner.memory_plan import row_bytes
 from granite_paged.runner.shapes import Shapes
 from tests.helpers.evaluation import SMALL_PAGES, largest_difference, requests, tiny_loaded
 
-CLOSE = 1e-4  # of a log-likelihood, what parity with lm-eval allows; a few dozen roundings of it
+CLOSE = 1e-4  # absolute tolerance of a log-likelihood, as for parity with lm-eval
 FLAVOURS = ["hybrid", "rotary", "experts", "dense"]
 
 
 def from_the_formula(model: Any, request: Request) -> list[float]:
-    """Each continuation in a forward pass of its own, read token by token, in float64."""
+    """Score each continuation in its own forward pass, with log-probabilities in float64."""
     found = []
     for continuation in request.continuations:
         ids = torch.tensor([[*request.context, *continuation]])
@@ -65,7 +65,7 @@ def test_default_scores_are_independent_of_batching() -> None:
 
 
 def paged(model: Any, asked: Sequence[Request], batch: int = 1) -> EngineScorer:
-    """The scorer of the mode `paged`, with what these requests need."""
+    """Return the scorer of mode `paged`, sized for these requests."""
     scorer = make_scorer("paged", model, SMALL_PAGES, Needs.of(asked), batch)
     assert isinstance(scorer, EngineScorer)
     return scorer
@@ -181,13 +181,13 @@ def test_the_first_of_equal_choices_wins_as_in_lm_eval() -> None:
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_static_scores_equal_those_of_default(flavour: str) -> None:
-    """Its step is not compiled here, which takes long and changes nothing but time."""
+    """The step is not compiled here: that is slow and changes only the time."""
     model = tiny_loaded(flavour).model
     model.get_compiled_call = lambda config: model.__call__
     scorer = make_scorer("static", model, SMALL_PAGES, Needs.of(requests()))
     assert isinstance(scorer, StaticScorer)
     expected = DefaultScorer(model).score(requests())
-    for _ in range(2):  # nothing is left from the first time
+    for _ in range(2):  # the second time, nothing may be left of the first
         assert largest_difference(scorer.score(requests()), expected) < CLOSE
     with pytest.raises(OutOfPages, match="make a longer StaticCache"):
         scorer.score([Request([5] * 99, [[6]])])
@@ -197,7 +197,7 @@ def test_static_scores_equal_those_of_default(flavour: str) -> None:
 
 
 def fastest(monkeypatch: pytest.MonkeyPatch, times: dict[int, float]) -> int:
-    """The batch size found when passes take so long; sizes without a time do not fit."""
+    """Return the batch size found, given times of passes; sizes without a time do not fit."""
 
     def seconds(model: Any, asked: Any, batch: int) -> float:
         if batch not in times:
@@ -227,7 +227,7 @@ def test_the_fastest_batch_that_fits_is_found(
 
 
 class EngineDouble:
-    """Answers as `Engine.score` is documented to."""
+    """A stand-in for `Engine` that answers as `Engine.score` is documented to."""
 
     def __init__(self, model: Any, config: PagedConfig, *, state_bytes: int = 0) -> None:
         self.config, self.state_bytes = config, state_bytes
@@ -271,7 +271,7 @@ def test_the_engine_is_sized_for_its_requests() -> None:
     scorer.forget()
     assert scorer.engine.asked[1:] == ["forget"]
     assert scorer.engine.config.max_tokens >= needs.longest
-    assert scorer.engine.config.max_sequences == 2, "a context, and what it forks into"
+    assert scorer.engine.config.max_sequences == 2, "one row for the context and one for its fork"
     assert scorer.engine.state_bytes == 2 * row_bytes(model)
     alone = [(1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024)]
     assert set(scorer.engine.warmed) == {*alone, (2, 32), (2, 64), (2, 128)}
@@ -281,7 +281,7 @@ def test_the_engine_is_sized_for_its_requests() -> None:
 
 @pytest.mark.usefixtures("with_double")
 def test_warm_up_covers_only_pieces_of_the_longest_prompt() -> None:
-    """The workspace of a graph that is never replayed would count against the peak."""
+    """The workspace of a graph that is never replayed would add to peak memory."""
     needs = Needs(longest=1138)
     scorer: Any = make_scorer("paged", tiny_loaded().model, PagedConfig(page_size=128), needs)
     assert scorer.engine.shapes.length(1138) == 2048
@@ -291,7 +291,7 @@ def test_warm_up_covers_only_pieces_of_the_longest_prompt() -> None:
 
 @pytest.mark.usefixtures("with_double")
 def test_single_questions_without_sharing_take_one_row() -> None:
-    """What is kept for nobody would count against the peak."""
+    """Rows and states that no request uses would add to peak memory."""
     needs = Needs(longest=100, shared=SMALL_PAGES.page_size - 1, forks=False)
     scorer: Any = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, needs)
     assert scorer.engine.config.max_sequences == 1
@@ -299,13 +299,13 @@ def test_single_questions_without_sharing_take_one_row() -> None:
 
 
 def test_a_prefix_stays_cached_with_a_single_row() -> None:
-    """In pages beside the row's own: without them, every question would push it out."""
+    """It needs pages beyond those of the row, or every question would evict it."""
     shared = [20 + i % 70 for i in range(300)]
     asked = [Request([*shared, 10 + i, 5], [[6], [7]], shared=300) for i in range(4)]
     scorer = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, Needs.of(asked))
     reused = [scorer.score([request])[0].reused for request in asked]
     scorer.close()
-    assert reused[:2] == [0, 0], "the second shows where the first should have left its state"
+    assert reused[:2] == [0, 0], "only the second shows where a state is worth keeping"
     assert min(reused[2:]) >= 256
 
 

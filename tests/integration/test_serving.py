@@ -1,4 +1,4 @@
-"""transformers' batches do the work that was asked for, and no more."""
+"""The transformers modes of the serving benchmark run exactly the requested work."""
 
 from __future__ import annotations
 

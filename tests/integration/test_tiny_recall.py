@@ -1,7 +1,7 @@
-"""The embedded checkpoint recalls, and fails without any one of the things a cache holds.
+"""The embedded checkpoint recalls facts, and fails if any part of its cache is wrong.
 
-The second half is what makes the checkpoint a test instrument. With a model that does not use a
-component, a wrong cache would go unnoticed.
+The second half makes the checkpoint a test instrument: a model that does not use a part of the
+cache would not show an error in it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from tools.tiny_recall.record import MOST_WITHOUT, load
 
 FIRST_ATTENTION, SECOND_ATTENTION = 1, 3
 EVEN, ODD = 0, 1
-SEED = 2**50  # neither a training's draws nor the recorded measurement's
+SEED = 2**50  # used neither in training nor in the recorded measurement
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,7 +132,7 @@ def test_a_swapped_ssm_state_answers_in_the_other_mode(
 
 
 def rows_given_the_other_mode(batch: RecallBatch) -> Tensor:
-    """Rows whose neighbour enters the queries in the other mode: bool [B, 1]."""
+    """Return the rows whose neighbour enters the queries in the other mode, bool [B, 1]."""
     mode = batch.mode_before(batch.query_start)
     return (mode != next_row(mode))[:, None]
 
@@ -140,7 +140,7 @@ def rows_given_the_other_mode(batch: RecallBatch) -> Tensor:
 def test_swapping_nothing_changes_nothing(
     model: GraniteMoeHybridForCausalLM, batch: RecallBatch
 ) -> None:
-    """The swaps above lose answers; reading in two parts, or slot by slot, does not."""
+    """Reading in two parts, or slot by slot, loses no answer, so the swaps above do."""
     in_two_parts = answers_after_facts(model, batch, swap=lambda cache: None)
     slot_by_slot = answers_at_ask(model, batch, swap=lambda cache: None, slots=24)
     assert recall_accuracy(in_two_parts, batch) >= RECALL

@@ -1,4 +1,4 @@
-"""Generated block tables, from the allocator to FlexAttention's output."""
+"""Laws of generated block tables, from the allocator to FlexAttention's output."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ KINDS = ("decode", "chunk", "ragged")
 POISONS = (torch.nan, torch.inf, 1e30)
 
 SMALL = geometries(page_sizes=(1, 2, 4, 8, 16), head_dims=(16,))
-"""Enough for laws that do not depend on the width of a head."""
+"""Geometries for laws that do not depend on the head size."""
 
 
 def draw_step(
     data: st.DataObject, history: History, kind: str
 ) -> tuple[Paged, dict[int, int], Step]:
-    """A step of some of the open sequences, in any order."""
+    """Draw a step of some of the open sequences, in any order."""
     paged = Paged.after(history)
     picked = data.draw(st.permutations(paged.rows), label="batch")
     picked = picked[: data.draw(st.integers(1, len(picked)), label="rows")]
@@ -44,7 +44,7 @@ def draw_step(
     return paged, added, paged.step(added, padding=padding)
 
 
-# -- right --------------------------------------------------------------------------------------
+# -- accuracy -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,14 +92,14 @@ def test_chunked_prefill_equals_one_prefill(geometry, chunks) -> None:
 
 @given(data=st.data(), history=histories(SMALL), seed=st.integers(0, 99))
 def test_permuting_physical_pages_changes_no_output(data, history, seed) -> None:
-    """Seen in torch where a block of a BlockMask spans pages: output follows placement."""
+    """Seen in torch: if a block of a BlockMask spans pages, the output depends on placement."""
     _, _, step = draw_step(data, history, "ragged")
     assert_same_outputs(move_pages(step, seed).attend(), step.attend())
 
 
 @given(data=st.data(), history=histories(SMALL))
 def test_permuting_rows_permutes_the_outputs(data, history) -> None:
-    """Seen in torch's PagedAttention and attention-gym: the permuted rows' page tables are met
+    """Seen in torch's PagedAttention and attention-gym: the permuted rows' page tables are combined
     with the inverse map of rows 0, 1, ..."""
     _, _, step = draw_step(data, history, "ragged")
     order = data.draw(st.permutations(range(len(step.query))))
@@ -108,7 +108,7 @@ def test_permuting_rows_permutes_the_outputs(data, history) -> None:
 
 @given(data=st.data(), history=histories(SMALL))
 def test_a_row_alone_equals_the_row_in_a_batch(data, history) -> None:
-    """Seen in torch's PagedAttention and attention-gym, for subsets of the slots."""
+    """Seen in torch's PagedAttention and attention-gym: subsets of the rows are wrong."""
     _, _, step = draw_step(data, history, "ragged")
     row = data.draw(st.integers(0, len(step.query) - 1))
     assert_same_outputs(step.rows([row]).attend(), step.attend()[row : row + 1])
@@ -116,7 +116,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(data, history) -> None:
 
 @given(data=st.data(), history=histories(SMALL))
 def test_rows_may_be_repeated(data, history) -> None:
-    """A bucket is filled up by repeating a row, or with rows of padding only."""
+    """A bucket is filled by repeating a row, or with rows of padding."""
     _, _, step = draw_step(data, history, "decode")
     twice = step.rows([*range(len(step.query)), 0]).attend()
     assert_same_outputs(twice, torch.cat([step.attend(), step.attend()[:1]]))
@@ -124,7 +124,7 @@ def test_rows_may_be_repeated(data, history) -> None:
 
 @given(data=st.data(), history=histories(SMALL))
 def test_a_narrower_page_table_gives_the_same_output(data, history) -> None:
-    """Entries beyond it are spare room: nothing but room may depend on them."""
+    """Entries beyond the longest sequence are spare room, and change no output."""
     paged, _, step = draw_step(data, history, "ragged")
     width = max(1, *(len(paged.allocator.pages_of(sequence)) for sequence in paged.rows))
     narrow = step.replace(physical=step.physical[:, :width])
@@ -142,7 +142,7 @@ def test_tokens_of_other_sequences_change_no_output(data, history) -> None:
 
 @given(data=st.data(), history=histories(SMALL))
 def test_later_steps_of_other_sequences_change_no_output(data, history) -> None:
-    """They write, copy on write and recycle pages; mine stay."""
+    """Other sequences write, copy on write and recycle pages."""
     paged, added, step = draw_step(data, history, "chunk")
     before = step.attend()
     others = [sequence for sequence in paged.rows if sequence not in added]
@@ -160,8 +160,8 @@ def test_later_steps_of_other_sequences_change_no_output(data, history) -> None:
 @pytest.mark.parametrize("poison", POISONS)
 @given(data=st.data(), history=histories(SMALL))
 def test_slots_that_a_row_does_not_own_never_reach_its_output(poison, data, history) -> None:
-    """Free pages, others' pages, the null page, tails of partly filled pages. Seen in
-    flash-attention and vLLM: a masked weight of 0 times NaN leaks."""
+    """These are free pages, others' pages, the null page and tails of partly filled pages. Seen in
+    flash-attention and vLLM: a masked weight of 0 times NaN is NaN."""
     paged, added, step = draw_step(data, history, "ragged")
     unread = paged.unread_slots(added)
     keys, values = step.keys.clone(), step.values.clone()
@@ -172,7 +172,7 @@ def test_slots_that_a_row_does_not_own_never_reach_its_output(poison, data, hist
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
 def test_a_nan_reaches_exactly_the_rows_that_attend_to_it(dtype, data) -> None:
-    """Hiding foreign NaNs must not hide a row's own."""
+    """Hiding NaNs of other rows must not hide a row's own."""
     history = data.draw(histories(geometries((dtype,), page_sizes=(4, 8), head_dims=(16,))))
     paged, added, step = draw_step(data, history, "chunk")
     victim = data.draw(st.sampled_from(list(added)))
@@ -192,7 +192,7 @@ def test_a_nan_reaches_exactly_the_rows_that_attend_to_it(dtype, data) -> None:
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
 def test_the_mask_mod_allows_no_slot_of_an_unlisted_page(data, history, kind) -> None:
-    """Else eager, which ignores the lists, and compiled FlexAttention disagree."""
+    """Otherwise eager, which ignores the lists, and compiled FlexAttention would disagree."""
     _, _, step = draw_step(data, history, kind)
     assert_unlisted_pages_hold_nothing(step)
 
@@ -206,15 +206,15 @@ def test_the_mask_mod_allows_every_slot_of_a_whole_page(data, history, kind) -> 
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
 def test_no_page_is_listed_twice(data, history, kind) -> None:
-    """It would weigh double in the softmax."""
+    """It would count twice in the softmax."""
     _, _, step = draw_step(data, history, kind)
     assert_no_page_is_listed_twice(step)
 
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
 def test_block_lists_name_only_existing_pages(data, history, kind) -> None:
-    """Beyond their counts too. Seen in intel-xpu-backend-for-triton: -1 of an unreserved entry
-    lands in kv_indices and a kernel dereferences it."""
+    """This holds even beyond their counts. Seen in intel-xpu-backend-for-triton: the -1 of an
+    unreserved entry gets into kv_indices, and a kernel dereferences it."""
     _, _, step = draw_step(data, history, kind)
     mask = step.mask()
     named = torch.cat([mask.kv_indices.flatten(), mask.full_kv_indices.flatten()])
@@ -261,12 +261,15 @@ def test_pool_table_and_allocator_agree_after_any_history(history) -> None:
 
 
 def test_stale_entries_of_a_row_are_never_read() -> None:
-    """A released row's entries stay in the table until overwritten; their pages move on."""
+    """Entries of a released row stay in the table, while their pages go to other sequences."""
     paged = Paged(make_geometry(page_size=4), scattered=0)
     paged.open(20)
     long = paged.open(20)
     paged.release(long)  # row 1 still names its five pages
-    short, heir = paged.open(3), paged.open(20)  # row 1; and those pages, at the same places
+    short, heir = (
+        paged.open(3),
+        paged.open(20),
+    )  # `short` takes row 1, and `heir` those pages, at the same places
     assert set(paged.table.physical[1].tolist()) & set(paged.allocator.pages_of(heir))
     added = {short: 1, heir: 1}
     step = paged.step(added)

@@ -1,4 +1,4 @@
-"""The engine under any order of requests: every answer is that of the request alone."""
+"""The engine under any order of requests: every answer equals that of the request alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DEEP_STEPS = int(os.environ.get("GRANITE_PAGED_DEEP_STEPS", "6000"))
 
 @functools.cache
 def model_oracle() -> ModelOracle:
-    """Transformers' SDPA in float32, which remembers what it was asked."""
+    """Return an oracle of transformers' SDPA in float32, which caches its answers."""
     return ModelOracle(tiny_model())
 
 
-# few different prompts, so that they share beginnings and the oracle remembers
+# few different prompts, so that they share prefixes and the oracle's cache is used
 TOKENS = st.integers(3, 6)
 PROMPTS = st.builds(
     lambda stem, tail: [7 + i % 5 for i in range(stem)] + tail,
@@ -48,7 +48,7 @@ PARAMS = st.builds(
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """Requests come, step, fork, are cancelled and preempted; then `check()`."""
+    """Requests are submitted, stepped, forked, cancelled and preempted, with checks."""
 
     @initialize(
         pages=st.integers(11, 24),
@@ -99,7 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class LiveMachine(EngineMachine):
-    """The same on the tiny model itself: pages, states and attention as they are."""
+    """The same on the tiny model itself, with real pages, states and attention."""
 
     def runner(self, *, pages: int, rows: int, chunk_tokens: int) -> Any:
         sizes = PagedConfig(
