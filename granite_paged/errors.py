@@ -239,9 +239,9 @@ class FileError(GranitePagedError, ValueError):
 
 
 class ResultFileError(FileError):
-    """A file of benchmark results that cannot be read."""
+    """A file of results that cannot be read."""
 
-    advice = "write such files with `granite-paged bench --json`"
+    advice = "write such files with --json of `granite-paged bench` and `granite-paged eval`"
 
 
 class TunedFileError(FileError):

@@ -26,6 +26,7 @@ from granite_paged.cli.options import (
 from granite_paged.cli.profiling import profile_first_shapes
 from granite_paged.cli.serve import serve
 from granite_paged.names import CASE_NAMES, MODES
+from granite_paged.report.formatting import ratio, significant
 
 if TYPE_CHECKING:
     from granite_paged.bench.session import Session
@@ -191,7 +192,8 @@ def _write_rows(
     markdown_file: str | None,
 ) -> None:
     from granite_paged.report.bench_results import updated
-    from granite_paged.report.bench_tables import markdown, write_text
+    from granite_paged.report.bench_tables import tables
+    from granite_paged.report.markdown import write_text
 
     if not rows:
         return
@@ -201,33 +203,39 @@ def _write_rows(
     if json_file:
         write_json(json_file, result.to_json())
     if markdown_file:
-        write_text(Path(markdown_file), markdown([result]))
+        write_text(Path(markdown_file), tables([result]))
 
 
 # -- tables -------------------------------------------------------------------------------------
 
-_STEP_COLUMNS = ("batch", "context", "ms", "p90", "n", "tokens/s", "floor", "SDPA", "peak GB")
+_STEP_COLUMNS = ("batch", "context", "ms", "p90 ms", "repeats", "tokens/s", "floor ms", "peak GB")
+_KERNEL_COLUMNS = ("batch", "context", "paged µs", "SDPA µs", "paged / SDPA", "floor µs")
 _OTHER_COLUMNS = ("what", "sequences", "seconds", "GB")
 
 
 def _row_tables(session: Session, rows: Sequence[Row]) -> list[Table]:
-    """Put rows of timed steps in one table, and capacity and cold start in another."""
-    steps = [row for row in rows if row.case not in ("memory", "coldstart")]
+    """Make up to three tables: timed steps, attention alone, and capacity and cold start."""
+    steps = [row for row in rows if row.case not in ("kernel", "memory", "coldstart")]
+    kernel = [row for row in rows if row.case == "kernel"]
     others = [row for row in rows if row.case in ("memory", "coldstart")]
     title = f"{session.name}, {session.device_name}"
     tables = []
     if steps:
         lines = [(*_shape(row), *_cells(row)) for row in steps]
-        table = _table(title, _STEP_COLUMNS, lines)
-        table.caption = "ms is the median of n repeats; p90, floor and SDPA are also in ms"
-        tables.append(table)
+        caption = "ms is the median of the repeats; the floor is what the device allows"
+        tables.append(_table(title, _STEP_COLUMNS, lines, caption))
+    if kernel:
+        lines = [(*_shape(row), *_kernel_cells(row)) for row in kernel]
+        tables.append(_table(f"{title}: attention of one layer", _KERNEL_COLUMNS, lines))
     if others:
         tables.append(_table(title, _OTHER_COLUMNS, [_other_cells(row) for row in others]))
     return tables
 
 
-def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, box=SIMPLE)
+def _table(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], caption: str | None = None
+) -> Table:
+    table = Table(title=title, box=SIMPLE, caption=caption)
     for name in ("case", "mode"):
         table.add_column(name, no_wrap=True)
     for name in columns:
@@ -245,7 +253,7 @@ def _shape(row: Row) -> tuple[str, ...]:
 def _other_cells(row: Row) -> list[str]:
     seconds = row.latency_ms.median / 1e3 if row.latency_ms else None
     what = "failed" if row.error else row.variant
-    return [row.case, row.mode, what, f"{row.batch:,}", _ms(seconds), _gb(row)]
+    return [row.case, row.mode, what, f"{row.batch:,}", significant(seconds), _gb(row)]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
@@ -258,21 +266,23 @@ def _cells(row: Row) -> list[str]:
     latency = row.latency_ms
     times = (latency.median, latency.p90) if latency else (None, None)
     return [
-        *map(_ms, times),
+        *map(significant, times),
         str(latency.n) if latency else "-",
         f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
-        _ms(row.floor_us / 1e3 if row.floor_us else row.floor_ms),
-        _ms(row.sdpa_us / 1e3 if row.sdpa_us else None),
+        significant(row.floor_ms),
         _gb(row),
     ]
 
 
+def _kernel_cells(row: Row) -> list[str]:
+    if row.error:
+        return ["failed"]
+    quotient = ratio(row.paged_us, row.sdpa_us)
+    return [*map(significant, (row.paged_us, row.sdpa_us)), quotient, significant(row.floor_us)]
+
+
 def _gb(row: Row) -> str:
     return "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3f}"
-
-
-def _ms(number: float | None) -> str:
-    return "-" if number is None else f"{number:.3g}" if number < 100 else f"{number:,.0f}"
 
 
 # -- cold start ---------------------------------------------------------------------------------

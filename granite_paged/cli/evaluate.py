@@ -6,8 +6,9 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
@@ -26,6 +27,9 @@ from granite_paged.cli.options import (
     report_console,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from granite_paged.report.eval_results import Agreement, Evaluation, ModeMetrics
 
 _MODES = {
     "default": ("default",),
@@ -157,17 +161,17 @@ def evaluate(
     granite-paged eval --tasks mmlu,truthfulqa --model ibm-granite/granite-4.0-h-1b --report out
     granite-paged eval --tasks mmlu --num-fewshot 0 --limit 1000 --data DIR --batch-size auto
     """  # noqa: D301
-    from granite_paged.report.eval_results import read_bench
+    from granite_paged.report.bench_results import read_result
 
     names = _check_before_the_work(tasks, chosen)
     loaded, config, seed = choice.load(), choice.config, choice.seed
-    bench = [row for path in chosen["bench"] for row in read_bench(path)]
+    bench = [read_result(path) for path in chosen["bench"]]
     made = _make_tasks(names, loaded, config, seed, chosen)
     found = _run(loaded, made, config, seed, mode, batch, chosen)
-    evaluation = {"command": _command_line(), **found.to_json()}
+    evaluation = replace(found, command=_command_line())
     report_console(json_file).print(*_tables(evaluation), sep="")
     if json_file:
-        write_json(json_file, evaluation)
+        write_json(json_file, evaluation.to_json())
     figures: list[Path] = []
     if chosen["folder"]:
         from granite_paged.report.eval_report import write_report
@@ -181,7 +185,7 @@ def evaluate(
         from granite_paged.report.tensorboard_run import log_to_tensorboard
 
         log_to_tensorboard(chosen["tensorboard"], evaluation, figures)
-    return OK if evaluation["passed"] else FAILED
+    return OK if evaluation.passed else FAILED
 
 
 # -- steps of eval ------------------------------------------------------------------------------
@@ -285,47 +289,44 @@ def _command_line() -> str:
 # -- tables -------------------------------------------------------------------------------------
 
 
-def _tables(evaluation: dict[str, Any]) -> list[Any]:
-    from granite_paged.report.eval_results import entries
-
-    where = f"{evaluation['model']}, {evaluation['dtype']}, {evaluation['device']}"
+def _tables(evaluation: Evaluation) -> list[Table]:
+    where = f"{evaluation.model}, {evaluation.dtype}, {evaluation.device}"
     metrics = Table(title=where, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    if evaluation["device"] == "cpu":
+    if evaluation.device == "cpu":
         metrics.caption = "attention over pages is dense on the CPU: its times say nothing of a GPU"
     metrics.add_column("task", no_wrap=True)
     metrics.add_column("mode", no_wrap=True)
     for column in ("accuracy", "mean ms", "p50", "p99", "question/s", "token/s", "GB", "hits"):
         metrics.add_column(column, justify="right", no_wrap=True)
     verdicts = Table(show_header=False, box=SIMPLE)
-    for entry in entries([evaluation]):
-        for mode, found in entry.modes.items():
-            metrics.add_row(entry.task, mode, *_numbers(found))
-            if found["refused"]:
-                verdicts.add_row(entry.task, f"{mode}: {found['refused']} questions refused", "")
-        for mode, found in entry.agreement.items():
-            verdicts.add_row(entry.task, *_verdict(mode, found))
-    if not evaluation["passed"]:
+    for task, result in evaluation.tasks.items():
+        for mode, found in result.modes.items():
+            metrics.add_row(task, mode, *_numbers(found))
+            if found.refused:
+                verdicts.add_row(task, f"{mode}: {found.refused} questions refused", "")
+        for mode, agreement in result.agreement.items():
+            verdicts.add_row(task, *_verdict(mode, agreement))
+    if not evaluation.passed:
         verdicts.add_row("verdict", "FAILED", "[red]BROKEN[/]")
     return [metrics, verdicts] if verdicts.row_count else [metrics]
 
 
-def _numbers(found: dict[str, Any]) -> list[str]:
-    peak = found["peak_bytes"]
+def _numbers(found: ModeMetrics) -> list[str]:
+    from granite_paged.report.formatting import gigabytes
+
+    times = (found.latency_mean_ms, found.latency_p50_ms, found.latency_p99_ms)
     return [
-        f"{found['accuracy']:.4f} ± {found['stderr'] or 0:.4f}",
-        *(f"{found[f'latency_{name}_ms']:,.1f}" for name in ("mean", "p50", "p99")),
-        f"{found['questions_per_second']:,.1f}",
-        f"{found['tokens_per_second']:,.0f}",
-        f"{peak / 1e9:.2f}" if peak else "-",
-        f"{found['hit_rate']:.1%}",
+        f"{found.accuracy:.4f} ± {found.stderr or 0:.4f}",
+        *(f"{time:,.1f}" for time in times),
+        f"{found.questions_per_second:,.1f}",
+        f"{found.tokens_per_second:,.0f}",
+        gigabytes(found.peak_bytes),
+        f"{found.hit_rate:.1%}",
     ]
 
 
-def _verdict(mode: str, found: dict[str, Any]) -> tuple[str, str]:
-    differing = found["differing"]
-    near = sum(bool(difference["near_tie"]) for difference in differing)
-    same = f"{found['questions'] - len(differing)} of {found['questions']} choices are default's"
-    ties = f", {near} of the others near-ties" if differing else ""
-    ratio = f"; {found['latency_ratio']:.3f} of its latency"
-    passed = near == len(differing)
-    return f"{mode}: {same}{ties}{ratio}", "[green]ok[/]" if passed else "[red]BROKEN[/]"
+def _verdict(mode: str, found: Agreement) -> tuple[str, str]:
+    same = f"{found.same} of {found.questions} choices are default's"
+    ties = f", {found.near_ties} of the others near-ties" if found.differing else ""
+    ratio = f"; {found.latency_ratio:.3f} of its latency"
+    return f"{mode}: {same}{ties}{ratio}", "[green]ok[/]" if found.passed else "[red]BROKEN[/]"

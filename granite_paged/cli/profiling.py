@@ -108,7 +108,7 @@ def profile_first_shapes(session: Session, plan: BenchPlan, folder: Path) -> Non
     """Write a trace for each case's first shape in each mode, and one table of their kernels."""
     from granite_paged.bench.session import first_steps
     from granite_paged.report.bench_results import writable_folder
-    from granite_paged.report.bench_tables import format_table, write_text
+    from granite_paged.report.markdown import table, write_text
 
     lines = []
     for case, shape, mode in first_steps(plan):
@@ -117,4 +117,4 @@ def profile_first_shapes(session: Session, plan: BenchPlan, folder: Path) -> Non
             cost = (kernel.kind, kernel.name, str(kernel.calls), f"{kernel.microseconds:.1f}")
             lines.append((f"{case.name}, {mode}", *cost))
     header = ("case", "kind", "kernel", "calls", "µs per step")
-    write_text(writable_folder(folder) / "kernels.md", format_table(header, lines))
+    write_text(writable_folder(folder) / "kernels.md", table(header, lines, left=3))

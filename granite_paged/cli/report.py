@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from granite_paged.names import FIGURE_FORMATS
 @click.option(
     "--page",
     metavar="FILE",
-    help="Put the first result's tables and two figures between the bench comments of this page.",
+    help="Put the first result's tables, and all figures, between the bench comments of this page.",
 )
 @records_option
 def plot(
@@ -62,8 +61,8 @@ def plot(
     """  # noqa: D301
     from granite_paged.report.bench_figures import draw_all
     from granite_paged.report.bench_results import read_result, writable_folder
-    from granite_paged.report.bench_tables import markdown, page_part, write_text
-    from granite_paged.report.markdown import put_between
+    from granite_paged.report.bench_tables import page_part, tables
+    from granite_paged.report.markdown import image_links, put_between, write_text
     from granite_paged.report.published import read_published
 
     if out is None and markdown_file is None:
@@ -72,14 +71,15 @@ def plot(
         raise click.UsageError("--page shows figures: pass --out DIR and leave --format at png")
     read = [read_result(path) for path in results]
     if markdown_file is not None:
-        write_text(Path(markdown_file), markdown(read))
+        write_text(Path(markdown_file), tables(read))
         click.echo(markdown_file)
+    drawn = []
     if out is not None:
-        for path in draw_all(read, read_published(records), writable_folder(out), form):
-            click.echo(path)
-    if page is not None and out is not None:
-        figures = os.path.relpath(out, Path(page).parent)
-        put_between(page, "bench", page_part(read[0], figures))
+        drawn = draw_all(read, read_published(records), writable_folder(out), form)
+    for path in drawn:
+        click.echo(path)
+    if page is not None:
+        put_between(page, "bench", page_part(read[0], image_links(page, drawn)))
     return OK
 
 
@@ -105,13 +105,14 @@ def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: 
     granite-paged report mmlu.json truthfulqa.json --out report
     granite-paged report golden/results/*.json --out out --page docs/evaluation.md
     """  # noqa: D301
+    from granite_paged.report.bench_results import read_result
     from granite_paged.report.eval_report import update_page, write_report
-    from granite_paged.report.eval_results import read_bench, read_evaluation
+    from granite_paged.report.eval_results import read_evaluation
 
     evaluations = [read_evaluation(path) for path in results]
-    rows = [row for path in bench for row in read_bench(path)]
-    figures = write_report(folder, evaluations, rows)
+    measured = [read_result(path) for path in bench]
+    figures = write_report(folder, evaluations, measured)
     if page:
-        update_page(page, evaluations, rows, figures)
+        update_page(page, evaluations, measured, figures)
     click.echo(f"{folder}/report.md and {len(figures)} figures")
     return OK

@@ -5,93 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from granite_paged.errors import RequestError
 from granite_paged.evaluate.journal import Record
 from granite_paged.evaluate.scorer import choice
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.quantiles import quantile
-
-
-@dataclass(frozen=True)
-class ModeMetrics:
-    """One mode on one task. Times are of a question, in milliseconds.
-
-    Attributes:
-        questions: answered.
-        refused: not answered, most often longer than the pool.
-        accuracy, stderr: over the questions answered; None where there are none.
-        latency_ms: of each question, in the order of the task.
-        peak_bytes: of GPU memory; None on the CPU.
-        computed_tokens, saved_tokens: run, and not run that scoring without a cache would have.
-        hit_rate: the part of all context tokens that was found in the cache.
-    """
-
-    questions: int
-    refused: int
-    accuracy: float | None
-    stderr: float | None
-    latency_mean_ms: float
-    latency_p50_ms: float
-    latency_p99_ms: float
-    questions_per_second: float
-    tokens_per_second: float
-    peak_bytes: int | None
-    input_tokens: int
-    computed_tokens: int
-    saved_tokens: int
-    hit_rate: float
-    latency_ms: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A question that two modes answer differently. Log-probabilities are of the two choices.
-
-    Attributes:
-        gap: by how much `default` prefers its choice.
-        sdpa_error: the error of SDPA's own gaps on this question, against the reference.
-        near_tie: whether the gap is within the error that SDPA makes (`Agreement.sdpa_error`).
-    """
-
-    key: str
-    default_choice: int
-    other_choice: int
-    default_logprobs: tuple[float, float]
-    other_logprobs: tuple[float, float]
-    gap: float
-    sdpa_error: float | None
-    near_tie: bool | None
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """One mode against `default`.
-
-    Attributes:
-        questions: answered by both.
-        differing: those with another choice.
-        largest_difference: of any log-likelihood.
-        sdpa_error: the largest error of a gap between two choices that `default` was seen to make,
-            against the same model in `reference` precision; None where nothing had to be measured.
-        measured: questions that it was measured on.
-        latency_ratio: mean latency, divided by `default`'s.
-    """
-
-    questions: int
-    differing: tuple[Difference, ...]
-    largest_difference: float
-    latency_ratio: float
-    sdpa_error: float | None = None
-    reference: str | None = None
-    measured: int = 0
-
-    @property
-    def passed(self) -> bool:
-        """Whether every difference is a near-tie."""
-        return all(difference.near_tie for difference in self.differing)
-
+from granite_paged.report.eval_results import Agreement, Difference, ModeMetrics
 
 Records = Mapping[str, Record]
 """By question."""

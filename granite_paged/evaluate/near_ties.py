@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from granite_paged.evaluate.journal import Record
-from granite_paged.evaluate.metrics import Agreement, gap_error
+from granite_paged.evaluate.metrics import gap_error
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.tasks import Question, Task
+from granite_paged.report.eval_results import Agreement
 
 MEASURED = 32  # questions on which SDPA's error is measured, beside those that differ
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
-from granite_paged.evaluate.metrics import Agreement, ModeMetrics, agreement, mode_metrics
+from granite_paged.evaluate.metrics import agreement, mode_metrics
 from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.near_ties import judged
 from granite_paged.evaluate.peak_memory import Peaks
@@ -34,39 +34,10 @@ from granite_paged.evaluate.scorer import (
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
+from granite_paged.report.eval_results import Evaluation, TaskResult
 
 Progress = Callable[[str, int], None]
 """Told the task and how many more answers there are."""
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """One task: every mode's metrics, and every other mode against `default`."""
-
-    questions: int
-    fewshot: int
-    modes: dict[str, ModeMetrics]
-    agreement: dict[str, Agreement]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything `granite-paged eval` has to say."""
-
-    passed: bool
-    model: str
-    device: str
-    dtype: str
-    batch: int
-    page_size: int
-    seed: int
-    tasks: dict[str, TaskResult]
-    versions: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain types only."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
 
 
 def evaluate(

@@ -8,8 +8,8 @@
          "tokens_per_second" | null, "peak_bytes" | null,
          "variant"?, "floor_ms"?, "floor_us"?, "sdpa_us"?, "paged_us"?, "note"?, "error"?}]}
 
-A row that could not be measured is there all the same, with its `error`. What is read is checked
-field by field, so that whoever uses a `Result` need not.
+A row that could not be measured is present, with its `error`. What is read is checked field by
+field, so that tables and figures need no checks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,12 @@ from granite_paged.errors import InvalidArgument, ResultFileError, writing
 from granite_paged.typed_json import read_json
 
 Key = tuple[str, str, int, int, str]
-"""Case, mode, batch, context and variant: what tells one row from another."""
+"""Case, mode, batch, context and variant, which identify a row of a result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of one step over `n` repeats: median, and the tenth and ninetieth percentile.
-
-    Published figures give the median alone.
-    """
+    """Milliseconds of one step over `n` repeats: median, 10th and 90th percentile."""
 
     median: float
     p10: float | None = None
@@ -46,16 +43,16 @@ class Row:
     """One case in one mode.
 
     Attributes:
-        case, mode, batch, context: what ran; context in tokens a sequence.
-        latency_ms: of one step; None where only memory was measured, or nothing.
-        tokens_per_second: all tokens of the batch that one step takes in.
-        peak_bytes: most device memory at once, the weights included, as `Clock.peak` counts it;
-            None on the CPU.
-        variant: what tells rows of one shape apart ("ragged 64-4096", "first token, empty cache").
-        floor_ms: least time the device could take for the step; see `floor.py`.
-        floor_us, sdpa_us, paged_us: of the `kernel` case.
-        note: how the number came about, where that is not the usual way.
-        error: why there is no number.
+        case, mode, batch, context: what ran; context in tokens per sequence.
+        latency_ms: time of one step; None where only memory was measured.
+        tokens_per_second: input tokens of the whole batch per second of step time.
+        peak_bytes: peak device memory, weights included, as `Clock.peak` counts it; None on the
+            CPU.
+        variant: distinguishes rows of one shape ("ragged 64-4096", "first token, empty cache").
+        floor_ms: least time that the device could take for the step; see `bench/roofline.py`.
+        floor_us, sdpa_us, paged_us: microseconds of one layer's attention, in the `kernel` case.
+        note: how the number was obtained, where that is unusual.
+        error: why the row has no number.
     """
 
     case: str
@@ -75,13 +72,13 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What tells this row from the others of its result."""
+        """Return what identifies this row in its result."""
         return (self.case, self.mode, self.batch, self.context, self.variant)
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the device was measured to do: bytes copied and operations multiplied a second."""
+    """Measured peak rates of the device: copies and matrix products."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -100,30 +97,30 @@ class Result:
     rates: Rates | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types only; the fields of the format are always there, the optional ones if set."""
+        """Return plain types only; optional fields are left out where they are not set."""
         return typing.cast("dict[str, Any]", _plain(self))
 
     def find(self, case: str, mode: str, batch: int, context: int, variant: str = "") -> Row | None:
-        """The row with that key, if it was measured."""
+        """Return the row with that key, or None if it was not measured."""
         wanted = (case, mode, batch, context, variant)
         return next((row for row in self.rows if row.key == wanted and not row.error), None)
 
     def measured(self, case: str, mode: str | None = None) -> list[Row]:
-        """Rows of a case, and of a mode, that have no error, by batch and context."""
+        """Return the rows of a case without an error, sorted by batch and context."""
         rows = [row for row in self.rows if row.case == case and mode in (None, row.mode)]
         return sorted((r for r in rows if not r.error), key=lambda row: (row.batch, row.context))
 
 
 def updated(old: Result, new: Result) -> Result:
-    """`old` with the rows of `new` in the places of those that it measured again, or at the end.
+    """Return `old` with its rows replaced where `new` measured them again, and new rows appended.
 
     Raises:
-        InvalidArgument: if they are not of one device, model, dtype, seed and set of versions.
+        InvalidArgument: if device, model, dtype, versions or seed differ.
     """
     for name in ("device", "model", "dtype", "versions", "seed"):
         if getattr(old, name) != getattr(new, name):
             raise InvalidArgument(
-                f"results of different {name} make no one record: "
+                f"cannot merge results of different {name}: "
                 f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
             )
     rows: list[Row] = []
@@ -133,8 +130,9 @@ def updated(old: Result, new: Result) -> Result:
 
 
 def _replaces(new: Row, old: Row) -> bool:
-    """Whether both answer the same question. How many sequences fit is an answer, and a failure
-    answers for every variant of its shape.
+    """Whether `new` measures what `old` did.
+
+    In the `memory` case the batch is the measurement. An error stands for all variants of a shape.
     """
     if (new.case, new.mode, new.context) != (old.case, old.mode, old.context):
         return False
@@ -143,27 +141,22 @@ def _replaces(new: Row, old: Row) -> bool:
 
 
 def slug(device: str) -> str:
-    """A device's name as the name of a file: `NVIDIA H200` is `nvidia-h200`."""
+    """Return a device's name as a file name: `NVIDIA H200` becomes `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def read_result(path: str | Path) -> Result:
     """Read and check one file. Raises ResultFileError, which names the file and the field."""
-    result: Result = read_as(Result, path)
+    result: Result = read_json(Result, path, ResultFileError)
     _check_unique(result.rows, str(path))
     return result
 
 
 def writable_folder(folder: Path) -> Path:
-    """The folder, made if it was missing. Raises CannotWrite."""
+    """Make a folder if it is missing, and return it. Raises CannotWrite."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def read_as(kind: Any, path: str | Path) -> Any:
-    """A JSON file as a dataclass, every field checked. Raises ResultFileError."""
-    return read_json(kind, path, ResultFileError)
 
 
 def _check_unique(rows: Sequence[Row], path: str) -> None:
@@ -189,5 +182,5 @@ _ALWAYS = ("latency_ms", "tokens_per_second", "peak_bytes", "model", "dtype")
 
 
 def _kept(place: Any, value: Any) -> bool:
-    """Optional fields that say nothing stay out of the file."""
+    """Whether a field goes into the file: always, or because it is set."""
     return place.name in _ALWAYS or getattr(value, place.name) not in (None, "")

@@ -1,152 +1,193 @@
-"""Results as they lie in files: of evaluations, of benchmarks, and of the original study."""
+"""Results of an evaluation as one JSON object, written and read back.
+
+What is read is checked field by field, so that tables, figures and trackers need no checks.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import DataError
+from granite_paged.errors import ResultFileError
+from granite_paged.typed_json import Share, Signed, SignedInt, read_json
 
-Json = dict[str, Any]
+CHANCE = {"mmlu": 0.25, "truthfulqa_mc1": 0.2261, "truthfulqa_mc2": 0.4484}
+"""Accuracy of a uniform guess, by task. MMLU has four choices per question. For TruthfulQA it is
+the mean, over its 817 questions, of the share of choices that are right."""
 
-_STUDY = Path(__file__).with_name("original_study.json")
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One task of one evaluation.
+@dataclass(frozen=True, slots=True)
+class ModeMetrics:
+    """How one mode did on one task. Times are milliseconds per question.
 
     Attributes:
-        label: what tells it from the others in a report.
-        modes: each mode's `ModeMetrics`, in plain types.
-        agreement: each other mode's `Agreement`, in plain types.
+        questions: number of questions answered.
+        refused: number of questions not answered, mostly because they do not fit the pool.
+        accuracy: share of answers that are right; for `truthfulqa_mc2`, mean probability mass.
+        stderr: standard error of `accuracy`; None for a single question.
+        latency_ms: time of each question in task order; in batches, batch time / batch size.
+        peak_bytes: peak GPU memory, weights included; None on the CPU.
+        computed_tokens: tokens that were run through the model.
+        saved_tokens: tokens that were not run and that scoring without a cache would have run.
+        hit_rate: share of context tokens that were found in the prefix cache.
     """
 
-    label: str
-    task: str
+    questions: int
+    refused: int
+    accuracy: Share
+    stderr: float | None
+    latency_mean_ms: float
+    latency_p50_ms: float
+    latency_p99_ms: float
+    questions_per_second: float
+    tokens_per_second: float
+    peak_bytes: int | None
+    input_tokens: int
+    computed_tokens: int
+    saved_tokens: SignedInt
+    hit_rate: Share
+    latency_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A question that two modes answer differently.
+
+    Attributes:
+        default_logprobs: of the two choices, `default`'s first, as `default` scores them.
+        other_logprobs: of the same two choices, as the other mode scores them.
+        gap: by how much `default` prefers its own choice.
+        sdpa_error: error of SDPA's gaps between choices of this question; None if not measured.
+        near_tie: whether `gap` is at most `Agreement.sdpa_error`; None if not judged.
+    """
+
+    key: str
+    default_choice: int
+    other_choice: int
+    default_logprobs: tuple[Signed, Signed]
+    other_logprobs: tuple[Signed, Signed]
+    gap: Signed
+    sdpa_error: float | None
+    near_tie: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """One mode compared with `default`.
+
+    Attributes:
+        questions: number of questions that both answered.
+        differing: the questions with another choice.
+        largest_difference: largest difference of any log-likelihood.
+        latency_ratio: mean latency, divided by `default`'s.
+        sdpa_error: largest error of a gap between two choices that `default` makes, measured
+            against the same weights in `reference` precision; None where nothing differs.
+        measured: number of questions that `sdpa_error` was measured on.
+    """
+
+    questions: int
+    differing: tuple[Difference, ...]
+    largest_difference: float
+    latency_ratio: float
+    sdpa_error: float | None = None
+    reference: str | None = None
+    measured: int = 0
+
+    @property
+    def same(self) -> int:
+        """Number of questions with the same choice."""
+        return self.questions - len(self.differing)
+
+    @property
+    def near_ties(self) -> int:
+        """Number of differing questions that are near-ties."""
+        return sum(bool(difference.near_tie) for difference in self.differing)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is a near-tie."""
+        return self.near_ties == len(self.differing)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """One task: the metrics of every mode, and every other mode compared with `default`."""
+
+    questions: int
+    fewshot: int
+    modes: dict[str, ModeMetrics]
+    agreement: dict[str, Agreement]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Everything that `granite-paged eval` measured.
+
+    Attributes:
+        command: the command line that ran it; empty if it was run from Python.
+        passed: whether all differing choices are near-ties.
+        batch: questions per forward pass.
+        page_size: tokens per page.
+    """
+
+    command: str = ""
+    passed: bool
     model: str
     device: str
     dtype: str
+    batch: int
+    page_size: int
+    seed: int
+    tasks: dict[str, TaskResult]
     versions: dict[str, str]
-    modes: dict[str, Json]
-    agreement: dict[str, Json]
 
     @property
-    def where(self) -> str:
-        """Machine, model and versions, in one line."""
-        names = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.device}; {self.model}, {self.dtype}; {names}"
+    def random_weights(self) -> bool:
+        """Whether the model was not trained, so that accuracy says nothing about it."""
+        return "random weights" in self.model
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain types only."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """One measurement of a benchmark, made on `where`; times in milliseconds of a whole batch."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One task of one evaluation, with a label that is unique in a report."""
 
-    where: str
-
-    case: str
-    mode: str
-    batch: int
-    context: int
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    peak_bytes: int | None
+    label: str
+    name: str
+    run: Evaluation
+    result: TaskResult
 
 
-def entries(evaluations: Sequence[Json]) -> list[Entry]:
-    """Of several evaluations, as `Evaluation.to_json` makes them."""
-    several_devices = len({run["device"] for run in evaluations}) > 1
-    return [
-        Entry(
-            label=_label(run, name, with_device=several_devices),
-            task=name,
-            model=run["model"],
-            device=run["device"],
-            dtype=run["dtype"],
-            versions=run["versions"],
-            modes=task["modes"],
-            agreement=task["agreement"],
-        )
-        for run in evaluations
-        for name, task in run["tasks"].items()
-    ]
-
-
-def read_evaluation(path: str) -> Json:
-    """A file that `granite-paged eval --json` wrote. Raises DataError, naming file and field."""
-    run = _read_object(path)
-    wanted = ("model", "device", "dtype", "batch", "versions", "tasks")
-    missing = [name for name in wanted if name not in run]
-    if missing:
-        raise DataError(
-            path, f"field {missing[0]!r} is missing: not a result of granite-paged eval"
-        )
+def read_evaluation(path: str | Path) -> Evaluation:
+    """Read and check one file. Raises ResultFileError, which names the file and the field."""
+    run: Evaluation = read_json(Evaluation, path, ResultFileError)
+    if not run.tasks:
+        raise ResultFileError(str(path), "tasks", "has no task")
+    for name, task in run.tasks.items():
+        if not task.modes:
+            raise ResultFileError(str(path), f"tasks.{name}.modes", "has no mode")
     return run
 
 
-def read_bench(path: str) -> list[BenchRow]:
-    """The timed rows of a benchmark's file; those without a time are passed over.
-
-    Raises DataError, naming file, row and field.
-    """
-    content = _read_object(path)
-    rows, device = content.get("rows"), content.get("device")
-    if not isinstance(rows, list) or not isinstance(device, str):
-        raise DataError(path, "no device and rows: not a result of granite-paged bench")
-    read = (_bench_row(path, device, number, row) for number, row in enumerate(rows, start=1))
-    return [row for row in read if row is not None]
+def entries(evaluations: Sequence[Evaluation]) -> list[Entry]:
+    """Return the tasks of all evaluations, labelled."""
+    several_devices = len({run.device for run in evaluations}) > 1
+    return [
+        Entry(_label(run, name, task, with_device=several_devices), name, run, task)
+        for run in evaluations
+        for name, task in run.tasks.items()
+    ]
 
 
-def original_study() -> Json:
-    """The tables that the original study published."""
-    return _read_object(str(_STUDY))
-
-
-def _label(run: Json, task: str, *, with_device: bool) -> str:
-    shots = f" {run['tasks'][task]['fewshot']}-shot" if task == "mmlu" else ""
-    rows = "one by one" if run["batch"] == 1 else f"batch {run['batch']}"
-    device = f", {run['device'].removeprefix('NVIDIA ')}" if with_device else ""
-    return f"{task}{shots}, {rows}{device}"
-
-
-def _bench_row(path: str, device: str, number: int, row: Any) -> BenchRow | None:
-    try:
-        times = row["latency_ms"]
-        if times is None:  # only memory was measured, or nothing could be
-            return None
-        return BenchRow(
-            where=device,
-            case=row["case"],
-            mode=row["mode"],
-            batch=int(row["batch"]),
-            context=int(row["context"]),
-            median_ms=float(times["median"]),
-            p10_ms=float(times.get("p10") or times["median"]),
-            p90_ms=float(times.get("p90") or times["median"]),
-            peak_bytes=row.get("peak_bytes"),
-        )
-    except KeyError as error:
-        raise DataError(path, f"row {number}: field {error} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise DataError(path, f"row {number}: {error}") from None
-
-
-def _read_object(path: str) -> Json:
-    content = _read(path)
-    if not isinstance(content, dict):
-        raise DataError(path, "not a JSON object")
-    return content
-
-
-def _read(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(path, f"cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", None)
-        raise DataError(path, f"not JSON: {error}", line=line) from None
+def _label(run: Evaluation, name: str, task: TaskResult, *, with_device: bool) -> str:
+    shots = f" {task.fewshot}-shot" if name == "mmlu" else ""
+    rows = "one by one" if run.batch == 1 else f"batch {run.batch}"
+    device = f", {run.device.removeprefix('NVIDIA ')}" if with_device else ""
+    return f"{name}{shots}, {rows}{device}"

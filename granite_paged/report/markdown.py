@@ -1,25 +1,55 @@
-"""Parts of a Markdown page that a command writes, between two comments: never typed by hand."""
+"""Markdown: tables, and the generated part of a page between two comments."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from granite_paged.errors import DataError
+from granite_paged.errors import FileError, writing
 
 
-def put_between(page: str, part: str, text: str) -> None:
-    """Replace what stands between `<!-- PART: start -->` and `<!-- PART: end -->`.
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
+    """Return a table.
+
+    left: number of leading columns that hold text; the others hold numbers, aligned to the right.
+    """
+    rule = [*["---"] * left, *["---:"] * (len(head) - left)]
+    return "".join(_line(cells) for cells in (head, rule, *rows))
+
+
+def image_links(page: str | Path, images: Iterable[Path]) -> list[str]:
+    """Return a link to each image, relative to the page."""
+    at = Path(page).resolve().parent
+    return [f"![{image.stem}]({os.path.relpath(image.resolve(), at)})" for image in images]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file. Raises CannotWrite."""
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def put_between(page: str | Path, part: str, text: str) -> None:
+    """Replace the text between `<!-- PART: start -->` and `<!-- PART: end -->` of a page.
 
     Raises:
-        DataError: where the page cannot be read, or has no such comments.
+        FileError: if the page cannot be read or has no such comments.
+        CannotWrite: if the page cannot be written.
     """
     try:
         whole = Path(page).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(page, f"cannot be read: {error.strerror}") from None
-    opens, closes = f"<!-- {part}: start -->", f"<!-- {part}: end -->"
-    before, start, rest = whole.partition(opens)
-    _, end, after = rest.partition(closes)
-    if not start or not end:
-        raise DataError(page, f"no place for {part}: put {opens} and {closes} where they belong")
-    Path(page).write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(str(page), "", f"cannot be read: {reason}") from None
+    start, end = f"<!-- {part}: start -->", f"<!-- {part}: end -->"
+    before, found_start, rest = whole.partition(start)
+    _, found_end, after = rest.partition(end)
+    if not found_start or not found_end:
+        raise FileError(str(page), "", f"has no place for {part}: add {start} and {end} to it")
+    write_text(Path(page), f"{before}{start}\n{text}\n{end}{after}")
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"

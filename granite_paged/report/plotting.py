@@ -1,28 +1,82 @@
-"""What all figures need: matplotlib, from the extra `plot`, and how numbers are written."""
+"""What all figures share: matplotlib (extra `plot`), one palette, axes, titles, legends, files."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import MissingExtra
+from granite_paged.errors import MissingExtra, writing
+from granite_paged.report.formatting import short_count
+
+COLOURS = {"default": "#D55E00", "static": "#E69F00", "paged": "#0072B2", "floor": "#009E73"}
+"""Okabe and Ito's palette, which is colour-blind safe."""
+
+_GRID = {"color": "#DDDDDD", "linewidth": 0.8}
+
+_METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}}
+"""What to leave out of a file, so that the same data makes the same bytes."""
 
 
 def check_matplotlib() -> None:
-    """Raises MissingExtra without it."""
+    """Raise MissingExtra if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingExtra("matplotlib", extra="plot")
 
 
 def load_pyplot() -> Any:
-    """`matplotlib.pyplot`, drawing to files. Raises MissingExtra without matplotlib."""
+    """Return `matplotlib.pyplot`, set up to draw to files. Raises MissingExtra."""
     check_matplotlib()
-    importlib.import_module("matplotlib").use("Agg")
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a device's name may contain a dollar sign
     return importlib.import_module("matplotlib.pyplot")
 
 
-def short_count(number: float) -> str:
-    """Tokens or rows at an axis: 512, 4k."""
-    whole = int(number)
-    return f"{whole // 1024}k" if whole >= 1024 and whole % 1024 == 0 else str(whole)
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure and close it. Raises CannotWrite."""
+    try:
+        with writing(path):
+            figure.savefig(path, dpi=120, metadata=_METADATA[path.suffix])
+    finally:
+        load_pyplot().close(figure)
+    return path
+
+
+def add_title(figure: Any, title: str, subtitle: str) -> None:
+    """Put a title and a smaller second line above all panels."""
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=11, x=0.01, ha="left")
+
+
+def add_legend(figure: Any, panels: Iterable[Any], **where: Any) -> None:
+    """Put one legend for all panels outside of them."""
+    by_label: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        by_label |= dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label, fontsize=8, frameon=False, **where)
+
+
+def style_axes(axes: Any, x_label: str, y_label: str, *, grid: str = "both") -> None:
+    """Label both axes, draw a light grid behind the data, and leave the frame open."""
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(axis=grid, **_GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def measured_ticks(axis: Any, sizes: Sequence[float]) -> None:
+    """Put ticks at the measured sizes of a logarithmic axis."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    axis.set_ticks(sizes, [short_count(size) for size in sizes])
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Write 1, 2, 5, 10, ... on a logarithmic axis instead of powers of ten."""
+    ticker = importlib.import_module("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(ticker.NullFormatter())

@@ -1,4 +1,4 @@
-"""Results to TensorBoard: the same metrics, tables and figures, in a folder. Optional."""
+"""Log an evaluation to TensorBoard (extra `tensorboard`): metrics, tables and figures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from granite_paged.errors import MissingExtra, writing
-from granite_paged.report.eval_results import Json, entries
-from granite_paged.report.tracking import Table, differences, metrics, numbers
+from granite_paged.report.eval_results import Evaluation, entries
+from granite_paged.report.markdown import table
+from granite_paged.report.tracking import differences, metrics, numbers
 
 
 def writer_class() -> Any:
-    """torch's SummaryWriter. Raises MissingExtra without tensorboard."""
+    """Return torch's SummaryWriter. Raises MissingExtra without tensorboard."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # optional
     except ImportError:
@@ -20,29 +21,24 @@ def writer_class() -> Any:
     return SummaryWriter
 
 
-def log_to_tensorboard(folder: str, evaluation: Json, figures: Sequence[Path] = ()) -> None:
-    """One finished run with everything in it, for `tensorboard --logdir FOLDER`.
+def log_to_tensorboard(folder: str, evaluation: Evaluation, figures: Sequence[Path] = ()) -> None:
+    """Write one finished run, for `tensorboard --logdir FOLDER`.
 
     Raises:
-        MissingExtra: without tensorboard.
-        CannotWrite: if the folder cannot be written; what is elsewhere on disk stays.
+        MissingExtra: if tensorboard is not installed.
+        CannotWrite: if the folder cannot be written; other files stay as they are.
     """
     make_writer, found = writer_class(), entries([evaluation])
     with writing(folder), make_writer(folder) as writer:
         for name, value in numbers(found).items():
             writer.add_scalar(name, value)
-        writer.add_text("metrics", _markdown(metrics(found)))
-        writer.add_text("differences", _markdown(differences(found)))
+        writer.add_text("metrics", table(*metrics(found)))
+        writer.add_text("differences", table(*differences(found)))
         for path in figures:
             writer.add_image(path.stem, _pixels(path), dataformats="HWC")
 
 
-def _markdown(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def _pixels(path: Path) -> Any:
-    from matplotlib.image import imread  # noqa: PLC0415  # what drew the figures is there
+    from matplotlib.image import imread  # noqa: PLC0415  # optional, and it drew the figures
 
     return imread(path)

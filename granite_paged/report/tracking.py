@@ -1,53 +1,56 @@
-"""What goes to a tracker of experiments: numbers by name, and two tables."""
+"""What trackers of experiments get: numbers by name, and two tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from granite_paged.report.eval_results import Entry
 
 
 class Table(NamedTuple):
-    """Columns by name, and rows of plain values."""
+    """Names of the columns, and rows of plain values."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 def numbers(found: Sequence[Entry]) -> dict[str, float]:
-    """task/mode/metric -> number."""
+    """Return every number, named task/mode/metric."""
     return {
-        f"{entry.task}/{mode}/{name}": value
-        for entry in found
-        for mode, metrics in [*entry.modes.items(), *entry.agreement.items()]
-        for name, value in metrics.items()
+        f"{task}/{mode}/{name}": value
+        for task, mode, values in [*_metrics(found), *_agreements(found)]
+        for name, value in values.items()
         if isinstance(value, int | float)
     }
 
 
 def metrics(found: Sequence[Entry]) -> Table:
-    """A row for each task and mode. At least one entry."""
-    modes = [(entry.task, mode, values) for entry in found for mode, values in entry.modes.items()]
-    names = [name for name in modes[0][2] if name != "latency_ms"]
-    rows = [[task, mode, *(values[name] for name in names)] for task, mode, values in modes]
-    return Table(["task", "mode", *names], rows)
+    """Return a row for each task and mode. Needs at least one entry."""
+    rows = list(_metrics(found))
+    names = [name for name in rows[0][2] if name != "latency_ms"]
+    cells = [[task, mode, *(values[name] for name in names)] for task, mode, values in rows]
+    return Table(["task", "mode", *names], cells)
 
 
 def differences(found: Sequence[Entry]) -> Table:
-    """A row for each question that two modes choose differently on."""
+    """Return a row for each question that two modes answer differently."""
     columns = ["task", "mode", "question", "default", "other", "gap", "sdpa_error", "near_tie"]
     rows = [
-        [
-            entry.task,
-            mode,
-            d["key"],
-            d["default_choice"],
-            d["other_choice"],
-            *(d[name] for name in columns[5:]),
-        ]
+        [entry.name, mode, d.key, d.default_choice, d.other_choice, d.gap, d.sdpa_error, d.near_tie]
         for entry in found
-        for mode, agreement in entry.agreement.items()
-        for d in agreement["differing"]
+        for mode, agreement in entry.result.agreement.items()
+        for d in agreement.differing
     ]
     return Table(columns, rows)
+
+
+def _metrics(found: Sequence[Entry]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for entry in found:
+        yield from ((entry.name, mode, asdict(m)) for mode, m in entry.result.modes.items())
+
+
+def _agreements(found: Sequence[Entry]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for entry in found:
+        yield from ((entry.name, mode, asdict(a)) for mode, a in entry.result.agreement.items())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from granite_paged import PagedConfig
-from granite_paged.evaluate.run import Evaluation
+from granite_paged.report.eval_results import Evaluation
 from tests.helpers.evaluation import tiny_evaluation, tiny_loaded, tiny_task
 
 SIZES = {"hidden_size": 192, "num_attention_heads": 6, "mamba_d_head": 64}  # heads of 32

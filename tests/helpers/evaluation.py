@@ -12,10 +12,11 @@ import pytest
 
 from granite_paged import PagedConfig
 from granite_paged.evaluate.journal import Journal
-from granite_paged.evaluate.run import Evaluation, evaluate
+from granite_paged.evaluate.run import evaluate
 from granite_paged.evaluate.scorer import Answer, Request
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.models import LoadedModel
+from granite_paged.report.eval_results import Evaluation
 from tests.helpers.tiny_models import EOS, VOCABULARY, tiny_model
 
 SMALL_PAGES = PagedConfig(page_size=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from granite_paged import models
 from granite_paged.cli import evaluate as command
 from granite_paged.cli.main import FAILED, OK, USAGE, run
 from granite_paged.evaluate import run as evaluation_run
+from granite_paged.report.eval_results import Difference
 from tests.helpers.evaluation import MMLU, tiny_evaluation, write
 from tests.helpers.tiny_models import tiny_model
 
@@ -122,15 +124,13 @@ def test_batch_size_auto_is_kept_by_a_second_run(tmp_path: Path, capsys: Capture
 def test_a_difference_beyond_a_near_tie_exits_1(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    class Broken:
-        @staticmethod
-        def to_json() -> dict[str, Any]:
-            result = tiny_evaluation().to_json()
-            difference = {"key": "0", "near_tie": False}
-            result["tasks"]["tiny"]["agreement"]["paged"]["differing"] = [difference]
-            return {**result, "passed": False}
-
-    monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, **options: Broken)
+    result = tiny_evaluation()
+    task = result.tasks["tiny"]
+    difference = Difference("0", 1, 2, (-1.0, -2.0), (-2.0, -1.0), 1.0, 0.1, near_tie=False)
+    agreement = replace(task.agreement["paged"], differing=(difference,))
+    task = replace(task, agreement={"paged": agreement})
+    broken = replace(result, passed=False, tasks={"tiny": task})
+    monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, **options: broken)
     assert evaluate() == FAILED
     assert "FAILED" in capsys.readouterr().out
 
@@ -147,7 +147,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "examples": (["--num-fewshot", "-1"], "'--num-fewshot'"),
     "no data": (["--tasks", "mmlu", "--data", "./nowhere"], "./nowhere: no such folder"),
     "no tokenizer": (["--tokenizer", "./nowhere"], "no tokenizer in ./nowhere"),
-    "no bench": (["--bench", "./no.json"], "./no.json: cannot be read: No such file"),
+    "no bench": (["--bench", "./no.json"], "./no.json cannot be read: No such file"),
     "answers without folder": (["--output", "no/such/answers.jsonl"], "cannot write"),
 }
 

@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from granite_paged.cli.main import OK, USAGE, run
-from granite_paged.errors import CannotWrite, DataError
-from granite_paged.report.eval_figures import curves
+from granite_paged.errors import CannotWrite, FileError, ResultFileError
+from granite_paged.report.bench_results import Result, read_result
 from granite_paged.report.eval_report import result_tables, update_page, write_report
 from granite_paged.report.eval_results import (
-    BenchRow,
+    CHANCE,
+    Agreement,
+    Difference,
+    Evaluation,
     entries,
-    original_study,
-    read_bench,
     read_evaluation,
 )
-from tests.helpers.evaluation import tiny_evaluation
+from granite_paged.report.published import original_study
+from tests.helpers.evaluation import data_folder, tiny_evaluation
 
 Capture = pytest.CaptureFixture[str]
 
-DIFFERENCE = {
-    "key": "anatomy/7",
-    "default_choice": 1,
-    "other_choice": 2,
-    "default_logprobs": [-2.1, -2.11],
-    "other_logprobs": [-2.12, -2.1],
-    "gap": 0.01,
-    "sdpa_error": 0.03,
-    "near_tie": True,
-}
+DIFFERENCE = Difference(
+    key="anatomy/7",
+    default_choice=1,
+    other_choice=2,
+    default_logprobs=(-2.1, -2.11),
+    other_logprobs=(-2.12, -2.1),
+    gap=0.01,
+    sdpa_error=0.03,
+    near_tie=True,
+)
 
 BENCH = [
     {
@@ -49,80 +54,113 @@ BENCH = [
 
 
 @pytest.fixture(scope="module")
-def evaluation() -> dict[str, Any]:
+def evaluation() -> Evaluation:
     """A real evaluation, edited: one choice differs, and peak memory was measured."""
-    result = tiny_evaluation().to_json()
-    task = result["tasks"]["tiny"]
-    task["agreement"]["paged"].update(
-        differing=[DIFFERENCE], sdpa_error=0.04, reference="float32", measured=6
+    result = tiny_evaluation()
+    task = result.tasks["tiny"]
+    other = replace(
+        task.agreement["paged"],
+        differing=(DIFFERENCE,),
+        sdpa_error=0.04,
+        reference="float32",
+        measured=6,
     )
-    for metrics in task["modes"].values():
-        metrics["peak_bytes"] = 3_210_000_000
-    return {**result, "command": "granite-paged eval --seed 3", "tasks": {"mmlu": task}}
+    modes = {name: replace(found, peak_bytes=3_210_000_000) for name, found in task.modes.items()}
+    task = replace(task, modes=modes, agreement={"paged": other})
+    return replace(result, command="granite-paged eval --seed 3", tasks={"mmlu": task})
 
 
-def bench_file(folder: Path, rows: Any) -> str:
-    content = {"device": "NVIDIA H200", "rows": rows}
-    (folder / "bench.json").write_text(json.dumps(content))
-    return str(folder / "bench.json")
+def bench_result(folder: Path) -> Result:
+    path = folder / "bench.json"
+    content = {"device": "NVIDIA H200", "versions": {}, "seed": 0, "rows": BENCH}
+    path.write_text(json.dumps(content))
+    return read_result(path)
 
 
 # -- tables -------------------------------------------------------------------------------------
 
 
-def test_tables_name_the_run_and_its_figures(evaluation: dict[str, Any]) -> None:
+def test_tables_name_the_run_and_its_figures(evaluation: Evaluation) -> None:
     text = "\n".join(result_tables([evaluation], []))
-    metrics = evaluation["tasks"]["mmlu"]["modes"]["paged"]
+    metrics = evaluation.tasks["mmlu"].modes["paged"]
     for said in (
         "cpu; tiny, float32; granite_paged",
         "```sh\ngranite-paged eval --seed 3\n```",
-        f"{metrics['accuracy']:.4f}",
+        f"{metrics.accuracy:.4f}",
         "3.21",
         "5 of 6 | 1 | 1 |",
         "0.04 (against float32)",
     ):
         assert said in text
+    assert "chance" not in text
 
 
-def test_results_of_several_gpus_name_their_gpu(
-    evaluation: dict[str, Any],
-) -> None:
+def test_accuracy_of_random_weights_is_said_to_be_chance(evaluation: Evaluation) -> None:
+    untrained = replace(evaluation, model="tiny (random weights, seed 0)")
+    text = "\n".join(result_tables([untrained]))
+    assert "accuracy is at chance by construction (a uniform guess scores 0.25 for `mmlu`)" in text
+    assert text.count(" (chance) |") == 2, "in the rows with the study's"
+
+
+def test_results_of_several_gpus_name_their_gpu(evaluation: Evaluation) -> None:
     assert [entry.label for entry in entries([evaluation])] == ["mmlu 0-shot, one by one"]
-    runs = [{**evaluation, "device": device} for device in ("NVIDIA H200", "NVIDIA L4")]
+    runs = [replace(evaluation, device=device) for device in ("NVIDIA H200", "NVIDIA L4")]
     assert [entry.label for entry in entries(runs)] == [
         "mmlu 0-shot, one by one, H200",
         "mmlu 0-shot, one by one, L4",
     ]
     text = "\n".join(result_tables(runs, []))
-    assert text.count(evaluation["command"]) == 1
+    assert text.count(evaluation.command) == 1
     assert "- NVIDIA H200; tiny" in text
     assert "- NVIDIA L4; tiny" in text
 
 
+# -- the original study -------------------------------------------------------------------------
+
+
 def test_the_tables_of_the_study_appear_with_their_gpu(
-    evaluation: dict[str, Any], tmp_path: Path
+    evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    rows = read_bench(bench_file(tmp_path, BENCH))
-    text = "\n".join(result_tables([evaluation], rows))
+    text = "\n".join(result_tables([evaluation], [bench_result(tmp_path)]))
     assert "HPML Team 13, Columbia University" in text
-    assert "| truthfulqa | paged | NVIDIA A100 80 GB, original study | 0.3333 | 1,305 |" in text
-    assert "| by batch | mode | 1 | 2 | 4 | 8 | 16 | 32 |" in text
-    ours = next(
-        line for line in text.splitlines() if "ours: prefill, batch 1, NVIDIA H200 | paged" in line
+    assert (
+        "| mmlu | paged | original study, 24-layer model, NVIDIA A100 80GB | 0.6786 | 1,780" in text
     )
+    ours = next(line for line in text.splitlines() if ", NVIDIA H200 | paged |" in line)
     assert ours.count("ms,") == 3
     assert ours.count(" - |") == 3, "sizes that were not measured must show a dash"
 
 
+def test_the_original_study_is_left_out_where_nothing_compares(evaluation: Evaluation) -> None:
+    batched = replace(evaluation, batch=8)
+    other_task = replace(evaluation, tasks={"recall": evaluation.tasks["mmlu"]})
+    text = "\n".join(result_tables([batched, other_task]))
+    assert "original study" not in text
+    text = "\n".join(result_tables([evaluation]))
+    assert "truthfulqa" not in text, "only tasks that were run"
+    assert "by batch size" not in text, "no benchmark was given"
+
+
 def test_the_tables_of_the_study_are_complete() -> None:
     study = original_study()
-    for axis in ("batch", "context"):
-        assert {len(series) for series in study[axis].values()} == {6}
-    assert len(study["accuracy"]) == 4
+    assert len(study.rows) == 24
+    assert len(study.tasks) == 4
+
+
+def test_a_uniform_guess_scores_what_is_stated() -> None:
+    path = Path(data_folder()) / "truthfulqa_mc.jsonl"
+    asked = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for name in ("mc1", "mc2"):
+        labels = [question[f"{name}_targets"]["labels"] for question in asked]
+        share = statistics.fmean(sum(right) / len(right) for right in labels)
+        assert CHANCE[f"truthfulqa_{name}"] == round(share, 4)
+
+
+# -- pages --------------------------------------------------------------------------------------
 
 
 def test_tables_are_written_between_the_comments_of_a_page(
-    evaluation: dict[str, Any], tmp_path: Path
+    evaluation: Evaluation, tmp_path: Path
 ) -> None:
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- results: start -->\nold\n<!-- results: end -->\nafter\n")
@@ -137,80 +175,95 @@ def test_tables_are_written_between_the_comments_of_a_page(
     assert page.read_text() == once
 
 
-def test_a_page_without_the_comments_is_refused(evaluation: dict[str, Any], tmp_path: Path) -> None:
+def test_a_page_without_the_comments_is_refused(evaluation: Evaluation, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("nothing here\n")
-    with pytest.raises(DataError, match="no place for results"):
+    with pytest.raises(FileError, match="no place for results"):
         update_page(str(tmp_path / "page.md"), [evaluation])
 
 
-# -- result files -------------------------------------------------------------------------------
+# -- files of results ---------------------------------------------------------------------------
 
 
-def test_curves_have_at_least_three_points() -> None:
-    def row(case: str, batch: int, context: int) -> BenchRow:
-        return BenchRow("GPU", case, "paged", batch, context, 1.0, 1.0, 1.0, None)
-
-    rows = [row("batch", batch, 512) for batch in (4, 1, 2)] + [row("batch", 1, 1024)]
-    rows += [row("decode", batch, 512) for batch in (1, 2, 4)] + [row("context", 1, 512)]
-    found = curves(rows, "batch")
-    assert list(found) == [("prefill, context 512, GPU", "paged")]
-    assert [r.batch for r in found["prefill, context 512, GPU", "paged"]] == [1, 2, 4]
-    assert curves(rows, "context") == {}
+def test_an_evaluation_is_read_back_as_it_was(evaluation: Evaluation, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(evaluation.to_json()))
+    assert read_evaluation(path) == evaluation
 
 
-@pytest.mark.parametrize(
-    ("rows", "reason"),
-    [
-        ({"cases": []}, "no device and rows"),
-        ([{"case": "a"}], "row 1: field 'latency_ms' is missing"),
-        ([{**BENCH[0], "batch": "many"}], "row 1: invalid literal"),
-        ([BENCH[0], 3], "row 2: "),
-    ],
-)
-def test_a_malformed_bench_file_is_refused(rows: Any, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=reason):
-        read_bench(bench_file(tmp_path, rows))
+def changed(data: Any, place: str, value: Any) -> Any:
+    """Put a value at `a.b.c`; `...` deletes what is there."""
+    *path, last = place.split(".")
+    holder = data
+    for name in path:
+        holder = holder[name]
+    if value is ...:
+        del holder[last]
+    else:
+        holder[last] = value
+    return data
 
 
-def test_rows_without_a_time_are_skipped(tmp_path: Path) -> None:
-    failed = {**BENCH[0], "latency_ms": None, "error": "out of memory"}
-    bare = {**BENCH[1], "latency_ms": {"median": 7.0, "p10": None, "p90": None, "n": None}}
-    (row,) = read_bench(bench_file(tmp_path, [failed, bare]))
-    assert (row.p10_ms, row.median_ms, row.p90_ms) == (7.0, 7.0, 7.0)
+METRICS = "tasks.mmlu.modes.paged"
+WRONG: dict[str, tuple[str, Any, str]] = {
+    "no model": ("model", ..., "is missing"),
+    "no task": ("tasks", {}, "has no task"),
+    "no mode": ("tasks.mmlu.modes", {}, "has no mode"),
+    "accuracy null": (f"{METRICS}.accuracy", None, "must be a finite number"),
+    "accuracy NaN": (f"{METRICS}.accuracy", math.nan, "must be a finite number"),
+    "accuracy of more than all": (f"{METRICS}.accuracy", 1.1, "at most 1, got 1.1"),
+    "latency missing": (f"{METRICS}.latency_mean_ms", ..., "is missing"),
+    "latency huge": (f"{METRICS}.latency_mean_ms", 10**400, "must be a finite number"),
+    "near tie a number": ("tasks.mmlu.agreement.paged.differing", [3], "must be an object"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_field_is_named_with_its_file(
+    wrong: str, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    place, value, problem = WRONG[wrong]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(changed(evaluation.to_json(), place, value)))
+    with pytest.raises(ResultFileError) as caught:
+        read_evaluation(path)
+    assert str(caught.value).startswith(f"{path}: {place}")
+    assert problem in str(caught.value)
 
 
 def test_a_malformed_result_file_is_refused(tmp_path: Path) -> None:
     for content, reason in (
-        ("{", "line 1: not JSON"),
-        ("[]", "not a JSON object"),
-        ("{}", "field 'model' is missing"),
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ("{}", "passed is missing"),
     ):
         (tmp_path / "result.json").write_text(content)
-        with pytest.raises(DataError, match=reason):
-            read_evaluation(str(tmp_path / "result.json"))
+        with pytest.raises(ResultFileError, match=reason):
+            read_evaluation(tmp_path / "result.json")
 
 
 # -- figures ------------------------------------------------------------------------------------
 
 
-def test_a_report_has_a_page_results_and_figures(
-    evaluation: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_report_has_a_page_results_and_figures(evaluation: Evaluation, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
-    rows = read_bench(bench_file(tmp_path, BENCH))
+    bench = bench_result(tmp_path)
     folder = tmp_path / "out" / "deeper"
-    figures = write_report(str(folder), [evaluation], rows)
+    figures = write_report(str(folder), [evaluation], [bench])
     names = {figure.stem for figure in figures}
-    assert names == {"accuracy", "latency", "throughput", "memory", "context"}
+    assert names == {
+        *("accuracy", "latency", "throughput", "memory"),
+        *("latency-context", "memory-context"),
+    }
     assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
     page = (folder / "report.md").read_text()
     assert all(f"]({name}.png)" in page for name in names)
     assert "granite-paged eval --seed 3" in page
     assert "anatomy/7 | 1 | -2.1000 / -2.1100 | 2 (paged) | -2.1200 / -2.1000" in page
-    assert json.loads((folder / "results.json").read_text()) == {"evaluations": [evaluation]}
+    results = json.loads((folder / "results.json").read_text())
+    assert results == {"evaluations": [evaluation.to_json()]}
 
 
-def test_equal_results_write_identical_reports(evaluation: dict[str, Any], tmp_path: Path) -> None:
+def test_equal_results_write_identical_reports(evaluation: Evaluation, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     for name in ("one", "two"):
         write_report(str(tmp_path / name), [evaluation])
@@ -218,23 +271,21 @@ def test_equal_results_write_identical_reports(evaluation: dict[str, Any], tmp_p
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
 
 
-def test_a_folder_that_cannot_be_written_is_refused(
-    evaluation: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(evaluation: Evaluation, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     (tmp_path / "file").touch()
-    with pytest.raises(CannotWrite, match="cannot write the report to"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         write_report(str(tmp_path / "file"), [evaluation])
 
 
 def test_report_combines_several_results(
-    evaluation: dict[str, Any], tmp_path: Path, capsys: Capture
+    evaluation: Evaluation, tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     files = []
     for batch in (1, 32):
         path = tmp_path / f"{batch}.json"
-        path.write_text(json.dumps({**evaluation, "batch": batch}))
+        path.write_text(json.dumps(replace(evaluation, batch=batch).to_json()))
         files.append(str(path))
     assert run(["report", *files, "--out", str(tmp_path / "out")]) == OK
     assert "report.md and 4 figures" in capsys.readouterr().out
@@ -245,14 +296,30 @@ def test_report_combines_several_results(
 
 def test_report_refuses_a_missing_result(tmp_path: Path, capsys: Capture) -> None:
     assert run(["report", str(tmp_path / "none.json")]) == USAGE
-    assert "none.json: cannot be read: No such file" in capsys.readouterr().err
+    assert "none.json cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_figures_of_odd_results_are_drawn(evaluation: Evaluation, tmp_path: Path) -> None:
+    """Zero times, a name with a dollar sign, nothing answered by both, one mode alone."""
+    pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
+    task = evaluation.tasks["mmlu"]
+    still = {
+        name: replace(found, latency_ms=(0.0, 0.0), latency_mean_ms=0.0, questions_per_second=0.0)
+        for name, found in task.modes.items()
+    }
+    nothing = Agreement(0, (), 0.0, 0.0)
+    odd = [
+        replace(evaluation, tasks={"a$_b$": replace(task, modes=still, agreement={"$": nothing})}),
+        replace(evaluation, tasks={"c": replace(task, modes={"other": still["paged"]})}),
+    ]
+    assert len(write_report(str(tmp_path), odd)) == 4
 
 
 # -- Weights & Biases ---------------------------------------------------------------------------
 
 
 def test_wandb_offline_records_metrics_tables_and_figures(
-    evaluation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason="needs the extra granite-paged[wandb]")
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
@@ -278,7 +345,7 @@ def test_wandb_offline_records_metrics_tables_and_figures(
 
 
 def test_tensorboard_records_metrics_tables_and_figures(
-    evaluation: dict[str, Any], tmp_path: Path
+    evaluation: Evaluation, tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
@@ -293,16 +360,14 @@ def test_tensorboard_records_metrics_tables_and_figures(
     kept = EventAccumulator(str(tmp_path / "board"))
     kept.Reload()
     (accuracy,) = kept.Scalars("mmlu/paged/accuracy")
-    metrics = evaluation["tasks"]["mmlu"]["modes"]["paged"]
-    assert accuracy.value == pytest.approx(metrics["accuracy"])
+    metrics = evaluation.tasks["mmlu"].modes["paged"]
+    assert accuracy.value == pytest.approx(metrics.accuracy)
     assert set(kept.Tags()["images"]) == {figure.stem for figure in figures}
     (table,) = kept.Tensors("metrics/text_summary")
     assert b"| task | mode | questions |" in table.tensor_proto.string_val[0]
 
 
-def test_tensorboard_refuses_a_file_as_its_folder(
-    evaluation: dict[str, Any], tmp_path: Path
-) -> None:
+def test_tensorboard_refuses_a_file_as_its_folder(evaluation: Evaluation, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the extra granite-paged[tensorboard]")
     from granite_paged.report.tensorboard_run import log_to_tensorboard  # noqa: PLC0415
 

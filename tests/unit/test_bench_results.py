@@ -17,15 +17,12 @@ from granite_paged.report.bench_results import (
     Rates,
     Result,
     Row,
-    read_as,
     read_result,
     slug,
     updated,
     writable_folder,
 )
-from granite_paged.report.published import Published, read_published
-
-ROOT = Path(__file__).parents[2]
+from granite_paged.report.published import original_study, read_published
 
 positive = st.floats(0, 1e9, allow_nan=False)
 latencies = st.builds(Latency, positive, positive, positive, st.integers(0, 1000))
@@ -134,6 +131,9 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "median NaN": ("rows[0].latency_ms.median", float("nan"), "must be a finite number"),
     "no median": ("rows[0].latency_ms.median", ..., "is missing"),
     "peak a float": ("rows[0].peak_bytes", 1e9, "must be a whole number"),
+    "median huge": ("rows[0].latency_ms.median", 1e300, "at most 1.84e+19"),
+    "batch huge": ("rows[0].batch", 10**400, "must be a whole number"),
+    "p10 huge": ("rows[0].latency_ms.p10", 10**400, "must be a finite number"),
     "unknown field": ("rows[0].latency", 3, "is not a field of this format"),
 }
 
@@ -156,7 +156,14 @@ def test_a_duplicate_row_is_refused(tmp_path: Path) -> None:
         read_result(written(tmp_path, data))
 
 
-@pytest.mark.parametrize(("text", "problem"), [("{", "is not JSON"), ("[]", "must be an object")])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ("[" * 100_000, "is nested too deeply"),
+    ],
+)
 def test_a_file_that_is_not_a_result_is_refused(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "notes.json"
     path.write_text(text)
@@ -194,11 +201,6 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
 # -- figures of the original study --------------------------------------------------------------
 
 
-def study() -> Published:
-    (only,) = read_published(ROOT / "golden" / "perf")
-    return only
-
-
 @pytest.mark.parametrize(
     ("device", "model", "applies"),
     [
@@ -212,25 +214,29 @@ def study() -> Published:
 def test_published_figures_apply_to_their_gpu_and_model(
     device: str, model: str, applies: bool
 ) -> None:
-    assert study().applies_to(device, model) is applies
+    assert original_study().applies_to(device, model) is applies
 
 
 def test_every_published_shape_has_both_modes() -> None:
     points = {mode: set() for mode in ("default", "paged")}  # type: dict[str, set[Any]]
-    for row in study().rows:
+    for row in original_study().rows:
         points[row.mode].add((row.case, row.batch, row.context))
     assert points["default"] == points["paged"]
     assert len(points["paged"]) == 12
 
 
+def test_every_folder_of_records_has_the_study(tmp_path: Path) -> None:
+    assert read_published(tmp_path) == [original_study()]
+
+
 def test_the_study_is_cited() -> None:
-    assert "HPML Team 13, Columbia University" in study().source
+    assert "HPML Team 13, Columbia University" in original_study().source
 
 
 def test_a_published_file_is_checked_field_by_field(tmp_path: Path) -> None:
     (tmp_path / "x.published.json").write_text('{"source": "x", "device": 3}')
     with pytest.raises(ResultFileError, match=r"x\.published\.json: device must be text"):
-        read_as(Published, tmp_path / "x.published.json")
+        read_published(tmp_path)
 
 
 # -- updates of results -------------------------------------------------------------------------

@@ -151,7 +151,8 @@ def test_non_finite_names_every_layer() -> None:
     [
         (
             ResultFileError("r.json", "rows[0].mode", "is missing"),
-            "r.json: rows[0].mode is missing; write such files with `granite-paged bench --json`",
+            "r.json: rows[0].mode is missing; write such files with --json of "
+            "`granite-paged bench` and `granite-paged eval`",
         ),
         (DataError("d.jsonl", "not UTF-8 text", line=3), "d.jsonl, line 3: not UTF-8 text"),
         (CannotWrite("r.json", "it is a folder"), "cannot write r.json: it is a folder"),
