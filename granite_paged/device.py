@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -86,6 +87,11 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def allocated_bytes(device: torch.device) -> int | None:
+    """Return the bytes of live tensors on a GPU; None on other devices."""
+    return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+
+
 def graph_bytes(device: torch.device) -> int:
     """Return the bytes that CUDA graphs use for intermediate tensors.
 
@@ -97,6 +103,11 @@ def graph_bytes(device: torch.device) -> int:
         for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
     )
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a GPU the current one inside the block; change nothing for other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # -- copies -------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Running a model: fixed shapes, graphs, and who is served when."""
+"""Continuous batching: scheduling, execution, outputs."""

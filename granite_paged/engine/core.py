@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
-from granite_paged.engine.beams import BeamKeeper, BeamRequest
+from granite_paged.device import allocated_bytes
+from granite_paged.engine.beams import BeamKeeper, BeamRequest, beam_params
 from granite_paged.engine.executor import Executor, PendingResult
+from granite_paged.engine.job import BeamJob, SampleJob, ScoringJob
 from granite_paged.engine.limits import Limits
 from granite_paged.engine.outputs import OutputProcessor
 from granite_paged.engine.prefix_cache import PrefixCache
-from granite_paged.engine.request import Request, Scoring
+from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Scoring
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.step import StepPlan
@@ -32,6 +35,12 @@ from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
 
 _STALLED = 3  # steps without work while requests are open: a bug, better raised than waited out
+
+
+SAMPLE_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of two samples of a request: 2**64 divided by the golden ratio, made odd."""
+
+_Asked = TypeVar("_Asked", bound=Request | Scoring)
 
 
 class Inspection(NamedTuple):
@@ -47,28 +56,43 @@ class EngineCore:
 
     Args:
         state_bytes: memory for Mamba states that prompts share; 0 turns prefix sharing off.
+        stop_tokens: end answers where a request names no others.
     """
 
     def __init__(
-        self, runner: Runner, tokenizer: Any | None, limits: Limits, state_bytes: int
+        self,
+        runner: Runner,
+        tokenizer: Any | None,
+        limits: Limits,
+        state_bytes: int,
+        stop_tokens: frozenset[int],
     ) -> None:
-        self.runner = runner
-        self.allocator = PageAllocator(runner.pages, runner.config.page_size)
-        self.prefix = PrefixCache(
-            self.allocator,
-            math.lcm(self.allocator.page_size, runner.alignment),
+        self._runner = runner
+        self._stop_tokens = stop_tokens
+        self._allocator = PageAllocator(runner.pages, runner.config.page_size)
+        self._prefix = PrefixCache(
+            self._allocator,
+            math.lcm(self._allocator.page_size, runner.alignment),
             stateful=bool(runner.geometry.mamba_layers),
             budget=state_bytes,
         )
-        self.scheduler = Scheduler(runner, self.allocator, self.prefix, limits)
-        self._executor = Executor(runner, self.scheduler)
-        self._beams = BeamKeeper(self.scheduler, self._executor)
-        self._outputs = OutputProcessor(tokenizer, self.scheduler, self._beams)
+        self._scheduler = Scheduler(runner, self._allocator, self._prefix, limits)
+        self._executor = Executor(runner, self._scheduler)
+        self._beams = BeamKeeper(self._scheduler, self._executor)
+        self._outputs = OutputProcessor(tokenizer, self._scheduler, self._beams)
         self._pending: list[PendingResult] = []
         self._open: dict[Request | Scoring, None] = {}
         self._searches: set[BeamRequest] = set()
+        self._numbers = 0
         self._stalled = 0
         self._seconds = self._schedule_seconds = 0.0
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """Memory by use: the runner's, and what the prefix cache may keep besides."""
+        prefix = self._prefix
+        kept = prefix.budget if prefix.stateful else 0
+        return replace(self._runner.plan, prefix_bytes=kept)
 
     @property
     def idle(self) -> bool:
@@ -80,14 +104,65 @@ class EngineCore:
         """Return the requests that are not finished."""
         return list(self._open)
 
-    def add(self, request: Request | Scoring) -> None:
-        """Submit the jobs of a request. Raises QueueFull."""
-        if not request.finished:
-            leader, *_ = request.jobs
-            self.scheduler.submit(leader)
-            self._open[request] = None
-            if isinstance(request, BeamRequest):
-                self._searches.add(request)
+    # -- requests -------------------------------------------------------------------------------
+
+    def open_samples(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        on_token: OnToken | None,
+    ) -> Request:
+        """Let the samples of a prompt wait. Raises RequestTooLarge, QueueFull."""
+        self._scheduler.queue.check_room(params.n)
+        longest = self._check_fits(len(prompt) + params.max_new_tokens - 1)
+        request = Request(self._numbers, prompt, params, self._stops(params), on_token)
+        request.jobs = [
+            SampleJob(
+                request=request,
+                rank=self._scheduler.queue.rank(params.priority),
+                tokens=list(prompt),
+                max_stored=longest,
+                index=index,
+                limit=params.max_new_tokens,
+                seed=(params.seed + index * SAMPLE_STRIDE) % 2**63,
+                greedy=params.greedy,
+            )
+            for index in range(params.n)
+        ]
+        request.jobs[0].followers = request.jobs[1:]
+        return self._opened(request, outputs=params.n)
+
+    def open_scoring(
+        self, context: tuple[int, ...], continuations: tuple[tuple[int, ...], ...]
+    ) -> Scoring:
+        """Let continuations of a context wait. Raises RequestTooLarge, QueueFull."""
+        longest = self._check_fits(len(context) - 1 + max(map(len, continuations), default=0))
+        scoring = Scoring(self._numbers, context, continuations, [None] * len(continuations))
+        rank = self._scheduler.queue.rank(0)
+        scoring.jobs = [
+            ScoringJob(request=scoring, rank=rank, tokens=list(context), max_stored=longest)
+        ]
+        return self._opened(scoring)
+
+    def open_search(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams,
+        width: int,
+        length_penalty: float,
+    ) -> BeamRequest:
+        """Let a beam search wait. Raises InvalidSampling, RequestTooLarge, QueueFull."""
+        stops = self._stops(params)
+        params = beam_params(params, width, len(stops))
+        longest = self._check_fits(len(prompt) + params.max_new_tokens - 1)
+        request = BeamRequest(
+            self._numbers, prompt, params, stops, width=width, length_penalty=length_penalty
+        )
+        rank = self._scheduler.queue.rank(params.priority)
+        beam = BeamJob(request=request, rank=rank, tokens=list(prompt), max_stored=longest, limit=1)
+        request.jobs, request.scores = [beam], {beam: 0.0}
+        self._searches.add(self._opened(request, outputs=width))
+        return request
 
     def step(self) -> bool:
         """Run one step and deliver the one before. Return whether there was anything to do.
@@ -110,9 +185,11 @@ class EngineCore:
                 self._outputs.end(job, "cancelled", error)
         self._close_request(request)
 
+    # -- looking --------------------------------------------------------------------------------
+
     def forget_prefixes(self) -> None:
         """Drop everything in the prefix cache."""
-        self.scheduler.running.forget(self.prefix.clear())
+        self._scheduler.running.forget(self._prefix.clear())
 
     def close(self) -> None:
         """Drop unread results and prefixes."""
@@ -121,28 +198,29 @@ class EngineCore:
 
     def inspect(self) -> Inspection:
         """Return the parts, to look at."""
-        return Inspection(self.allocator, self.prefix, self.scheduler)
+        return Inspection(self._allocator, self._prefix, self._scheduler)
 
     def check_valid(self) -> None:
         """Prove every invariant between two steps; BrokenInvariant says what broke."""
-        self.scheduler.check_valid()
+        self._scheduler.check_valid()
         for request in self._open:
             require(not request.finished, "a finished request is open")
 
-    def stats(self, plan: MemoryPlan, device_bytes: int | None) -> EngineStats:
+    def stats(self) -> EngineStats:
         """Return what was done and is held."""
-        counts, prefix, running = self.scheduler.counts, self.prefix.stats, self.scheduler.running
+        counts, running = self._scheduler.counts, self._scheduler.running
+        prefix = self._prefix.stats
         tokens = self._outputs.tokens
         return EngineStats(
             steps=counts.steps,
-            waiting=len(self.scheduler.queue),
+            waiting=len(self._scheduler.queue),
             running=len(running),
             rows=running.rows.rows,
             rows_held=running.rows.rows - running.rows.free,
-            pages=self.allocator.pages - 1,
-            pages_held=self.allocator.held,
-            pages_cached=self.prefix.pages,
-            state_bytes=self.prefix.state_bytes,
+            pages=self._allocator.pages - 1,
+            pages_held=self._allocator.held,
+            pages_cached=self._prefix.pages,
+            state_bytes=self._prefix.state_bytes,
             prefix_hits=prefix.hits,
             prefix_misses=prefix.misses,
             tokens_hit=prefix.tokens_hit,
@@ -154,11 +232,29 @@ class EngineCore:
             tokens=tokens,
             tokens_per_second=tokens / self._seconds if self._seconds else 0.0,
             schedule_ms=1000 * self._schedule_seconds / max(1, counts.steps),
-            planned_bytes=plan.total_bytes,
-            device_bytes=device_bytes,
+            planned_bytes=self.plan.total_bytes,
+            device_bytes=allocated_bytes(self._runner.device),
         )
 
     # -- details --------------------------------------------------------------------------------
+
+    def _check_fits(self, tokens: int) -> int:
+        self._scheduler.check_fits(tokens)
+        return tokens
+
+    def _stops(self, params: SamplingParams) -> frozenset[int]:
+        stops = params.stop_tokens
+        return self._stop_tokens if stops is None else frozenset(stops)
+
+    def _opened(self, request: _Asked, outputs: int = 0) -> _Asked:
+        """Let the first job of a request wait, and with it its followers."""
+        if isinstance(request, Request):
+            request.outputs = [Output(request.number, i, request.prompt) for i in range(outputs)]
+        if not request.finished:
+            self._scheduler.submit(request.jobs[0])
+            self._open[request] = None
+        self._numbers += 1
+        return request
 
     def _step(self) -> bool:
         try:
@@ -166,10 +262,10 @@ class EngineCore:
             landing, self._pending = self._pending, self._executor.launch(step)
             for result in landing:
                 self._outputs.read(result)
-            self.scheduler.release(step.score_chunks)
+            self._scheduler.release(step.score_chunks)
         except BaseException:  # interrupted: how far it came is unknown
             self._pending = []
-            self.scheduler.restart([job for request in self._open for job in request.jobs])
+            self._scheduler.restart([job for request in self._open for job in request.jobs])
             raise
         return self._outputs.deliver() or bool(step or landing)
 
@@ -177,7 +273,7 @@ class EngineCore:
         started = time.perf_counter()
         for request in self._searches:
             self._beams.make_way(request)
-        step = self.scheduler.schedule()
+        step = self._scheduler.schedule()
         self._schedule_seconds += time.perf_counter() - started
         return step
 

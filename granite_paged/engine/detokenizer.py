@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the tail of a character whose other bytes will come
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # decoded for a character whose last bytes are missing
 
 
 class Detokenizer:
-    """The text of a growing answer.
+    """Text of a growing answer.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: a transformers tokenizer.
         stop_strings: the text ends before the first of these that appears.
+
+    Attributes:
+        text: what is certain so far.
+        stopped: whether a stop string appeared.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
@@ -22,12 +26,12 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
         self._tokens: list[int] = []
-        self._start = 0  # of the tokens that a piece is decoded with, so that joints come out right
-        self._shown = 0
-        self._held = ""  # may be the beginning of a stop string
+        self._start = 0  # first token that is decoded again, so that spaces at joints are right
+        self._shown = 0  # number of tokens whose text was returned
+        self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
-        """One more token. Returns the text that is certain now."""
+        """Add a token. Return the text that became certain."""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._start : self._shown])
         now = self._decode(self._tokens[self._start :])
@@ -37,12 +41,11 @@ class Detokenizer:
         return self._certain(now[len(before) :])
 
     def finish(self) -> str:
-        """No more tokens. Returns the text that was held back."""
+        """End the answer. Return the text that was held back."""
         if self.stopped:
             return ""
         before = self._decode(self._tokens[self._start : self._shown])
-        rest = self._decode(self._tokens[self._start :])[len(before) :]
-        piece = self._certain(rest)
+        piece = self._certain(self._decode(self._tokens[self._start :])[len(before) :])
         held, self._held = self._held, ""
         if not self.stopped:
             piece += held
@@ -66,7 +69,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text that the stop string begins with."""
+    """Return how many characters at the end of `text` begin `stop`."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -11,16 +11,15 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from granite_paged.engine.beams import BeamRequest, beam_params
+from granite_paged.device import on_device
+from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
 from granite_paged.engine.driver import run
-from granite_paged.engine.job import BeamJob, SampleJob, ScoringJob
 from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption
 from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, matched
 from granite_paged.engine.request import (
@@ -46,8 +45,6 @@ from granite_paged.runner.runner import Runner
 STATE_BYTES = 1 << 30
 SWAP_BYTES = 4 << 30
 QUEUE = 4096
-SAMPLE_STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of two samples of one request: 2**64 divided by the golden ratio, odd."""
 
 _Asked = TypeVar("_Asked", bound=Request | Scoring)
 
@@ -111,11 +108,10 @@ class Engine:
             swap_bytes=swap_bytes,
             preemption=preemption,
         )
-        self._core = EngineCore(self.runner, tokenizer, limits, state_bytes)
+        stop_tokens = _end_of_text(model)
+        self._core = EngineCore(self.runner, tokenizer, limits, state_bytes, stop_tokens)
         self._encoder = PromptEncoder(tokenizer, self.runner.vocabulary)
-        self._stop_tokens = _end_of_text(model)
         self._lock = threading.RLock()
-        self._numbers = 0
         self._closed = False
 
     # -- answers --------------------------------------------------------------------------------
@@ -265,42 +261,15 @@ class Engine:
         tokens = self._encoder.encode(prompt)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
-        with self._lock:
-            longest = self._check_fits(len(tokens) + params.max_new_tokens - 1)
-            request = Request(self._numbers, tokens, params, self._stops(params), on_token)
-            request.jobs = [
-                SampleJob(
-                    request=request,
-                    rank=self._rank(params.priority),
-                    tokens=list(tokens),
-                    max_stored=longest,
-                    index=index,
-                    limit=params.max_new_tokens,
-                    seed=(params.seed + index * SAMPLE_STRIDE) % 2**63,
-                    greedy=params.greedy,
-                )
-                for index in range(params.n)
-            ]
-            request.jobs[0].followers = request.jobs[1:]
-            request.outputs = [Output(request.number, index, tokens) for index in range(params.n)]
-            return self._opened(request)
+        with self._opening():
+            return self._core.open_samples(tokens, params, on_token)
 
     def submit_scoring(self, context: Prompt, continuations: Sequence[Prompt]) -> Scoring:
         """Let continuations of a context wait to be scored. Raises as `submit` does."""
         tokens = self._encoder.encode(context, "context")
         encoded = tuple(self._encoder.encode(one, "continuation") for one in continuations)
-        with self._lock:
-            longest = self._check_fits(len(tokens) - 1 + max(map(len, encoded), default=0))
-            scoring = Scoring(self._numbers, tokens, encoded, [None] * len(encoded))
-            scoring.jobs = [
-                ScoringJob(
-                    request=scoring,
-                    rank=self._rank(0),
-                    tokens=list(tokens),
-                    max_stored=longest,
-                )
-            ]
-            return self._opened(scoring)
+        with self._opening():
+            return self._core.open_scoring(tokens, encoded)
 
     def submit_search(
         self,
@@ -313,27 +282,12 @@ class Engine:
         """Let a beam search wait. Raises as `submit` does."""
         params = params or SamplingParams()
         tokens = self._encoder.encode(prompt)
-        stops = self._stops(params)
-        wanted = beam_params(params, beams, len(stops))
-        with self._lock:
-            longest = self._check_fits(len(tokens) + wanted.max_new_tokens - 1)
-            request = BeamRequest(
-                self._numbers, tokens, wanted, stops, width=beams, length_penalty=length_penalty
-            )
-            job = BeamJob(
-                request=request,
-                rank=self._rank(params.priority),
-                tokens=list(tokens),
-                max_stored=longest,
-                limit=1,
-            )
-            request.jobs, request.scores = [job], {job: 0.0}
-            request.outputs = [Output(request.number, index, tokens) for index in range(beams)]
-            return self._opened(request)
+        with self._opening():
+            return self._core.open_search(tokens, params, beams, length_penalty)
 
     def step(self) -> bool:
         """Run one step and deliver the one before. Return whether there was anything to do."""
-        with self._lock, torch.inference_mode(), self._on_device():
+        with self._lock, torch.inference_mode(), on_device(self.runner.device):
             return self._core.step()
 
     def cancel(self, request: Request | Scoring) -> None:
@@ -369,8 +323,7 @@ class Engine:
     @property
     def plan(self) -> MemoryPlan:
         """Memory by use: the runner's, and what the prefix cache may keep besides."""
-        prefix = self._core.prefix
-        return replace(self.runner.plan, prefix_bytes=prefix.budget if prefix.stateful else 0)
+        return self._core.plan
 
     @property
     def idle(self) -> bool:
@@ -387,7 +340,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return counts, sizes and times of the engine."""
         with self._lock:
-            return self._core.stats(self.plan, self._device_bytes())
+            return self._core.stats()
 
     def inspect(self) -> Inspection:
         """Return the allocator, the prefix cache and the scheduler, to look at."""
@@ -400,33 +353,12 @@ class Engine:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _check_fits(self, tokens: int) -> int:
-        if self._closed:
-            raise EngineClosed("the engine is closed: make another one")
-        self._core.scheduler.check_fits(tokens)
-        return tokens
-
-    def _rank(self, priority: int) -> int:
-        return self._core.scheduler.queue.rank(priority)
-
-    def _opened(self, asked: _Asked) -> _Asked:
-        self._core.add(asked)
-        self._numbers += 1
-        return asked
-
-    def _stops(self, params: SamplingParams) -> frozenset[int]:
-        stops = params.stop_tokens
-        return self._stop_tokens if stops is None else frozenset(stops)
-
-    def _device_bytes(self) -> int | None:
-        if self.runner.device.type != "cuda":
-            return None
-        return int(torch.cuda.memory_allocated(self.runner.device))
-
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        if self.runner.device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.cuda.device(self.runner.device)
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise EngineClosed("the engine is closed: make another one")
+            yield
 
 
 def _end_of_text(model: Any) -> frozenset[int]:

@@ -1,7 +1,7 @@
-"""Several engines, one a device, and requests spread over them.
+"""Several engines, one per device, and requests spread over them.
 
-Each engine has the whole model: they share nothing but the caller. A request stays where it was
-submitted.
+Each engine has the whole model and shares nothing with the others. A request stays in the engine
+that it was submitted to.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _Result = TypeVar("_Result")
 
 
 class EngineGroup:
-    """Spreads requests over engines by what each has to do.
+    """Spreads requests over engines by the tokens that each has yet to compute.
 
     Args:
-        engines: on different devices, with the same weights.
+        engines: engines on different devices, with the same weights.
 
     Raises:
-        InvalidArgument: for no engine.
+        InvalidArgument: if there is no engine.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -46,10 +46,13 @@ class EngineGroup:
         config: PagedConfig | None = None,
         **options: Any,
     ) -> EngineGroup:
-        """One engine a device, with a copy of the model on each but its own.
+        """Make one engine per device, each with a copy of the model unless it is there already.
+
+        Args:
+            options: passed to every `Engine`.
 
         Raises:
-            DeviceError: for a device that is not there.
+            DeviceError: if a device is absent.
         """
         engines = []
         for name in devices:
@@ -65,12 +68,12 @@ class EngineGroup:
         *,
         on_token: OnToken | None = None,
     ) -> Request:
-        """To the engine with least to do. Raises as `Engine.submit` does."""
+        """Submit to the engine with the lowest load. Raises as `Engine.submit` does."""
         least = min(self.engines, key=lambda engine: engine.load)
         return least.submit(prompt, params, on_token=on_token)
 
     def step(self) -> bool:
-        """One step of each. Whether any had something to do."""
+        """Run one step of each engine. Return whether any had something to do."""
         busy = [engine.step() for engine in self.engines]
         return any(busy)
 
@@ -79,7 +82,7 @@ class EngineGroup:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Output]:
-        """As `Engine.generate`, each engine its share."""
+        """Answer as `Engine.generate` does. Each engine gets a share of the prompts."""
         listed = as_prompts(prompts)
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
         costs = [len(prompt) + params.n * params.max_new_tokens for prompt, params in pairs]
@@ -93,16 +96,16 @@ class EngineGroup:
         return [output for samples in self._spread(pairs, costs, answer) for output in samples]
 
     def score(self, items: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[list[Score]]:
-        """As `Engine.score`, each engine its share."""
+        """Score as `Engine.score` does. Each engine gets a share of the contexts."""
         costs = [len(context) + sum(map(len, continuations)) for context, continuations in items]
         return self._spread(list(items), costs, lambda engine, share: engine.score(share))
 
     def stats(self) -> list[EngineStats]:
-        """Of each engine."""
+        """Return the stats of each engine."""
         return [engine.stats() for engine in self.engines]
 
     def close(self) -> None:
-        """Close them all."""
+        """Close every engine."""
         for engine in self.engines:
             engine.close()
 
@@ -118,7 +121,7 @@ class EngineGroup:
         costs: Sequence[int],
         work: Callable[[Engine, list[_Item]], list[_Result]],
     ) -> list[_Result]:
-        """Give every item to an engine, run them side by side, and put the results in order."""
+        """Give every item to an engine, run the engines in threads, and return the results."""
         loads = [engine.load for engine in self.engines]
         shares: list[list[int]] = [[] for _ in self.engines]
         for number, cost in enumerate(costs):

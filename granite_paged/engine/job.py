@@ -119,7 +119,7 @@ class Job:
 
     @property
     def rows_for_forks(self) -> int:
-        """Number of rows that its forks need beside its own."""
+        """Number of rows that its forks need, without its own."""
         return 0
 
     @property
@@ -245,7 +245,7 @@ class ScoringJob(Job):
 
     @property
     def rows_for_forks(self) -> int:
-        """Number of rows that its continuations need beside its own."""
+        """Number of rows that its continuations need, without its own."""
         return 0 if self.single else max(0, len(self.pending) - 1)
 
     @property

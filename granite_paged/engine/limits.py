@@ -132,13 +132,13 @@ class Limits:
         return self.shapes.chunk_tokens
 
     def prefill_time(self, decodes: int) -> float:
-        """Return how long prefills may take beside `decodes` rows, in the unit of `shapes`."""
+        """Return how long prefills may take next to `decodes` rows, in the unit of `shapes`."""
         if not decodes:
             return math.inf
         return (self.longest_step - 1) * self.shapes.decode_cost(decodes)
 
     def prefill_tokens(self, decodes: int, time: float) -> int:
-        """Return the most prefilled and scored tokens beside `decodes` rows in `time`."""
+        """Return the most prefilled and scored tokens next to `decodes` rows in `time`."""
         return max(int(min(self.step_tokens - decodes, time)), self.alignment)
 
     def allows(self, lengths: Sequence[int], time: float) -> bool:

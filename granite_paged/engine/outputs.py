@@ -130,7 +130,7 @@ class OutputProcessor:
     def deliver(self) -> bool:
         """Deliver what was read, and every failure. Return whether there was anything.
 
-        An exception that is not an `Exception` passes through; the next call goes on from there.
+        An interrupt, such as KeyboardInterrupt, passes through. The next call delivers the rest.
         """
         busy = bool(self._arrivals or self._scheduler.failures)
         while self._arrivals:

@@ -1,21 +1,21 @@
-"""Prompts that begin alike are computed once.
+"""Prompts with a common beginning compute it once.
 
-A tree of token blocks: a node is one block after all those above it, found by its tokens, so that
-a hit has compared every token and no hash decides. A block is a multiple of the page size and of
-the model's alignment, where its Mamba state can be taken and put back exactly.
+The cache is a tree of token blocks. A node is one block after all those above it. Lookup compares
+every token, so no hash decides. A block is a multiple of the page size and of the model's
+alignment, where a Mamba state can be saved and restored exactly.
 
 ::
 
     root ── block ── block ─┬─ block          pages   K and V of the block, shared by reference
                      state  └─ block          state   Mamba rows after the block
 
-A prompt can start from a node with pages and, where the model has Mamba layers, a state. States are
-large, so they are kept only where prompts part: a node is worth a state if another waiting prompt
-goes through it and parts there, or if it is the last that this prompt shares with the past.
+A prompt can start from a node with pages and, if the model has Mamba layers, a state. States are
+large, so they are kept only where prompts part: where another waiting prompt leaves this one's
+path, or at the last node that this prompt shares with earlier ones.
 
-Invariant: a node with pages has a parent with pages; its pages are one sequence of the allocator,
-so they outlive whoever computed them. A node without pages, state, promise, interest or children
-is gone. Host only and without torch: a state is whatever has `nbytes`.
+Invariant: a node with pages has a parent with pages. Its pages are one sequence of the allocator,
+so they outlive the job that computed them. A node without pages, pending states, interest and
+children is removed. Host only and without torch: a state is anything with `nbytes`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Snapshot(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory it takes."""
+        """Return its size in bytes."""
         ...
 
 
@@ -43,10 +43,10 @@ class Node:
     """One block of tokens after all those above it.
 
     Attributes:
-        end: tokens up to and with this block.
-        interest: waiting prompts that go through it.
-        pending_states: running prompts that will keep their state here.
-        sequence: sequence of the allocator that holds the block's pages.
+        end: number of tokens up to the end of this block.
+        interest: number of waiting prompts that go through it.
+        pending_states: number of running prompts that will keep their state here.
+        sequence: sequence of the allocator that holds the block's pages, if it has any.
     """
 
     tokens: tuple[int, ...]
@@ -60,7 +60,7 @@ class Node:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing depends on it."""
+        """Whether the node can be removed."""
         return not (
             self.children or self.interest or self.pending_states or self.sequence is not None
         )
@@ -68,7 +68,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """What a prompt can start from: so many tokens, in these pages, with this state."""
+    """What a prompt can start from: `tokens` tokens in `pages`, and the state after them."""
 
     tokens: int = 0
     pages: tuple[int, ...] = ()
@@ -87,16 +87,16 @@ class PrefixStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of prompt tokens that were not computed again."""
+        """Return the share of prompt tokens that were not computed again."""
         return self.tokens_hit / self.tokens_asked if self.tokens_asked else 0.0
 
 
 class PrefixCache:
-    """The tree, its pages and its states.
+    """Tree of token blocks with their pages and states.
 
     Args:
-        allocator: of the pages.
-        block: tokens a node; a multiple of the page size.
+        allocator: owner of the pages.
+        block: tokens per node; a multiple of the page size.
         stateful: whether the model has Mamba layers.
         budget: most bytes of states; 0 turns the cache off.
     """
@@ -120,18 +120,21 @@ class PrefixCache:
 
     @property
     def pages(self) -> int:
-        """Pages that the tree holds, shared with sequences or not."""
+        """Return the number of pages that the tree holds, shared with sequences or not."""
         return len(self._with_pages) * (self.block // self._allocator.page_size)
 
     @property
     def sequences(self) -> list[int]:
-        """Sequences of the allocator that hold the tree's pages."""
+        """Return the sequences of the allocator that hold the tree's pages."""
         return [node.sequence for node in self._with_pages if node.sequence is not None]
 
     # -- before a prompt runs -------------------------------------------------------------------
 
     def announce(self, tokens: Sequence[int]) -> list[Node]:
-        """A prompt waits: returns its path, the last token left out, for that must be computed."""
+        """Note that a prompt waits. Return its path.
+
+        The last token is left out, because it must be computed for its logits.
+        """
         node, path = self._root, []
         for start in range(0, len(tokens) - self.block if self.enabled else 0, self.block):
             block = tuple(tokens[start : start + self.block])
@@ -144,13 +147,13 @@ class PrefixCache:
         return path
 
     def withdraw(self, path: Sequence[Node]) -> None:
-        """The prompt does not wait any more."""
+        """Note that a prompt does not wait any more."""
         for node in reversed(path):
             node.interest -= 1
             self._prune(node)
 
     def find(self, path: Sequence[Node]) -> Hit:
-        """The longest beginning of a waiting prompt that is there. Changes nothing."""
+        """Return the longest cached beginning of a waiting prompt."""
         for depth in range(len(path), 0, -1):
             node = path[depth - 1]
             if node.sequence is not None and (node.state is not None or not self.stateful):
@@ -158,13 +161,13 @@ class PrefixCache:
         return Hit()
 
     def worth_waiting(self, path: Sequence[Node], hit: Hit) -> bool:
-        """Whether a running prompt will soon leave more of this one's beginning than there is."""
+        """Return whether a running prompt will soon cache a longer prefix than `hit`."""
         return any(node.pending_states for node in path if node.end > hit.tokens)
 
     def checkpoints(self, path: Sequence[Node], hit: Hit) -> dict[int, Node]:
-        """Where this prompt should leave its state, for others. Keyed by tokens.
+        """Return the nodes where a prompt should keep its state, by number of tokens.
 
-        The prompt itself counts as waiting still.
+        The prompt itself still counts as waiting.
         """
         beyond = [0] + [node.interest for node in reversed(path)]
         chosen = {}
@@ -175,18 +178,18 @@ class PrefixCache:
         return chosen
 
     def promise(self, nodes: Sequence[Node]) -> None:
-        """A prompt that starts now will leave its state at these."""
+        """Note that a prompt which starts now will keep its state at these nodes."""
         for node in nodes:
             node.pending_states += 1
 
     def unpromise(self, nodes: Sequence[Node]) -> None:
-        """It has, or will not."""
+        """Note that a state was kept at each of these nodes, or will not be."""
         for node in nodes:
             node.pending_states -= 1
             self._prune(node)
 
     def used(self, path: Sequence[Node], hit: Hit, tokens: int) -> None:
-        """A prompt of so many tokens started from `hit`: count it and keep it longer."""
+        """Count a prompt of `tokens` tokens that starts from `hit`, and mark the hit as used."""
         self.stats.hits += hit.tokens > 0
         self.stats.misses += hit.tokens == 0
         self.stats.tokens_hit += hit.tokens
@@ -199,9 +202,12 @@ class PrefixCache:
     def keep(
         self, tokens: Sequence[int], pages: Sequence[int], state: Snapshot | None = None
     ) -> None:
-        """Keep the whole blocks of `tokens`, which lie in `pages`; a state is that after the last.
+        """Keep the whole blocks of `tokens`, which are stored in `pages`.
 
-        Blocks that are there already keep their pages: the contents are the same.
+        A block that has pages keeps them: the contents are the same.
+
+        Args:
+            state: Mamba state after the last block.
         """
         node, per_block = self._root, self.block // self._allocator.page_size
         for number in range(len(tokens) // self.block if self.enabled else 0):
@@ -213,7 +219,7 @@ class PrefixCache:
             self._keep_state(node, state)
 
     def evict(self, free: int) -> list[int]:
-        """Drop what was used least recently until `free` pages are free, or nothing is left.
+        """Drop the least recently used blocks until `free` pages are free, or none is left.
 
         Returns:
             Pages that became free.
@@ -226,7 +232,7 @@ class PrefixCache:
         return self._take_freed()
 
     def make_room(self, nbytes: int) -> bool:
-        """Drop states used least recently until one of so many bytes fits. Whether one does."""
+        """Drop the least recently used states until `nbytes` more fit. Return whether they do."""
         if nbytes > self.budget:
             return False
         while self.state_bytes + nbytes > self.budget:
@@ -252,18 +258,18 @@ class PrefixCache:
         require(counted == self.state_bytes, "prefix: bytes of states")
         require(self.state_bytes <= max(self.budget, 0), "prefix: states over budget")
         for node in nodes:
-            require(not node.idle, "prefix: a node that nothing needs")
+            require(not node.idle, "prefix: a node that is not needed")
             require(node.interest >= 0 and node.pending_states >= 0, "prefix: a count below zero")
             parent = node.parent
             rooted = parent is self._root or (parent is not None and parent.sequence is not None)
-            require(rooted or node.sequence is None, "prefix: pages without those before")
+            require(rooted or node.sequence is None, "prefix: a block without the one before it")
 
     # -- details --------------------------------------------------------------------------------
 
     def _keep_block(self, parent: Node, tokens: tuple[int, ...], pages: Sequence[int]) -> Node:
         node = parent.children.get(tokens)
         if node is None or node.sequence is None:
-            sequence = self._allocator.open(pages)  # first: what is refused leaves no empty node
+            sequence = self._allocator.open(pages)  # first: a refusal must leave no empty node
             node = node or Node(tokens, parent, parent.end + self.block)
             parent.children[tokens] = node
             node.sequence = sequence

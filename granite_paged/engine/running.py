@@ -82,10 +82,10 @@ class RunningJobs:
     # -- coming and going -----------------------------------------------------------------------
 
     def has_row_for(self, job: Job) -> bool:
-        """Return whether a row is free beside those that contexts fork into.
+        """Return whether a row is free that no context needs for its forks.
 
-        They keep as many as the one with the most continuations needs, and half of all at most:
-        with fewer, every context would wait for the others' forks.
+        Contexts keep as many rows as the one with the most continuations needs, but at most half
+        of all. With fewer, every context would wait for the others' forks.
         """
         asking = (job, *self.scoring, *self.prefilling)
         forks = max(other.rows_for_forks for other in asking)
@@ -142,7 +142,7 @@ class RunningJobs:
             self.decoding.pop(job, None)
         checkpoints, job.checkpoints = job.checkpoints, {}
         self._prefix.unpromise(list(checkpoints.values()))
-        place, job.placement = job.placement, None  # first: interrupted from here, given back once
+        place, job.placement = job.placement, None  # first: an interrupt must not give it twice
         if place:
             self.rows.give(place.row)
             self.release(place.sequence)

@@ -1,8 +1,8 @@
-"""Logits to tokens, on the device, for a batch whose rows want different things.
+"""Sampling on the device, for a batch whose rows have parameters of their own.
 
-A draw depends on its request's seed, its place in the answer and the row's own logits: the noise is
-a hash of (seed, place, token), so neighbours, batch sizes and restarts change nothing. Greedy rows
-are an argmax. Nothing here waits for the device.
+A draw depends on its sample's seed, its place in the answer and the row's own logits: the noise is
+a hash of (seed, place, token), so other rows, batch sizes and restarts change nothing. Greedy rows
+take the argmax. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _NOISE_BITS = 23  # of float32: noise in the middle of its 2**23 intervals is ne
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row of logits is asked for.
+    """How to draw from one row of logits.
 
     Attributes:
-        params: of its request.
-        seed: of its sample.
-        place: of the token in the answer, from 0.
-        seen: [V] bool, tokens that the repetition penalty falls on; updated by the draw.
+        params: parameters of the request.
+        seed: seed of the sample.
+        place: index of the token in the answer, from 0.
+        seen: [V] bool, tokens that the repetition penalty applies to. The draw updates it.
     """
 
     params: SamplingParams
@@ -40,7 +40,7 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Tokens [n] int64; where any row asked, log-probabilities [n] and the likeliest [n, k]."""
+    """Tokens [n] int64. If any row asks: log-probabilities [n], and those of the top k [n, k]."""
 
     tokens: Tensor
     logprobs: Tensor | None = None
@@ -49,7 +49,7 @@ class Drawn:
 
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
-    """One token a row. logits: [n, V] of any float type."""
+    """Draw one token per row of logits [n, V], of any float dtype."""
     if all(wanted.params.greedy for wanted in draws):
         return Drawn(logits.argmax(dim=-1))
     scores = penalised(logits.float(), draws)
@@ -63,7 +63,10 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
 
 
 def penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """[n, V] float32: positive logits of seen tokens divided by the penalty, others multiplied."""
+    """Return logits [n, V] with the repetition penalty, as in CTRL (arXiv 1909.05858).
+
+    Positive logits of seen tokens are divided by the penalty, others are multiplied.
+    """
     rows = [row for row, wanted in enumerate(draws) if wanted.seen is not None]
     if not rows:
         return logits
@@ -76,7 +79,7 @@ def penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """[n, V]: -inf where top-k or top-p leave a token out; the likeliest always stays."""
+    """Return scores [n, V] with -inf where top-k or top-p excludes a token, never the top one."""
     vocabulary = scores.shape[-1]
     if all(w.params.top_k in (0, vocabulary) and w.params.top_p == 1 for w in draws):
         return scores
@@ -86,7 +89,7 @@ def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     kept = place < _tensor(most, scores)[:, None]
     chances = ordered.masked_fill(~kept, -math.inf).softmax(dim=-1)
     before = chances.cumsum(dim=-1) - chances
-    # sums of float32 may pass 1 before the last token, which all of the probability includes
+    # float32 sums may pass 1 before the last token, which top_p = 1 includes
     mass = [w.params.top_p if w.params.top_p < 1 else math.inf for w in draws]
     kept &= (before < _column(mass, scores)) | (place == 0)
     dropped = torch.zeros_like(kept).scatter_(1, tokens, ~kept)
@@ -94,7 +97,7 @@ def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def gumbel(seeds: Sequence[int], places: Sequence[int], like: Tensor) -> Tensor:
-    """[n, V] float32 noise: with it the argmax of log-probabilities is a sample."""
+    """Return Gumbel noise [n, V] float32: argmax(log-probabilities + noise) is a sample."""
     keys = [_host_hash(seed, place) for seed, place in zip(seeds, places, strict=True)]
     token = torch.arange(like.shape[-1], device=like.device)
     mixed = _mix_bits(token[None] ^ _tensor(keys, like)[:, None])
@@ -104,7 +107,7 @@ def gumbel(seeds: Sequence[int], places: Sequence[int], like: Tensor) -> Tensor:
 
 
 def seen_tokens(tokens: Sequence[int], like: Tensor) -> Tensor:
-    """[V] bool: the tokens of a prompt, for `Draw.seen`."""
+    """Return the tokens of a prompt as [V] bool, for `Draw.seen`."""
     seen = torch.zeros(like.shape[-1], dtype=torch.bool, device=like.device)
     seen[_tensor(sorted(set(tokens)), like)] = True
     return seen
@@ -129,7 +132,7 @@ def _with_logprobs(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> Dra
     wanted = [w.params.logprobs for w in draws if w.params.logprobs is not None]
     if not wanted:
         return Drawn(tokens)
-    # of the model's own distribution, before temperature, penalty and truncation
+    # the model's own distribution, before temperature, penalty and truncation
     logprobs = logits.float().log_softmax(dim=-1)
     top, top_tokens = logprobs.topk(min(max(wanted), logits.shape[-1]), dim=-1)
     return Drawn(tokens, logprobs.gather(1, tokens[:, None])[:, 0], top, top_tokens)
@@ -144,7 +147,7 @@ def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
 
 
 def _mix_bits(words: Tensor) -> Tensor:
-    """A 32-bit finaliser (lowbias32 by C. Wellons) on int64: every input bit moves all others."""
+    """Mix the low 32 bits of int64 words (lowbias32 by C. Wellons)."""
     words = words & _LOW_32
     words = (words ^ (words >> 16)) * 0x7FEB352D & _LOW_32
     words = (words ^ (words >> 15)) * 0x846CA68B & _LOW_32
@@ -152,7 +155,7 @@ def _mix_bits(words: Tensor) -> Tensor:
 
 
 def _host_hash(seed: int, place: int) -> int:
-    """32 bits of (seed, place), by the finaliser of splitmix64."""
+    """Hash (seed, place) to 32 bits with the finaliser of splitmix64."""
     word = (seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03 + 1) & (2**64 - 1)
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB & (2**64 - 1)

@@ -1,4 +1,4 @@
-"""What an engine did and holds, in numbers."""
+"""Counts, sizes and times of an engine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A moment of an engine.
+    """An engine at one moment.
 
     Attributes:
-        waiting, running: jobs; a request has one for each of its samples.
-        rows, rows_held, pages, pages_held: there, and taken by jobs or the prefix cache.
-        pages_cached, state_bytes: of those, what the prefix cache keeps.
-        prefix_hits, prefix_misses: prompts that could start from something kept, and not.
+        steps: number of steps.
+        waiting, running: number of jobs; a request has one per sample.
+        rows, rows_held: number of state rows, and of those taken.
+        pages, pages_held: number of pages, and of those held by jobs or the prefix cache.
+        pages_cached, state_bytes: what the prefix cache keeps.
+        prefix_hits, prefix_misses: number of prompts that did, or did not, start from a prefix.
         tokens_hit, prefix_hit_rate: prompt tokens that were not computed again, and their share.
-        preempted, swapped: jobs that lost their pages, and those of them copied to the host.
-        restarted: jobs that shared a call that raised.
-        tokens, tokens_per_second: sampled, and per second spent in steps.
-        schedule_ms: host time a step that the scheduler took.
-        planned_bytes, device_bytes: memory by the plan, and what torch holds (CUDA only).
+        preempted, swapped: number of jobs that lost their pages, and that were copied to the host.
+        swapped_bytes: host memory of those copies.
+        restarted: number of restarts after faults.
+        tokens, tokens_per_second: sampled tokens, and their rate over the time spent in steps.
+        schedule_ms: mean host time per step for scheduling.
+        planned_bytes: device memory by plan.
+        device_bytes: device memory that torch holds; None without a GPU.
     """
 
     steps: int
@@ -47,5 +51,5 @@ class EngineStats:
     device_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, by name."""
+        """Return the numbers by name."""
         return asdict(self)
