@@ -24,6 +24,7 @@ from granite_paged.cli.options import ModelChoice
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.tuning import PATH, TUNED, read_tuned
 from granite_paged.report.bench_results import Result, Row, read_result
+from granite_paged.report.formatting import ratio, significant
 from tests.helpers import recording_runner
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +74,9 @@ def test_the_table_shows_sdpa_next_to_the_paged_kernel(tmp_path: Path, capsys: C
     assert bench("--case", "kernel", "--batch", "1", "--context", "32", "--json", str(file)) == OK
     (row,) = read_result(file).rows
     shown = capsys.readouterr().out
-    assert "SDPA" in shown
-    assert f"{(row.sdpa_us or 0) / 1e3:.3g}" in shown
+    assert "paged / SDPA" in shown
+    assert significant(row.sdpa_us) in shown
+    assert ratio(row.paged_us, row.sdpa_us) in shown
 
 
 def test_json_is_all_of_standard_output(capsys: Capture) -> None:
