@@ -188,5 +188,24 @@ def matrix(session: nox.Session, resolution: str) -> None:
     session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *session.posargs)
 
 
+@nox.session
+def canary(session: nox.Session) -> None:
+    """Try other versions: `nox -s canary -- torch=2.15.0 transformers=PATH`. Says what moved.
+
+    A version is a number, `nightly`, a folder, a wheel or a git+https address. Exit status 2 means
+    that the versions cannot be installed, or that no test ran.
+    """
+    from tools.canary import UNUSABLE, requirement  # noqa: PLC0415
+
+    install(session, "tests")
+    for argument in session.posargs:
+        try:
+            session.install(*requirement(argument))
+        except (ValueError, nox.command.CommandFailed) as error:
+            print(f"canary: cannot install {argument}: {error}", file=sys.stderr)
+            sys.exit(UNUSABLE)
+    session.run("python", "-m", "tools.canary")
+
+
 if __name__ == "__main__":
     sys.exit("run this file with nox: `nox -l` lists the sessions")

@@ -1,0 +1,57 @@
+"""The canary: what it installs, and what it says of failed tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.canary import NIGHTLY, Failure, Outcome, read_outcome, report, requirement, status
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.golden.test_golden_logits" name="test_prefill[hybrid]">
+<failure message="transformers' SDPA moved (we followed it)&#10;OFF SDPA-recorded">trace</failure>
+</testcase>
+<testcase classname="tests.golden.test_golden_logits" name="test_prefill[dense]" />
+</testsuite></testsuites>"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("torch=2.15.0", ["torch==2.15.0"]),
+        ("torch=nightly", [*NIGHTLY, "--upgrade", "torch"]),
+        ("transformers=git+https://host/x@main", ["transformers @ git+https://host/x@main"]),
+        ("transformers=.", ["."]),
+    ],
+)
+def test_a_specification_becomes_arguments_of_pip(argument: str, expected: list[str]) -> None:
+    assert requirement(argument) == expected
+
+
+@pytest.mark.parametrize("argument", ["torch", "=2.15.0", "torch=", "torch=soon", "--upgrade=1"])
+def test_another_form_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match=r"expected NAME=SPEC|is no version"):
+        requirement(argument)
+
+
+def test_a_failure_is_reported_with_its_verdict(tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    junit.write_text(JUNIT)
+    outcome = read_outcome("golden", junit, seconds=3)
+    assert (outcome.tests, len(outcome.failures)) == (2, 1)
+    text = report([outcome], {"torch": "2.15.0"})
+    assert "| golden | 2 | 1 | 3 |" in text
+    assert "tests/golden/test_golden_logits::test_prefill[hybrid]" in text
+    assert "    transformers' SDPA moved (we followed it)\n    OFF SDPA-recorded" in text
+
+
+@pytest.mark.parametrize(
+    ("tests", "failures", "expected"), [(3, 0, 0), (3, 1, 1), (0, 0, 2)], ids=str
+)
+def test_the_status_is_green_only_where_tests_ran(tests: int, failures: int, expected: int) -> None:
+    assert status([Outcome("a", tests, 1.0, [Failure("t", [])] * failures)]) == expected
+
+
+def test_a_group_whose_report_is_missing_is_never_green(tmp_path: Path) -> None:
+    assert status([read_outcome("golden", tmp_path / "missing.xml", 1.0)]) == 2
