@@ -149,7 +149,7 @@ def test_an_update_of_another_model_is_refused_first(
     file.write_text(json.dumps(Result("cpu", {}, 0, [], model="another").to_json()))
     monkeypatch.setattr(Session, "rows", lambda *args: pytest.fail("a row was measured"))
     assert bench(*ONE_SHAPE, "--json", str(file), "--update") == USAGE
-    one_line(capsys, "results of different model make no one record: another and tiny-recall")
+    one_line(capsys, "cannot merge results of different model: another and tiny-recall")
 
 
 def test_rows_beyond_the_budget_say_so(tmp_path: Path) -> None:
