@@ -24,7 +24,7 @@ from granite_paged.bench.kernel import KernelCase
 from granite_paged.bench.measure import Clock, release_cached_memory
 from granite_paged.bench.modes import Sequences, config_for, make_runner
 from granite_paged.bench.tune import Group, Layout, Timer, TunedShape
-from granite_paged.device import multiprocessors
+from granite_paged.device import device_name, multiprocessors
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import (
@@ -151,8 +151,7 @@ def environment(target: TuningTarget) -> dict[str, str]:
     """Return the names of device, torch and triton, as in `Tuned`."""
     import triton
 
-    device, gpu = target.clock.device, target.clock.gpu
-    name = torch.cuda.get_device_name(device) if gpu else str(device)
+    name = device_name(target.clock.device)
     return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
 
 

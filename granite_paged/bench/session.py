@@ -28,6 +28,7 @@ from granite_paged.bench.measure import (
 from granite_paged.bench.modes import make_mode
 from granite_paged.bench.profiler import Profile, profile_step
 from granite_paged.bench.roofline import ModelSizes, measure_rates
+from granite_paged.device import device_name, dtype_name
 from granite_paged.environment import versions
 from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
@@ -87,15 +88,14 @@ class Session:
     @property
     def device_name(self) -> str:
         """Name of the device, as its driver reports it."""
-        device = self.clock.device
-        return torch.cuda.get_device_name(device) if self.clock.gpu else str(device)
+        return device_name(self.clock.device)
 
     def result(self, rows: list[Row]) -> Result:
         """Return the rows with the device, model and versions that they belong to."""
         return Result(
             device=self.device_name,
             model=self.name,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.model.dtype),
             versions=versions(),
             seed=self.seed,
             rates=self.rates,

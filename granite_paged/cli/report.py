@@ -62,13 +62,15 @@ def plot(
     from granite_paged.report.bench_figures import draw_all
     from granite_paged.report.bench_results import read_result, writable_folder
     from granite_paged.report.bench_tables import page_part, tables
-    from granite_paged.report.markdown import image_links, put_between, write_text
+    from granite_paged.report.markdown import image_links, put_between, split_at, write_text
     from granite_paged.report.published import read_published
 
     if out is None and markdown_file is None:
         raise click.UsageError("nothing to write: pass --out DIR, --markdown FILE or both")
     if page is not None and (out is None or form != "png"):
         raise click.UsageError("--page shows figures: pass --out DIR and leave --format at png")
+    if page is not None:
+        split_at(page, "bench")  # refuses a page without a place before anything is drawn
     read = [read_result(path) for path in results]
     if markdown_file is not None:
         write_text(Path(markdown_file), tables(read))
@@ -108,7 +110,10 @@ def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: 
     from granite_paged.report.bench_results import read_result
     from granite_paged.report.eval_report import update_page, write_report
     from granite_paged.report.eval_results import read_evaluation
+    from granite_paged.report.markdown import split_at
 
+    if page:
+        split_at(page, "results")
     evaluations = [read_evaluation(path) for path in results]
     measured = [read_result(path) for path in bench]
     figures = write_report(folder, evaluations, measured)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from granite_paged.device import dtype_name
 from granite_paged.evaluate.journal import Record
 from granite_paged.evaluate.metrics import gap_error
 from granite_paged.evaluate.scorer_default import DefaultScorer
@@ -42,7 +43,7 @@ def judged(
         found,
         differing=differing,
         sdpa_error=largest,
-        reference=str(_reference_dtype(model)).removeprefix("torch."),
+        reference=dtype_name(_reference_dtype(model)),
         measured=len(errors),
     )
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from granite_paged.device import device_name, dtype_name
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, Record
@@ -105,16 +106,6 @@ def identity(
         "questions": {task.name: _digest(task) for task in tasks},
         "versions": versions(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` and so on."""
-    return str(dtype).removeprefix("torch.")
 
 
 # -- answering ----------------------------------------------------------------------------------

@@ -38,6 +38,15 @@ def put_between(page: str | Path, part: str, text: str) -> None:
         FileError: if the page cannot be read or has no such comments.
         CannotWrite: if the page cannot be written.
     """
+    before, after = split_at(page, part)
+    write_text(Path(page), f"{before}\n{text}\n{after}")
+
+
+def split_at(page: str | Path, part: str) -> tuple[str, str]:
+    """Return a page up to and with its start comment, and from its end comment on.
+
+    Raises FileError if the page cannot be read or has no such comments.
+    """
     try:
         whole = Path(page).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +57,7 @@ def put_between(page: str | Path, part: str, text: str) -> None:
     _, found_end, after = rest.partition(end)
     if not found_start or not found_end:
         raise FileError(str(page), "", f"has no place for {part}: add {start} and {end} to it")
-    write_text(Path(page), f"{before}{start}\n{text}\n{end}{after}")
+    return before + start, end + after
 
 
 def _line(cells: Iterable[Any]) -> str:
