@@ -128,6 +128,14 @@ def to_device(device: torch.device, *parts: Tensor) -> list[Tensor]:
     return list(torch.split(packed.to(device, non_blocking=True), [len(part) for part in parts]))
 
 
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in host memory, pinned and still on its way if the tensor is on a GPU."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 class Fetch:
     """An asynchronous copy of some tensors to the host; `read` waits for it."""
 
@@ -136,7 +144,7 @@ class Fetch:
         if device.type == "cuda":
             self._landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._tensors = {
-            name: self._start(tensor) for name, tensor in tensors.items() if tensor is not None
+            name: host_copy(tensor) for name, tensor in tensors.items() if tensor is not None
         }
         if self._landed is not None:
             self._landed.record(torch.cuda.current_stream(device))
@@ -146,9 +154,3 @@ class Fetch:
         if self._landed is not None:
             self._landed.synchronize()
         return {name: tensor.tolist() for name, tensor in self._tensors.items()}
-
-    def _start(self, tensor: Tensor) -> Tensor:
-        if self._landed is None:
-            return tensor.clone()  # the next step overwrites the tensor before it is read
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)

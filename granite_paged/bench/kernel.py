@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan, paged_attention, split_attention
 from granite_paged.layers.backend import kernel_refusal
 from granite_paged.paging.allocator import PageAllocator
-from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
-from granite_paged.paging.page_table import PageTable
+from granite_paged.paging.masks import PADDING, paged_block_mask
+from granite_paged.paging.store import PageStore
 
 _FLUSH_BYTES = 2**28  # several times the cache of any GPU
 _WARM_UP = 3
@@ -104,7 +104,7 @@ class KernelCase:
 
     def split_calls(self, plan: DecodePlan, pools: Sequence[Pools]) -> list[Callable[[], Tensor]]:
         """Return the paged call with this plan, once for each pair of pools."""
-        mask = self._split_mask(self._table, self._newest, plan.splits)
+        mask = self._split_mask(plan)
         return [self._split_call(plan, pool, mask) for pool in pools]
 
     def _split_call(self, plan: DecodePlan, pool: Pools, mask: BlockMask) -> Callable[[], Tensor]:
@@ -136,53 +136,50 @@ class KernelCase:
 
     def _make_pool(self) -> None:
         g, lengths = self._geometry, torch.tensor(self._lengths)
-        table = self._table = self._page_table()
-        slots = len(table.logical) * g.page_size
-        self._keys, self._values = (self._random(1, g.kv_heads, slots, g.head_dim) for _ in "kv")
+        store = self._store = self._make_store()
+        (pool,) = store.pools.values()
+        self._keys, self._values = (
+            numbers.normal_(generator=self._draw) for numbers in (pool.keys, pool.values)
+        )
         last = (lengths[:, None] - 1).int().to(self._device)
         self._newest = last[:, 0]
-        self._plan = self._split_plan(table)
+        self._plan = self._split_plan(*store.table.physical.shape)
         if self._plan is None:
             self._block_mask = paged_block_mask(
-                table.physical, table.logical, last, page_size=g.page_size, group=g.group
+                store.table.physical,
+                store.table.logical,
+                last,
+                page_size=g.page_size,
+                group=g.group,
             )
         else:
-            self._block_mask = self._split_mask(table, self._newest, self._plan.splits)
+            self._block_mask = self._split_mask(self._plan)
         tokens = torch.arange(int(lengths.max()), device=self._device).expand(len(lengths), -1)
-        self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
+        self._slots = store.table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
 
-    def _split_plan(self, table: PageTable) -> DecodePlan | None:
+    def _split_plan(self, rows: int, width: int) -> DecodePlan | None:
         """Return how a runner would split the rows; None if it would not."""
-        rows, width = table.physical.shape
         if kernel_refusal(self._backend, self._device, self._geometry.dtype):
             return None
         return DecodePlan.choose(self._geometry, rows, width, self._device)
 
-    def _split_mask(self, table: PageTable, newest: Tensor, splits: int) -> BlockMask:
-        from granite_paged.layers.triton.pages import split_pages
+    def _split_mask(self, plan: DecodePlan) -> BlockMask:
+        from granite_paged.layers.triton.pages import SplitMask  # needs Triton
 
-        g, (count, width) = self._geometry, table.physical.shape
-        rows = torch.arange(count, device=self._device)
-        sizes = torch.zeros(count * splits, dtype=torch.int32, device=self._device)
-        pages = sizes[:, None].repeat(1, -(-width // splits))
-        lists = (sizes, pages, sizes.clone(), pages.clone())
-        split_pages(rows, newest, table.physical, lists, splits, g.page_size)
-        mask_mod = split_mask_mod(
-            table.physical, table.logical, rows, newest, page_size=g.page_size, splits=splits
-        )
-        slots = self._keys.shape[2]
-        return split_block_mask(lists, mask_mod, page_size=g.page_size, group=g.group, slots=slots)
+        rows = torch.arange(len(self._lengths), device=self._device)
+        return SplitMask(self._store, len(rows), plan.splits).fill(rows, self._newest)
 
-    def _page_table(self) -> PageTable:
-        g, lengths = self._geometry, self._lengths
+    def _make_store(self) -> PageStore:
+        """One layer's pages, in the order in which an empty pool hands them out."""
+        lengths = self._lengths
+        g = replace(self._geometry, attention_layers=self._geometry.attention_layers[:1])
         allocator = PageAllocator(1 + sum(map(g.pages_for, lengths)), g.page_size)
-        row_of = {allocator.open(): row for row in range(len(lengths))}
-        plan = allocator.append(dict(zip(row_of, lengths, strict=True)))
         width = g.pages_for(max(lengths))
-        table = PageTable(len(lengths), width, allocator.pages, self._device)
-        entries = [(row_of[w.sequence], w.logical_page, w.physical_page) for w in plan.writes]
-        table.write(*torch.tensor(entries, device=self._device).unbind(1))
-        return table
+        store = PageStore(g, allocator.pages, self._device, rows=len(lengths), width=width)
+        row_of = {allocator.open(): row for row in range(len(lengths))}
+        store.apply(allocator.append(dict(zip(row_of, lengths, strict=True))), row_of)
+        store.table.settle()
+        return store
 
     def _make_padded(self, *, ragged: bool) -> None:
         g = self._geometry

@@ -42,7 +42,7 @@ from granite_paged.layers.tuning import (
     OneRowConstants,
 )
 from granite_paged.paging.masks import paged_block_mask
-from granite_paged.paging.page_table import PageTable
+from granite_paged.paging.store import PageStore
 from granite_paged.quantiles import quantile
 
 DECODE_CONTEXTS = {1: (512, 16384), 8: (512, 4096), 32: (512, 4096)}
@@ -224,23 +224,29 @@ def _prefill_call(target: TuningTarget, tokens: int, past: int) -> Callable[[Lay
     """Attention of the last `tokens` of one sequence whose pages lie in any order."""
     g, device = target.geometry, target.clock.device
     pages = g.pages_for(past + tokens)
-    table = PageTable(1, pages, pages + 1, device)
-    physical = 1 + torch.randperm(pages, device=device)
-    table.write(torch.zeros_like(physical), torch.arange(pages, device=device), physical)
+    one_layer = replace(g, attention_layers=g.attention_layers[:1])
+    store = PageStore(one_layer, pages + 1, device, width=pages)
+    for logical_page, page in enumerate(torch.randperm(pages, device=device).tolist()):
+        store.table.write(0, logical_page, 1 + page)
+    store.table.settle()
     positions = past + torch.arange(tokens, device=device)[None]
     mask = paged_block_mask(
-        table.physical, table.logical, positions.int(), page_size=g.page_size, group=g.group
+        store.table.physical,
+        store.table.logical,
+        positions.int(),
+        page_size=g.page_size,
+        group=g.group,
     )
     query = target.random(1, g.query_heads, tokens, g.head_dim)
-    keys, values = (
-        target.random(1, g.kv_heads, (pages + 1) * g.page_size, g.head_dim) for _ in "kv"
-    )
+    (pool,) = store.pools.values()
+    for numbers in (pool.keys, pool.values):
+        numbers.copy_(target.random(*numbers.shape))
     scale, backend = float(target.model.config.attention_multiplier), target.config.backend
 
     def call(options: Layout) -> Tensor:
         chosen = cast("FlexKernelOptions", options)
         return paged_attention(
-            query, keys, values, mask, scale=scale, backend=backend, options=chosen
+            query, pool.keys, pool.values, mask, scale=scale, backend=backend, options=chosen
         )
 
     return call

@@ -1,15 +1,15 @@
 """A transformers `Cache`: pages for attention layers, rows for Mamba layers.
 
-One step, one way::
+A step, in the order of its calls::
 
-    begin_step   host    how many tokens each row adds -> allocator (all rows or none)
-                 copy    table entries and positions, in one transfer
-                 device  copy-on-write, page tables, slots, BlockMask
-    update       device  K and V into the pool; the pool goes to FlexAttention
+    begin_step   host    tokens that each row adds -> allocator (all rows or none)
+                 copy    entries of the page table; positions
+                 device  copy-on-write, page table, slots, BlockMask
+    write        device  K and V into the pool; the pool goes to FlexAttention
     end_step     host    refuse NaN, count the columns
 
 Rows of the batch are sequences of the allocator. transformers counts columns (`get_seq_length`),
-pages hold tokens: see `columns.py`.
+pages hold tokens: see `padding.py`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,18 @@ from granite_paged.errors import (
     require,
 )
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
-from granite_paged.hf.padding import NewColumns, PaddedBatch
+from granite_paged.hf.padding import PaddedBatch, PaddedStep
 from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.mamba import MambaRows
-from granite_paged.paging.allocator import AppendPlan, PageAllocator
+from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask
-from granite_paged.paging.page_table import PageTable
-from granite_paged.paging.pool import KVPool
+from granite_paged.paging.store import PageStore
 
 _GROWTH = 1.5  # a pool that is too small grows by half, so a long decode reallocates rarely
 
 
 @dataclass(slots=True)
-class Step:
+class CacheStep:
     """What the layers of one forward pass share.
 
     Attributes:
@@ -56,12 +55,13 @@ class Step:
         slots: [B * S] int64, where each new token's K and V go.
         block_mask: for every attention layer.
         rows: [B] int64, 0 to B - 1: the rows of Mamba states.
-        since_start: [B, S] int64, columns since the row's first token, -1 before it: what Mamba
-            layers go by, as transformers lets a state decay over padding inside a sequence.
-        finite: layer -> [] bool on the device, whether its K and V were.
+        since_start: [B, S] int64, columns since the row's first token, -1 before it. Mamba layers
+            take these as positions, since in transformers a state decays over padding inside a
+            sequence.
+        finite: layer -> [] bool on the device, whether its K and V were finite.
     """
 
-    columns: NewColumns
+    columns: PaddedStep
     slots: Tensor
     block_mask: BlockMask
     rows: Tensor
@@ -70,7 +70,7 @@ class Step:
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
-    """An attention layer's place in the cache: writes into its pool, hands the pool on."""
+    """An attention layer's place in the cache: it writes into its pool and returns the pool."""
 
     is_compileable = False
     is_sliding = False
@@ -84,23 +84,23 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write [B, Hkv, S, D] each; returns the pool's keys and values, [1, Hkv, slots, D]."""
+        """Write K and V [B, Hkv, S, D]; return the pool's, [1, Hkv, slots, D] each."""
         return self._cache.write(self._layer, key_states, value_states)
 
     def get_seq_length(self) -> int:
-        """PaddedBatch so far, padding included."""
+        """Return the number of columns so far, padding included."""
         return self._cache.get_seq_length()
 
     def get_max_length(self) -> int:
-        """-1: bounded by pages, not by a length."""
+        """Return -1: pages limit the cache, not a length."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only a model that is not patched asks for these."""
+        """Raise NotPatched: a patched model gets its masks from the cache."""
         raise _not_patched()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Pools are made by the cache, before the first layer runs."""
+        """Raise NotPatched: on a patched model, the cache makes the pools before a layer runs."""
         raise _not_patched()
 
 
@@ -109,18 +109,27 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     Args:
         model_config: the model's transformers config.
-        config: the user's params.
-        device, dtype: of the model.
+        config: page size, memory and so on; see `PagedConfig`.
+        device: of the model.
+        dtype: of the model, and so of K and V.
+
+    Attributes:
+        allocator: which sequence holds which page.
+        store: page table and pools on the device.
+        checked_for: config and dtype of the model that last proved to have this geometry.
 
     Raises:
-        UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
+        UnsupportedModel: for a model of another type.
+        GeometryError: for sizes that cannot be paged, or that do not fit into memory.
     """
 
+    allocator: PageAllocator
+    store: PageStore
     checked_for: tuple[Any, torch.dtype | None] = (None, None)
-    """Config and dtype of the model that was last found to have this geometry."""
-
-    _step: Step | None
     _rows: list[int]  # row -> sequence of the allocator
+    _columns: PaddedBatch
+    _step: CacheStep | None
+    _failure: str
 
     def __init__(
         self,
@@ -140,7 +149,10 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             == "compiled"
         )
         self._page_limit = _page_limit(self.geometry, self.config, device)
-        self._start_empty()
+        pages = self._page_limit if self.config.max_tokens else 2
+        self.allocator = PageAllocator(pages, self.config.page_size)
+        self.store = PageStore(self.geometry, pages, device)
+        self._rows, self._columns, self._step, self._failure = [], PaddedBatch(), None, ""
         paged = {i: PagedLayer(self, i) for i in self.geometry.attention_layers}
         rows = {i: MambaRows() for i in self.geometry.mamba_layers}
         layers: dict[int, PagedLayer | MambaRows] = {**paged, **rows}
@@ -149,37 +161,40 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     @classmethod
     def for_model(cls, model: Any, config: PagedConfig | None = None) -> PagedCache:
-        """An empty cache for a live model, to hand to several `generate()` calls in turn."""
+        """Make an empty cache for a live model, for one or more `generate()` calls in turn."""
         return cls(model.config, config, device=model.device, dtype=model.dtype)
 
     # -- one step -------------------------------------------------------------------------------
 
-    def begin_step(self, batch: int, columns: int, attention_mask: Tensor | None = None) -> Step:
-        """Make room for the next `columns` columns and say where everything goes.
+    def begin_step(
+        self, batch: int, columns: int, attention_mask: Tensor | None = None
+    ) -> CacheStep:
+        """Make room for the next columns and decide where each token goes.
 
         Args:
             batch: rows (B); the first step of an empty cache decides how many there are.
             columns: new columns, padding included (S).
-            attention_mask: [B, columns so far + S], zero where padding; None where there is none.
+            attention_mask: [B, columns so far + S], zero for padding; None if there is none.
 
         Raises:
-            OutOfPages, OutOfRows: with what was needed and there. The cache is as it was.
-            PaddingError: padding on the right, or a mask that disagrees with the cache's past.
-            PromptError: no rows or no columns.
-            InvalidRequest: a batch or mask of another shape.
+            OutOfPages, OutOfRows: with what is needed and free. The cache is as it was.
+            PaddingError: for padding on the right, or a mask that disagrees with the cache's past.
+            PromptError: for no rows or no columns.
+            InvalidRequest: for a batch or mask of another shape.
             CacheReleased: after a step that failed or was interrupted, until `reset()`.
         """
         self._check_usable()
-        if self._rows and batch != len(self._rows):
+        fresh = not self._rows
+        if not fresh and batch != len(self._rows):
             raise InvalidRequest(
                 f"the cache holds {len(self._rows)} rows, the batch has {batch}: "
                 "send the same rows, or reset() the cache"
             )
         started = [self.allocator.length(s) > 0 for s in self._rows] or [False] * batch
         new = self._columns.check(attention_mask, columns, started)
-        fresh = not self._rows
         if fresh:
-            self._open_rows(batch)
+            self._check_rows(batch)
+            self._rows = [self.allocator.open() for _ in range(batch)]
         try:
             self._step = self._plan_step(new)
         except GranitePagedError:  # refused before anything changed
@@ -192,8 +207,15 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return self._step
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """One layer's share of the step. keys, values: [B, Hkv, S, D]. Returns the pool's."""
-        pool = self.pools[layer]
+        """Write one layer's K and V of the step, [B, Hkv, S, D] each.
+
+        Returns:
+            The pool's keys and values, [1, Hkv, slots, D] each.
+
+        Raises:
+            NotPatched: outside a step.
+        """
+        pool = self.store.pools[layer]
         finite = pool.write(self.step.slots, keys, values)
         if self.config.check_finite:
             self.step.finite[layer] = finite.all()
@@ -201,12 +223,12 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     @property
     def in_step(self) -> bool:
-        """Whether a step was begun and neither ended nor failed."""
+        """Whether a step was begun and has neither ended nor failed."""
         return self._step is not None
 
     @property
-    def step(self) -> Step:
-        """The step that is open. Raises NotPatched where there is none."""
+    def step(self) -> CacheStep:
+        """The step that is open. Raises NotPatched if there is none."""
         if self._step is None:
             raise _not_patched()
         return self._step
@@ -215,7 +237,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """Close a step whose forward pass returned.
 
         Raises:
-            NonFinite: naming the layers; the cache's sequences are released.
+            NonFinite: names the layers; the cache's sequences are released.
         """
         step, self._step = self._step, None
         if step is None:
@@ -229,14 +251,14 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         self._columns.extend(step.columns)
 
     def fail_step(self, reason: str) -> None:
-        """Close a step that did not finish: some layers saw its tokens and some did not."""
+        """Close a step that did not finish: only some layers stored its tokens."""
         self.reset()
         self._failure = reason
 
     # -- what transformers asks of a cache ------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """PaddedBatch so far, padding included: what `generate()` slices its inputs by."""
+        """Return the number of columns so far, by which `generate()` slices its inputs."""
         return self._columns.count
 
     def reset(self) -> None:
@@ -247,7 +269,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i continues what row `beam_idx[i]` was. Pages are shared until written."""
+        """Let row i continue what row `beam_idx[i]` was. Rows share pages until they write."""
         self._select_rows(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -267,14 +289,14 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: a Mamba state cannot be taken back, so nor can the pages beside it."""
+        """Raise InvalidRequest: Mamba states cannot go back, so pages must not either."""
         raise InvalidRequest(
             "a paged cache cannot be cropped; fork it before the tokens you may drop"
         )
 
     @property
     def batch_size(self) -> int:
-        """Rows, -1 while there are none."""
+        """Number of rows, -1 before the first step."""
         return len(self._rows) or -1
 
     @property
@@ -284,12 +306,12 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     @property
     def is_initialized(self) -> bool:
-        """Whether a sequence was started."""
+        """Whether the cache has rows."""
         return bool(self._rows)
 
     @property
     def is_croppable(self) -> bool:
-        """See `crop`."""
+        """False; see `crop`."""
         return False
 
     def __repr__(self) -> str:
@@ -306,44 +328,24 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return tuple(self._rows)
 
     def reserve(self, tokens: Sequence[int]) -> None:
-        """Size the pools for rows of so many tokens, as far as the budget goes."""
+        """Size the pools for rows of these lengths, up to the budget."""
         pages = [self.geometry.pages_for(n) for n in tokens]
         self._fit(pages=min(1 + sum(pages), self._page_limit), width=max(pages, default=1))
 
     def check_valid(self) -> None:
-        """Prove that allocator, page table and pools agree; BrokenInvariant says what does not."""
-        self.allocator.check_valid()
+        """Prove that allocator, page table and pools agree. Raises BrokenInvariant."""
         known = sorted(self._rows)
         require(known == sorted(self.allocator.sequences), "a sequence without a row")
-        self.table.check_valid(self.allocator, self._rows)
-        sizes = {pool.pages for pool in self.pools.values()}
-        require(sizes == {self.allocator.pages}, "a pool of another size than the allocator's")
+        self.store.check_valid(self.allocator, self._rows)
 
     # -- details --------------------------------------------------------------------------------
 
-    def _start_empty(self) -> None:
-        pages = self._page_limit if self.config.max_tokens else 2
-        self.allocator = PageAllocator(pages, self.config.page_size)
-        self.table = PageTable(1, 1, pages, self.device)
-        self.pools = {
-            layer: KVPool(self.geometry, pages, self.device)
-            for layer in self.geometry.attention_layers
-        }
-        self._rows = []
-        self._columns = PaddedBatch()
-        self._step = None
-        self._failure = ""
-
-    def _open_rows(self, batch: int) -> None:
-        self._check_rows(batch)
-        self._rows = [self.allocator.open() for _ in range(batch)]
-
     def _close_rows(self) -> None:
-        self._forget(self.allocator.release(*self._rows))
+        self.store.forget(self.allocator.release(*self._rows))
         self._rows = []
 
     def _check_usable(self) -> None:
-        if self._step is not None:  # KeyboardInterrupt passes by the hooks that close a step
+        if self._step is not None:  # KeyboardInterrupt bypasses the hooks that close a step
             self.fail_step("a step of this cache was interrupted")
         if self._failure:
             raise CacheReleased(f"{self._failure}; call reset() and start over")
@@ -352,41 +354,39 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         if self.config.max_sequences is not None and needed > self.config.max_sequences:
             raise OutOfRows(needed=needed, rows=self.config.max_sequences)
 
-    def _plan_step(self, new: NewColumns) -> Step:
-        lengths = [self.allocator.length(sequence) for sequence in self._rows]
-        positions = _positions(lengths, new)
-        added = (positions != PADDING).sum(dim=1).tolist()
+    def _plan_step(self, new: PaddedStep) -> CacheStep:
+        batch, page_size, table = len(self._rows), self.config.page_size, self.store.table
+        host_positions = new.positions([self.allocator.length(s) for s in self._rows])
+        added = (host_positions != PADDING).sum(dim=1).tolist()
         growth = dict(zip(self._rows, added, strict=True))
         self._make_room(growth)
-        device_positions = self._apply(self.allocator.append(growth), positions)
-        physical = self._named_pages()
+        row_of = {sequence: row for row, sequence in enumerate(self._rows)}
+        self.store.apply(self.allocator.append(growth), row_of)
+        table.settle()
+        (flat,) = to_device(self.device, host_positions.flatten())
+        positions = flat.view(host_positions.shape)
+        physical = table.physical[: bucket(batch) if self._compiled else batch]
         rows, width = physical.shape
-        page_size = self.config.page_size
         visible = None
         if new.hidden_by is not None:
             visible = self._columns.visible(new.hidden_by, (rows, width * page_size))
-        return Step(
+        return CacheStep(
             columns=new,
-            slots=self.table.slots(device_positions, page_size).flatten(),
+            slots=table.slots(positions, page_size).flatten(),
             block_mask=paged_block_mask(
                 physical,
-                self.table.logical,
-                self._padded(device_positions.int(), rows),
+                table.logical,
+                self._bucketed(positions.int(), rows),
                 page_size=page_size,
                 group=self.geometry.group,
                 visible=visible,
             ),
-            rows=torch.arange(len(self._rows), device=self.device),
-            since_start=new.since_start(len(self._rows), self.device),
+            rows=torch.arange(batch, device=self.device),
+            since_start=new.since_start(batch, self.device),
         )
 
-    def _named_pages(self) -> Tensor:
-        """[rows, width] int32: the page table of this batch, in a shape that recurs."""
-        rows = len(self._rows)
-        return self.table.physical[: bucket(rows) if self._compiled else rows]
-
-    def _padded(self, positions: Tensor, rows: int) -> Tensor:
-        """Positions [B, S] in a shape for which a kernel may have been compiled already."""
+    def _bucketed(self, positions: Tensor, rows: int) -> Tensor:
+        """Pad positions [B, S] to a shape for which a kernel may have been compiled already."""
         batch, columns = positions.shape
         more = bucket(columns, steps=2) - columns if self._compiled else 0
         return torch.nn.functional.pad(positions, (0, more, 0, rows - batch), value=PADDING)
@@ -411,46 +411,19 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return f"raise PagedConfig.{lever}, or run fewer or shorter sequences at once"
 
     def _fit(self, *, pages: int, width: int) -> None:
-        """Have so many pages, and room for every row to name `width` of them."""
+        """Have at least `pages` pages, and room for every row to name `width` of them."""
         held, rows = self.allocator.pages, len(self._rows)
         pages = max(pages, held)
         if self._compiled:  # sizes that recur, so that kernels do
             pages = min(bucket(pages, steps=8), self._page_limit) if pages > held else pages
             rows, width = bucket(rows), bucket(width)
         try:
-            for pool in self.pools.values():
-                pool.resize(pages)
-            self.table.fit(rows=rows, width=width, pages=pages)
+            self.store.resize(pages=pages, rows=rows, width=width)
         except torch.OutOfMemoryError:
-            for pool in self.pools.values():
-                pool.resize(held)
             raise OutOfPages(
                 needed=pages - held, free=self.allocator.free, advice=self._advice()
             ) from None
         self.allocator.extend_pool(pages)
-
-    def _apply(self, plan: AppendPlan, positions: Tensor) -> Tensor:
-        """Carry a plan out on the device. Returns the positions [B, S] int64 there."""
-        row_of = {sequence: row for row, sequence in enumerate(self._rows)}
-        rows, logical, physical, sources, targets, flat = to_device(
-            self.device,
-            torch.tensor([row_of[write.sequence] for write in plan.writes]),
-            torch.tensor([write.logical_page for write in plan.writes]),
-            torch.tensor([write.physical_page for write in plan.writes]),
-            torch.tensor([copy.source for copy in plan.copies]),
-            torch.tensor([copy.target for copy in plan.copies]),
-            positions.flatten(),
-        )
-        if plan.writes:
-            self.table.write(rows, logical, physical)
-        if plan.copies:
-            for pool in self.pools.values():
-                pool.copy_pages(sources, targets)
-        return flat.view(positions.shape)
-
-    def _forget(self, pages: list[int]) -> None:
-        if pages:
-            self.table.forget(torch.tensor(pages, device=self.device))
 
     def _select_rows(self, rows: list[int]) -> None:
         self._check_usable()
@@ -470,10 +443,10 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             sequence = self._rows[row]
             selected.append(self.allocator.fork(sequence) if sequence in kept else sequence)
             kept.add(sequence)
-        self._forget(self.allocator.release(*set(self._rows).difference(kept)))
+        self.store.forget(self.allocator.release(*set(self._rows).difference(kept)))
         self._rows = selected
         index = torch.tensor(rows, device=self.device)
-        self.table.select_rows(index)
+        self.store.table.select_rows(index)
         self._columns.select_rows(index)
         for layer in self._mamba_layers:
             layer.select_rows(index)
@@ -485,16 +458,8 @@ def _not_patched() -> NotPatched:
     )
 
 
-def _positions(lengths: list[int], new: NewColumns) -> Tensor:
-    """[B, S] int64: where each new token stands in its sequence, `PADDING` for padding."""
-    start = torch.tensor(lengths)[:, None]
-    if new.tokens is None:
-        return start + torch.arange(new.count)
-    return (start + new.tokens.cumsum(dim=1) - 1).where(new.tokens, PADDING)
-
-
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:
-    """Most pages the pools may have, the null page included."""
+    """Return the largest number of pages of a pool, the null page included."""
     memory = available_bytes(device)
     if config.max_tokens is None:
         return max(2, int(config.memory_fraction * memory) // geometry.bytes_per_page)
@@ -502,6 +467,6 @@ def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.devi
     if pages * geometry.bytes_per_page > memory:
         raise GeometryError(
             f"max_tokens {config.max_tokens} needs {pages * geometry.bytes_per_page / 1e9:.1f} GB "
-            f"of K and V, {memory / 1e9:.1f} GB are there"
+            f"of K and V, got {memory / 1e9:.1f} GB; lower PagedConfig.max_tokens"
         )
     return pages

@@ -1,12 +1,13 @@
-"""PaddedBatch and tokens: what transformers counts against what pages hold.
+"""Columns and tokens: what transformers counts, and what pages hold.
 
 transformers pads a batch to one width and counts its *columns*; pages hold *tokens* only. This file
-keeps, for every column so far, whether it was a token when it was run::
+records, for every column so far, whether it was a token when it was run::
 
     columns     p p a b c | p d          p: padding
     tokens          0 1 2     3          positions in the sequence, in its pages
 
-A later mask may hide a stored token, but not show a column that was padding: nothing was stored.
+A later mask may hide a stored token. It may not show a column that was padding, because nothing was
+stored for it.
 """
 
 from __future__ import annotations
@@ -18,19 +19,21 @@ import torch
 from torch import Tensor
 
 from granite_paged.errors import InvalidRequest, PaddingError, PromptError
+from granite_paged.paging.masks import PADDING
 
 
 @dataclass(frozen=True, slots=True)
-class NewColumns:
-    """The columns of one step, checked.
+class PaddedStep:
+    """The columns that one step adds to a batch, checked.
 
     Attributes:
-        count: how many (S).
-        before: how many there were before them.
-        tokens: [B, S] bool on the host, which are tokens; None where all are.
-        mask: [B, S] of the user's mask, for Mamba layers; None where all are tokens.
-        stored: [B, columns so far + S] bool, the record once the step is done; None: all tokens.
-        hidden_by: the whole mask, where it leaves out tokens stored earlier; else None.
+        count: number of new columns (S).
+        before: number of columns before them.
+        tokens: [B, S] bool on the host, True for tokens; None if all are tokens.
+        mask: [B, S], the user's mask of these columns, for Mamba layers; None if all are tokens.
+        stored: [B, before + S] bool, the batch's record once the step is done; None if all are
+            tokens.
+        hidden_by: [B, before + S], the user's whole mask, if it hides tokens stored earlier.
     """
 
     count: int
@@ -40,8 +43,22 @@ class NewColumns:
     stored: Tensor | None
     hidden_by: Tensor | None
 
+    def positions(self, lengths: Sequence[int]) -> Tensor:
+        """Positions of the new tokens in their sequences, `PADDING` for padding.
+
+        Args:
+            lengths: tokens that each row holds already.
+
+        Returns:
+            [B, S] int64 on the host.
+        """
+        start = torch.tensor(lengths)[:, None]
+        if self.tokens is None:
+            return start + torch.arange(self.count)
+        return (start + self.tokens.cumsum(dim=1) - 1).where(self.tokens, PADDING)
+
     def since_start(self, batch: int, device: torch.device) -> Tensor:
-        """[B, S] int64: columns since each row's first token; -1 before it."""
+        """Columns since each row's first token, -1 before it: [B, S] int64."""
         if self.stored is None:
             past = torch.arange(self.count, device=device).expand(batch, -1)
             return past + self.before
@@ -50,62 +67,65 @@ class NewColumns:
 
 
 class PaddedBatch:
-    """The record of a batch's columns. `count` of them so far, padding included."""
+    """The record of a batch's columns.
+
+    Attributes:
+        count: columns so far, padding included.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self._stored: Tensor | None = None  # [B, count] bool on the masks' device; None: all tokens
 
-    def check(self, mask: Tensor | None, columns: int, started: Sequence[bool]) -> NewColumns:
-        """Hold a mask against the record; changes nothing.
+    def check(self, mask: Tensor | None, columns: int, started: Sequence[bool]) -> PaddedStep:
+        """Compare a mask with the record. Changes nothing.
 
         Args:
-            mask: [B, count + S], zero where padding; None where there is none.
-            columns: new ones (S).
+            mask: [B, count + S], zero for padding; None if there is none.
+            columns: number of new columns (S).
             started: for each row, whether it holds a token already.
 
         Raises:
-            InvalidRequest: a mask of another shape.
-            PaddingError: padding on the right, or a mask that shows what was padding.
-            PromptError: no rows or no columns.
+            InvalidRequest: for a mask of another shape.
+            PaddingError: for padding on the right, or a mask that shows what was padding.
+            PromptError: for no rows or no columns.
         """
-        batch = len(started)
+        batch, tokens, padded = len(started), None, None
         if batch < 1 or columns < 1:
             raise PromptError("empty prompt: give every row at least one token")
-        if mask is None:
-            return NewColumns(
-                columns, self.count, None, None, self._extended(None, batch, columns), None
-            )
-        if tuple(mask.shape) != (batch, self.count + columns):
-            raise InvalidRequest(
-                f"attention_mask must be [{batch}, {self.count + columns}], past columns included; "
-                f"{list(mask.shape)} given"
-            )
-        new = mask[:, self.count :].bool()
-        tokens = new.cpu()
-        _refuse_right_padding(tokens, torch.tensor(started))
-        hidden_by = mask if self._hides(mask) else None
-        if bool(tokens.all()):
-            return NewColumns(
-                columns, self.count, None, None, self._extended(None, batch, columns), hidden_by
-            )
-        padded = mask[:, self.count :].contiguous()
-        return NewColumns(
-            columns, self.count, tokens, padded, self._extended(new, batch, columns), hidden_by
-        )
+        hides = False
+        if mask is not None:
+            if tuple(mask.shape) != (batch, self.count + columns):
+                raise InvalidRequest(
+                    f"attention_mask must be [{batch}, {self.count + columns}], past columns "
+                    f"included, got {list(mask.shape)}"
+                )
+            padded = mask[:, self.count :].contiguous()
+            tokens = padded.bool().cpu()
+            _refuse_right_padding(tokens, torch.tensor(started))
+            hides = self._hides(mask)
+            if bool(tokens.all()):
+                tokens = padded = None
+        stored = self._extended(padded, batch, columns)
+        return PaddedStep(columns, self.count, tokens, padded, stored, mask if hides else None)
 
-    def extend(self, new: NewColumns) -> None:
-        """Take the columns of a finished step into the record."""
+    def extend(self, new: PaddedStep) -> None:
+        """Add the columns of a finished step to the record."""
         self.count += new.count
         self._stored = new.stored
 
     def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was. rows: [n] int64."""
+        """Let row i become what row `rows[i]` was. rows: [n] int64."""
         if self._stored is not None:
             self._stored = self._stored.index_select(0, rows)
 
     def visible(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Which stored tokens the mask leaves in: [rows, positions] bool, of this shape."""
+        """Whether the mask shows each stored token, as [rows, positions] bool.
+
+        Args:
+            mask: [B, count + S], the user's.
+            shape: of the answer, at least [B, tokens of the longest row].
+        """
         past, stored = self._past(mask)
         position = (stored.cumsum(dim=1) - 1)[stored]  # of stored tokens, row by row
         row = torch.arange(len(past), device=past.device)[:, None].expand_as(past)[stored]
@@ -114,8 +134,10 @@ class PaddedBatch:
         return visible
 
     def _hides(self, mask: Tensor) -> bool:
-        """`generate()` hides tokens in a later turn: a row that had finished was fed padding as if
-        it were tokens, and the mask of the next turn leaves it out.
+        """Whether the mask hides tokens that were stored.
+
+        `generate()` makes such masks in a later turn: it fed padding to a finished row as if that
+        were tokens, and the mask of the next turn leaves it out.
         """
         past, stored = self._past(mask)
         shown = (past & ~stored).any(dim=1)
@@ -132,18 +154,21 @@ class PaddedBatch:
         return past, torch.ones_like(past) if self._stored is None else self._stored
 
     def _extended(self, new: Tensor | None, batch: int, columns: int) -> Tensor | None:
-        if new is None and self._stored is None:
-            return None
+        """The record with new columns, [B, count + S] bool; new: [B, S], None if all are tokens."""
         known = new if self._stored is None else self._stored
-        assert known is not None
-        past = known.new_ones(batch, self.count) if self._stored is None else self._stored
-        more = known.new_ones(batch, columns) if new is None else new
-        return torch.cat([past, more], dim=1)
+        if known is None:
+            return None
+        ones = known.new_ones(batch, self.count + columns, dtype=torch.bool)
+        if self._stored is not None:
+            ones[:, : self.count] = self._stored
+        if new is not None:
+            ones[:, self.count :] = new
+        return ones
 
 
 def _refuse_right_padding(tokens: Tensor, started: Tensor) -> None:
     ends_padded = (tokens.any(dim=1) | started) & ~tokens[:, -1]
-    if bool(ends_padded.any()):  # a row that has not started may go on being padded
+    if bool(ends_padded.any()):  # a row without tokens may be padded again
         raise PaddingError(
             f"padding on the right of row {_names(ends_padded)}: pad on the left "
             "(tokenizer.padding_side = 'left'), or Mamba states would decay over it"
@@ -151,5 +176,5 @@ def _refuse_right_padding(tokens: Tensor, started: Tensor) -> None:
 
 
 def _names(marked: Tensor) -> str:
-    """The rows that are True in [B] bool."""
+    """Numbers of the rows that are True in [B] bool."""
     return ", ".join(map(str, marked.nonzero()[:, 0].tolist()))

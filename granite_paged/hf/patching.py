@@ -41,7 +41,7 @@ from granite_paged.errors import (
     check_token_range,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
-from granite_paged.hf.cache import PagedCache, Step
+from granite_paged.hf.cache import CacheStep, PagedCache
 from granite_paged.hf.compat import CACHE, rename_cache
 from granite_paged.layers.attention import paged_attention
 from granite_paged.layers.backend import kernel_refusal
@@ -343,7 +343,7 @@ def _plain_mask(kwargs: dict[str, Any]) -> Tensor | None:
     raise InvalidRequest("paged attention takes a 2-D attention_mask of zeros and ones, or none")
 
 
-def _by_layer_kind(decoder: Any, step: Step) -> dict[str, BlockMask | None]:
+def _by_layer_kind(decoder: Any, step: CacheStep) -> dict[str, BlockMask | None]:
     """The form in which the model takes ready-made masks; Mamba layers ask the cache."""
     return {
         kind: step.block_mask if kind in ATTENTION_KINDS else None

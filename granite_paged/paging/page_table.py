@@ -1,16 +1,16 @@
-"""The allocator's answers, mirrored on the device.
+"""The page tables of a batch, mirrored on the device.
 
 ::
 
     physical  [rows, width] int32   logical page of a row -> physical page (0: the null page)
-    logical   [pages]       int32   physical page -> logical page, -1 where nobody holds it
+    logical   [pages]       int32   physical page -> logical page, -1 where no sequence holds it
 
-A shared page sits at the same logical place in every sequence that holds it, since sequences come
-to share pages only by forking; so one inverse map serves all rows. Whether a page is *mine* needs
-both maps: `logical[p] >= 0 and physical[row, logical[p]] == p`.
+A shared page has the same logical number in every sequence that holds it, since sequences come to
+share pages only by forking. So one inverse map serves all rows. Whether a page belongs to a row
+takes both maps: `logical[p] >= 0 and physical[row, logical[p]] == p`.
 
-Every change of these tensors is made in this file, from host data that crosses in one copy a step.
-A caller that decides page by page gathers what it decided in `PendingEntries`.
+Only this file changes these tensors. Changes are gathered on the host; `settle` carries them to the
+device in one copy.
 """
 
 from __future__ import annotations
@@ -28,44 +28,6 @@ NOBODY = -1
 """Logical page of a physical page that no sequence holds."""
 
 
-class PendingEntries:
-    """Entries of a `PageTable` that are to be set, gathered on the host.
-
-    The last word on an entry counts, as if each had been set when it was given.
-    """
-
-    def __init__(self) -> None:
-        self._physical: dict[tuple[int, int], int] = {}
-        self._logical: dict[int, int] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._physical or self._logical)
-
-    def write(self, row: int, logical_page: int, physical_page: int) -> None:
-        """As `PageTable.write`, of one entry."""
-        self._physical[row, logical_page] = physical_page
-        self._logical[physical_page] = logical_page
-
-    def forget(self, pages: Iterable[int]) -> None:
-        """As `PageTable.forget`."""
-        self._logical.update(dict.fromkeys(pages, NOBODY))
-
-    def drop_rows(self, rows: Iterable[int]) -> None:
-        """These rows are new: what was to be written there is not their owners'."""
-        gone = set(rows)
-        self._physical = {at: page for at, page in self._physical.items() if at[0] not in gone}
-
-    def clear(self) -> None:
-        """They are set."""
-        self._physical.clear()
-        self._logical.clear()
-
-    def columns(self, width: int) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Places in a flat `physical` of that width, what goes there; the same of `logical`."""
-        places = [row * width + logical for row, logical in self._physical]
-        return places, [*self._physical.values()], [*self._logical], [*self._logical.values()]
-
-
 class PageTable:
     """Page tables of the rows of a batch, on the device.
 
@@ -73,11 +35,17 @@ class PageTable:
         rows: sequences.
         width: logical pages a row can name.
         pages: physical pages, the null page included.
+
+    Attributes:
+        physical: [rows, width] int32, as of the last `settle`.
+        logical: [pages] int32, as of the last `settle`.
     """
 
     def __init__(self, rows: int, width: int, pages: int, device: torch.device) -> None:
         self.physical = torch.full((rows, width), NULL_PAGE, dtype=torch.int32, device=device)
         self.logical = torch.full((pages,), NOBODY, dtype=torch.int32, device=device)
+        self._entries: dict[tuple[int, int], int] = {}  # pending: (row, logical) -> physical
+        self._places: dict[int, int] = {}  # pending: physical page -> logical page
 
     @property
     def nbytes(self) -> int:
@@ -97,38 +65,83 @@ class PageTable:
             extra = self.logical.new_full((pages - len(self.logical),), NOBODY)
             self.logical = torch.cat([self.logical, extra])
 
-    def write(self, rows: Tensor, logical_pages: Tensor, physical_pages: Tensor) -> None:
-        """Set `physical[row, logical page]` and the inverse. All [n] int64 on the device."""
-        self.physical[rows, logical_pages] = physical_pages.int()
-        self.logical[physical_pages] = logical_pages.int()
+    # -- changes, gathered until `settle` -------------------------------------------------------
 
-    def forget(self, pages: Tensor) -> None:
-        """Pages [n] that nobody holds any more."""
-        self.logical[pages] = NOBODY
+    def write(self, row: int, logical_page: int, physical_page: int) -> None:
+        """Set `physical[row, logical_page]` and the inverse. Raises IndexError outside the maps."""
+        rows, width = self.physical.shape
+        if not (row < rows and logical_page < width and physical_page < len(self.logical)):
+            raise IndexError(
+                f"entry ({row}, {logical_page}) = {physical_page} lies outside a table of "
+                f"{rows} x {width} entries and {len(self.logical)} pages"
+            )
+        self._entries[row, logical_page] = physical_page
+        self._places[physical_page] = logical_page
 
-    def settle(self, pending: PendingEntries) -> None:
-        """Set what is pending, in one copy; nothing is afterwards."""
-        if pending:
-            columns = map(torch.tensor, pending.columns(self.physical.shape[1]))
-            places, physical, pages, logical = to_device(self.physical.device, *columns)
-            self.physical.view(-1).index_copy_(0, places, physical.int())
-            self.logical.index_copy_(0, pages, logical.int())
-            pending.clear()
+    def forget(self, pages: Iterable[int]) -> None:
+        """Take pages that no sequence holds any more out of the inverse map."""
+        self._places.update(dict.fromkeys(pages, NOBODY))
 
-    def slots(self, positions: Tensor, page_size: int) -> Tensor:
-        """[B, S] int64: the slot of each position; padding (-1) goes to the null page's first."""
-        return _slots(self.physical[: len(positions)], positions, page_size)
+    def settle(self) -> None:
+        """Carry all pending changes to the device, in one copy."""
+        if not (self._entries or self._places):
+            return
+        width = self.physical.shape[1]
+        at, physical, pages, logical = to_device(
+            self.physical.device,
+            torch.tensor([row * width + logical_page for row, logical_page in self._entries]),
+            torch.tensor([*self._entries.values()]),
+            torch.tensor([*self._places]),
+            torch.tensor([*self._places.values()]),
+        )
+        self.physical.view(-1).index_copy_(0, at, physical.int())
+        self.logical.index_copy_(0, pages, logical.int())
+        self._entries.clear()
+        self._places.clear()
 
-    def slots_of(self, rows: Tensor, positions: Tensor, page_size: int) -> Tensor:
-        """The same for the rows named, [B] int64."""
-        return _slots(self.physical.index_select(0, rows), positions, page_size)
+    # -- changes of whole rows, at once ---------------------------------------------------------
+
+    def clear_rows(self, rows: Sequence[int], index: Tensor) -> None:
+        """Let these rows name the null page everywhere. index: `rows` [n] int64 on the device."""
+        cleared = set(rows)
+        self._entries = {at: page for at, page in self._entries.items() if at[0] not in cleared}
+        self.physical.index_fill_(0, index, NULL_PAGE)
+
+    def copy_row(self, source: int, targets: Tensor) -> None:
+        """Copy a row to others. targets: [n] int64 on the device."""
+        self.settle()
+        self.physical[targets] = self.physical[source].clone()
 
     def select_rows(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was. rows: [n] int64, any length."""
+        """Let row i become what row `rows[i]` was. rows: [n] int64 on the device, any length."""
+        self.settle()
         self.physical = self.physical.index_select(0, rows)
 
+    # -- reading --------------------------------------------------------------------------------
+
+    def slots(self, positions: Tensor, page_size: int, rows: Tensor | None = None) -> Tensor:
+        """Slots of positions in a pool; padding goes to the null page's first.
+
+        Args:
+            positions: [B, S] int64, `PADDING` (-1) for padding.
+            page_size: tokens per page.
+            rows: [B] int64, rows of the table. None: the first B.
+
+        Returns:
+            [B, S] int64.
+        """
+        table = self.physical[: len(positions)] if rows is None else self.physical[rows]
+        at = positions.clamp(min=0)
+        page = table.long().gather(1, at // page_size)
+        return torch.where(positions >= 0, page * page_size + at % page_size, 0)
+
     def check_valid(self, allocator: PageAllocator, sequences: Sequence[int]) -> None:
-        """Prove that the device agrees with the allocator about these sequences, row by row."""
+        """Prove that the device agrees with the allocator about these sequences, row by row.
+
+        Raises:
+            BrokenInvariant: names the row or page that is stale.
+        """
+        self.settle()
         physical, logical = self.physical.tolist(), self.logical.tolist()
         held: dict[int, int] = {}
         for row, sequence in enumerate(sequences):
@@ -139,9 +152,3 @@ class PageTable:
         for page, place in enumerate(logical):
             if place != held.get(page, NOBODY):
                 raise BrokenInvariant(f"page {page}: the inverse map says {place}")
-
-
-def _slots(table: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    at = positions.clamp(min=0)
-    page = table.long().gather(1, at // page_size)
-    return torch.where(positions >= 0, page * page_size + at % page_size, 0)

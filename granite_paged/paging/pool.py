@@ -27,16 +27,6 @@ class KVPool:
         self.values = self._zeros(pages, device)
 
     @property
-    def page_size(self) -> int:
-        """Tokens a page."""
-        return self._geometry.page_size
-
-    @property
-    def group(self) -> int:
-        """Query heads a KV head (G) of the layer."""
-        return self._geometry.group
-
-    @property
     def pages(self) -> int:
         """Pages in the pool, the null page included."""
         return self.keys.shape[2] // self._geometry.page_size

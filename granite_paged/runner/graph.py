@@ -12,7 +12,7 @@ One copy takes the inputs over; nothing in the step depends on the host.
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +22,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import COMPILING
-from granite_paged.paging.masks import PADDING, paged_block_mask, split_block_mask, split_mask_mod
+from granite_paged.paging.masks import PADDING, paged_block_mask
 from granite_paged.runner.memory_plan import memory_refused
 from granite_paged.runner.model import EagerModel, ModelStep, Storage
+
+if TYPE_CHECKING:
+    from granite_paged.layers.triton.pages import SplitMask
 
 NULL_ROW = 0
 """Takes padding. Never a sequence's."""
@@ -79,7 +82,7 @@ class CapturedStep:
         self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._plan = plan if decodes else None
-        self._lists = self._make_lists(plan) if decodes and plan is not None else None
+        self._split_mask = _split_mask(storage, batch, self._plan)
 
     def padding(self) -> Inputs:
         """Inputs that are padding everywhere, for the caller to fill."""
@@ -132,35 +135,21 @@ class CapturedStep:
         self.logits = self._model.logits(self.hidden.flatten(0, 1).index_select(0, last))
 
     def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask:
-        table, pool = self._storage.table, next(iter(self._storage.pools.values()))
-        if self._plan is None:
-            return paged_block_mask(
-                table.physical.index_select(0, rows),
-                table.logical,
-                positions,
-                page_size=pool.page_size,
-                group=pool.group,
-            )
-        from granite_paged.layers.triton.pages import split_pages  # needs Triton
-
-        assert self._lists is not None
-        newest, splits = positions[:, 0], self._plan.splits
-        split_pages(rows, newest, table.physical, self._lists, splits, pool.page_size)
-        mask_mod = split_mask_mod(
-            table.physical, table.logical, rows, newest, page_size=pool.page_size, splits=splits
-        )
-        return split_block_mask(
-            self._lists,
-            mask_mod,
-            page_size=pool.page_size,
-            group=pool.group,
-            slots=pool.keys.shape[2],
+        if self._split_mask is not None:
+            return self._split_mask.fill(rows, positions[:, 0])
+        store = self._storage.pages
+        return paged_block_mask(
+            store.table.physical.index_select(0, rows),
+            store.table.logical,
+            positions,
+            page_size=store.geometry.page_size,
+            group=store.geometry.group,
         )
 
-    def _make_lists(self, plan: DecodePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of pages, for `split_pages` to fill: whole ones and partly filled ones."""
-        parts = self._batch * plan.splits
-        wide = -(-self._storage.table.physical.shape[1] // plan.splits)
-        count = torch.zeros(parts, dtype=torch.int32, device=self._device)
-        pages = torch.zeros(parts, wide, dtype=torch.int32, device=self._device)
-        return count, pages, count.clone(), pages.clone()
+
+def _split_mask(storage: Storage, batch: int, plan: DecodePlan | None) -> SplitMask | None:
+    if plan is None:
+        return None
+    from granite_paged.layers.triton.pages import SplitMask  # needs Triton
+
+    return SplitMask(storage.pages, batch, plan.splits)

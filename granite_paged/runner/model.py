@@ -19,8 +19,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 from granite_paged.geometry import Backend
 from granite_paged.layers.attention import DecodePlan, paged_attention
 from granite_paged.layers.mamba import MambaState, mamba_forward
-from granite_paged.paging.page_table import PageTable
-from granite_paged.paging.pool import KVPool
+from granite_paged.paging.store import PageStore
 
 
 class ModelStep(NamedTuple):
@@ -43,13 +42,12 @@ class ModelStep(NamedTuple):
 class Storage(NamedTuple):
     """Where a runner keeps what its sequences have said so far, all rows of it.
 
-    pools: attention layer -> its pages. states: Mamba layer -> its states (`rows` None), of all
+    pages: page table and pools. states: Mamba layer -> its states (`rows` None), of all
     rows but the null row. stacked: conv and ssm of all layers, [layers, rows - 1, ...] each.
     nonfinite: [rows] uint8, whether NaN or infinity was met.
     """
 
-    table: PageTable
-    pools: dict[int, KVPool]
+    pages: PageStore
     states: dict[int, MambaState]
     stacked: list[Tensor]
     nonfinite: Tensor
@@ -132,8 +130,8 @@ class EagerModel:
         query, key, value = (by_head(part, attention.head_dim) for part in projected)
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
-        pool = self._storage.pools[index]
-        self._write(pool, key, value, step)
+        pool = self._storage.pages.pools[index]
+        self._write(index, key, value, step)
         out = paged_attention(
             query,
             pool.keys,
@@ -145,10 +143,11 @@ class EagerModel:
         attended: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
         return attended
 
-    def _write(self, pool: KVPool, key: Tensor, value: Tensor, step: ModelStep) -> None:
+    def _write(self, index: int, key: Tensor, value: Tensor, step: ModelStep) -> None:
         """Store new K and V, and flag the rows in which they were not finite."""
-        slots = self._storage.table.slots_of(step.rows, step.positions.long(), pool.page_size)
-        finite = pool.write(slots.flatten(), key, value)
+        store = self._storage.pages
+        slots = store.table.slots(step.positions.long(), store.geometry.page_size, step.rows)
+        finite = store.pools[index].write(slots.flatten(), key, value)
         bad = (~finite & (step.positions >= 0)).any(dim=1)
         self._storage.nonfinite[step.rows] |= bad.to(torch.uint8)
 

@@ -27,15 +27,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from granite_paged.device import available_bytes, to_device
+from granite_paged.device import available_bytes, host_copy, to_device
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
 from granite_paged.layers.mamba import MambaSizes, MambaState, mixers
 from granite_paged.paging.allocator import AppendPlan
-from granite_paged.paging.page_table import PageTable, PendingEntries
-from granite_paged.paging.pool import KVPool
+from granite_paged.paging.store import PageContents, PageStore
 from granite_paged.progress import Progress, silent
 from granite_paged.runner.graph import NULL_ROW, CapturedStep, Inputs
 from granite_paged.runner.memory_plan import (
@@ -80,18 +79,6 @@ class RowSnapshot(NamedTuple):
         return self.conv.nbytes + self.ssm.nbytes
 
 
-class PageContents(NamedTuple):
-    """K and V of some pages, layer by layer, [pages, Hkv, page_size, D] each, on the host."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(part.nbytes for part in (*self.keys, *self.values))
-
-
 class Runner:
     """One model on one device. Make it with `Runner.for_model`.
 
@@ -128,7 +115,6 @@ class Runner:
         )
         with memory_refused(self.device, "the pools and rows"):
             self._storage = self._make_storage(layers)
-        self._pending = PendingEntries()
         self.tokens = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.device)
         self._model = _model(model, self._storage, fallback, config)
         self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
@@ -159,7 +145,7 @@ class Runner:
     @property
     def storage(self) -> Storage:
         """Page tables, pools and states, for tests and profilers."""
-        self._settle()
+        self._storage.pages.table.settle()
         return self._storage
 
     # -- steps ----------------------------------------------------------------------------------
@@ -267,7 +253,7 @@ class Runner:
     def close(self) -> None:
         """Give the memory back; the runner is of no use afterwards."""
         self.forget_programs()
-        self._storage.pools.clear()
+        self._storage.pages.pools.clear()
         self._storage.states.clear()
         self._storage.stacked.clear()
         if self.device.type == "cuda":
@@ -277,33 +263,24 @@ class Runner:
 
     def write_pages(self, plan: AppendPlan, row_of: Mapping[int, int]) -> None:
         """Carry out what `PageAllocator.append` planned. row_of: sequence -> row."""
-        for write in plan.writes:
-            self._pending.write(row_of[write.sequence], write.logical_page, write.physical_page)
-        if plan.copies:
-            sources, targets = to_device(
-                self.device,
-                torch.tensor([copy.source for copy in plan.copies]),
-                torch.tensor([copy.target for copy in plan.copies]),
-            )
-            for pool in self._storage.pools.values():
-                pool.copy_pages(sources, targets)
+        self._storage.pages.apply(plan, row_of)
 
     def forget_pages(self, pages: Sequence[int]) -> None:
-        """Pages that nobody holds any more: what `PageAllocator.release` returned."""
-        self._pending.forget(pages)
+        """Take note that no sequence holds these pages: what `PageAllocator.release` returned."""
+        self._storage.pages.forget(pages)
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         """The row's first logical pages become these."""
         self._check_rows([row])
-        for logical, physical in enumerate(pages):
-            self._pending.write(row, logical, physical)
+        for logical_page, physical_page in enumerate(pages):
+            self._storage.pages.table.write(row, logical_page, physical_page)
 
     def fork_row(self, source: int, *targets: int) -> None:
         """Each target becomes a copy of the source: its pages' names, its states, its token."""
         self._check_rows([source, *targets])
-        self._settle()
         (index,) = to_device(self.device, torch.tensor(targets))
-        for tensor in self._by_row():
+        self._storage.pages.table.copy_row(source, index)
+        for tensor in (self.nonfinite, self.tokens):
             tensor[index] = tensor[source].clone()
         for states in self._storage.stacked:
             for target in targets:  # one by one: no copy of the source beside it
@@ -313,9 +290,9 @@ class Runner:
         """Make rows as new, before they are given to other sequences."""
         if rows:
             self._check_rows(rows)
-            self._pending.drop_rows(rows)
             (index,) = to_device(self.device, torch.tensor(rows))
-            for tensor in self._by_row():
+            self._storage.pages.table.clear_rows(rows, index)
+            for tensor in (self.nonfinite, self.tokens):
                 tensor.index_fill_(0, index, 0)
             for states in self._storage.stacked:
                 states.index_fill_(1, index - 1, 0)
@@ -323,7 +300,7 @@ class Runner:
     def save_row(self, row: int, *, to_host: bool = False) -> RowSnapshot:
         """A snapshot of the row's Mamba states, on the device or in host memory."""
         self._check_rows([row])
-        save = _to_host if to_host else torch.clone
+        save = host_copy if to_host else torch.clone
         return RowSnapshot(*(save(states[:, row - 1]) for states in self._storage.stacked))
 
     def load_row(self, row: int, state: RowSnapshot) -> None:
@@ -333,20 +310,12 @@ class Runner:
             own[:, row - 1].copy_(saved, non_blocking=True)
 
     def save_pages(self, pages: Sequence[int]) -> PageContents:
-        """K and V of these pages, in host memory."""
-        (index,) = to_device(self.device, torch.tensor(pages, dtype=torch.int64))
-        saved = [pool.read_pages(index) for pool in self._storage.pools.values()]
-        return PageContents([_to_host(k) for k, _ in saved], [_to_host(v) for _, v in saved])
+        """Copy K and V of these pages to host memory."""
+        return self._storage.pages.save(pages)
 
     def load_pages(self, pages: Sequence[int], contents: PageContents) -> None:
         """Put saved K and V into these pages."""
-        (index,) = to_device(self.device, torch.tensor(pages, dtype=torch.int64))
-        for pool, keys, values in zip(self._storage.pools.values(), *contents, strict=True):
-            pool.write_pages(
-                index,
-                keys.to(self.device, non_blocking=True),
-                values.to(self.device, non_blocking=True),
-            )
+        self._storage.pages.load(pages, contents)
 
     # -- details --------------------------------------------------------------------------------
 
@@ -357,22 +326,16 @@ class Runner:
     def _make_storage(self, layers: Mapping[int, Any]) -> Storage:
         rows, device = self.rows + 1, self.device
         return Storage(
-            table=PageTable(rows, self.geometry.pages_for(self.longest), self.pages, device),
-            pools={
-                layer: KVPool(self.geometry, self.pages, device)
-                for layer in self.geometry.attention_layers
-            },
+            pages=PageStore(
+                self.geometry,
+                self.pages,
+                device,
+                rows=rows,
+                width=self.geometry.pages_for(self.longest),
+            ),
             **_make_states(layers, self.rows, self.dtype, device),
             nonfinite=torch.zeros(rows, dtype=torch.uint8, device=device),
         )
-
-    def _settle(self) -> None:
-        """What follows reads the page table."""
-        self._storage.table.settle(self._pending)
-
-    def _by_row(self) -> list[Tensor]:
-        """Everything whose first dimension is the row, the null row first."""
-        return [self._storage.table.physical, self._storage.nonfinite, self.tokens]
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         if min(rows) <= NULL_ROW or max(rows) > self.rows:
@@ -413,7 +376,7 @@ class Runner:
         return program
 
     def _run(self, program: CapturedStep, inputs: Inputs) -> None:
-        self._settle()
+        self._storage.pages.table.settle()
         program.run(inputs)
 
     def _program(self, batch: int, length: int, *, decodes: bool = False) -> CapturedStep:
@@ -432,7 +395,7 @@ class Runner:
         """How a decode step of so many rows splits them; None where it does not."""
         if not self._captures:
             return None
-        pages = self._storage.table.physical.shape[1]
+        pages = self._storage.pages.table.physical.shape[1]
         return DecodePlan.choose(self.geometry, batch, pages, self.device)
 
     @torch.inference_mode()
@@ -481,10 +444,3 @@ def _make_states(
     stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in (conv, ssm)]
     layers = zip(mixers, *stacked, strict=True)
     return {"stacked": stacked, "states": {i: MambaState(c, s, None) for i, c, s in layers}}
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
-        return tensor.clone()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)

@@ -245,21 +245,21 @@ class TritonModel(EagerModel):
 
     def _write_pages(self, index: int, key: Tensor, value: Tensor, step: ModelStep) -> None:
         storage = self._storage
-        pool = storage.pools[index]
+        pool = storage.pages.pools[index]
         pages.write_pages(
             key,
             value,
             (pool.keys, pool.values),
             step.rows,
             step.positions,
-            storage.table.physical,
+            storage.pages.table.physical,
             storage.nonfinite,
-            pool.page_size,
+            storage.pages.geometry.page_size,
         )
 
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
         """[B * S, Hq * D] -> the same"""
-        pool, scale = self._storage.pools[index], attention.scaling
+        pool, scale = self._storage.pages.pools[index], attention.scaling
         if step.plan is not None:
             heads = query.view(len(query), -1, attention.head_dim)
             out = split_attention(

@@ -18,9 +18,11 @@ from transformers import GraniteMoeHybridConfig
 
 from granite_paged import PagedCache, PagedConfig
 from granite_paged.errors import GranitePagedError
-from granite_paged.hf.cache import Step
+from granite_paged.hf.cache import CacheStep
 from granite_paged.paging.allocator import NULL_PAGE, AppendPlan, PageAllocator
 from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.store import PageStore
+from tests.helpers.strategies import make_geometry
 from tests.helpers.tiny_models import FLAVOURS, SIZES
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ class AllocatorRecorder:
 
     def __init__(self, pages: int, page_size: int) -> None:
         self.allocator = PageAllocator(pages, page_size)
-        self.table = PageTable(rows=1, width=1, pages=pages, device=CPU)
+        self.store = PageStore(make_geometry(page_size=page_size), pages, CPU)
         self.rows: list[int] = []  # row of the table -> sequence
         self._lines = [f"{pages} pages of {page_size} tokens, page {NULL_PAGE} is the null page"]
         self._number = 0
@@ -59,31 +61,27 @@ class AllocatorRecorder:
 
     def _open(self) -> str:
         self.rows.append(self.allocator.open())
-        self.table.fit(rows=len(self.rows), width=1, pages=self.allocator.pages)
+        self.store.resize(pages=self.allocator.pages, rows=len(self.rows), width=1)
         return f"sequence {self.rows[-1]}"
 
     def _append(self, growth: dict[int, int]) -> str:
         plan = self.allocator.append(growth)
         width = max(len(self.allocator.pages_of(sequence)) for sequence in self.rows)
-        self.table.fit(rows=len(self.rows), width=width, pages=self.allocator.pages)
-        self.table.write(
-            torch.tensor([self.rows.index(write.sequence) for write in plan.writes]).long(),
-            torch.tensor([write.logical_page for write in plan.writes]).long(),
-            torch.tensor([write.physical_page for write in plan.writes]).long(),
-        )
+        self.store.resize(pages=self.allocator.pages, rows=len(self.rows), width=width)
+        self.store.apply(plan, {sequence: row for row, sequence in enumerate(self.rows)})
         return _plan(plan)
 
     def _fork(self, parent: int) -> str:
         index = [*range(len(self.rows)), self.rows.index(parent)]
         self.rows.append(self.allocator.fork(parent))
-        self.table.select_rows(torch.tensor(index))
+        self.store.table.select_rows(torch.tensor(index))
         return f"sequence {self.rows[-1]}"
 
     def _release(self, sequences: tuple[int, ...]) -> str:
         freed = self.allocator.release(*sequences)
-        self.table.forget(torch.tensor(freed).long())
+        self.store.forget(freed)
         kept = [row for row, sequence in enumerate(self.rows) if sequence not in sequences]
-        self.table.select_rows(torch.tensor(kept).long())
+        self.store.table.select_rows(torch.tensor(kept).long())
         self.rows = [self.rows[row] for row in kept]
         return f"freed {_numbers(freed)}"
 
@@ -93,20 +91,19 @@ class AllocatorRecorder:
             outcome = operation()
         except GranitePagedError as refusal:
             outcome = f"refused, {type(refusal).__name__}"
+        self.store.check_valid(self.allocator, self.rows)
         self._lines += [
             "",
             f"{self._number}. {what}: {outcome}",
             *map("   {}".format, self._state()),
         ]
-        self.allocator.check_valid()
-        self.table.check_valid(self.allocator, self.rows)
 
     def _state(self) -> Iterable[str]:
         allocator = self.allocator
         yield f"free {allocator.free}, held {allocator.held}"
         for row, sequence in enumerate(self.rows):
-            yield _row(sequence, row, allocator, self.table)
-        yield from _pages(allocator, self.table)
+            yield _row(sequence, row, allocator, self.store.table)
+        yield from _pages(allocator, self.store.table)
 
 
 def _row(sequence: int, row: int, allocator: PageAllocator, table: PageTable) -> str:
@@ -267,21 +264,21 @@ class CacheRecorder:
         return "\n".join(self._lines) + "\n"
 
     def _write(self, what: str, lines: Iterable[str]) -> None:
-        self._lines += ["", what, *map("   {}".format, lines)]
         self.cache.check_valid()
+        self._lines += ["", what, *map("   {}".format, lines)]
 
-    def _slots(self, step: Step, columns: int) -> Iterable[str]:
+    def _slots(self, step: CacheStep, columns: int) -> Iterable[str]:
         for row, slots in enumerate(step.slots.view(-1, columns).tolist()):
             yield f"row {row}: writes slots {_runs(slots)}"
 
     def _tables(self) -> Iterable[str]:
-        allocator, table = self.cache.allocator, self.cache.table
+        allocator, table = self.cache.allocator, self.cache.store.table
         for row, sequence in enumerate(self.cache.sequences):
             yield f"row {row}: {_row(sequence, row, allocator, table)}"
         yield from _pages(allocator, table)
 
 
-def _blocks(step: Step) -> Iterable[str]:
+def _blocks(step: CacheStep) -> Iterable[str]:
     """The pages that each block of query rows reads: the lists up to their counts."""
     mask = step.block_mask
     yield f"{mask.shape[-2]} query rows in blocks of {mask.BLOCK_SIZE[0]}"

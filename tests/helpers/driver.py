@@ -65,7 +65,7 @@ class Driver:
     def check_valid(self) -> None:
         self.allocator.check_valid()
         by_row = [self.sequences.get(row) for row in range(self.runner.rows + 1)]
-        table = self.runner.storage.table.physical.tolist()
+        table = self.runner.storage.pages.table.physical.tolist()
         for row, sequence in enumerate(by_row):
             if sequence is not None:
                 held = self.allocator.pages_of(sequence)

@@ -24,23 +24,16 @@ from granite_paged.paging.pool import KVPool
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-@contextlib.contextmanager
-def after_table_write(spoil: Callable[[PageTable], None]) -> Iterator[None]:
+def after_table_write(spoil: Callable[[PageTable], None]) -> contextlib.AbstractContextManager[Any]:
     """Call `spoil` on the device's page table after every write to it."""
+    settle = PageTable.settle
 
-    def spoiling(change: Callable[..., None]) -> Callable[..., None]:
-        def changed(self: PageTable, *args: Any) -> None:
-            change(self, *args)
-            if self.physical.shape[1] > 2:
-                spoil(self)
+    def spoiling(self: PageTable) -> None:
+        settle(self)
+        if self.physical.shape[1] > 2:
+            spoil(self)
 
-        return changed
-
-    with (
-        mock.patch.object(PageTable, "write", spoiling(PageTable.write)),
-        mock.patch.object(PageTable, "settle", spoiling(PageTable.settle)),
-    ):
-        yield
+    return mock.patch.object(PageTable, "settle", spoiling)
 
 
 def foreign_page() -> contextlib.AbstractContextManager[Any]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from granite_paged.layers.attention import paged_attention
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask
-from granite_paged.paging.page_table import PageTable
+from granite_paged.paging.store import PageStore
 from tests.helpers import reference
+from tests.helpers.strategies import make_geometry
 
 
 @dataclass
@@ -42,12 +43,26 @@ class PagedCase:
         place[0] = pages - 1
         self.pages = [place[torch.tensor(allocator.pages_of(s)) - 1] for s in sequences]
         width = max(len(own) for own in self.pages)
-        self.table = PageTable(len(self.lengths), width, pages, self.device)
+        self.store = PageStore(
+            make_geometry(
+                page_size=self.page_size,
+                group=self.group,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                dtype=self.dtype,
+            ),
+            pages,
+            torch.device(self.device),
+            rows=len(self.lengths),
+            width=width,
+        )
         for row, own in enumerate(self.pages):
-            logical = torch.arange(len(own), device=self.device)
-            self.table.write(torch.full_like(logical, row), logical, own.to(self.device))
+            for logical_page, page in enumerate(own.tolist()):
+                self.store.table.write(row, logical_page, page)
+        self.store.table.settle()
+        (pool,) = self.store.pools.values()
         self.keys, self.values = (
-            self.random(1, self.kv_heads, pages * self.page_size) for _ in "kv"
+            numbers.normal_(generator=self.draw) for numbers in (pool.keys, pool.values)
         )
         self.query = self.random(len(self.lengths), self.kv_heads * self.group, self.queries)
         self.positions = torch.full((len(self.lengths), self.queries), PADDING, dtype=torch.int32)
@@ -68,8 +83,8 @@ class PagedCase:
 
     def ours(self) -> Tensor:
         mask = paged_block_mask(
-            self.table.physical,
-            self.table.logical,
+            self.store.table.physical,
+            self.store.table.logical,
             self.positions.to(self.device),
             page_size=self.page_size,
             group=self.group,

@@ -23,8 +23,8 @@ from granite_paged.geometry import Backend, CacheGeometry
 from granite_paged.layers.attention import paged_attention
 from granite_paged.paging import masks
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
-from granite_paged.paging.page_table import PageTable
 from granite_paged.paging.pool import KVPool
+from granite_paged.paging.store import PageStore
 from tests.helpers.reference import attention, sdpa
 from tests.helpers.tolerance import ATTENTION_FLOAT64, SDPA_RATIO, relative_error, rounding_floor
 
@@ -214,8 +214,7 @@ class Paged:
     def __init__(self, geometry: CacheGeometry, *, seed: int = 0, scattered: int = 6) -> None:
         self.geometry = geometry
         self.allocator = PageAllocator(2, geometry.page_size)
-        self.table = PageTable(1, 1, 2, CPU)
-        self.pool = KVPool(geometry, 2, CPU)
+        self.store = PageStore(geometry, 2, CPU)
         self.rows: list[int] = []  # row of the page table -> sequence
         self.keys: dict[int, Tensor] = {}  # sequence -> [Hkv, tokens, D]
         self.values: dict[int, Tensor] = {}
@@ -224,6 +223,11 @@ class Paged:
         random.Random(seed).shuffle(earlier)
         for sequence in earlier:
             self.release(sequence)
+
+    @property
+    def pool(self) -> KVPool:
+        """The one layer's pool."""
+        return self.store.pools[0]
 
     @classmethod
     def after(cls, history: History) -> Paged:
@@ -268,7 +272,7 @@ class Paged:
     def release(self, sequence: int) -> None:
         """Close a sequence. Its stale row stays in the table until another sequence takes it."""
         freed = self.allocator.release(sequence)
-        self.table.forget(torch.tensor(freed, dtype=torch.int64))
+        self.store.forget(freed)
         kept = [other for other in self.rows if other != sequence]
         self._select([*kept, sequence])
         self.rows = kept
@@ -279,11 +283,13 @@ class Paged:
         try:
             plan = self.allocator.append(growth)
         except OutOfPages as refusal:
-            self._extend(self.allocator.pages + refusal.needed - refusal.free)
+            self.allocator.extend_pool(self.allocator.pages + refusal.needed - refusal.free)
             plan = self.allocator.append(growth)
         pages = max(len(self.allocator.pages_of(sequence)) for sequence in self.rows)
-        self.table.fit(rows=len(self.rows), width=max(1, pages), pages=self.allocator.pages)
-        self._carry_out(plan)
+        rows, width = len(self.rows), max(1, pages)
+        self.store.resize(pages=self.allocator.pages, rows=rows, width=width)
+        self.store.apply(plan, {sequence: row for row, sequence in enumerate(self.rows)})
+        self.store.table.settle()
         for sequence, tokens in growth.items():
             self._write(sequence, tokens)
         return plan
@@ -305,8 +311,8 @@ class Paged:
         query = self._random(len(added), columns, g.query_heads).transpose(1, 2)
         return Step(
             geometry=g,
-            physical=self.table.physical[rows],
-            logical=self.table.logical.clone(),
+            physical=self.store.table.physical[rows],
+            logical=self.store.table.logical.clone(),
             positions=positions,
             query=query,
             keys=self.pool.keys.clone(),
@@ -333,8 +339,7 @@ class Paged:
 
     def check_valid(self) -> None:
         """Check that allocator, page table, pool and the contiguous copies agree."""
-        self.allocator.check_valid()
-        self.table.check_valid(self.allocator, self.rows)
+        self.store.check_valid(self.allocator, self.rows)
         for stored in (self.pool.keys, self.pool.values):
             assert stored.isfinite().all(), "the pool holds NaN or infinity"
         for sequence in self.rows:
@@ -356,22 +361,8 @@ class Paged:
         padded = (torch.cat([nan, new], dim=1)[None] for new in (k, v))
         self.pool.write(slots, *padded)
 
-    def _carry_out(self, plan: AppendPlan) -> None:
-        if plan.writes:
-            rows = torch.tensor([self.rows.index(write.sequence) for write in plan.writes])
-            logical = torch.tensor([write.logical_page for write in plan.writes])
-            physical = torch.tensor([write.physical_page for write in plan.writes])
-            self.table.write(rows, logical, physical)
-        if plan.copies:
-            sources, targets = torch.tensor(plan.copies).unbind(1)
-            self.pool.copy_pages(sources, targets)
-
-    def _extend(self, pages: int) -> None:
-        self.allocator.extend_pool(pages)
-        self.pool.resize(pages)
-
     def _select(self, sequences: Sequence[int]) -> None:
-        self.table.select_rows(torch.tensor([self.rows.index(s) for s in sequences]))
+        self.store.table.select_rows(torch.tensor([self.rows.index(s) for s in sequences]))
         self.rows = list(sequences)
 
     def _random(self, *shape: int) -> Tensor:

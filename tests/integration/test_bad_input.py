@@ -61,7 +61,7 @@ def state(own: PagedCache) -> tuple[Any, ...]:
     own.check_valid()
     tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
     slots = [page * PAGE + i for table in tables for page in table for i in range(PAGE)]
-    stored = [pool.keys[:, :, slots].tolist() for pool in own.pools.values()]
+    stored = [pool.keys[:, :, slots].tolist() for pool in own.store.pools.values()]
     return own.sequences, tables, own.get_seq_length(), own.allocator.held, stored
 
 

@@ -72,7 +72,7 @@ def more(mask: Tensor, columns: int = 1) -> Tensor:
 
 
 def pool_bytes(own: PagedCache) -> int:
-    return sum(pool.nbytes for pool in own.pools.values())
+    return sum(pool.nbytes for pool in own.store.pools.values())
 
 
 def slots_of(own: PagedCache, row: int) -> Tensor:
@@ -201,13 +201,13 @@ def test_a_fork_shares_every_page_until_it_is_written(model: Any) -> None:
 def test_a_fork_copies_only_the_page_that_it_writes(model: Any) -> None:
     own = filled(model, (10,))
     slots = slots_of(own, 0)
-    stored = {i: pool.values[:, :, slots].clone() for i, pool in own.pools.items()}
+    stored = {i: pool.values[:, :, slots].clone() for i, pool in own.store.pools.items()}
     own.reorder_cache(torch.tensor([0, 0]))
     run(model, own, NEXT[:2])
     first, second = (own.allocator.pages_of(sequence) for sequence in own.sequences)
     assert first[:2] == second[:2]
     assert first[2] != second[2]
-    for layer, pool in own.pools.items():
+    for layer, pool in own.store.pools.items():
         mine, other = (pool.values[:, :, slots_of(own, row)] for row in (0, 1))
         assert torch.equal(mine[:, :, :10], stored[layer]), f"layer {layer}: the parent changed"
         assert torch.equal(other[:, :, :10], stored[layer]), f"layer {layer}: the copy differs"
@@ -293,23 +293,23 @@ def test_growing_the_pool_keeps_pages_and_contents(model: Any) -> None:
     own = filled(model)
     tables = [own.allocator.pages_of(sequence) for sequence in own.sequences]
     slots = torch.cat([slots_of(own, row) for row in range(3)])
-    stored = [p.keys[:, :, slots].clone() for p in own.pools.values()]
+    stored = [p.keys[:, :, slots].clone() for p in own.store.pools.values()]
     size = own.allocator.pages
     own.reserve([200, 200, 200])
     assert own.allocator.pages > size
     assert [own.allocator.pages_of(sequence) for sequence in own.sequences] == tables
-    after = [p.keys[:, :, slots] for p in own.pools.values()]
+    after = [p.keys[:, :, slots] for p in own.store.pools.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, stored, strict=True))
 
 
 def test_reserved_memory_is_not_reallocated(model: Any) -> None:
     own = fresh(model)
     own.reserve([30, 30, 30])
-    where = [pool.keys.data_ptr() for pool in own.pools.values()]
+    where = [pool.keys.data_ptr() for pool in own.store.pools.values()]
     run(model, own, *prompts(LENGTHS))
     for _ in range(9):
         run(model, own, NEXT)
-    assert [pool.keys.data_ptr() for pool in own.pools.values()] == where
+    assert [pool.keys.data_ptr() for pool in own.store.pools.values()] == where
     assert own.allocator.pages == 1 + 3 * own.geometry.pages_for(30)
 
 
@@ -416,7 +416,7 @@ def test_a_released_cache_is_refused_until_reset(model: Any, error: type[BaseExc
 
 
 def poison(own: PagedCache, value: float) -> None:
-    for pool in own.pools.values():
+    for pool in own.store.pools.values():
         pool.keys.fill_(value)
         pool.values.fill_(value)
 
@@ -467,7 +467,7 @@ def test_huge_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
     run(model, own, *prompts((40, 40)))
     for hook in hooks:
         hook.remove()
-    assert own.pools[1].values.abs().max() > 1e28
+    assert own.store.pools[1].values.abs().max() > 1e28
     own.reset()
     assert_same(three_steps(model, own), three_steps(model, fresh(model)))
 

@@ -63,7 +63,7 @@ def test_pools_hold_exactly_the_needed_pages(
     _, cache = caches
     needed = sum(cache.geometry.pages_for(length + 8) for length in LENGTHS)
     assert cache.allocator.held == needed
-    pool_bytes = sum(pool.nbytes for pool in cache.pools.values())
+    pool_bytes = sum(pool.nbytes for pool in cache.store.pools.values())
     assert pool_bytes == (1 + needed) * cache.geometry.bytes_per_page  # and the null page
 
 

@@ -48,8 +48,8 @@ def larger(driver: Driver, batch: int, length: int, *, decodes: bool) -> Capture
 
 def everything(driver: Driver) -> list[Tensor]:
     storage = driver.runner.storage
-    pools = [part for pool in storage.pools.values() for part in (pool.keys, pool.values)]
-    return [*pools, *storage.stacked, storage.table.physical, storage.nonfinite]
+    pools = [part for pool in storage.pages.pools.values() for part in (pool.keys, pool.values)]
+    return [*pools, *storage.stacked, storage.pages.table.physical, storage.nonfinite]
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

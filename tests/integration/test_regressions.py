@@ -202,8 +202,8 @@ def test_nan_does_not_reach_a_later_owner_of_the_page() -> None:
         own = fresh(model)
         with pytest.raises(NonFinite):
             model(inputs_embeds=torch.full((3, 14, 48), torch.nan), **with_cache(own))
-        assert all(pool.keys.isfinite().all() for pool in own.pools.values())
-        assert all(pool.values.isfinite().all() for pool in own.pools.values())
+        assert all(pool.keys.isfinite().all() for pool in own.store.pools.values())
+        assert all(pool.values.isfinite().all() for pool in own.store.pools.values())
         own.reset()
         ids, mask = prompts((9, 5, 2))
         actual = model(ids, attention_mask=mask, **with_cache(own)).logits

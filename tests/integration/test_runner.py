@@ -124,7 +124,7 @@ def test_a_cleared_row_has_no_pages(driver: Driver) -> None:
     driver.chunks({1: tokens(20)})
     driver.close(1)
     driver.runner.clear_rows([1])
-    assert not driver.runner.storage.table.physical[1].any()
+    assert not driver.runner.storage.pages.table.physical[1].any()
 
 
 def test_a_reused_row_holds_nothing_of_its_last_owner(model: Any, driver: Driver) -> None:
@@ -215,7 +215,7 @@ def test_nan_is_flagged_and_stays_in_its_row(model: Any, driver: Driver) -> None
     assert driver.runner.nonfinite.tolist() == [0, 0, 1, 0, 0]
     driver.close(2)  # its pages go to the next sequence
     assert_same(driver.prefill({1: healthy}), clean)
-    assert all(pool.keys.isfinite().all() for pool in driver.runner.storage.pools.values())
+    assert all(pool.keys.isfinite().all() for pool in driver.runner.storage.pages.pools.values())
 
 
 def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
@@ -223,7 +223,7 @@ def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
     driver.open(1)
     clean = driver.prefill({1: prompt}).clone()
     driver.close(1)
-    for pool in driver.runner.storage.pools.values():
+    for pool in driver.runner.storage.pages.pools.values():
         pool.keys.fill_(1e30)
         pool.values.fill_(-1e30)
     driver.open(1)
@@ -268,7 +268,7 @@ def test_a_runner_that_does_not_fit_is_refused(model: Any) -> None:
 
 def test_close_releases_pages_and_states(driver: Driver) -> None:
     storage = driver.runner.storage
-    pools = [part for pool in storage.pools.values() for part in (pool.keys, pool.values)]
+    pools = [part for pool in storage.pages.pools.values() for part in (pool.keys, pool.values)]
     held = [weakref.ref(tensor) for tensor in (*pools, *storage.stacked)]
     del pools
     driver.runner.close()
@@ -281,5 +281,5 @@ def test_the_memory_plan_equals_what_is_allocated(driver: Driver, model: Any) ->
     storage = runner.storage
     assert runner.plan.weight_bytes == weight_bytes(model)
     assert runner.plan.row_bytes == sum(state.nbytes for state in storage.states.values())
-    pools = sum(pool.nbytes for pool in storage.pools.values())
-    assert runner.plan.page_bytes == pools + storage.table.nbytes
+    pools = sum(pool.nbytes for pool in storage.pages.pools.values())
+    assert runner.plan.page_bytes == pools + storage.pages.table.nbytes

@@ -266,11 +266,9 @@ def test_stale_entries_of_a_row_are_never_read() -> None:
     paged.open(20)
     long = paged.open(20)
     paged.release(long)  # row 1 still names its five pages
-    short, heir = (
-        paged.open(3),
-        paged.open(20),
-    )  # `short` takes row 1, and `heir` those pages, at the same places
-    assert set(paged.table.physical[1].tolist()) & set(paged.allocator.pages_of(heir))
+    # `short` takes row 1, and `heir` those pages, at the same places
+    short, heir = paged.open(3), paged.open(20)
+    assert set(paged.store.table.physical[1].tolist()) & set(paged.allocator.pages_of(heir))
     added = {short: 1, heir: 1}
     step = paged.step(added)
     assert_right(paged, step, added, step.attend())

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, mamba_forward
+from granite_paged.paging.allocator import PageAllocator
+from granite_paged.paging.store import PageStore
 from tests.helpers.mamba_layers import mamba_layer
+from tests.helpers.strategies import make_geometry
 from tests.helpers.tolerance import largest_error
 
 pytest.importorskip("triton")
@@ -430,3 +433,22 @@ def test_every_page_of_a_row_is_read_by_exactly_one_part(splits: int) -> None:
         named = table[row].tolist()
         assert whole == named[: length // page_size], (row, length)
         assert partial == named[length // page_size : -(-length // page_size)], (row, length)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_the_parts_of_a_split_mask_see_together_what_each_row_sees(splits: int) -> None:
+    allocator, lengths = PageAllocator(20, 4), [23, 1, 0, 8]
+    store = PageStore(make_geometry(page_size=4), 20, DEVICE, rows=4, width=6)
+    row_of = {allocator.open(): row for row in range(4)}
+    store.apply(allocator.append(dict(zip(row_of, lengths, strict=True))), row_of)
+    store.table.settle()
+    rows = torch.tensor([3, 0, 2], device=DEVICE)
+    newest = torch.tensor([lengths[row] - 1 for row in rows], dtype=torch.int32, device=DEVICE)
+    mask = pages.SplitMask(store, 3, splits).fill(rows, newest)
+    part = torch.arange(3 * splits, device=DEVICE)[:, None]
+    seen = mask.mask_mod(part, 0 * part, 0 * part, torch.arange(80, device=DEVICE)[None])
+    for place, length in enumerate([8, 23, 0]):
+        parts = slice(place * splits, (place + 1) * splits)
+        counts = mask.kv_num_blocks[parts] + mask.full_kv_num_blocks[parts]
+        assert int(seen[parts].sum()) == length, "a slot is seen twice, or by no part"
+        assert int(counts.sum()) == -(-length // 4)

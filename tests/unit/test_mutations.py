@@ -194,13 +194,14 @@ def test_a_missing_refusal_is_detected() -> None:
 class StaleInverse(PageTable):
     """Seen in torch PagedAttention.erase: chained advanced indexing writes to a copy."""
 
-    def forget(self, pages: Tensor) -> None:
-        self.logical[pages][:] = NOBODY
+    def forget(self, pages: Iterable[int]) -> None:
+        pass
 
 
 class WritesOneMap(PageTable):
-    def write(self, rows: Tensor, logical_pages: Tensor, physical_pages: Tensor) -> None:
-        self.physical[rows, logical_pages] = physical_pages.int()
+    def write(self, row: int, logical_page: int, physical_page: int) -> None:
+        super().write(row, logical_page, physical_page)
+        del self._places[physical_page]
 
 
 class LosesItsContentsInGrowing(PageTable):
@@ -269,17 +270,19 @@ def test_an_unbroken_pool_stays_valid() -> None:
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_broken_page_table_or_pool_is_detected(part: str, broken: type, monkeypatch) -> None:
-    monkeypatch.setattr(f"tests.helpers.strategies.{part}", broken)
+    monkeypatch.setattr(f"granite_paged.paging.store.{part}", broken)
     with pytest.raises(AssertionError):
         eventful().check_valid()
 
 
 def test_an_error_names_the_page_of_a_stale_inverse_map() -> None:
     paged = eventful()
-    free = next(page for page, place in enumerate(paged.table.logical) if page and place == NOBODY)
-    paged.table.logical[free] = 0
+    free = next(
+        page for page, place in enumerate(paged.store.table.logical) if page and place == NOBODY
+    )
+    paged.store.table.logical[free] = 0
     with pytest.raises(AssertionError, match=f"page {free}: the inverse map says 0"):
-        paged.table.check_valid(paged.allocator, paged.rows)
+        paged.store.table.check_valid(paged.allocator, paged.rows)
 
 
 # -- mask_mods ----------------------------------------------------------------------------------

@@ -8,12 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
-from granite_paged.paging.page_table import NOBODY, PageTable, PendingEntries
+from granite_paged.paging.page_table import NOBODY, PageTable
 from tests.helpers.strategies import CPU, Paged, make_geometry
 
 
 def index(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
+
+
+def written(table: PageTable, *entries: tuple[int, int, int]) -> PageTable:
+    """The table with these entries: row, logical page, physical page."""
+    for entry in entries:
+        table.write(*entry)
+    table.settle()
+    return table
 
 
 def test_every_entry_of_a_new_table_is_the_null_page() -> None:
@@ -24,8 +32,7 @@ def test_every_entry_of_a_new_table_is_the_null_page() -> None:
 
 
 def test_a_written_entry_appears_in_both_maps() -> None:
-    table = PageTable(2, 3, 6, CPU)
-    table.write(index(0, 1), index(2, 0), index(5, 3))
+    table = written(PageTable(2, 3, 6, CPU), (0, 2, 5), (1, 0, 3))
     assert table.physical.tolist() == [[0, 0, 5], [3, 0, 0]]
     assert table.logical.tolist() == [NOBODY, NOBODY, NOBODY, 0, NOBODY, 2]
 
@@ -33,17 +40,17 @@ def test_a_written_entry_appears_in_both_maps() -> None:
 def test_a_forgotten_page_leaves_the_inverse_map() -> None:
     """Seen in torch PagedAttention.erase: chained advanced indexing writes to a copy, and the
     inverse map outlives its owner."""
-    table = PageTable(1, 2, 4, CPU)
-    table.write(index(0, 0), index(0, 1), index(2, 3))
-    table.forget(index(2, 3))
+    table = written(PageTable(1, 2, 4, CPU), (0, 0, 2), (0, 1, 3))
+    table.forget([2, 3])
+    table.settle()
     assert table.logical.tolist() == [NOBODY] * 4
 
 
 @pytest.mark.parametrize("pages", [(), (2,)])
 def test_forgetting_some_pages_leaves_the_others(pages: tuple[int, ...]) -> None:
-    table = PageTable(1, 2, 4, CPU)
-    table.write(index(0, 0), index(0, 1), index(2, 3))
-    table.forget(index(*pages))
+    table = written(PageTable(1, 2, 4, CPU), (0, 0, 2), (0, 1, 3))
+    table.forget(pages)
+    table.settle()
     assert table.logical[3] == 1
 
 
@@ -51,8 +58,7 @@ def test_forgetting_some_pages_leaves_the_others(pages: tuple[int, ...]) -> None
     ("rows", "width", "pages"), [(4, 2, 5), (2, 7, 5), (2, 2, 50), (9, 9, 9), (1, 1, 1)]
 )
 def test_growing_a_table_keeps_its_entries(rows: int, width: int, pages: int) -> None:
-    table = PageTable(2, 2, 5, CPU)
-    table.write(index(0, 1, 1), index(1, 0, 1), index(4, 2, 3))
+    table = written(PageTable(2, 2, 5, CPU), (0, 1, 4), (1, 0, 2), (1, 1, 3))
     before, held = table.physical.clone(), table.logical.clone()
     table.fit(rows=rows, width=width, pages=pages)
     assert table.physical.shape >= (max(rows, 2), max(width, 2))
@@ -84,8 +90,7 @@ def test_a_long_decode_rarely_reallocates() -> None:
 
 @pytest.mark.parametrize("rows", [[1, 0], [0, 0, 1], [1], [], [1, 1, 1, 1]], ids=str)
 def test_select_rows_moves_whole_rows(rows: list[int]) -> None:
-    table = PageTable(2, 2, 5, CPU)
-    table.write(index(0, 0, 1), index(0, 1, 0), index(4, 2, 3))
+    table = written(PageTable(2, 2, 5, CPU), (0, 0, 4), (0, 1, 2), (1, 0, 3))
     before = table.physical.clone()
     table.select_rows(index(*rows))
     assert torch.equal(table.physical, before[rows])
@@ -99,16 +104,19 @@ def test_a_table_that_matches_the_allocator_is_valid() -> None:
     paged = Paged(make_geometry(page_size=4))
     paged.fork(paged.open(10))
     paged.open(3)
-    paged.table.check_valid(paged.allocator, paged.rows)
-    assert (paged.table.logical >= 0).sum() == paged.allocator.held
+    paged.store.table.check_valid(paged.allocator, paged.rows)
+    assert (paged.store.table.logical >= 0).sum() == paged.allocator.held
 
 
-def test_writing_past_the_table_is_refused() -> None:
+@pytest.mark.parametrize("entry", [(0, 2, 1), (2, 0, 1), (0, 0, 4)], ids=str)
+def test_writing_past_the_table_is_refused(entry: tuple[int, int, int]) -> None:
     """Seen in torch PagedAttention.assign: an unreserved position wraps around to another
     sequence's page."""
-    table = PageTable(1, 2, 4, CPU)
-    with pytest.raises(IndexError):
-        table.write(index(0), index(2), index(1))
+    table = PageTable(2, 2, 4, CPU)
+    with pytest.raises(IndexError, match="outside a table of 2 x 2 entries and 4 pages"):
+        table.write(*entry)
+    table.settle()
+    assert table.physical.tolist() == [[NULL_PAGE] * 2] * 2
 
 
 @pytest.mark.parametrize("rows", [1, 64])
@@ -129,40 +137,53 @@ def test_a_page_twice_in_a_row_is_refused() -> None:
         allocator.check_valid()
 
 
-# -- pending entries ----------------------------------------------------------------------------
+# -- pending changes ----------------------------------------------------------------------------
 
 
 @given(st.data())
-def test_pending_entries_equal_entries_written_one_by_one(data: st.DataObject) -> None:
+def test_changes_settled_at_once_equal_changes_settled_one_by_one(data: st.DataObject) -> None:
     rows, width, pages = 3, 4, 6
     at_once, one_by_one = (PageTable(rows, width, pages, CPU) for _ in range(2))
-    pending = PendingEntries()
     row, place, page = (st.integers(0, most - 1) for most in (rows, width, pages))
     for _ in range(data.draw(st.integers(0, 12))):
-        match data.draw(st.sampled_from(["write", "forget", "new row", "settle"])):
+        match data.draw(st.sampled_from(["write", "forget", "clear", "copy", "settle"])):
             case "write":
                 entry = data.draw(st.tuples(row, place, page))
-                pending.write(*entry)
-                one_by_one.write(*map(index, entry))
+                at_once.write(*entry)
+                one_by_one.write(*entry)
             case "forget":
                 freed = data.draw(st.lists(page, unique=True))
-                pending.forget(freed)
-                one_by_one.forget(index(*freed))
-            case "new row":
+                at_once.forget(freed)
+                one_by_one.forget(freed)
+            case "clear":
                 cleared = data.draw(row)
-                pending.drop_rows([cleared])
-                at_once.physical[cleared] = one_by_one.physical[cleared] = NULL_PAGE
+                at_once.clear_rows([cleared], index(cleared))
+                one_by_one.clear_rows([cleared], index(cleared))
+            case "copy":
+                source, target = data.draw(row), data.draw(row)
+                at_once.copy_row(source, index(target))
+                one_by_one.copy_row(source, index(target))
             case "settle":
-                at_once.settle(pending)
-                assert not pending
-    at_once.settle(pending)
+                at_once.settle()
+        one_by_one.settle()
+    at_once.settle()
     assert torch.equal(at_once.physical, one_by_one.physical)
     assert torch.equal(at_once.logical, one_by_one.logical)
 
 
-def test_entries_that_fail_stay_pending() -> None:
-    table, pending = PageTable(1, 1, 3, CPU), PendingEntries()
-    pending.write(0, 0, 7)
-    with pytest.raises(IndexError):
-        table.settle(pending)
-    assert pending
+def test_the_last_of_several_writes_to_an_entry_counts() -> None:
+    table = PageTable(1, 1, 4, CPU)
+    for page in (1, 3, 2):
+        table.write(0, 0, page)
+    table.forget([1, 3])
+    table.settle()
+    assert table.physical.tolist() == [[2]]
+    assert table.logical.tolist() == [NOBODY, NOBODY, 0, NOBODY]
+
+
+def test_selecting_rows_settles_first() -> None:
+    """A pending entry names its row by the number it has now."""
+    table = PageTable(2, 1, 4, CPU)
+    table.write(1, 0, 3)
+    table.select_rows(index(1, 0))
+    assert table.physical.tolist() == [[3], [NULL_PAGE]]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from granite_paged.paging.masks import split_block_mask, split_mask_mod
+from granite_paged.paging.store import PageStore
 
 
 @triton.jit
@@ -123,3 +127,47 @@ def split_pages(
         splits, page_size, table.shape[1], wide, W=min(256, triton.next_power_of_2(wide)),
         num_warps=1,
     )  # fmt: skip
+
+
+class SplitMask:
+    """The BlockMask of decode steps whose rows are split over several parts.
+
+    Its page lists stay at fixed addresses and are filled again at every step, so a CUDA graph can
+    capture both.
+
+    Args:
+        store: whose page table the mask reads.
+        batch: rows of a step (B).
+        splits: parts per row.
+    """
+
+    def __init__(self, store: PageStore, batch: int, splits: int) -> None:
+        self._store, self._splits = store, splits
+        wide = triton.cdiv(store.table.physical.shape[1], splits)
+        count = store.table.physical.new_zeros(batch * splits)
+        pages = store.table.physical.new_zeros(batch * splits, wide)
+        self._lists = count, pages, count.clone(), pages.clone()  # each aligned for the kernels
+
+    def fill(self, rows: Tensor, newest: Tensor) -> BlockMask:
+        """Write the lists of a step, and return its mask over all slots of a pool.
+
+        Args:
+            rows: [B] int64, rows of the page table.
+            newest: [B] int32, position of each row's query token; -1 for padding.
+
+        Returns:
+            A BlockMask for B * splits rows; see `split_mask_mod`.
+        """
+        table, geometry = self._store.table, self._store.geometry
+        page_size = geometry.page_size
+        split_pages(rows, newest, table.physical, self._lists, self._splits, page_size)
+        mask_mod = split_mask_mod(
+            table.physical, table.logical, rows, newest, page_size=page_size, splits=self._splits
+        )
+        return split_block_mask(
+            self._lists,
+            mask_mod,
+            page_size=page_size,
+            group=geometry.group,
+            slots=self._store.pages * page_size,
+        )
