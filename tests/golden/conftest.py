@@ -1,4 +1,4 @@
-"""Fixtures that compare with golden data, and the two rules that keep it honest."""
+"""Fixtures that compare with golden data, and the rule that each one must compare once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def golden_table(snapshot: SnapshotAssertion) -> SnapshotAssertion:
 
 @pytest.fixture
 def golden_claims(pytestconfig: pytest.Config) -> dict[Path, list[str]]:
-    """Which test compares with which file, of all tests of this folder."""
+    """The ids of the tests that compare with each golden file, for this whole folder."""
     claimed = pytestconfig.stash[_CLAIMS]
     if claimed is None:
         pytest.skip("only part of this folder was collected, so owners may be missing")
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
-    """A test that takes a golden fixture and compares nothing would keep its file for ever."""
+    """Fail a test that takes a golden fixture but compares nothing: it would keep a stale file."""
     result = yield
     for fixture in FIXTURES.keys() & pyfuncitem.funcargs.keys():
         assert pyfuncitem.funcargs[fixture].num_executions, f"nothing was compared with {fixture}"

@@ -1,4 +1,4 @@
-"""The folder of golden data as a whole: no orphan, no shared file, no weight."""
+"""The folder of golden data: no orphans, no shared files, and a small total size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.golden_extension import contested, orphans
 
 LARGEST = 1_000_000
-"""Bytes of all logits and tables: they are read in review and cloned with the code."""
+"""Limit on the bytes of all logits and tables: they are reviewed, and cloned with the code."""
 
 
 def test_every_golden_file_belongs_to_a_test(
@@ -17,7 +17,9 @@ def test_every_golden_file_belongs_to_a_test(
 ) -> None:
     left_behind = orphans(pytestconfig.rootpath, golden_claims)
 
-    assert not left_behind, f"no test claims {', '.join(left_behind)}: delete, or restore its test"
+    assert not left_behind, (
+        f"no test claims {', '.join(left_behind)}: delete it, or restore its test"
+    )
 
 
 def test_no_two_tests_share_a_golden_file(golden_claims: dict[Path, list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""Logits of every kind of model, by SDPA and paged, against the ones that SDPA gave once."""
+"""Logits of every kind of model, by SDPA and by paged attention, against recorded ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_left_padded_batch(name: str, golden_logits: SnapshotAssertion) -> None:
 def test_chunked_prefill_then_decode(name: str, golden_logits: SnapshotAssertion) -> None:
     golden = golden_model(name)
 
-    # the second row starts in the middle of the first chunk; both rows cross a page as they decode
+    # the second row starts in the middle of the first chunk; both rows cross a page in decode
     measured = three_way(golden, chunks_then_decode, tokens(golden.model, (40, 31), seed=3))
 
     assert golden_logits == measured

@@ -1,7 +1,7 @@
-"""KV memory of a ragged load, byte by byte: the gate that paging does not come to cost more.
+"""KV memory of a ragged load, to the byte: the gate that paging does not come to cost more.
 
-Lengths are drawn once and for all; the allocator decides the pages. A change here is a change of
-what users pay, in one direction or the other.
+Lengths are drawn with a fixed seed, and the allocator decides the pages. A difference means that
+users need more memory, or less.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from tests.helpers.golden_runner import decoded, make_driver, prefilled, recorde
 from tests.helpers.tolerance import LOGITS_FLOAT32, largest_error
 
 every_model = pytest.mark.parametrize("name", MODELS)
-forms = pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
+both_models = pytest.mark.parametrize("kernels", [False, True], ids=["plain", "kernels"])
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton is not interpreted here: tests/gpu runs the same"
@@ -18,15 +18,15 @@ pytestmark = pytest.mark.skipif(
 
 
 @every_model
-@forms
-def test_a_runners_prefill(name: str, kernels: bool) -> None:
+@both_models
+def test_runner_prefill_equals_golden_logits(name: str, kernels: bool) -> None:
     logits = prefilled(make_driver(name, "cpu", kernels=kernels), name)
     assert largest_error(logits, recorded("prefill", name)["prefill"][0, -1]) <= LOGITS_FLOAT32
 
 
 @every_model
-@forms
-def test_a_runners_chunks_and_steps(name: str, kernels: bool) -> None:
+@both_models
+def test_runner_decode_equals_golden_logits(name: str, kernels: bool) -> None:
     logits = decoded(make_driver(name, "cpu", kernels=kernels), name)
     expected = recorded("chunked_prefill_then_decode", name)["decode"]
     assert largest_error(logits, expected) <= LOGITS_FLOAT32

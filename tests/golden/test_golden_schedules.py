@@ -1,6 +1,6 @@
-"""Four fixed schedules, written so that a reviewer of a diff sees who ran when, and where.
+"""Four fixed schedules, written so that a diff shows which request ran when, and where.
 
-Any change here is a change of who is served first, in which chunks or at whose cost.
+A difference means that requests run in another order, in other chunks or in other rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from tests.helpers.simulated_runner import HashOracle
 
 
 class ScheduleRecorder(EngineHarness):
-    """An engine on paper that writes down every step. Pages of 4 tokens, states at 8."""
+    """An engine with a simulated runner that records every step.
+
+    Pages have 4 tokens, and states are kept at multiples of 8.
+    """
 
     def __init__(self, options: dict[str, Any] | None = None, **sizes: Any) -> None:
         super().__init__(HashOracle(), options, **sizes)
@@ -86,7 +89,7 @@ def _part(part: ScoreChunk) -> str:
     return f"{_name(part.job)} continuation {part.number} in {where}, {part.end - part.start}"
 
 
-def test_a_long_prompt_beside_running_requests(golden_table: SnapshotAssertion) -> None:
+def test_a_long_prompt_joins_running_requests(golden_table: SnapshotAssertion) -> None:
     recorder = ScheduleRecorder(pages=40, rows=3, chunk_tokens=16)
     recorder.ask([1, 2, 3], 9)
     recorder.ask([4] * 5, 6)
@@ -96,7 +99,7 @@ def test_a_long_prompt_beside_running_requests(golden_table: SnapshotAssertion) 
     assert golden_table == recorder.text()
 
 
-def test_a_burst_that_begins_alike(golden_table: SnapshotAssertion) -> None:
+def test_a_burst_shares_its_prefix(golden_table: SnapshotAssertion) -> None:
     recorder = ScheduleRecorder(pages=60, rows=4, chunk_tokens=32)
     beginning = list(range(20))
     for tail in ([70, 71], [72], [73] * 9):
@@ -108,7 +111,7 @@ def test_a_burst_that_begins_alike(golden_table: SnapshotAssertion) -> None:
     assert golden_table == recorder.text()
 
 
-def test_pages_run_out(golden_table: SnapshotAssertion) -> None:
+def test_preemption_when_pages_run_out(golden_table: SnapshotAssertion) -> None:
     recorder = ScheduleRecorder({"preemption": "swap", "state_bytes": 0}, pages=10, rows=3)
     recorder.ask([1] * 9, 12)
     recorder.ask([2] * 6, 9, priority=1)

@@ -1,7 +1,7 @@
-"""Histories of pages, written so that a reviewer of a diff sees who held what when.
+"""Histories of pages, written so that a diff shows which sequence held which page when.
 
-Any change here is a change of which page goes where. It may be meant (another order of reuse), but
-then it is said in the commit that rewrites these tables.
+A difference means that pages go elsewhere. If that is intended (another order of reuse, say), the
+commit that rewrites these tables says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class AllocatorRecorder:
-    """Runs an allocator and its page table side by side and writes down every operation."""
+    """Runs an allocator with its page table, and records every operation."""
 
     def __init__(self, pages: int, page_size: int) -> None:
         self.allocator = PageAllocator(pages, page_size)
@@ -45,7 +45,7 @@ class AllocatorRecorder:
         self._step("open", self._open)
 
     def append(self, **growth: int) -> None:
-        """append(s0=5, s2=1): sequence 0 grows by 5 tokens, sequence 2 by one."""
+        """Grow sequences: `append(s0=5, s2=1)` adds 5 tokens to sequence 0, 1 to sequence 2."""
         tokens = {int(name.removeprefix("s")): count for name, count in growth.items()}
         what = ", ".join(f"sequence {s} by {count}" for s, count in tokens.items())
         self._step(f"append to {what}", lambda: self._append(tokens))
@@ -113,7 +113,7 @@ def _row(sequence: int, row: int, allocator: PageAllocator, table: PageTable) ->
 
 
 def _pages(allocator: PageAllocator, table: PageTable) -> Iterable[str]:
-    """The inverse map and the reference counts, one column a page."""
+    """Show the inverse map and the reference counts, one column per page."""
     logical = table.logical.tolist()
     holders = [allocator.references(page) for page in range(len(logical))]
     yield f"page          {_columns(range(len(logical)))}"
@@ -177,7 +177,7 @@ def test_a_fork_at_a_page_boundary_copies_nothing(golden_table: SnapshotAssertio
     assert golden_table == recorder.text()
 
 
-def test_released_pages_are_issued_again_last_first(golden_table: SnapshotAssertion) -> None:
+def test_released_pages_are_reused_last_first(golden_table: SnapshotAssertion) -> None:
     recorder = AllocatorRecorder(pages=9, page_size=2)
 
     for tokens in (4, 3, 5):
@@ -222,7 +222,7 @@ def test_random_schedule(seed: int, golden_table: SnapshotAssertion) -> None:
 def _random_operation(recorder: AllocatorRecorder, draw: random.Random) -> Callable[[], None]:
     if not recorder.rows:
         return recorder.open
-    # random() alone is promised to give the same numbers in every version of Python
+    # of all methods, only random() gives the same numbers in every version of Python
     chance, sequence = draw.random(), recorder.rows[int(draw.random() * len(recorder.rows))]
     if chance < 0.6:
         return partial(recorder.append, **{f"s{sequence}": 1 + int(draw.random() * 7)})
@@ -235,7 +235,7 @@ def _random_operation(recorder: AllocatorRecorder, draw: random.Random) -> Calla
 
 
 class CacheRecorder:
-    """Runs a `PagedCache` without a model and writes down what the layers would get."""
+    """Runs a `PagedCache` without a model, and records what the layers would receive."""
 
     def __init__(self, page_size: int, max_tokens: int) -> None:
         config = GraniteMoeHybridConfig(**{**SIZES, **FLAVOURS["dense"]})
@@ -251,7 +251,7 @@ class CacheRecorder:
         ]
 
     def step(self, what: str, mask: Tensor, columns: int) -> None:
-        """`mask` is of all columns so far."""
+        """Run a step. The mask covers all columns so far."""
         step = self.cache.begin_step(len(mask), columns, mask.long())
         self.cache.end_step()
         self._write(what, [*self._slots(step, columns), *self._tables(), *_blocks(step)])
@@ -296,7 +296,7 @@ def _blocks(step: CacheStep) -> Iterable[str]:
 
 
 def _runs(slots: list[int]) -> str:
-    """0 0 8 9 10 -> 'padding x2, 8..10'"""
+    """Abbreviate runs: 0 0 8 9 10 -> 'padding x2, 8..10'."""
     runs: list[list[int]] = []
     for slot in slots:
         if runs and slot == runs[-1][-1] + bool(slot):
@@ -313,7 +313,7 @@ def _run(slots: list[int]) -> str:
 
 
 def _ragged(*lengths: int, width: int) -> Tensor:
-    """Left-padded mask [B, width]."""
+    """Return a left-padded mask, [B, width]."""
     return torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
 
 
@@ -343,7 +343,7 @@ def test_prefill_of_several_query_blocks(golden_table: SnapshotAssertion) -> Non
     assert golden_table == recorder.text()
 
 
-def test_beams_share_pages_and_copy_the_last(golden_table: SnapshotAssertion) -> None:
+def test_beams_share_all_pages_but_the_last(golden_table: SnapshotAssertion) -> None:
     recorder = CacheRecorder(page_size=4, max_tokens=64)
     mask = _ragged(6, 5, 9, width=9)
 
