@@ -218,7 +218,7 @@ WRONG: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_field_is_named_with_its_file(
+def test_an_error_names_the_file_and_field(
     wrong: str, evaluation: Evaluation, tmp_path: Path
 ) -> None:
     place, value, problem = WRONG[wrong]
