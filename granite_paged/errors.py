@@ -137,6 +137,29 @@ class RequestCancelled(RequestError):
         super().__init__(f"request {request} was cancelled")
 
 
+class EngineBusy(RequestError):
+    """A callback called a method that runs a step of the engine that called it."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        super().__init__(
+            f"{method}() was called while a step of this engine runs: "
+            "call it after the callback returned"
+        )
+
+
+class TokenizerFailed(RequestError):
+    """The tokenizer raised when it decoded the request's tokens; see `__cause__`."""
+
+    def __init__(self, request: int, cause: Exception) -> None:
+        self.request = request
+        self.__cause__ = cause
+        super().__init__(
+            f"the tokenizer raised {_described(cause)} on tokens of request {request}: "
+            "the request was ended"
+        )
+
+
 class CallbackFailed(RequestError):
     """The request's own callback raised; see `__cause__`."""
 

@@ -145,14 +145,17 @@ class BeamKeeper:
             self._scheduler.requeue(job)
 
 
-def beam_params(params: SamplingParams, width: int, stops: int) -> SamplingParams:
+def beam_params(params: SamplingParams, width: int, stops: int, vocabulary: int) -> SamplingParams:
     """Return what each of `width` beams asks for, if there are `stops` stop tokens.
 
     Raises:
-        InvalidSampling: if there are no beams, or `params` asks for what a search does not do.
+        InvalidSampling: if `width` is below 1 or above the vocabulary, or if `params` asks for
+            what a search does not do.
     """
     if width < 1:
         raise InvalidSampling(f"beams must be at least 1, got {width}")
+    if width > vocabulary:
+        raise InvalidSampling(f"beams must be at most {vocabulary}, one per token, got {width}")
     honoured = ("max_new_tokens", "stop_tokens", "priority")
     kept = {name: getattr(params, name) for name in honoured}
     if SamplingParams(**kept) != params:

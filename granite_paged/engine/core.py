@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from granite_paged.device import allocated_bytes
 from granite_paged.engine.beams import BeamKeeper, BeamRequest, beam_params
@@ -29,7 +29,7 @@ from granite_paged.engine.request import OnToken, Output, Request, SamplingParam
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.step import StepPlan
-from granite_paged.errors import GranitePagedError, require
+from granite_paged.errors import EngineBusy, GranitePagedError, require
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
@@ -83,6 +83,8 @@ class EngineCore:
         self._pending: list[PendingResult] = []
         self._open: dict[Request | Scoring, None] = {}
         self._searches: set[BeamRequest] = set()
+        self._cancelled: list[tuple[Request | Scoring, GranitePagedError]] = []
+        self._phase: Literal["", "step", "deliver"] = ""
         self._numbers = 0
         self._stalled = 0
         self._seconds = self._schedule_seconds = 0.0
@@ -93,6 +95,11 @@ class EngineCore:
         prefix = self._prefix
         kept = prefix.budget if prefix.stateful else 0
         return replace(self._runner.plan, prefix_bytes=kept)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step runs, or delivers its outputs."""
+        return bool(self._phase)
 
     @property
     def idle(self) -> bool:
@@ -153,7 +160,7 @@ class EngineCore:
     ) -> BeamRequest:
         """Let a beam search wait. Raises InvalidSampling, RequestTooLarge, QueueFull."""
         stops = self._stops(params)
-        params = beam_params(params, width, len(stops))
+        params = beam_params(params, width, len(stops), self._runner.vocabulary)
         longest = self._check_fits(len(prompt) + params.max_new_tokens - 1)
         request = BeamRequest(
             self._numbers, prompt, params, stops, width=width, length_penalty=length_penalty
@@ -163,6 +170,14 @@ class EngineCore:
         request.jobs, request.scores = [beam], {beam: 0.0}
         self._searches.add(self._opened(request, outputs=width))
         return request
+
+    def check_idle(self, method: str, *, may_deliver: bool = False) -> None:
+        """Raise EngineBusy if `method` was called by code that a step runs.
+
+        may_deliver: whether callbacks may call it, when the state of the step is complete.
+        """
+        if self._phase == "step" or (self._phase and not may_deliver):
+            raise EngineBusy(method)
 
     def step(self) -> bool:
         """Run one step and deliver the one before. Return whether there was anything to do.
@@ -179,10 +194,12 @@ class EngineCore:
         return busy
 
     def end(self, request: Request | Scoring, error: GranitePagedError) -> None:
-        """End a request as it is, unless it is finished."""
+        """End a request as it is, unless it is finished. In the middle of a step: with the next."""
+        if self._phase == "step":
+            self._cancelled.append((request, error))
+            return
         if not request.finished:
-            for job in request.jobs:
-                self._outputs.end(job, "cancelled", error)
+            self._outputs.end(request, "cancelled", error)
         self._close_request(request)
 
     # -- looking --------------------------------------------------------------------------------
@@ -257,7 +274,9 @@ class EngineCore:
         return request
 
     def _step(self) -> bool:
+        self._end_cancelled()
         try:
+            self._phase = "step"
             step = self._plan()
             landing, self._pending = self._pending, self._executor.launch(step)
             for result in landing:
@@ -267,7 +286,18 @@ class EngineCore:
             self._pending = []
             self._scheduler.restart([job for request in self._open for job in request.jobs])
             raise
-        return self._outputs.deliver() or bool(step or landing)
+        finally:
+            self._phase = ""
+        self._phase = "deliver"
+        try:
+            return self._outputs.deliver() or bool(step or landing)
+        finally:
+            self._phase = ""
+
+    def _end_cancelled(self) -> None:
+        cancelled, self._cancelled = self._cancelled, []
+        for request, error in cancelled:
+            self.end(request, error)
 
     def _plan(self) -> StepPlan:
         started = time.perf_counter()

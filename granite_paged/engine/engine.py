@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -112,7 +112,7 @@ class Engine:
         self._core = EngineCore(self.runner, tokenizer, limits, state_bytes, stop_tokens)
         self._encoder = PromptEncoder(tokenizer, self.runner.vocabulary)
         self._lock = threading.RLock()
-        self._closed = False
+        self._closed = self._is_shut = False
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class Engine:
         params = matched(params, len(listed))
         submits = [partial(self.submit, *pair) for pair in zip(listed, params, strict=True)]
         outputs: list[Output] = []
-        for number, asked in enumerate(run(self, submits, "generate", progress)):
+        for number, asked in enumerate(self._run(submits, "generate", progress)):
             if isinstance(asked, Request):
                 outputs += asked.outputs
             else:
@@ -165,7 +165,7 @@ class Engine:
             GranitePagedError: the first refusal or failure, after the others are done.
         """
         submits = [partial(self.submit_scoring, *item) for item in items]
-        done = [_sound(asked) for asked in run(self, submits, "score", progress)]
+        done = [_sound(asked) for asked in self._run(submits, "score", progress)]
         return [[score for score in asked.scores if score is not None] for asked in done]
 
     def search(
@@ -196,7 +196,7 @@ class Engine:
             partial(self.submit_search, p, params, beams=beams, length_penalty=length_penalty)
             for p in as_prompts(prompts)
         ]
-        return [_sound(asked).outputs for asked in run(self, submits, "search", progress)]
+        return [_sound(asked).outputs for asked in self._run(submits, "search", progress)]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
@@ -287,30 +287,38 @@ class Engine:
 
     def step(self) -> bool:
         """Run one step and deliver the one before. Return whether there was anything to do."""
-        with self._lock, torch.inference_mode(), on_device(self.runner.device):
-            return self._core.step()
+        with self._lock:
+            self._core.check_idle("step")
+            try:
+                with torch.inference_mode(), on_device(self.runner.device):
+                    return self._core.step()
+            finally:
+                if self._closed:  # by a callback
+                    self._shut_down()
 
     def cancel(self, request: Request | Scoring) -> None:
-        """End a request where it is, unless it is finished. Its outputs keep what they have."""
+        """End a request, unless it is finished. Its outputs keep what they have.
+
+        In the middle of a step, the request ends with the next one.
+        """
         with self._lock:
             self._core.end(request, RequestCancelled(request.number))
 
     def forget_prefixes(self) -> None:
         """Drop the pages and states that are kept for prompts with a common beginning."""
         with self._lock:
+            self._core.check_idle("forget_prefixes", may_deliver=True)
             self._core.forget_prefixes()
 
     def close(self) -> None:
-        """End every request and give the memory back. Closing twice does nothing."""
+        """End every request and give the memory back. Closing twice does nothing.
+
+        From a callback, the engine closes when the step is over.
+        """
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            for request in self._core.open:
-                error = EngineClosed("the engine was closed while the request ran")
-                self._core.end(request, error)
-            self._core.close()
-            self.runner.close()
+            if not self._core.stepping:  # else the step that runs closes it at its end
+                self._shut_down()
 
     def __enter__(self) -> Engine:
         return self
@@ -353,9 +361,27 @@ class Engine:
 
     # -- details --------------------------------------------------------------------------------
 
+    def _run(
+        self, submits: Sequence[Callable[[], _Asked]], method: str, progress: Progress
+    ) -> list[_Asked | GranitePagedError]:
+        with self._lock:
+            self._core.check_idle(method)
+        return run(self, submits, method, progress)
+
+    def _shut_down(self) -> None:
+        """Close, unless it is done already."""
+        if not self._is_shut:
+            self._is_shut = True
+            for request in self._core.open:
+                error = EngineClosed("the engine was closed while the request ran")
+                self._core.end(request, error)
+            self._core.close()
+            self.runner.close()
+
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:
         with self._lock:
+            self._core.check_idle("submit", may_deliver=True)
             if self._closed:
                 raise EngineClosed("the engine is closed: make another one")
             yield

@@ -11,6 +11,7 @@ or ended since is dropped: it is one step late.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from granite_paged.engine.job import BeamJob, Job, SampleJob, ScoringJob, State
 from granite_paged.engine.request import Finish, Output, Request, Score, Scoring, TokenLogprob
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import ScoreChunk
-from granite_paged.errors import CallbackFailed, NonFiniteRequest
+from granite_paged.errors import CallbackFailed, NonFiniteRequest, TokenizerFailed
 
 
 class Arrival(NamedTuple):
@@ -66,7 +67,7 @@ class OutputProcessor:
                 if numbers["bad"][at]:
                     self._fail_nonfinite(job)
                 elif isinstance(job, BeamJob):
-                    self._read_beam(job, numbers, at)
+                    self._scheduler.guarded(job, self._read_beam, job, numbers, at)
                 else:
                     self._read_token(job, numbers, at)
         if result.scored:
@@ -134,33 +135,45 @@ class OutputProcessor:
         """
         busy = bool(self._arrivals or self._scheduler.failures)
         while self._arrivals:
-            arrival = self._arrivals.popleft()
+            arrival = self._arrivals[0]
             if isinstance(arrival, BeamRequest):
                 if not arrival.finished:
-                    self._deliver_search(arrival)
-            elif _output(arrival.job).finish is None:
-                self._deliver_token(*arrival)
+                    self._deliver_search(arrival)  # an interrupt delivers it again
+                self._arrivals.popleft()
+            else:
+                self._arrivals.popleft()
+                if _output(arrival.job).finish is None:
+                    self._deliver_token(*arrival)
         failures = self._scheduler.failures
         while failures:
             job, error = failures.pop(0)
-            self.end(job, "error", error)
+            if isinstance(job, SampleJob) and not isinstance(job, BeamJob):
+                self._end_sample(job, "error", error)
+            else:
+                self.end(job.request, "error", error)
         return busy
 
-    def end(self, job: Job, finish: Finish, error: Exception | None = None) -> None:
-        """End a job, and say why in the outputs that depend on it."""
-        self._scheduler.finish(job)
-        request = job.request
-        self.ended.append(request)
+    def end(self, request: Request | Scoring, finish: Finish, error: Exception) -> None:
+        """End what is not finished of a request."""
+        for job in request.jobs:
+            self._scheduler.finish(job)
         if isinstance(request, Scoring):
             request.error = request.error or error
         elif isinstance(request, BeamRequest):
-            for beam in request.jobs:
-                self._scheduler.finish(beam)
             for output in request.outputs:
                 _finish(output, finish, error)
-        elif isinstance(job, SampleJob):
-            self._texts.pop(job, None)
-            _finish(_output(job), finish, error)
+        else:
+            for sample in request.jobs:
+                self._end_sample(sample, finish, error)
+        self.ended.append(request)
+
+    def _end_sample(self, job: SampleJob, finish: Finish, error: Exception | None = None) -> None:
+        self._scheduler.finish(job)
+        output = _output(job)
+        if output.finish is None:
+            self._complete_text(job, output)
+            _finish(output, finish, error)
+            self.ended.append(job.request)
 
     def _deliver_token(
         self, job: SampleJob, token: int, logprob: TokenLogprob | None, finish: Finish | None
@@ -171,12 +184,14 @@ class OutputProcessor:
             output.logprobs.append(logprob)
         try:
             piece = self._text(job, output, token, last=finish is not None)
-            if finish is None and job in self._texts and self._texts[job].stopped:
+            if job in self._texts and self._texts[job].stopped:
                 finish = "stop"
             self._call_back(job, output, token, piece)
-        finally:  # interrupted too, for the job is done
+        except Exception as error:
+            self._end_sample(job, "error", TokenizerFailed(job.request.number, error))
+        finally:  # an interrupt, too, leaves a job that is done
             if finish:
-                self.end(job, finish)
+                self._end_sample(job, finish)
 
     def _text(self, job: SampleJob, output: Output, token: int, *, last: bool) -> str:
         """Return what the token adds to the text. Without a reader, the last token decodes all."""
@@ -185,7 +200,7 @@ class OutputProcessor:
             return ""
         if request.on_token is None and not request.params.stop_strings:
             if last:
-                output.text = self._whole_text(output)
+                output.text = self._whole_text(output.tokens)
             return ""
         if job not in self._texts:
             self._texts[job] = Detokenizer(self._tokenizer, request.params.stop_strings)
@@ -200,19 +215,35 @@ class OutputProcessor:
         try:
             job.request.on_token(output, token, piece)
         except Exception as error:
-            self.end(job, "error", CallbackFailed(job.request.number, error))
+            self._end_sample(job, "error", CallbackFailed(job.request.number, error))
 
     def _deliver_search(self, request: BeamRequest) -> None:
-        for output, (score, tokens) in zip(request.outputs, request.answers, strict=True):
-            output.tokens, output.score = tokens, score
-            output.text = self._whole_text(output)
+        try:
+            texts = [self._whole_text(tokens) for _, tokens in request.answers]
+        except Exception as error:
+            self.end(request, "error", TokenizerFailed(request.number, error))
+            return
+        for output, text, (score, tokens) in zip(
+            request.outputs, texts, request.answers, strict=True
+        ):
+            output.tokens, output.text, output.score = tokens, text, score
             output.finish = "stop" if tokens[-1] in request.stop_tokens else "length"
         self.ended.append(request)
 
-    def _whole_text(self, output: Output) -> str:
-        if self._tokenizer is None:
+    def _complete_text(self, job: SampleJob, output: Output) -> None:
+        """Decode what an early end left undecoded."""
+        text = self._texts.pop(job, None)
+        with contextlib.suppress(Exception):  # what ends the job is more important
+            if text is not None:
+                text.finish()
+                output.text = text.text
+            elif not output.text:
+                output.text = self._whole_text(output.tokens)
+
+    def _whole_text(self, tokens: list[int]) -> str:
+        if self._tokenizer is None or not tokens:
             return ""
-        return str(self._tokenizer.decode(output.tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _output(job: SampleJob) -> Output:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from granite_paged.engine.request import SamplingParams, check_tokens
-from granite_paged.errors import InvalidSampling, TokenizerError
+from granite_paged.errors import InvalidSampling, PromptError, TokenizerError
 
 Prompt = str | Sequence[int]
 """A text, for an engine with a tokenizer, or token ids."""
@@ -26,14 +26,18 @@ class PromptEncoder:
             TokenizerError: for a text, without a tokenizer.
             PromptError: if there are no tokens, or one is outside the vocabulary.
         """
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise TokenizerError(f"a {what} that is text needs Engine(tokenizer=...)")
-            special = what != "continuation"
-            tokens: Sequence[int] = self._tokenizer(prompt, add_special_tokens=special)["input_ids"]
-        else:
-            tokens = prompt
+        tokens = self._encoded(prompt, what) if isinstance(prompt, str) else prompt
         return check_tokens(tokens, self._vocabulary, what)
+
+    def _encoded(self, text: str, what: str) -> Sequence[int]:
+        if self._tokenizer is None:
+            raise TokenizerError(f"a {what} that is text needs Engine(tokenizer=...)")
+        special = what != "continuation"
+        try:
+            tokens: Sequence[int] = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        except Exception as error:
+            raise PromptError(f"the tokenizer cannot encode the {what}: {error!r}") from error
+        return tokens
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -235,14 +235,16 @@ class Scheduler:
     def _decodes(self) -> list[SampleJob]:
         """Return the decoding jobs with draws to go, each with a slot for the token it is fed."""
         jobs = [job for job in self.running.decoding if job.drawn < job.limit]
-        full = [job for job in jobs if job.placed.stored == job.placed.reserved]
+        places = [job.placed for job in jobs]
+        full = [job for job, at in zip(jobs, places, strict=True) if at.stored == at.reserved]
         if full:
             while full and not self._grow(full):
                 self.running.preempt(newest(self.running.jobs()))
                 full = [job for job in full if job.state is State.DECODE]
             jobs = [job for job in jobs if job.state is State.DECODE]
-        for job in jobs:
-            job.placed.stored += 1
+            places = [job.placed for job in jobs]
+        for job, place in zip(jobs, places, strict=True):
+            place.stored += 1
             job.drawn += 1
         return jobs
 

@@ -1,0 +1,302 @@
+"""User code that raises, re-enters or interrupts concerns its own request only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from granite_paged.engine.engine import Engine
+from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
+from granite_paged.errors import (
+    CallbackFailed,
+    EngineBusy,
+    EngineClosed,
+    GranitePagedError,
+    InvalidSampling,
+    PromptError,
+    RequestCancelled,
+    TokenizerFailed,
+)
+from tests.helpers.engine_harness import EngineHarness, expected_tokens
+from tests.helpers.simulated_runner import HashOracle
+
+NEW = 6
+PARAMS = SamplingParams(max_new_tokens=NEW, stop_tokens=())
+PROMPTS = [[1, 2, 3], [4, 5], [6]]
+
+
+class Words:
+    """A tokenizer whose word for token 7 is "w7"; it raises for `broken` tokens and for "BAD"."""
+
+    def __init__(self, *broken: int) -> None:
+        self.broken = set(broken)
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        if "BAD" in text:
+            raise UnicodeError("cannot encode")
+        return {"input_ids": [int(word.removeprefix("w")) for word in text.split()]}
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
+        if self.broken & set(tokens):
+            raise IndexError("piece id is out of range")
+        return " ".join(f"w{token}" for token in tokens)
+
+
+def make_engine(tokenizer: Any = None, **sizes: Any) -> EngineHarness:
+    return EngineHarness(HashOracle(), {"tokenizer": tokenizer or Words()}, **sizes)
+
+
+def expected(prompt: Sequence[int], params: SamplingParams = PARAMS) -> list[int]:
+    return expected_tokens(HashOracle(), prompt, params)
+
+
+def text_of(tokens: Sequence[int]) -> str:
+    return Words().decode(tokens, skip_special_tokens=True)
+
+
+def ignore(output: Output, token: int, text: str) -> None:
+    """A callback that does nothing."""
+
+
+# -- tokenizers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_token", [None, ignore])
+def test_a_tokenizer_that_cannot_decode_ends_its_own_request_only(on_token: Any) -> None:
+    (bad, *_), good = expected(PROMPTS[0]), expected(PROMPTS[1])
+    assert bad not in good
+    harness = make_engine(Words(bad))
+    failing = harness.engine.submit(PROMPTS[0], PARAMS, on_token=on_token)
+    other = harness.engine.submit(PROMPTS[1], PARAMS, on_token=on_token)
+    harness.drain()
+    (output,) = failing.outputs
+    assert isinstance(output.error, TokenizerFailed)
+    assert isinstance(output.error.__cause__, IndexError)
+    assert len(output.tokens) <= NEW
+    assert other.outputs[0].text == text_of(good)
+
+
+def test_a_tokenizer_that_cannot_decode_ends_its_own_search_only() -> None:
+    (bad, *_), good = expected(PROMPTS[0]), expected(PROMPTS[1])
+    harness = make_engine(Words(bad))
+    failing = harness.engine.submit_search(PROMPTS[0], SamplingParams(max_new_tokens=1), beams=2)
+    other = harness.engine.submit(PROMPTS[1], PARAMS)
+    harness.drain()
+    assert {type(output.error) for output in failing.outputs} == {TokenizerFailed}
+    assert other.outputs[0].tokens == good
+
+
+def test_a_tokenizer_that_cannot_encode_refuses_that_prompt_only() -> None:
+    engine = make_engine().engine
+    refused, good = engine.generate(["BAD w1", "w4 w5"], PARAMS)
+    assert isinstance(refused.error, PromptError)
+    assert good.tokens == expected(PROMPTS[1])
+
+
+def test_a_search_with_more_beams_than_tokens_is_refused() -> None:
+    harness = make_engine()
+    with pytest.raises(InvalidSampling, match="beams must be at most 97"):
+        harness.engine.submit_search([1], PARAMS, beams=98)
+    assert harness.engine.idle
+
+
+# -- re-entry -----------------------------------------------------------------------------------
+
+REENTRY: dict[str, Callable[[Engine], object]] = {
+    "step": lambda engine: engine.step(),
+    "generate": lambda engine: engine.generate([[9]], PARAMS),
+    "score": lambda engine: engine.score([([9], [[8]])]),
+    "search": lambda engine: engine.search([[9]], SamplingParams(max_new_tokens=2)),
+}
+
+
+@pytest.mark.parametrize("method", REENTRY)
+def test_a_callback_that_steps_the_engine_is_refused_by_name(method: str) -> None:
+    harness = make_engine()
+
+    def reenter(output: Output, token: int, text: str) -> None:
+        if len(output.tokens) == 2:
+            REENTRY[method](harness.engine)
+
+    failing = harness.engine.submit(PROMPTS[0], PARAMS, on_token=reenter)
+    others = [harness.engine.submit(prompt, PARAMS, on_token=ignore) for prompt in PROMPTS[1:]]
+    harness.drain()
+    error = failing.outputs[0].error
+    assert isinstance(error, CallbackFailed)
+    assert isinstance(error.__cause__, EngineBusy)
+    assert str(error.__cause__).startswith(f"{method}()")
+    for prompt, request in zip(PROMPTS[1:], others, strict=True):
+        assert request.outputs[0].tokens == expected(prompt)
+
+
+def test_a_callback_may_submit_look_and_cancel() -> None:
+    harness = make_engine(rows=2)
+    victim = harness.engine.submit(PROMPTS[1], SamplingParams(max_new_tokens=40, stop_tokens=()))
+    added: list[Request] = []
+
+    def work(output: Output, token: int, text: str) -> None:
+        harness.engine.check_valid()
+        assert harness.engine.stats().running
+        if not added:
+            added.append(harness.engine.submit(PROMPTS[2], PARAMS))
+            harness.engine.cancel(victim)
+
+    asked = harness.engine.submit(PROMPTS[0], PARAMS, on_token=work)
+    harness.drain()
+    assert asked.outputs[0].tokens == expected(PROMPTS[0])
+    assert added[0].outputs[0].tokens == expected(PROMPTS[2])
+    assert victim.outputs[0].finish == "cancelled"
+
+
+def test_a_callback_that_closes_the_engine_closes_it_after_the_step() -> None:
+    harness = make_engine()
+    engine = harness.engine
+    asked = engine.submit(PROMPTS[0], PARAMS, on_token=lambda *_: engine.close())
+    other = engine.submit(PROMPTS[1], PARAMS)
+    while engine.step():
+        pass
+    assert len(asked.outputs[0].tokens) == 1
+    assert isinstance(asked.outputs[0].error, EngineClosed)
+    assert isinstance(other.outputs[0].error, EngineClosed)
+    assert harness.runner.closed
+    assert engine.inspect().allocator.held == 0
+
+
+@pytest.mark.parametrize("call", ["decode", "prefill", "write_pages"])
+def test_a_cancel_in_the_middle_of_a_step_waits_for_the_next(call: str) -> None:
+    """The garbage collector may close an abandoned stream anywhere."""
+    harness = make_engine()
+    victim = harness.engine.submit(PROMPTS[0], PARAMS)
+    others = [harness.engine.submit(prompt, PARAMS) for prompt in PROMPTS[1:]]
+    harness.runner.fault = lambda made, rows: (
+        harness.engine.cancel(victim) if made == call else None
+    )
+    harness.drain()
+    assert victim.outputs[0].finish == "cancelled"
+    for prompt, request in zip(PROMPTS[1:], others, strict=True):
+        assert request.outputs[0].tokens == expected(prompt)
+
+
+# -- interrupts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.parametrize("where", ["middle", "last", "stop"])
+def test_an_interrupt_in_a_callback_changes_no_answer(
+    interrupt: type[BaseException], where: str
+) -> None:
+    whole = expected(PROMPTS[0])
+    stops = (whole[3],) if where == "stop" else ()
+    params = SamplingParams(max_new_tokens=NEW, stop_tokens=stops)
+    answer = expected(PROMPTS[0], params)
+    at = {"middle": 2, "last": NEW, "stop": len(answer)}[where]
+    harness = make_engine()
+
+    def interrupted(output: Output, token: int, text: str) -> None:
+        if len(output.tokens) == at:
+            raise interrupt
+
+    asked = harness.engine.submit(PROMPTS[0], params, on_token=interrupted)
+    other = harness.engine.submit(PROMPTS[1], PARAMS, on_token=ignore)
+    with pytest.raises(interrupt):
+        harness.drain()
+    harness.drain()
+    assert asked.outputs[0].tokens == answer
+    assert asked.outputs[0].finish == ("stop" if where == "stop" else "length")
+    assert asked.outputs[0].text == text_of(answer)
+    assert other.outputs[0].tokens == expected(PROMPTS[1])
+    assert harness.engine.stats().restarted == 0
+
+
+# -- early ends ---------------------------------------------------------------------------------
+
+ENDS: dict[str, tuple[Callable[[Engine, Request | Scoring], None], type[GranitePagedError]]] = {
+    "close": (lambda engine, request: engine.close(), EngineClosed),
+    "cancel": (lambda engine, request: engine.cancel(request), RequestCancelled),
+}
+
+
+def opened(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Collect the requests that the engine submits."""
+    requests: list[Request] = []
+    submit = engine.submit
+
+    def noted(*args: Any, **kwargs: Any) -> Request:
+        requests.append(submit(*args, **kwargs))
+        return requests[-1]
+
+    monkeypatch.setattr(engine, "submit", noted)
+    return requests
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_stream_that_another_caller_ends_raises(how: str, monkeypatch: Any) -> None:
+    engine = make_engine().engine
+    requests = opened(engine, monkeypatch)
+    end, error = ENDS[how]
+    stream = engine.stream(PROMPTS[0], PARAMS)
+    for _ in range(3):
+        next(stream)
+    end(engine, requests[0])
+    with pytest.raises(error):
+        next(stream)
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_an_asynchronous_stream_that_another_caller_ends_raises(how: str, monkeypatch: Any) -> None:
+    engine = make_engine().engine
+    requests = opened(engine, monkeypatch)
+    end, error = ENDS[how]
+
+    async def consume() -> None:
+        async for token in engine.astream(PROMPTS[0], PARAMS):
+            seen.append(token)
+            if len(seen) == 3:
+                end(engine, requests[0])
+
+    seen: list[Any] = []
+    with pytest.raises(error):
+        asyncio.run(consume())
+    assert len(seen) == 3
+
+
+def test_a_search_that_another_caller_ends_raises() -> None:
+    harness = make_engine()
+    steps = 0
+
+    def close(made: str, rows: Sequence[int]) -> None:
+        nonlocal steps
+        steps += made == "decode"
+        if steps == 3:
+            harness.engine.close()
+
+    harness.runner.fault = close
+    with pytest.raises(EngineClosed):
+        harness.engine.search([PROMPTS[0]], SamplingParams(max_new_tokens=20), beams=2)
+
+
+@pytest.mark.parametrize("on_token", [None, ignore])
+def test_a_cancelled_request_has_the_text_of_its_tokens(on_token: Any) -> None:
+    harness = make_engine()
+    asked = harness.engine.submit(
+        PROMPTS[0], SamplingParams(max_new_tokens=NEW, stop_tokens=()), on_token=on_token
+    )
+    for _ in range(4):
+        harness.engine.step()
+    harness.engine.cancel(asked)
+    (output,) = asked.outputs
+    assert output.tokens
+    assert output.text == text_of(output.tokens)
+
+
+def test_a_stop_string_that_the_last_token_completes_is_a_stop() -> None:
+    engine = make_engine().engine
+    answer = expected(PROMPTS[0])
+    params = SamplingParams(max_new_tokens=NEW, stop_tokens=(), stop_strings=(f"w{answer[-1]}",))
+    assert answer.index(answer[-1]) == NEW - 1
+    (output,) = engine.generate([PROMPTS[0]], params)
+    assert output.finish == "stop"
+    assert output.text == text_of(answer[:-1]) + " "
