@@ -11,6 +11,8 @@ import transformers
 
 from granite_paged import __version__
 
+_MAMBA_KERNELS = ("mamba_ssm", "causal_conv1d")
+
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a result depends on.
@@ -19,7 +21,7 @@ def versions() -> dict[str, str]:
     mamba_ssm and causal_conv1d where they are installed; `paged` never uses them.
     """
     optional = {}
-    for name in ("triton", "mamba_ssm", "causal_conv1d"):
+    for name in ("triton", *_MAMBA_KERNELS):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             optional[name] = importlib.metadata.version(name)
     return {
@@ -29,3 +31,14 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **optional,
     }
+
+
+def mamba_note() -> str:
+    """Return a warning if transformers' modes run Mamba layers on its slow reference code."""
+    missing = [name for name in _MAMBA_KERNELS if name not in versions()]
+    if not missing:
+        return ""
+    return (
+        f"note: {' and '.join(missing)} not installed, so transformers' modes run Mamba layers on "
+        "its reference code, which is correct but slow"
+    )

@@ -9,6 +9,7 @@ in it decides. Matrix products have the same names in every kind of layer, so by
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -117,6 +118,8 @@ def profile_step(
     trace = folder / f"{name}.trace.json"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if clock.gpu else [])]
     snapshot = folder / f"{name}.memory.pickle" if memory else None
+    if not clock.gpu:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # kineto would report a missing GPU
     with _memory_history(snapshot), layer_ranges(model):
         for _ in range(_WARM_UP):  # the hooks make compiled code compile again
             _play(prepared, clock)

@@ -25,7 +25,7 @@ from granite_paged.cli.options import (
 )
 from granite_paged.cli.profiling import profile_first_shapes
 from granite_paged.cli.serve import serve
-from granite_paged.names import CASE_NAMES, MODES
+from granite_paged.names import BASELINES, CASE_NAMES, MODES
 from granite_paged.report.formatting import ratio, significant
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def bench(
     from granite_paged.bench.measure import QUICK, Repeats
     from granite_paged.bench.session import Session, make_plan
     from granite_paged.bench.session import run as run_plan
+    from granite_paged.environment import mamba_note
     from granite_paged.report.bench_results import updated
 
     earlier = _earlier(json_file) if update else None
@@ -152,14 +153,21 @@ def bench(
         updated(earlier, session.result([]))  # refuses results of another model before the work
     rows: list[Row] = []
     try:
-        with progress() as report_progress:
-            rows.extend(run_plan(session, plan, report_progress))
-    finally:  # an interrupted run keeps its rows
-        _write_rows(session, rows, earlier, json_file, markdown_file)
+        try:
+            with progress() as report_progress:
+                rows.extend(run_plan(session, plan, report_progress))
+        finally:  # an interrupted run keeps its rows
+            _write_rows(session, rows, earlier, json_file, markdown_file)
+    except KeyboardInterrupt:
+        if rows and json_file:
+            click.echo(f"rows kept in {json_file}: {len(rows)}", err=True)
+        raise
     console = report_console(json_file)
     console.print(*_row_tables(session, rows), sep="")
     for failure in _failures(rows):
         console.print(failure, soft_wrap=True, markup=False)
+    if any(row.latency_ms for row in rows if row.mode in BASELINES) and (note := mamba_note()):
+        console.print(note, soft_wrap=True)
     if profile_dir is not None:
         profile_first_shapes(session, plan, profile_dir)
     return OK

@@ -48,6 +48,7 @@ def gate(choice: ModelChoice, records: Path, json_file: str | None) -> int:
     choice.require_gpu("gate")
     from granite_paged.bench import gate as gates
     from granite_paged.bench.session import Session
+    from granite_paged.environment import mamba_note
     from granite_paged.report.published import read_published
 
     published = read_published(records)
@@ -57,6 +58,8 @@ def gate(choice: ModelChoice, records: Path, json_file: str | None) -> int:
         report = gates.gate(session, against, progress=report_progress)
     console = report_console(json_file)
     console.print(_table(report))
+    if note := mamba_note():
+        console.print(note, soft_wrap=True)
     if against.record is None:
         console.print(gates.how_to_record(records, session), soft_wrap=True)
     if json_file:

@@ -129,6 +129,7 @@ def serve(
     """  # noqa: D301
     from granite_paged.bench.serving import compare
     from granite_paged.engine.engine import Engine
+    from granite_paged.environment import mamba_note
 
     workload = Workload(**params)
     loaded = choice.load()
@@ -150,7 +151,10 @@ def serve(
             limit=batched_requests,
             progress=report_progress,
         )
-    report_console(json_file).print(_table(report, loaded.name))
+    console = report_console(json_file)
+    console.print(_table(report, loaded.name))
+    if (note := mamba_note()) and report.baselines:
+        console.print(note, soft_wrap=True)
     if json_file:
         write_json(json_file, {"workload": dataclasses.asdict(workload), **report.to_json()})
     return OK
@@ -193,6 +197,6 @@ def _caption(report: ServingReport) -> str:
         f"{report.preempted} preempted",
     ]
     for name, baseline in report.baselines.items():
-        same = f"same tokens {baseline.tokens_equal:.0%} of {baseline.served.requests}"
-        parts.append(f"{baseline.speedup:.1f} x {name}, {same}")
+        same = f"same tokens in {baseline.tokens_equal:.0%} of {baseline.served.requests} requests"
+        parts.append(f"{baseline.speedup:.1f} x the tokens/s of {name}, {same}")
     return "; ".join(parts)
