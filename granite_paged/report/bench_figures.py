@@ -5,6 +5,7 @@ A colour is a mode. The original study's curves are grey.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from granite_paged.report.plotting import (
     add_title,
     load_pyplot,
     measured_ticks,
-    plain_log_ticks,
+    plain_log_scale,
     save,
     style_axes,
 )
@@ -68,31 +69,17 @@ def draw_all(
 # -- prefill against batch or context -----------------------------------------------------------
 
 
-def _prefill_time(case: str) -> Draw:
-    def draw(results: Sequence[Result], published: Sequence[Published]) -> Any:
-        lines = _lines(results, case, case, _ms_per_prompt, floor=_floor_ms_per_prompt)
-        study = _study_lines(published, case, lambda row: row.ms_per_query)
-        figure, axes = _curves(results, case, lines, study, "Prefill time", "ms per prompt")
-        if axes is not None:
-            axes.set_yscale("log")
-            plain_log_ticks(axes.yaxis)
-        return figure
-
-    return draw
+def _time(results: Sequence[Result], published: Sequence[Published], case: str) -> Any:
+    lines = _lines(results, case, case, _ms_per_prompt, floor=_floor_ms_per_prompt)
+    study = _study_lines(published, case, lambda row: row.ms_per_query)
+    return _curves(results, case, lines, study, ("Prefill time", "ms per prompt", "log"))
 
 
-def _prefill_memory(case: str) -> Draw:
-    def draw(results: Sequence[Result], published: Sequence[Published]) -> Any:
-        lines = _lines(results, case, case, _peak_gb)
-        study = _study_lines(published, case, lambda row: row.peak_gb)
-        figure, axes = _curves(
-            results, case, lines, study, "Peak memory of prefill", "peak GPU memory, GB"
-        )
-        if axes is not None:
-            axes.set_ylim(bottom=0)
-        return figure
-
-    return draw
+def _memory(results: Sequence[Result], published: Sequence[Published], case: str) -> Any:
+    lines = _lines(results, case, case, _peak_gb)
+    study = _study_lines(published, case, lambda row: row.peak_gb)
+    labels = ("Peak memory of prefill", "peak GPU memory, GB", "linear")
+    return _curves(results, case, lines, study, labels)
 
 
 def _curves(
@@ -100,18 +87,25 @@ def _curves(
     case: str,
     lines: Sequence[Line],
     study: Sequence[Line],
-    title: str,
-    unit: str,
-) -> tuple[Any, Any]:
-    """Draw one panel; return (None, None) if only the study's lines would be on it."""
+    labels: tuple[str, str, str],
+) -> Any:
+    """Draw one panel; return None if only the study's lines would be on it.
+
+    labels: title, name of the y axis, and its scale.
+    """
     if not lines:
-        return None, None
+        return None
+    title, unit, scale = labels
     figure, axes = load_pyplot().subplots(figsize=(9, 4.5), layout="constrained")
     _plot(axes, [*study, *lines])
     style_axes(axes, _AXES[case], unit)
+    if scale == "log":
+        plain_log_scale(axes, "y")
+    else:
+        axes.set_ylim(bottom=0)
     add_title(figure, f"{title}{_fixed(results, case)}", _subject(results))
     add_legend(figure, [axes], loc="outside right center")
-    return figure, axes
+    return figure
 
 
 def _fixed(results: Sequence[Result], case: str) -> str:
@@ -151,8 +145,7 @@ def _decode(results: Sequence[Result], published: Sequence[Published]) -> Any:
         kept = [replace(r, rows=found) for r, found in zip(results, rows, strict=True)]
         _plot(axes, _lines(kept, "decode", "batch", _ms, floor=lambda row: row.floor_ms))
         style_axes(axes, "batch size", "ms per step" if context == contexts[0] else "")
-        axes.set_yscale("log")
-        plain_log_ticks(axes.yaxis)
+        plain_log_scale(axes, "y")
         axes.set_title(f"context {context:,} tokens", fontsize=10)
     add_title(figure, "Time of one decode step", _subject(results))
     add_legend(figure, panels[0], loc="outside lower center", ncol=4)
@@ -189,10 +182,10 @@ def _shape(row: Row) -> str:
 
 
 _FIGURES: dict[str, Draw] = {
-    "latency-batch": _prefill_time("batch"),
-    "latency-context": _prefill_time("context"),
-    "memory-batch": _prefill_memory("batch"),
-    "memory-context": _prefill_memory("context"),
+    "latency-batch": functools.partial(_time, case="batch"),
+    "latency-context": functools.partial(_time, case="context"),
+    "memory-batch": functools.partial(_memory, case="batch"),
+    "memory-context": functools.partial(_memory, case="context"),
     "decode": _decode,
     "kernel": _kernel,
 }
@@ -238,17 +231,13 @@ def _split(
 def _study_lines(
     published: Sequence[Published], case: str, value: Callable[[PublishedRow], float]
 ) -> list[Line]:
-    axis = case
-    return [
-        line
-        for study in published
-        for mode, style in _STUDY_STYLES.items()
-        for line in _line(
-            f"original study: {mode},\n{study.model}, {study.device}",
-            [(getattr(r, axis), value(r)) for r in study.rows if (r.case, r.mode) == (case, mode)],
-            style,
-        )
-    ]
+    lines: list[Line] = []
+    for study in published:
+        for mode, style in _STUDY_STYLES.items():
+            rows = [row for row in study.rows if (row.case, row.mode) == (case, mode)]
+            label = f"original study: {mode},\n{study.model}, {study.device}"
+            lines += _line(label, [(getattr(row, case), value(row)) for row in rows], style)
+    return lines
 
 
 def _line(

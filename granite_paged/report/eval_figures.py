@@ -14,7 +14,7 @@ from granite_paged.report.plotting import (
     add_legend,
     add_title,
     load_pyplot,
-    plain_log_ticks,
+    plain_log_scale,
     save,
     style_axes,
 )
@@ -79,7 +79,6 @@ def _latency(entries: Sequence[Entry]) -> Any:
     The questions of a batch share one time, so batches have no distribution of questions.
     """
     figure, axes = _panels(entries, "Latency per question")
-    axes.set_xscale("log")
     for y, entry, mode, metrics in _bars(entries):
         times, colour = [time for time in metrics.latency_ms if time], _colour(mode)
         if len(times) > 1 and entry.run.batch == 1:
@@ -99,7 +98,7 @@ def _latency(entries: Sequence[Entry]) -> Any:
     style_axes(
         axes, "ms per question (batches: mean time of a batch / its questions)", "", grid="x"
     )
-    plain_log_ticks(axes.xaxis)
+    plain_log_scale(axes, "x")
     add_legend(figure, [axes], loc="outside lower center", ncol=3)
     return figure
 

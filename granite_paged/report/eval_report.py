@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from granite_paged.errors import CannotWrite
 from granite_paged.report import bench_figures, eval_figures
@@ -17,12 +18,13 @@ from granite_paged.report.eval_results import (
     Difference,
     Entry,
     Evaluation,
+    ModeMetrics,
     entries,
 )
 from granite_paged.report.formatting import gigabytes
 from granite_paged.report.markdown import image_links, put_between, table, write_text
 from granite_paged.report.plotting import check_matplotlib
-from granite_paged.report.published import Published, original_study
+from granite_paged.report.published import PublishedTask, original_study
 
 _MOST_SHOWN = 20  # differing questions in a table; results.json has all of them
 
@@ -73,11 +75,11 @@ def update_page(
 
 
 def result_tables(evaluations: Sequence[Evaluation], bench: Sequence[Result] = ()) -> list[str]:
-    """Return what was measured where, the results, and the original study's where comparable."""
+    """Return the parts of a page: where it was measured, tables, how to read them, and commands."""
     found = entries(evaluations)
     commands = dict.fromkeys(run.command for run in evaluations if run.command)
-    parts = [_places(evaluations), *_shell(commands), _metrics(found), _chance(found)]
-    parts += [_agreement(found), *_study(found), *study_tables(bench)]
+    parts = [_places(evaluations), _metrics(found), _chance(found), _agreement(found), _LEGEND]
+    parts += [*_study(found), *study_tables(bench), *_shell(commands)]
     return [part.rstrip("\n") for part in parts if part]
 
 
@@ -114,8 +116,6 @@ def _page(
         *_differences(entries(evaluations)),
         "## Figures",
         *(f"![{path.stem}]({path.name})" for path in figures),
-        "## How to read it",
-        _LEGEND,
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -132,48 +132,76 @@ def _places(evaluations: Sequence[Evaluation]) -> str:
 
 def _shell(commands: Iterable[str]) -> list[str]:
     lines = "\n".join(commands)
-    return ["Commands:", f"```sh\n{lines}\n```"] if lines else []
+    return ["The commands:", f"```sh\n{lines}\n```"] if lines else []
 
 
 # -- tables -------------------------------------------------------------------------------------
 
-_METRICS = (
-    *("task", "mode", "questions", "accuracy", "mean, ms per question", "p50, ms", "p99, ms"),
-    *("questions per second", "input tokens per second", "peak GB", "prefix hits", "tokens saved"),
-)
-_AGREEMENT = (
-    *("task", "mode", "same choice as default", "other choice", "near-ties among them"),
-    *("largest log-likelihood difference", "SDPA's own error of a gap", "latency / default"),
-)
-_DIFFERENCES = (
-    *("task", "question", "default's choice", "log-probability of both"),
-    *("the other mode's", "log-probability of both", "gap", "SDPA's error here", "near-tie"),
-)
+_METRICS: dict[str, Callable[[ModeMetrics], str]] = {
+    "questions": lambda m: f"{m.questions:,}" + (f" ({m.refused:,} refused)" if m.refused else ""),
+    "accuracy": lambda m: f"{m.accuracy:.4f} ± {m.stderr or 0:.4f}",
+    "mean, ms per question": lambda m: f"{m.latency_mean_ms:,.1f}",
+    "p50, ms": lambda m: f"{m.latency_p50_ms:,.1f}",
+    "p99, ms": lambda m: f"{m.latency_p99_ms:,.1f}",
+    "questions per second": lambda m: f"{m.questions_per_second:,.1f}",
+    "input tokens per second": lambda m: f"{m.tokens_per_second:,.0f}",
+    "peak GB": lambda m: gigabytes(m.peak_bytes),
+    "prefix hits": lambda m: f"{m.hit_rate:.1%}",
+    "tokens saved": lambda m: f"{m.saved_tokens:,}",
+}
+_AGREEMENT: dict[str, Callable[[Agreement], str]] = {
+    "same choice as default": lambda a: f"{a.same:,} of {a.questions:,}",
+    "other choice": lambda a: str(len(a.differing)),
+    "near-ties among them": lambda a: str(a.near_ties),
+    "largest log-likelihood difference": lambda a: f"{a.largest_difference:.2g}",
+    "SDPA's own error of a gap": lambda a: (
+        "-" if a.sdpa_error is None else f"{a.sdpa_error:.3g} (against {a.reference})"
+    ),
+    "latency / default": lambda a: f"{a.latency_ratio:.3f}",
+}
+_DIFFERENCE: dict[str, Callable[[Difference], str]] = {
+    "question": lambda d: d.key,
+    "default's choice": lambda d: str(d.default_choice),
+    "other choice": lambda d: str(d.other_choice),
+    "default's log-probability of both": lambda d: _pair(d.default_logprobs),
+    "other log-probability of both": lambda d: _pair(d.other_logprobs),
+    "gap": lambda d: f"{d.gap:.4f}",
+    "SDPA's error here": lambda d: "-" if d.sdpa_error is None else f"{d.sdpa_error:.4f}",
+    "near-tie": lambda d: "yes" if d.near_tie else "**no**",
+}
+
+
+def _table(columns: dict[str, Callable[[Any], str]], found: Iterable[tuple[str, str, Any]]) -> str:
+    """Return a table with a row for each (task, mode, value); empty without rows."""
+    rows = [(label, mode, *(show(x) for show in columns.values())) for label, mode, x in found]
+    return table(("task", "mode", *columns), rows, left=2) if rows else ""
 
 
 def _metrics(found: Sequence[Entry]) -> str:
-    return table(
-        _METRICS, (_metrics_row(e, mode) for e in found for mode in e.result.modes), left=2
-    )
+    rows = ((entry.label, mode, m) for entry in found for mode, m in entry.result.modes.items())
+    return _table(_METRICS, rows)
 
 
-def _metrics_row(entry: Entry, mode: str) -> tuple[str, ...]:
-    metrics = entry.result.modes[mode]
-    refused = f" ({metrics.refused:,} refused)" if metrics.refused else ""
-    return (
-        entry.label,
-        mode,
-        f"{metrics.questions:,}{refused}",
-        f"{metrics.accuracy:.4f} ± {metrics.stderr or 0:.4f}",
-        f"{metrics.latency_mean_ms:,.1f}",
-        f"{metrics.latency_p50_ms:,.1f}",
-        f"{metrics.latency_p99_ms:,.1f}",
-        f"{metrics.questions_per_second:,.1f}",
-        f"{metrics.tokens_per_second:,.0f}",
-        gigabytes(metrics.peak_bytes),
-        f"{metrics.hit_rate:.1%}",
-        f"{metrics.saved_tokens:,}",
-    )
+def _agreement(found: Sequence[Entry]) -> str:
+    return _table(_AGREEMENT, _agreements(found))
+
+
+def _differences(found: Sequence[Entry]) -> list[str]:
+    rows = [(label, mode, d) for label, mode, other in _agreements(found) for d in other.differing]
+    if not rows:
+        return ["Every mode makes the same choices as `default`."]
+    parts = ["### Questions answered differently", _table(_DIFFERENCE, rows[:_MOST_SHOWN])]
+    if len(rows) > _MOST_SHOWN:
+        parts.append(f"The first {_MOST_SHOWN} of {len(rows):,}; `results.json` has all of them.")
+    return parts
+
+
+def _agreements(found: Sequence[Entry]) -> list[tuple[str, str, Agreement]]:
+    return [(e.label, mode, other) for e in found for mode, other in e.result.agreement.items()]
+
+
+def _pair(logprobs: Sequence[float]) -> str:
+    return " / ".join(f"{logprob:.4f}" for logprob in logprobs)
 
 
 def _chance(found: Sequence[Entry]) -> str:
@@ -189,105 +217,41 @@ def _chance(found: Sequence[Entry]) -> str:
     )
 
 
-def _agreement(found: Sequence[Entry]) -> str:
-    rows = [
-        _agreement_row(entry, mode, agreement)
-        for entry in found
-        for mode, agreement in entry.result.agreement.items()
-    ]
-    return table(_AGREEMENT, rows, left=2) if rows else ""
-
-
-def _agreement_row(entry: Entry, mode: str, found: Agreement) -> tuple[str, ...]:
-    error = "-"
-    if found.sdpa_error is not None:
-        error = f"{found.sdpa_error:.3g} (against {found.reference})"
-    return (
-        entry.label,
-        mode,
-        f"{found.same:,} of {found.questions:,}",
-        str(len(found.differing)),
-        str(found.near_ties),
-        f"{found.largest_difference:.2g}",
-        error,
-        f"{found.latency_ratio:.3f}",
-    )
-
-
-def _differences(found: Sequence[Entry]) -> list[str]:
-    rows = [
-        (entry.label, mode, difference)
-        for entry in found
-        for mode, agreement in entry.result.agreement.items()
-        for difference in agreement.differing
-    ]
-    if not rows:
-        return ["Every mode makes the same choices as `default`."]
-    shown = table(_DIFFERENCES, (_difference_row(*row) for row in rows[:_MOST_SHOWN]), left=2)
-    more = f"The first {_MOST_SHOWN} of {len(rows):,}; `results.json` has all of them."
-    title = "### Questions answered differently"
-    return [title, shown, *([more] if len(rows) > _MOST_SHOWN else [])]
-
-
-def _difference_row(label: str, mode: str, found: Difference) -> tuple[str, ...]:
-    return (
-        label,
-        found.key,
-        str(found.default_choice),
-        " / ".join(f"{logprob:.4f}" for logprob in found.default_logprobs),
-        f"{found.other_choice} ({mode})",
-        " / ".join(f"{logprob:.4f}" for logprob in found.other_logprobs),
-        f"{found.gap:.4f}",
-        "-" if found.sdpa_error is None else f"{found.sdpa_error:.4f}",
-        "yes" if found.near_tie else "**no**",
-    )
+# -- the original study -------------------------------------------------------------------------
 
 
 def _study(found: Sequence[Entry]) -> list[str]:
     """Return the original study's results and ours, for tasks that both asked one by one."""
     study = original_study()
-    ours = [
-        e for e in found if e.run.batch == 1 and any(_same_task(e, t.task) for t in study.tasks)
-    ]
-    asked = [row for row in study.tasks if any(_same_task(entry, row.task) for entry in ours)]
-    if not ours:
+    alone = [entry for entry in found if entry.run.batch == 1]
+    asked = [row for row in study.tasks if any(e.name.startswith(row.task) for e in alone)]
+    if not asked:
         return []
-    theirs = [
-        (
-            row.task,
-            row.mode,
-            f"original study, {study.model}, {study.device}",
-            f"{row.accuracy:.4f}",
-            f"{row.ms_per_query:,.0f}",
-            f"{row.peak_gb:.2f}",
-        )
-        for row in asked
-    ]
+    where = f"original study, {study.model}, {study.device}"
+    rows = [_studied(row, where) for row in asked]
+    for entry in alone:
+        if entry.name.startswith(tuple(row.task for row in asked)):
+            rows += [_ours(entry, mode, metrics) for mode, metrics in entry.result.modes.items()]
     head = ("task", "mode", "measured on", "accuracy", "ms per question", "peak GB")
-    rows = [*theirs, *(_beside_study(entry, mode) for entry in ours for mode in entry.result.modes)]
-    return [_study_note(study), table(head, rows, left=3)]
-
-
-def _same_task(entry: Entry, name: str) -> bool:
-    return entry.name.startswith(name)
-
-
-def _beside_study(entry: Entry, mode: str) -> tuple[str, ...]:
-    metrics, run = entry.result.modes[mode], entry.run
-    by_chance = " (chance)" if run.random_weights else ""
-    return (
-        entry.label,
-        mode,
-        f"{run.model}, {run.device}",
-        f"{metrics.accuracy:.4f}{by_chance}",
-        f"{metrics.latency_mean_ms:,.1f}",
-        gigabytes(metrics.peak_bytes),
-    )
-
-
-def _study_note(study: Published) -> str:
-    return (
+    note = (
         f"The original study ({study.source}) asked its questions one by one, so only such runs "
         "are listed with it. It had another model, with trained weights, and another GPU: random "
         "weights cannot match its accuracy, and times compare two systems, not two modes."
+    )
+    return [note, table(head, rows, left=3)]
+
+
+def _studied(row: PublishedTask, where: str) -> tuple[str, ...]:
+    times = (f"{row.accuracy:.4f}", f"{row.ms_per_query:,.0f}", f"{row.peak_gb:.2f}")
+    return (row.task, row.mode, where, *times)
+
+
+def _ours(entry: Entry, mode: str, metrics: ModeMetrics) -> tuple[str, ...]:
+    return (
+        entry.label,
+        mode,
+        f"{entry.run.model}, {entry.run.device}",
+        f"{metrics.accuracy:.4f}{' (chance)' if entry.run.random_weights else ''}",
+        f"{metrics.latency_mean_ms:,.1f}",
+        gigabytes(metrics.peak_bytes),
     )

@@ -74,9 +74,11 @@ def measured_ticks(axis: Any, sizes: Sequence[float]) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def plain_log_ticks(axis: Any) -> None:
-    """Write 1, 2, 5, 10, ... on a logarithmic axis instead of powers of ten."""
+def plain_log_scale(axes: Any, name: str) -> None:
+    """Make the axis `x` or `y` logarithmic, with ticks 1, 2, 5, 10, ... in plain digits."""
     ticker = importlib.import_module("matplotlib.ticker")
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
     axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(ticker.NullFormatter())
