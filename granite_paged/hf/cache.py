@@ -123,8 +123,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         GeometryError: for sizes that cannot be paged, or that do not fit into memory.
     """
 
-    allocator: PageAllocator
-    store: PageStore
+    is_compileable = False  # `generate()` must neither build masks nor compile around this cache
+    is_croppable = False
     checked_for: tuple[Any, torch.dtype | None] = (None, None)
     _rows: list[int]  # row -> sequence of the allocator
     _columns: PaddedBatch
@@ -144,10 +144,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             model_config, page_size=self.config.page_size, dtype=dtype
         )
         self.device = device
-        self._compiled = (
-            attention_backend(self.config.backend, device, dtype, self.geometry.head_dim)
-            == "compiled"
-        )
+        backend = attention_backend(self.config.backend, device, dtype, self.geometry.head_dim)
+        self._compiled = backend == "compiled"
         self._page_limit = _page_limit(self.geometry, self.config, device)
         pages = self._page_limit if self.config.max_tokens else 2
         self.allocator = PageAllocator(pages, self.config.page_size)
@@ -300,19 +298,9 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return len(self._rows) or -1
 
     @property
-    def is_compileable(self) -> bool:
-        """False: `generate()` must neither build masks for this cache nor compile around it."""
-        return False
-
-    @property
     def is_initialized(self) -> bool:
         """Whether the cache has rows."""
         return bool(self._rows)
-
-    @property
-    def is_croppable(self) -> bool:
-        """False; see `crop`."""
-        return False
 
     def __repr__(self) -> str:
         return (
@@ -334,8 +322,8 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     def check_valid(self) -> None:
         """Prove that allocator, page table and pools agree. Raises BrokenInvariant."""
-        known = sorted(self._rows)
-        require(known == sorted(self.allocator.sequences), "a sequence without a row")
+        ours = sorted(self._rows) == sorted(self.allocator.sequences)
+        require(ours, "a sequence without a row")
         self.store.check_valid(self.allocator, self._rows)
 
     # -- details --------------------------------------------------------------------------------
@@ -355,55 +343,26 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             raise OutOfRows(needed=needed, rows=self.config.max_sequences)
 
     def _plan_step(self, new: PaddedStep) -> CacheStep:
-        batch, page_size, table = len(self._rows), self.config.page_size, self.store.table
-        host_positions = new.positions([self.allocator.length(s) for s in self._rows])
-        added = (host_positions != PADDING).sum(dim=1).tolist()
+        positions = new.positions([self.allocator.length(s) for s in self._rows])
+        added = (positions != PADDING).sum(dim=1).tolist()
         growth = dict(zip(self._rows, added, strict=True))
         self._make_room(growth)
         row_of = {sequence: row for row, sequence in enumerate(self._rows)}
         self.store.apply(self.allocator.append(growth), row_of)
-        table.settle()
-        (flat,) = to_device(self.device, host_positions.flatten())
-        positions = flat.view(host_positions.shape)
-        physical = table.physical[: bucket(batch) if self._compiled else batch]
-        rows, width = physical.shape
-        visible = None
-        if new.hidden_by is not None:
-            visible = self._columns.visible(new.hidden_by, (rows, width * page_size))
-        return CacheStep(
-            columns=new,
-            slots=table.slots(positions, page_size).flatten(),
-            block_mask=paged_block_mask(
-                physical,
-                table.logical,
-                self._bucketed(positions.int(), rows),
-                page_size=page_size,
-                group=self.geometry.group,
-                visible=visible,
-            ),
-            rows=torch.arange(batch, device=self.device),
-            since_start=new.since_start(batch, self.device),
-        )
-
-    def _bucketed(self, positions: Tensor, rows: int) -> Tensor:
-        """Pad positions [B, S] to a shape for which a kernel may have been compiled already."""
-        batch, columns = positions.shape
-        more = bucket(columns, steps=2) - columns if self._compiled else 0
-        return torch.nn.functional.pad(positions, (0, more, 0, rows - batch), value=PADDING)
+        self.store.table.settle()
+        return _make_step(self.store, self._columns, new, positions, compiled=self._compiled)
 
     def _make_room(self, growth: dict[int, int]) -> None:
         allocator = self.allocator
         needed = allocator.pages_needed(growth)
         width = max(self.geometry.pages_for(allocator.length(s) + n) for s, n in growth.items())
-        missing = needed - allocator.free
-        if missing <= 0:
-            self._fit(pages=allocator.pages, width=width)
-            return
-        room = self._page_limit - allocator.pages
-        if missing > room:
-            raise OutOfPages(needed=needed, free=allocator.free + room, advice=self._advice())
-        ample = int(_GROWTH * allocator.pages) if self._columns.count else 0
-        pages = min(max(allocator.pages + missing, ample), self._page_limit)
+        missing, pages = needed - allocator.free, allocator.pages
+        if missing > 0:
+            room = self._page_limit - pages
+            if missing > room:
+                raise OutOfPages(needed=needed, free=allocator.free + room, advice=self._advice())
+            ample = int(_GROWTH * pages) if self._columns.count else 0
+            pages = min(max(pages + missing, ample), self._page_limit)
         self._fit(pages=pages, width=width)
 
     def _advice(self) -> str:
@@ -430,12 +389,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         held = len(self._rows)
         if rows == list(range(held)):
             return
-        wrong = [row for row in rows if not 0 <= row < held]
-        if wrong or not rows:
-            raise InvalidRequest(
-                f"{f'row {wrong[0]}' if wrong else 'no row'} cannot be kept: "
-                f"name some of the {held} rows by 0 to {held - 1}, or reset() the cache"
-            )
+        _check_selection(rows, held)
         self._check_rows(len(rows))
         selected: list[int] = []
         kept: set[int] = set()
@@ -455,6 +409,55 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 def _not_patched() -> NotPatched:
     return NotPatched(
         "a PagedCache works on a patched model only: use `with paged(model): ...` or patch(model)"
+    )
+
+
+def _check_selection(rows: Sequence[int], held: int) -> None:
+    wrong = [row for row in rows if not 0 <= row < held]
+    if wrong or not rows:
+        raise InvalidRequest(
+            f"{f'row {wrong[0]}' if wrong else 'no row'} cannot be kept: "
+            f"name some of the {held} rows by 0 to {held - 1}, or reset() the cache"
+        )
+
+
+def _make_step(
+    store: PageStore,
+    record: PaddedBatch,
+    new: PaddedStep,
+    host_positions: Tensor,
+    *,
+    compiled: bool,
+) -> CacheStep:
+    """Make the tensors of a step whose pages are in the page table.
+
+    Args:
+        store: page table and pools.
+        record: of the columns before the step.
+        new: the step's columns.
+        host_positions: [B, S] int64, of its tokens.
+        compiled: pad to shapes for which a kernel may have been compiled already.
+    """
+    (batch, columns), table, page_size = host_positions.shape, store.table, store.geometry.page_size
+    (flat,) = to_device(table.physical.device, host_positions.flatten())
+    positions = flat.view(batch, columns)
+    rows, more = (bucket(batch), bucket(columns, steps=2) - columns) if compiled else (batch, 0)
+    physical, visible = table.physical[:rows], None
+    if new.hidden_by is not None:
+        visible = record.visible(new.hidden_by, (rows, physical.shape[1] * page_size))
+    return CacheStep(
+        columns=new,
+        slots=table.slots(positions, page_size).flatten(),
+        block_mask=paged_block_mask(
+            physical,
+            table.logical,
+            torch.nn.functional.pad(positions.int(), (0, more, 0, rows - batch), value=PADDING),
+            page_size=page_size,
+            group=store.geometry.group,
+            visible=visible,
+        ),
+        rows=torch.arange(batch, device=positions.device),
+        since_start=new.since_start(batch, positions.device),
     )
 
 
