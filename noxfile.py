@@ -20,13 +20,10 @@ WORKERS = os.environ.get("PYTEST_WORKERS", "auto")
 DEEP_STEPS = "1000000"
 
 PROSE = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "golden/README.md",
-    "docs",
-    "examples",
-    "noxfile.py",
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "golden/README.md", "docs", "examples"),
+    *(f"granite_paged/{folder}" for folder in ("checkpoints", "engine", "layers", "report")),
+    *(f"tests/{layer}" for layer in ("golden", "gpu", "helpers", "property", "unit")),
+    *("tools", "noxfile.py"),
 )
 
 MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
