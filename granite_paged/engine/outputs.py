@@ -93,7 +93,7 @@ class OutputProcessor:
     def _read_beam(self, job: BeamJob, numbers: dict[str, list[Any]], at: int) -> None:
         self.tokens += 1
         top = list(zip(numbers["top_logprobs"][at], numbers["top_tokens"][at], strict=True))
-        if self._beams.report(job, top):
+        if self._beams.report(job, top[: job.request.params.logprobs]):
             self._arrivals.append(job.request)
 
     def _read_scores(self, chunks: Sequence[ScoreChunk], numbers: dict[str, list[Any]]) -> None:

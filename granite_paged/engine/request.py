@@ -23,13 +23,19 @@ Finish = Literal["length", "stop", "cancelled", "error"]
 """Why a sample ended: `max_new_tokens`, a stop token or stop string, `cancel()`, or its `error`."""
 
 
+COLDEST = 1e-8
+"""Lowest temperature that is sampled at. Below it, float32 logits of about 1 that differ at all are
+12 nats or more apart, so a draw is the argmax."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen, and when an answer ends.
 
     Attributes:
         max_new_tokens: most tokens of an answer.
-        temperature: divides the logits before sampling. 0 takes the most likely token each time.
+        temperature: divides the logits before sampling. 0, or less than 1e-8, takes the most likely
+            token each time.
         top_k: sample from the `top_k` most likely tokens. 0: from all.
         top_p: sample from the most likely tokens that together have this probability.
         repetition_penalty: above 1, tokens of the prompt and the answer become less likely.
@@ -74,9 +80,14 @@ class SamplingParams:
                 raise InvalidSampling(f"{name} must {must}, got {getattr(self, name)}")
 
     @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn; below `COLDEST`, the most likely token is taken."""
+        return self.temperature >= COLDEST
+
+    @property
     def greedy(self) -> bool:
         """Whether the argmax of the logits is all that is needed."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.logprobs is None
+        return not self.samples and self.repetition_penalty == 1 and self.logprobs is None
 
 
 @dataclass(frozen=True, slots=True)

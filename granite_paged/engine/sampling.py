@@ -54,7 +54,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
         return Drawn(logits.argmax(dim=-1))
     scores = penalised(logits.float(), draws)
     tokens = scores.argmax(dim=-1)
-    sampled = [row for row, wanted in enumerate(draws) if wanted.params.temperature > 0]
+    sampled = [row for row, wanted in enumerate(draws) if wanted.params.samples]
     if sampled:
         rows = _tensor(sampled, logits)
         tokens[rows] = _sampled(scores[rows], [draws[row] for row in sampled])
@@ -134,8 +134,22 @@ def _with_logprobs(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> Dra
         return Drawn(tokens)
     # the model's own distribution, before temperature, penalty and truncation
     logprobs = logits.float().log_softmax(dim=-1)
-    top, top_tokens = logprobs.topk(min(max(wanted), logits.shape[-1]), dim=-1)
-    return Drawn(tokens, logprobs.gather(1, tokens[:, None])[:, 0], top, top_tokens)
+    top_tokens = _top(logits.float(), min(max(wanted), logits.shape[-1]))
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    return Drawn(tokens, chosen, logprobs.gather(1, top_tokens), top_tokens)
+
+
+def _top(scores: Tensor, most: int) -> Tensor:
+    """Return the `most` largest of each row of float32 scores [n, V]; ties go to lower ids.
+
+    `Tensor.topk` orders ties by chance, and by `most`. So each score becomes an integer key: its
+    bits, in an order that rises with the score, followed by the token's distance from the end.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    from_end = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    keys = (rising << 32) | from_end
+    return scores.shape[-1] - 1 - (keys.topk(most, dim=-1).values & _LOW_32)
 
 
 def _tensor(numbers: Sequence[int], like: Tensor) -> Tensor:

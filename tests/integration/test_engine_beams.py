@@ -113,6 +113,22 @@ def test_a_fault_ends_a_whole_search_or_none_of_it(call: str, number: int) -> No
     assert errors in ({type(None)}, {StepFailed})
 
 
+def test_a_search_finds_the_same_beams_next_to_a_row_that_reports_more_tokens() -> None:
+    """The simulated runner's logits tie often."""
+    params = SamplingParams(max_new_tokens=2, stop_tokens=())
+    for number in range(30):
+        prompt = [(7 * place + 5 * number * number) % 97 for place in range(9)]
+        found = []
+        for reported in (None, 44):
+            harness = EngineHarness(HashOracle(), pages=200, rows=10)
+            neighbour = SamplingParams(max_new_tokens=9, logprobs=reported, stop_tokens=())
+            harness.submit(prompt[::-1], neighbour)
+            asked = harness.engine.submit_search(prompt, params, beams=4)
+            harness.drain()
+            found.append([output.tokens for output in asked.outputs])
+        assert found[0] == found[1]
+
+
 def test_a_cancelled_search_releases_everything() -> None:
     harness = EngineHarness(HashOracle(), pages=60, rows=6)
     request = harness.engine.submit_search([1, 2, 3], SamplingParams(max_new_tokens=20), beams=3)

@@ -66,6 +66,33 @@ def test_a_greedy_row_among_sampled_rows_takes_the_argmax(dtype: torch.dtype) ->
     assert tokens[0] == batch[0].argmax()
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-30, 1e-38, 1e-40, 1e-46, 1e-300])
+def test_a_temperature_too_small_for_float32_takes_the_argmax(temperature: float) -> None:
+    batch = logits(3)
+    tokens = draw(batch, [wanted(temperature=temperature)] * 3).tokens
+    assert tokens.tolist() == batch.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("most", [1, 3, 9])
+def test_the_top_tokens_of_a_row_do_not_depend_on_other_rows(most: int, dtype: torch.dtype) -> None:
+    batch = (2 * logits(4, dtype=dtype)).round() / 2  # many ties
+    together = draw(batch, [wanted(logprobs=k) for k in (most, 30, 0, 5)]).top_tokens
+    alone = draw(batch[:1], [wanted(logprobs=most)]).top_tokens
+    assert together is not None
+    assert alone is not None
+    assert together[0, :most].tolist() == alone[0].tolist()
+
+
+def test_tied_tokens_are_ordered_by_their_id() -> None:
+    batch = torch.zeros(2, VOCABULARY)
+    batch[0, [31, 7, 19]] = 1.0
+    batch[1] = -1.0
+    top = draw(batch, [wanted(logprobs=5)] * 2).top_tokens
+    assert top is not None
+    assert top.tolist() == [[7, 19, 31, 0, 1], [0, 1, 2, 3, 4]]
+
+
 def test_sample_frequencies_match_probabilities() -> None:
     one = logits(1)[:, :8] / 3
     count = 4000
