@@ -1,4 +1,4 @@
-"""Folders are the layers: a test's marker follows from where it lies."""
+"""Settings of all tests. A test's marker is the name of the folder that holds it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU then
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # set before Triton is imported: its kernels then run on the CPU
+    )
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "property", "golden", "integration", "gpu")
@@ -19,7 +21,7 @@ settings.register_profile(
     "default",
     deadline=None,
     max_examples=50,
-    derandomize=True,  # the same cases everywhere: a red run can be had again
+    derandomize=True,  # the same cases everywhere, so that a failure can be reproduced
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile(
@@ -30,15 +32,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # workers share the cores: one thread each is faster, and sums in one order everywhere
+    # workers share the cores: one thread each is faster, and fixes the order of sums
     torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    no_gpu = pytest.mark.skip(reason="no CUDA device: run `nox -s gpu_tests` where there is one")
+    no_gpu = pytest.mark.skip(
+        reason="no CUDA device: run `nox -s gpu_tests` on a machine with a GPU"
+    )
     for item in items:
         layer = item.path.relative_to(TESTS).parts[0]
-        assert layer in LAYERS, f"{item.path} lies in no layer"
+        assert layer in LAYERS, f"{item.path} is in none of the folders {LAYERS}: move it into one"
         item.add_marker(layer)
         if layer == "gpu" and not torch.cuda.is_available():
             item.add_marker(no_gpu)

@@ -8,7 +8,7 @@ Models and data
 
 What is right
     reference         attention from its formula, in float64; imports nothing of the package
-    tolerance         the tolerances: use these, never a number of a test's own
+    tolerance         the tolerances and comparisons: use these, never a number of a test's own
     golden_extension  compare with files in golden/, and say which side moved
     golden_runner     a runner on the inputs of the golden logits
 
@@ -25,6 +25,9 @@ Runners and engines
                       oracles, which compute the expected logits
     engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
                       to test scheduling. random_walk: random requests on one
+
+Commands
+    command_line      checks of what a command prints
 
 Faults
     faults            bugs of paging injected on purpose; a new check must detect one

@@ -21,6 +21,7 @@ __all__ = [
     "RECALL",
     "SDPA_RATIO",
     "WASTE",
+    "assert_same_logits",
     "largest_error",
     "relative_error",
     "rounding_floor",
@@ -32,6 +33,14 @@ ATTENTION_FLOAT64 = LOGITS_FLOAT64
 def largest_error(actual: Tensor, expected: Tensor) -> float:
     """Return the largest difference as a fraction of the largest expected value."""
     return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def assert_same_logits(actual: Tensor, expected: Tensor) -> None:
+    """Check that float32 logits differ by rounding only: sums may be in another order."""
+    error = largest_error(actual, expected)
+    assert error <= LOGITS_FLOAT32, (
+        f"logits differ by {error:.1e} of the largest logit, the bound is {LOGITS_FLOAT32:.1e}"
+    )
 
 
 def rounding_floor(dtype: torch.dtype, terms: int) -> float:

@@ -26,7 +26,7 @@ from granite_paged.errors import (
 from granite_paged.geometry import CacheGeometry
 from granite_paged.hf.compat import with_cache
 from tests.helpers.tiny_models import PAD, VOCABULARY, prompts, tiny_model
-from tests.helpers.tolerance import LOGITS_FLOAT32
+from tests.helpers.tolerance import assert_same_logits
 
 PAGE = 4
 PAGES = PagedConfig(page_size=PAGE)
@@ -77,17 +77,12 @@ def refused(
     return caught.value
 
 
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Compare within the float32 tolerance: other pages may sum in another order."""
-    assert (actual - expected).abs().max() <= LOGITS_FLOAT32 * expected.abs().max()
-
-
 def assert_goes_on(model: Any, own: PagedCache) -> None:
     """Check that the next step answers as if nothing had been refused."""
     mask = more(prompts(LENGTHS)[1])
     actual = model(NEXT, attention_mask=mask, **with_cache(own)).logits
     expected = model(NEXT, attention_mask=mask, **with_cache(filled(model))).logits
-    assert_same(actual, expected)
+    assert_same_logits(actual, expected)
 
 
 # -- sizes --------------------------------------------------------------------------------------
@@ -324,7 +319,7 @@ def test_a_cache_reset_after_nan_works_like_a_new_one(poisoned: Any) -> None:
         own.reset()
         again = poisoned(ids, attention_mask=mask, **with_cache(own)).logits
         expected = poisoned(ids, attention_mask=mask, **with_cache(fresh(poisoned))).logits
-    assert_same(again[mask.bool()], expected[mask.bool()])
+    assert_same_logits(again[mask.bool()], expected[mask.bool()])
 
 
 # -- models -------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from granite_paged.layers.tuning import PATH, TUNED, read_tuned
 from granite_paged.report.bench_results import Result, Row, read_result
 from granite_paged.report.formatting import ratio, significant
 from tests.helpers import recording_runner
+from tests.helpers.command_line import Capture, assert_one_line
 
 ROOT = Path(__file__).parents[2]
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +42,6 @@ def bench(*options: str) -> int:
 
 
 ONE_SHAPE = ("--case", "batch", "--batch", "2", "--context", "16")
-
-
-def one_line(capsys: Capture, reason: str) -> None:
-    shown = capsys.readouterr()
-    assert shown.err.startswith("granite-paged: error: ")
-    assert reason in shown.err
-    assert shown.err.count("\n") == 1
-    assert shown.out == ""
 
 
 # -- bench --------------------------------------------------------------------------------------
@@ -153,7 +145,7 @@ def test_an_update_of_another_model_is_refused_first(
     file.write_text(json.dumps(Result("cpu", {}, 0, [], model="another").to_json()))
     monkeypatch.setattr(Session, "rows", lambda *args: pytest.fail("a row was measured"))
     assert bench(*ONE_SHAPE, "--json", str(file), "--update") == USAGE
-    one_line(capsys, "cannot merge results of different model: another and tiny-recall")
+    assert_one_line(capsys, "cannot merge results of different model: another and tiny-recall")
 
 
 def test_rows_beyond_the_budget_say_so(tmp_path: Path) -> None:
@@ -258,7 +250,7 @@ def test_the_gate_without_a_gpu_refuses_before_loading(
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
     assert run(["gate", "--random-weights", "granite-4.0-h-1b"]) == USAGE
-    one_line(capsys, "a CUDA device, and this run has none")
+    assert_one_line(capsys, "a CUDA device, and this run has none")
 
 
 @pytest.mark.parametrize("command", ["gate", "tune"])
@@ -267,7 +259,7 @@ def test_a_gpu_command_refuses_a_cpu_before_loading(
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
     assert run([command, "--device", "cpu"]) == USAGE
-    one_line(capsys, f"{command} needs a CUDA device, and this run has none")
+    assert_one_line(capsys, f"{command} needs a CUDA device, and this run has none")
 
 
 def judged(
@@ -355,7 +347,7 @@ def test_a_record_of_another_model_is_ignored(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_tune_needs_a_gpu(capsys: Capture) -> None:
     assert run(["tune", "--random-weights", "granite-4.0-h-1b"]) == USAGE
-    one_line(capsys, "a CUDA device, and this run has none")
+    assert_one_line(capsys, "a CUDA device, and this run has none")
 
 
 def tuned_with(monkeypatch: pytest.MonkeyPatch, loss: float, *options: str) -> int:
@@ -411,7 +403,7 @@ def test_tune_refuses_an_unwritable_file_first(
 ) -> None:
     out = tmp_path / "nowhere" / "tuned.json"
     assert tuned_with(monkeypatch, 0.2, "--write", "--out", str(out)) == USAGE
-    one_line(capsys, "its folder is missing")
+    assert_one_line(capsys, "its folder is missing")
 
 
 # -- plot ---------------------------------------------------------------------------------------
@@ -504,11 +496,11 @@ def test_wrong_usage_is_reported_in_one_line(
     monkeypatch.chdir(tmp_path)
     arguments, reason = WRONG[wrong]
     assert run(arguments) == USAGE
-    one_line(capsys, reason)
+    assert_one_line(capsys, reason)
 
 
 def test_a_wrong_field_of_a_result_is_named(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "result.json"
     file.write_text(json.dumps(Result("cpu", {}, 0, []).to_json() | {"seed": "zero"}))
     assert run(["plot", str(file), "--out", str(tmp_path)]) == USAGE
-    one_line(capsys, f"{file}: seed must be a whole number")
+    assert_one_line(capsys, f"{file}: seed must be a whole number")

@@ -18,7 +18,7 @@ from granite_paged.hf import cache
 from granite_paged.hf.compat import with_cache
 from tests.helpers import faults
 from tests.helpers.tiny_models import EOS, PAD, VOCABULARY, prompts, tiny_model
-from tests.helpers.tolerance import LOGITS_FLOAT32
+from tests.helpers.tolerance import assert_same_logits
 
 PAGE = 4
 PAGES = PagedConfig(page_size=PAGE)
@@ -48,12 +48,6 @@ def run(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tens
     out = model(ids, attention_mask=mask, position_ids=positions, **with_cache(cache))
     logits: Tensor = out.logits
     return logits
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Compare within the float32 bound; NaN never passes."""
-    difference = (actual - expected).abs().max() / expected.abs().max()
-    assert difference <= LOGITS_FLOAT32, f"logits differ by {difference:.1e} of the largest logit"
 
 
 def fresh(model: Any, **options: Any) -> PagedCache:
@@ -164,7 +158,7 @@ def test_rows_are_selected_as_by_dynamic_cache(flavour: str, selection: str) -> 
     with paged(model, PAGES):
         own = fresh(model)
         actual = talk(own)
-    assert_same(actual, expected)
+    assert_same_logits(actual, expected)
     own.check_valid()
 
 
@@ -230,7 +224,7 @@ def test_branches_of_a_fork_are_independent(model: Any) -> None:
         torch.cat([run(model, c, first[None]), run(model, c, then[None])], dim=1)
         for c, first, then in zip(alone, NEXT, NEXT.flip(0), strict=True)
     ]
-    assert_same(together, torch.cat(expected))
+    assert_same_logits(together, torch.cat(expected))
 
 
 # -- counting -----------------------------------------------------------------------------------
@@ -264,7 +258,7 @@ def test_every_row_wastes_less_than_a_page(model: Any) -> None:
 def test_pages_of_one_token_waste_nothing(model: Any) -> None:
     own = filled(model, page_size=1)
     assert own.allocator.held == own.allocator.tokens == sum(LENGTHS)
-    assert_same(run(model, own, NEXT), run(model, filled(model), NEXT))
+    assert_same_logits(run(model, own, NEXT), run(model, filled(model), NEXT))
 
 
 # -- growing ------------------------------------------------------------------------------------
@@ -353,7 +347,7 @@ def test_a_reset_cache_takes_a_batch_of_another_size(model: Any, lengths: tuple[
     ids, mask = prompts(lengths, seed=4)
     new = fresh(model)
     for tokens in (ids, ids[:, :1]):
-        assert_same(run(model, own, tokens, mask), run(model, new, tokens, mask))
+        assert_same_logits(run(model, own, tokens, mask), run(model, new, tokens, mask))
         mask = more(mask)
     own.check_valid()
     assert own.get_seq_length() == ids.shape[1] + 1
@@ -409,7 +403,7 @@ def test_a_released_cache_is_refused_until_reset(model: Any, error: type[BaseExc
         model.generate(prompts((9,))[0], **with_cache(own), max_new_tokens=2)
     own.reset()
     ids, mask = prompts(LENGTHS)
-    assert_same(run(model, own, ids, mask), run(model, fresh(model), ids, mask))
+    assert_same_logits(run(model, own, ids, mask), run(model, fresh(model), ids, mask))
 
 
 # -- what may never leak ------------------------------------------------------------------------
@@ -454,7 +448,7 @@ def handed_on(model: Any, value: float) -> tuple[PagedCache, Tensor]:
 def test_contents_of_released_pages_change_no_output(model: Any, value: float) -> None:
     _, logits = handed_on(model, value)
     expected = run(model, fresh(model), *prompts((22, 9, 13), seed=2))[:, -1]
-    assert_same(logits, expected)
+    assert_same_logits(logits, expected)
 
 
 def test_huge_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
@@ -469,7 +463,7 @@ def test_huge_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
         hook.remove()
     assert own.store.pools[1].values.abs().max() > 1e28
     own.reset()
-    assert_same(three_steps(model, own), three_steps(model, fresh(model)))
+    assert_same_logits(three_steps(model, own), three_steps(model, fresh(model)))
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +485,7 @@ def logits_after_nan(model: Any) -> Tensor:
 
 def test_compiled_output_ignores_nan_of_an_earlier_owner(fused: Any) -> None:
     expected = run(fused, DynamicCache(config=fused.config), prompts((11,))[0])
-    assert_same(logits_after_nan(fused), expected)
+    assert_same_logits(logits_after_nan(fused), expected)
 
 
 def test_nan_stored_in_a_pool_would_reach_the_output(fused: Any) -> None:
@@ -521,7 +515,7 @@ def beside(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
 
 @pytest.mark.parametrize("others", [((5,), 1), ((40, 3), 2), ((12, 12, 12, 12), 3), ((1,), 4)])
 def test_rows_do_not_affect_each_other(model: Any, others: tuple[tuple[int, ...], int]) -> None:
-    assert_same(beside(model, others), beside(model, ((), 0)))
+    assert_same_logits(beside(model, others), beside(model, ((), 0)))
 
 
 def test_permuting_the_batch_permutes_the_outputs(model: Any) -> None:
@@ -532,7 +526,7 @@ def test_permuting_the_batch_permutes_the_outputs(model: Any) -> None:
         expected = run(model, straight, ids[:, :columns], mask)
         actual = run(model, permuted, ids[order, :columns], mask[order])
         token = mask[order, -columns:].bool()
-        assert_same(actual[token], expected[order][token])
+        assert_same_logits(actual[token], expected[order][token])
         mask = more(mask)
 
 
@@ -542,8 +536,8 @@ def test_masked_ids_change_no_output(model: Any, filler: int) -> None:
     first, second = fresh(model), fresh(model)
     expected = run(model, first, ids, mask)[mask.bool()]
     actual = run(model, second, ids.where(mask.bool(), filler), mask)[mask.bool()]
-    assert_same(actual, expected)
-    assert_same(run(model, second, NEXT, more(mask)), run(model, first, NEXT, more(mask)))
+    assert_same_logits(actual, expected)
+    assert_same_logits(run(model, second, NEXT, more(mask)), run(model, first, NEXT, more(mask)))
 
 
 HIDDEN = {
@@ -576,4 +570,4 @@ def test_tokens_hidden_by_a_later_mask_match_sdpa(flavour: str, hidden: str) -> 
 
     expected = talk(DynamicCache(config=model.config))
     with paged(model, PAGES):
-        assert_same(talk(fresh(model)), expected)
+        assert_same_logits(talk(fresh(model)), expected)

@@ -15,9 +15,8 @@ from granite_paged import __version__, models, verify
 from granite_paged.checkpoints.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
 from granite_paged.cli.main import INTERRUPTED, OK, USAGE, run
 from granite_paged.runner.runner import Runner
+from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.tiny_models import tiny_model
-
-Capture = pytest.CaptureFixture[str]
 
 FACTS = [  # values are of the plain half; <shift> turns each into one of the other half
     ("amber-bear", "brass-bell"),
@@ -155,14 +154,6 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the verification ran")
 
     monkeypatch.setattr(verify, "verify", work)
-
-
-def assert_one_line(capsys: Capture, reason: str) -> None:
-    shown = capsys.readouterr()
-    assert shown.err.startswith("granite-paged: error: ")
-    assert reason in shown.err
-    assert shown.err.count("\n") == 1
-    assert shown.out == ""
 
 
 @pytest.mark.usefixtures("unverified")

@@ -15,10 +15,9 @@ from granite_paged.cli import evaluate as command
 from granite_paged.cli.main import FAILED, OK, USAGE, run
 from granite_paged.evaluate import run as evaluation_run
 from granite_paged.report.eval_results import Difference
+from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.evaluation import MMLU, tiny_evaluation, write
 from tests.helpers.tiny_models import tiny_model
-
-Capture = pytest.CaptureFixture[str]
 
 FEW = ["--device", "cpu", "--limit", "3", "--seed", "7"]
 
@@ -31,14 +30,6 @@ def short_recall(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluate(*options: str) -> int:
     return run(["eval", *FEW, *options])
-
-
-def assert_one_line(capsys: Capture, reason: str) -> None:
-    shown = capsys.readouterr()
-    assert shown.err.startswith("granite-paged: error: ")
-    assert reason in shown.err
-    assert shown.err.count("\n") == 1
-    assert shown.out == ""
 
 
 # -- help ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from granite_paged.hf.compat import with_cache
 from granite_paged.layers import attention
 from granite_paged.layers.mamba import MambaRows
 from tests.helpers.tiny_models import FLAVOURS, SIZES, VOCABULARY, prompts, tiny_model
-from tests.helpers.tolerance import LOGITS_FLOAT32
+from tests.helpers.tolerance import LOGITS_FLOAT32, largest_error
 
 PAGES = PagedConfig(page_size=4)
 CHUNK = SIZES["mamba_chunk_size"]
@@ -36,11 +36,6 @@ def model() -> Iterator[Any]:
 
 def fresh(model: Any) -> PagedCache:
     return PagedCache.for_model(model, PAGES)
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference as a fraction of the largest logit."""
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def draw(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -78,7 +73,7 @@ def test_right_padding_would_give_wrong_logits() -> None:
         position_ids=torch.tensor([[12]]),
         **with_cache(padded),
     ).logits
-    assert difference(actual, expected) > 0.01
+    assert largest_error(actual, expected) > 0.01
 
 
 @pytest.mark.parametrize("flavour", ["hybrid", "rotary"])
@@ -93,7 +88,7 @@ def test_chunked_prefill_keeps_mamba_states(flavour: str, chunks: tuple[int, ...
         actual = [model(part, **with_cache(parts)).logits for part in ids.split(chunks, dim=1)]
         expected.append(model(token, **with_cache(whole)).logits)
         actual.append(model(token, **with_cache(parts)).logits)
-    assert difference(torch.cat(actual, dim=1), torch.cat(expected, dim=1)) <= LOGITS_FLOAT32
+    assert largest_error(torch.cat(actual, dim=1), torch.cat(expected, dim=1)) <= LOGITS_FLOAT32
 
 
 def test_lost_mamba_states_are_detected(model: Any) -> None:
@@ -106,7 +101,7 @@ def test_lost_mamba_states_are_detected(model: Any) -> None:
         if isinstance(layer, MambaRows):
             layer.recurrent_states[0].zero_()
     actual = model(ids[:, 48:], **with_cache(own)).logits
-    assert difference(actual, expected) > 100 * LOGITS_FLOAT32
+    assert largest_error(actual, expected) > 100 * LOGITS_FLOAT32
 
 
 @pytest.mark.parametrize("first", ["tokens", "chunk"])
@@ -121,7 +116,7 @@ def test_a_reset_cache_starts_the_next_sequence_from_zero_states(model: Any, fir
     parts = ids.split(columns, dim=1)
     actual = torch.cat([model(part, **with_cache(own)).logits for part in parts], dim=1)
     expected = torch.cat([model(part, **with_cache(new)).logits for part in parts], dim=1)
-    assert difference(actual, expected) <= LOGITS_FLOAT32
+    assert largest_error(actual, expected) <= LOGITS_FLOAT32
 
 
 def test_states_that_survive_a_reset_are_detected(model: Any) -> None:
@@ -133,7 +128,7 @@ def test_states_that_survive_a_reset_are_detected(model: Any) -> None:
     token = draw(3, 1, seed=3)
     actual = model(token, **with_cache(own)).logits
     expected = model(token, **with_cache(fresh(model))).logits
-    assert difference(actual, expected) > 100 * LOGITS_FLOAT32
+    assert largest_error(actual, expected) > 100 * LOGITS_FLOAT32
 
 
 # -- logits, not argmax -------------------------------------------------------------------------
@@ -148,7 +143,7 @@ def test_cached_and_uncached_logits_agree_at_every_position(flavour: str) -> Non
         own = fresh(model)
         parts = ids.split([CHUNK, 2 * CHUNK, *[1] * 5], dim=1)
         actual = torch.cat([model(part, **with_cache(own)).logits for part in parts], dim=1)
-    assert difference(actual, expected) <= LOGITS_FLOAT32
+    assert largest_error(actual, expected) <= LOGITS_FLOAT32
 
 
 def test_logits_agree_even_at_a_tie() -> None:
@@ -165,7 +160,7 @@ def test_logits_agree_even_at_a_tie() -> None:
     assert first - second <= LOGITS_FLOAT32 * first.abs(), (
         "the two best logits are not tied, so nothing is tested"
     )
-    assert difference(actual, expected) <= LOGITS_FLOAT32
+    assert largest_error(actual, expected) <= LOGITS_FLOAT32
 
 
 # -- compiling ----------------------------------------------------------------------------------
@@ -208,7 +203,7 @@ def test_nan_does_not_reach_a_later_owner_of_the_page() -> None:
         ids, mask = prompts((9, 5, 2))
         actual = model(ids, attention_mask=mask, **with_cache(own)).logits
         expected = model(ids, attention_mask=mask, **with_cache(fresh(model))).logits
-    assert difference(actual[mask.bool()], expected[mask.bool()]) <= LOGITS_FLOAT32
+    assert largest_error(actual[mask.bool()], expected[mask.bool()]) <= LOGITS_FLOAT32
 
 
 def test_releasing_twice_frees_pages_once(model: Any) -> None:

@@ -18,7 +18,7 @@ from granite_paged.runner.runner import Chunk, Runner, scores_of
 from granite_paged.runner.shapes import Shapes
 from tests.helpers.driver import Driver
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
-from tests.helpers.tolerance import LOGITS_FLOAT32
+from tests.helpers.tolerance import assert_same_logits
 
 CONFIG = PagedConfig(page_size=16, max_tokens=512, max_sequences=4, chunk_tokens=32)
 
@@ -51,11 +51,6 @@ def sdpa_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    difference = float((actual - expected).abs().max() / expected.abs().max())
-    assert difference <= LOGITS_FLOAT32
-
-
 @pytest.mark.parametrize("chunk", [7, 16, 32])
 def test_greedy_tokens_equal_those_of_generate(model: Any, driver: Driver, chunk: int) -> None:
     prompt = tokens(45)
@@ -71,11 +66,11 @@ def test_chunks_in_one_call_do_not_affect_each_other(model: Any, driver: Driver)
         driver.open(row)
     logits = driver.prefill(prompts)
     for place, prompt in enumerate(prompts.values()):
-        assert_same(logits[place], sdpa(model, prompt)[-1])
+        assert_same_logits(logits[place], sdpa(model, prompt)[-1])
     fed = {4: 7, 1: 9, 2: 11}  # not in the order of the prefill
     logits = driver.decode(fed)
     for place, (row, token) in enumerate(fed.items()):
-        assert_same(logits[place], sdpa(model, [*prompts[row], token])[-1])
+        assert_same_logits(logits[place], sdpa(model, [*prompts[row], token])[-1])
     assert driver.runner.tokens[list(fed)].tolist() == logits.argmax(1).tolist()
     assert driver.runner.tokens[3] == 0, "an unused row must not be fed"
 
@@ -107,8 +102,8 @@ def test_a_fork_continues_independently(model: Any, driver: Driver) -> None:
     driver.fork(1, 2)
     for one, other in ((5, 6), (7, 8)):
         logits = driver.decode({1: one, 2: other})
-    assert_same(logits[0], sdpa(model, [*prompt, 5, 7])[-1])
-    assert_same(logits[1], sdpa(model, [*prompt, 6, 8])[-1])
+    assert_same_logits(logits[0], sdpa(model, [*prompt, 5, 7])[-1])
+    assert_same_logits(logits[1], sdpa(model, [*prompt, 6, 8])[-1])
     driver.check_valid()
 
 
@@ -133,7 +128,7 @@ def test_a_reused_row_holds_nothing_of_its_last_owner(model: Any, driver: Driver
     driver.close(1)
     driver.open(1)
     prompt = tokens(9, 6)
-    assert_same(driver.prefill({1: prompt})[0], sdpa(model, prompt)[-1])
+    assert_same_logits(driver.prefill({1: prompt})[0], sdpa(model, prompt)[-1])
 
 
 def test_a_row_that_is_not_cleared_is_detected(driver: Driver) -> None:
@@ -157,7 +152,7 @@ def test_scores_are_log_probabilities_of_the_targets(model: Any, driver: Driver)
     chosen = torch.cat(
         [e.gather(1, w[:, None])[:, 0] for e, w in zip(expected, wanted, strict=True)]
     )
-    assert_same(scores.logprobs, chosen)
+    assert_same_logits(scores.logprobs, chosen)
     likeliest = torch.cat([e.argmax(1) == w for e, w in zip(expected, wanted, strict=True)])
     assert torch.equal(scores.greedy, likeliest)
 
@@ -171,10 +166,10 @@ def test_scores_of_half_precision_logits_are_float32(dtype: torch.dtype) -> None
     exact = logits.double().log_softmax(1)[rows, targets]
     found = scores_of(logits, targets, rows)
     assert found.logprobs.dtype == torch.float32
-    assert_same(found.logprobs, exact)
+    assert_same_logits(found.logprobs, exact)
     assert found.greedy.tolist() == [True, False, False, False]
     each = scores_of(logits, targets[:3])
-    assert_same(each.logprobs, logits.double().log_softmax(1)[range(3), targets[:3]])
+    assert_same_logits(each.logprobs, logits.double().log_softmax(1)[range(3), targets[:3]])
     assert each.greedy.tolist() == [False, False, False]
 
 
@@ -194,7 +189,7 @@ def test_a_saved_row_continues_in_another_row(model: Any, driver: Driver, to_hos
     driver.runner.write_pages(plan, {driver.sequences[3]: 3})
     driver.runner.load_row(3, state)
     driver.runner.load_pages(driver.allocator.pages_of(driver.sequences[3]), contents)
-    assert_same(driver.decode({3: 8})[0], sdpa(model, [*prompt, 8])[-1])
+    assert_same_logits(driver.decode({3: 8})[0], sdpa(model, [*prompt, 8])[-1])
 
 
 def test_nan_is_flagged_and_stays_in_its_row(model: Any, driver: Driver) -> None:
@@ -214,7 +209,7 @@ def test_nan_is_flagged_and_stays_in_its_row(model: Any, driver: Driver) -> None
         embedding[token] = before
     assert driver.runner.nonfinite.tolist() == [0, 0, 1, 0, 0]
     driver.close(2)  # its pages go to the next sequence
-    assert_same(driver.prefill({1: healthy}), clean)
+    assert_same_logits(driver.prefill({1: healthy}), clean)
     assert all(pool.keys.isfinite().all() for pool in driver.runner.storage.pages.pools.values())
 
 
@@ -227,7 +222,9 @@ def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
         pool.keys.fill_(1e30)
         pool.values.fill_(-1e30)
     driver.open(1)
-    assert_same(driver.prefill({1: prompt}), clean)  # in other pages, so sums differ in order
+    assert_same_logits(
+        driver.prefill({1: prompt}), clean
+    )  # in other pages, so sums differ in order
 
 
 @pytest.mark.parametrize(

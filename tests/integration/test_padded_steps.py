@@ -16,7 +16,7 @@ from granite_paged.runner.shapes import Shapes
 from granite_paged.runner.triton_model import TritonModel
 from tests.helpers.driver import Driver
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
-from tests.helpers.tolerance import LOGITS_FLOAT32
+from tests.helpers.tolerance import assert_same_logits
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton is not interpreted here: tests/gpu runs padded graphs"
@@ -52,10 +52,6 @@ def everything(driver: Driver) -> list[Tensor]:
     return [*pools, *storage.stacked, storage.pages.table.physical, storage.nonfinite]
 
 
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    assert float((actual - expected).abs().max()) <= LOGITS_FLOAT32 * float(expected.abs().max())
-
-
 def test_padding_of_a_prefill_changes_nothing(model: Any) -> None:
     exact, padded = kernels(model), kernels(model)
     expected = exact.prefill(PROMPTS)
@@ -68,7 +64,7 @@ def test_padding_of_a_prefill_changes_nothing(model: Any) -> None:
         inputs.tokens[place, : len(chunk.tokens)] = chunk.tokens
         inputs.last[place] = 32 * place + len(chunk.tokens) - 1
     program.run(inputs)
-    assert_same(program.logits[:2], expected)
+    assert_same_logits(program.logits[:2], expected)
     assert program.logits.isfinite().all()
     for actual, wanted in zip(everything(padded), everything(exact), strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
@@ -88,7 +84,7 @@ def test_padding_of_a_decode_step_changes_nothing(model: Any) -> None:
     assert inputs.positions.tolist() == [[PADDING]] * 5
     inputs.rows[:2], inputs.positions[:2, 0] = [3, 1], positions
     program.run(inputs)
-    assert_same(program.logits[:2], expected)
+    assert_same_logits(program.logits[:2], expected)
     assert program.logits.isfinite().all()
     for actual, wanted in zip(everything(padded), everything(exact), strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
@@ -114,8 +110,8 @@ def test_split_chunks_equal_whole_ones(model: Any) -> None:
     )
     logits = cut.prefill(prompts)
     for place, row in enumerate(prompts):
-        assert_same(logits[place], whole.prefill({row: prompts[row]})[0])
+        assert_same_logits(logits[place], whole.prefill({row: prompts[row]})[0])
     fed = {row: 5 + row for row in prompts}
     logits = cut.decode(fed)
     for place, row in enumerate(fed):
-        assert_same(logits[place], whole.decode({row: fed[row]})[0])
+        assert_same_logits(logits[place], whole.decode({row: fed[row]})[0])
