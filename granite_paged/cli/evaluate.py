@@ -60,33 +60,38 @@ _task_options = options(
         default="recall",
         callback=_names,
         metavar="A,B",
-        help="Of recall, mmlu, truthfulqa (truthfulqa_mc1 and truthfulqa_mc2).",
+        help="Ask these: recall, mmlu, truthfulqa (truthfulqa_mc1 and truthfulqa_mc2).",
     ),
     click.option(
         "--num-fewshot",
         type=click.IntRange(min=0),
-        help="Examples before each question of MMLU.  [default: 5]",
+        help="Put this many examples before each question of MMLU.  [default: 5]",
         show_default=False,
     ),
     click.option(
-        "--limit", type=click.IntRange(min=1), help="Most questions a task, drawn by --seed."
+        "--limit",
+        type=click.IntRange(min=1),
+        help="Ask at most this many questions per task; --seed draws them.",
     ),
     click.option(
         "--subjects",
         default="",
         callback=_names,
         metavar="A,B",
-        help="Subjects of MMLU.  [default: all]",
+        help="Ask these subjects of MMLU.  [default: all]",
         show_default=False,
     ),
     click.option(
         "--data",
         metavar="DIR",
         type=click.Path(),
-        help="Folder of mmlu_test.jsonl, mmlu_dev.jsonl, truthfulqa_mc.jsonl.  [default: the hub]",
+        help="Read mmlu_test.jsonl, mmlu_dev.jsonl and truthfulqa_mc.jsonl from this folder.  "
+        "[default: the hub]",
         show_default=False,
     ),
-    click.option("--tokenizer", metavar="ID_OR_PATH", help="Where the model brings none."),
+    click.option(
+        "--tokenizer", metavar="ID_OR_PATH", help="Use this tokenizer, for a model that has none."
+    ),
 )
 
 _result_options = options(
@@ -95,7 +100,7 @@ _result_options = options(
         metavar="FILE",
         type=click.Path(dir_okay=False),
         callback=check_writable,
-        help="Keep finished answers there; the same command goes on from them.  "
+        help="Keep finished answers in this file; the same command resumes from them.  "
         "[default: answers.jsonl in the --report folder]",
         show_default=False,
     ),
@@ -104,14 +109,14 @@ _result_options = options(
         "folder",
         metavar="DIR",
         type=click.Path(file_okay=False),
-        help="Write results.json, report.md and figures there.",
+        help="Write results.json, report.md and figures to this folder.",
     ),
     click.option(
         "--bench",
         multiple=True,
         metavar="FILE",
         type=click.Path(),
-        help="JSON of granite-paged bench, for the report's curves. May be repeated.",
+        help="Draw the curves of this JSON of granite-paged bench too. May be repeated.",
     ),
     click.option("--wandb", "project", metavar="PROJECT", help="Log to Weights & Biases."),
     click.option(
@@ -128,7 +133,7 @@ _result_options = options(
     "--mode",
     default="both",
     type=click.Choice(list(_MODES)),
-    help="Who answers; both is default and paged.",
+    help="Answer with these modes; both means default and paged.",
 )
 @_task_options
 @click.option(
@@ -137,7 +142,7 @@ _result_options = options(
     default="1",
     callback=_batch_size,
     metavar="N|auto",
-    help="Rows a forward pass; auto finds default's fastest.",
+    help="Rows per forward pass; auto measures what is fastest for default.",
 )
 @_result_options
 @model_options
@@ -152,9 +157,9 @@ def evaluate(
 ) -> int:
     """Compare answers, speed and memory on evaluation tasks.
 
-    Puts every question to each mode in the same run and compares accuracy, choices, latency,
-    throughput and memory. Contexts are prefilled once, and what neighbouring questions share is
-    too. Exits with 1 when two modes differ by more than a near-tie.
+    Asks each mode every question in the same run and compares accuracy, choices, latency,
+    throughput and memory. Paged computes a context once, and what neighbouring questions share
+    once. Exits with 1 when two modes differ by more than a near-tie.
 
     \b
     granite-paged eval
@@ -192,7 +197,7 @@ def evaluate(
 
 
 def _check_before_the_work(tasks: tuple[str, ...], options: dict[str, Any]) -> tuple[str, ...]:
-    """Refuse now what would fail when hours of work are done. Returns the tasks' names."""
+    """Refuse now what would fail after hours of work. Return the tasks' names."""
     from granite_paged.evaluate.tasks import task_names
     from granite_paged.report.eval_report import prepare_folder
     from granite_paged.report.tensorboard_run import writer_class
@@ -265,7 +270,7 @@ def _find_batch(loaded: Any, tasks: list[Any], seed: int) -> int:
     from granite_paged.evaluate.batch_size import best_batch
 
     batch = best_batch(loaded.model, [q.request for task in tasks for q in task.questions], seed)
-    click.echo(f"default is fastest with {batch} rows a forward pass", err=True)
+    click.echo(f"default is fastest with {batch} rows per forward pass", err=True)
     return batch
 
 
