@@ -10,9 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # set before Triton is imported: its kernels then run on the CPU
-    )
+    # set before Triton is imported, so that its kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "property", "golden", "integration", "gpu")

@@ -38,8 +38,8 @@ def test_every_difference_in_bfloat16_is_a_near_tie() -> None:
 
 def test_peak_memory_is_measured_per_mode() -> None:
     """The peak of default is the same with and without another mode's pools on the device."""
-    beside = evaluated(torch.float32, ("default", "paged")).tasks["tiny"].modes
+    together = evaluated(torch.float32, ("default", "paged")).tasks["tiny"].modes
     alone = evaluated(torch.float32, ("default",)).tasks["tiny"].modes
     assert alone["default"].peak_bytes
-    assert beside["paged"].peak_bytes
-    assert beside["default"].peak_bytes == pytest.approx(alone["default"].peak_bytes, rel=0.02)
+    assert together["paged"].peak_bytes
+    assert together["default"].peak_bytes == pytest.approx(alone["default"].peak_bytes, rel=0.02)

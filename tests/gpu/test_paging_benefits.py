@@ -125,7 +125,7 @@ def test_long_prompts_do_not_stall_decoding(model: Any) -> None:
     sizes = PagedConfig(max_sequences=256, max_tokens=tokens)
     with Engine(model, sizes, queue=len(coming)) as engine:
         engine.runner.warm_up()
-        found = summary(serve(engine, coming, lambda who, done: None))
+        found = summary(serve(engine, coming, lambda name, done: None))
     print(found)
     median, slowest = found.between_tokens_ms
     assert slowest <= 3 * median

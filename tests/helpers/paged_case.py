@@ -92,7 +92,7 @@ class PagedCase:
         return paged_attention(self.query, self.keys, self.values, mask, scale=self.scale)
 
     def errors(self) -> tuple[float, float]:
-        """Return the RMS errors of ours and of SDPA against float64, relative to the answer."""
+        """Return our RMS error and that of SDPA against float64, relative to the answer."""
         ours = self.ours()
         squares = [0.0, 0.0, 0.0]
         for row, n in enumerate(self.lengths):

@@ -56,7 +56,7 @@ def make_geometry(
     )
 
 
-# -- what is generated --------------------------------------------------------------------------
+# -- events and strategies ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ class Paged:
         return numbers.to(self.geometry.dtype)
 
 
-# -- what is right -------------------------------------------------------------------------------
+# -- expected outputs ---------------------------------------------------------------------------
 
 
 def error_bound(dtype: torch.dtype, terms: int, *, sdpa_error: float, roundings: int = 1) -> float:
@@ -420,7 +420,7 @@ def assert_same_outputs(actual: Tensor, expected: Tensor) -> None:
     assert actual.dtype == torch.float64
     norm = expected.norm()
     difference = (actual - expected).norm()
-    # both are right, and each has a rounding error of its own
+    # both are right, and each has its own rounding error
     assert difference <= 2 * ATTENTION_FLOAT64 * norm, (
         f"relative difference {difference / norm:.2g} exceeds {2 * ATTENTION_FLOAT64:.2g}"
     )

@@ -223,9 +223,7 @@ def test_a_cold_start_uses_empty_then_warm_caches(
 REAL_LOAD = models.load
 
 
-def test_a_failed_cold_start_is_a_row_with_its_last_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_cold_start_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failed(command: list[str], **options: Any) -> Any:
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: no compiler\n")
 
@@ -244,7 +242,7 @@ def test_the_cold_start_process_prints_its_times(capsys: Capture) -> None:
 # -- gate ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to judge")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only for machines without a GPU")
 def test_the_gate_without_a_gpu_refuses_before_loading(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -344,7 +342,7 @@ def test_a_record_of_another_model_is_ignored(
 # -- tune ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only for machines without a GPU")
 def test_tune_needs_a_gpu(capsys: Capture) -> None:
     assert run(["tune", "--random-weights", "granite-4.0-h-1b"]) == USAGE
     assert_one_line(capsys, "a CUDA device, and this run has none")

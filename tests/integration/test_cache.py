@@ -494,7 +494,7 @@ def test_nan_stored_in_a_pool_would_reach_the_output(fused: Any) -> None:
         logits_after_nan(fused)
 
 
-def beside(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
+def first_row_of(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
     """Return the logits of one prompt and three more tokens, run as the first row of a batch."""
     mine = prompts((12,), seed=9)[0]
     lengths, seed = others
@@ -515,7 +515,7 @@ def beside(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
 
 @pytest.mark.parametrize("others", [((5,), 1), ((40, 3), 2), ((12, 12, 12, 12), 3), ((1,), 4)])
 def test_rows_do_not_affect_each_other(model: Any, others: tuple[tuple[int, ...], int]) -> None:
-    assert_same_logits(beside(model, others), beside(model, ((), 0)))
+    assert_same_logits(first_row_of(model, others), first_row_of(model, ((), 0)))
 
 
 def test_permuting_the_batch_permutes_the_outputs(model: Any) -> None:

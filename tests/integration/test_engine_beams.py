@@ -113,7 +113,7 @@ def test_a_fault_ends_a_whole_search_or_none_of_it(call: str, number: int) -> No
     assert errors in ({type(None)}, {StepFailed})
 
 
-def test_a_search_finds_the_same_beams_next_to_a_row_that_reports_more_tokens() -> None:
+def test_a_search_is_independent_of_rows_that_report_more_tokens() -> None:
     """The simulated runner's logits tie often."""
     params = SamplingParams(max_new_tokens=2, stop_tokens=())
     for number in range(30):

@@ -65,7 +65,7 @@ def ignore(output: Output, token: int, text: str) -> None:
 
 
 @pytest.mark.parametrize("on_token", [None, ignore])
-def test_a_tokenizer_that_cannot_decode_ends_its_own_request_only(on_token: Any) -> None:
+def test_a_decoding_failure_ends_only_its_request(on_token: Any) -> None:
     (bad, *_), good = expected(PROMPTS[0]), expected(PROMPTS[1])
     assert bad not in good
     harness = make_engine(Words(bad))
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_cannot_decode_ends_its_own_request_only(on_token: Any)
     assert other.outputs[0].text == text_of(good)
 
 
-def test_a_tokenizer_that_cannot_decode_ends_its_own_search_only() -> None:
+def test_a_decoding_failure_ends_only_its_search() -> None:
     (bad, *_), good = expected(PROMPTS[0]), expected(PROMPTS[1])
     harness = make_engine(Words(bad))
     failing = harness.engine.submit_search(PROMPTS[0], SamplingParams(max_new_tokens=1), beams=2)
@@ -89,7 +89,7 @@ def test_a_tokenizer_that_cannot_decode_ends_its_own_search_only() -> None:
     assert other.outputs[0].tokens == good
 
 
-def test_a_tokenizer_that_cannot_encode_refuses_that_prompt_only() -> None:
+def test_an_encoding_failure_refuses_only_its_prompt() -> None:
     engine = make_engine().engine
     refused, good = engine.generate(["BAD w1", "w4 w5"], PARAMS)
     assert isinstance(refused.error, PromptError)
@@ -132,7 +132,7 @@ def test_a_callback_that_steps_the_engine_is_refused_by_name(method: str) -> Non
         assert request.outputs[0].tokens == expected(prompt)
 
 
-def test_a_callback_may_submit_look_and_cancel() -> None:
+def test_a_callback_may_submit_inspect_and_cancel() -> None:
     harness = make_engine(rows=2)
     victim = harness.engine.submit(PROMPTS[1], SamplingParams(max_new_tokens=40, stop_tokens=()))
     added: list[Request] = []
@@ -151,7 +151,7 @@ def test_a_callback_may_submit_look_and_cancel() -> None:
     assert victim.outputs[0].finish == "cancelled"
 
 
-def test_a_callback_that_closes_the_engine_closes_it_after_the_step() -> None:
+def test_a_callback_may_close_the_engine_after_its_step() -> None:
     harness = make_engine()
     engine = harness.engine
     asked = engine.submit(PROMPTS[0], PARAMS, on_token=lambda *_: engine.close())
@@ -166,7 +166,7 @@ def test_a_callback_that_closes_the_engine_closes_it_after_the_step() -> None:
 
 
 @pytest.mark.parametrize("call", ["decode", "prefill", "write_pages"])
-def test_a_cancel_in_the_middle_of_a_step_waits_for_the_next(call: str) -> None:
+def test_a_cancel_during_a_step_waits_for_the_next(call: str) -> None:
     """The garbage collector may close an abandoned stream anywhere."""
     harness = make_engine()
     victim = harness.engine.submit(PROMPTS[0], PARAMS)
@@ -233,7 +233,7 @@ def opened(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_a_stream_that_another_caller_ends_raises(how: str, monkeypatch: Any) -> None:
+def test_a_stream_ended_by_another_caller_raises(how: str, monkeypatch: Any) -> None:
     engine = make_engine().engine
     requests = opened(engine, monkeypatch)
     end, error = ENDS[how]
@@ -246,7 +246,7 @@ def test_a_stream_that_another_caller_ends_raises(how: str, monkeypatch: Any) ->
 
 
 @pytest.mark.parametrize("how", ENDS)
-def test_an_asynchronous_stream_that_another_caller_ends_raises(how: str, monkeypatch: Any) -> None:
+def test_an_asynchronous_stream_ended_by_another_caller_raises(how: str, monkeypatch: Any) -> None:
     engine = make_engine().engine
     requests = opened(engine, monkeypatch)
     end, error = ENDS[how]
@@ -263,7 +263,7 @@ def test_an_asynchronous_stream_that_another_caller_ends_raises(how: str, monkey
     assert len(seen) == 3
 
 
-def test_a_search_that_another_caller_ends_raises() -> None:
+def test_a_search_ended_by_another_caller_raises() -> None:
     harness = make_engine()
     steps = 0
 
@@ -292,7 +292,7 @@ def test_a_cancelled_request_has_the_text_of_its_tokens(on_token: Any) -> None:
     assert output.text == text_of(output.tokens)
 
 
-def test_a_stop_string_that_the_last_token_completes_is_a_stop() -> None:
+def test_a_stop_string_completed_by_the_last_token_counts() -> None:
     engine = make_engine().engine
     answer = expected(PROMPTS[0])
     params = SamplingParams(max_new_tokens=NEW, stop_tokens=(), stop_strings=(f"w{answer[-1]}",))

@@ -424,6 +424,6 @@ def test_one_batch_per_size_runs_before_timing() -> None:
             for context, shared, answer in sizes
         ]
 
-    alike = [part((40, 0, 1)), part((60, 0, 1))]
+    similar = [part((40, 0, 1)), part((60, 0, 1))]
     others = [part((70, 0, 1)), part((60, 32, 1)), part((58, 0, 3)), part((40, 0, 1), (400, 0, 1))]
-    assert run._one_of_each_size([*alike, *others, *alike]) == [alike[0], *others]
+    assert run._one_of_each_size([*similar, *others, *similar]) == [similar[0], *others]

@@ -67,7 +67,7 @@ def test_pools_hold_exactly_the_needed_pages(
     assert pool_bytes == (1 + needed) * cache.geometry.bytes_per_page  # and the null page
 
 
-def test_a_paged_cache_takes_less_than_half_of_a_padded_one(
+def test_a_paged_cache_takes_less_than_a_padded_one(
     caches: tuple[DynamicCache, PagedCache],
 ) -> None:
     default, cache = caches

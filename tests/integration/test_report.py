@@ -96,7 +96,7 @@ def test_tables_name_the_run_and_its_figures(evaluation: Evaluation) -> None:
     assert "chance" not in text
 
 
-def test_accuracy_of_random_weights_is_said_to_be_chance(evaluation: Evaluation) -> None:
+def test_accuracy_of_random_weights_is_labelled_as_chance(evaluation: Evaluation) -> None:
     untrained = replace(evaluation, model="tiny (random weights, seed 0)")
     text = "\n".join(result_tables([untrained]))
     assert "accuracy is at chance by construction (a uniform guess scores 0.25 for `mmlu`)" in text
@@ -132,7 +132,7 @@ def test_the_tables_of_the_study_appear_with_their_gpu(
     assert ours.count(" - |") == 3, "sizes that were not measured must show a dash"
 
 
-def test_the_original_study_is_left_out_where_nothing_compares(evaluation: Evaluation) -> None:
+def test_the_study_is_omitted_if_nothing_compares(evaluation: Evaluation) -> None:
     batched = replace(evaluation, batch=8)
     other_task = replace(evaluation, tasks={"recall": evaluation.tasks["mmlu"]})
     text = "\n".join(result_tables([batched, other_task]))
@@ -148,7 +148,7 @@ def test_the_tables_of_the_study_are_complete() -> None:
     assert len(study.tasks) == 4
 
 
-def test_a_uniform_guess_scores_what_is_stated() -> None:
+def test_a_uniform_guess_has_the_stated_score() -> None:
     path = Path(data_folder()) / "truthfulqa_mc.jsonl"
     asked = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for name in ("mc1", "mc2"):
@@ -185,14 +185,14 @@ def test_a_page_without_the_comments_is_refused(evaluation: Evaluation, tmp_path
 # -- files of results ---------------------------------------------------------------------------
 
 
-def test_an_evaluation_is_read_back_as_it_was(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_an_evaluation_is_read_back_unchanged(evaluation: Evaluation, tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps(evaluation.to_json()))
     assert read_evaluation(path) == evaluation
 
 
 def changed(data: Any, place: str, value: Any) -> Any:
-    """Put a value at `a.b.c`; `...` deletes what is there."""
+    """Set the field `a.b.c` to a value; `...` deletes it."""
     *path, last = place.split(".")
     holder = data
     for name in path:
@@ -300,7 +300,7 @@ def test_report_refuses_a_missing_result(tmp_path: Path, capsys: Capture) -> Non
     assert "none.json cannot be read: No such file" in capsys.readouterr().err
 
 
-def test_figures_of_odd_results_are_drawn(evaluation: Evaluation, tmp_path: Path) -> None:
+def test_unusual_results_can_be_drawn(evaluation: Evaluation, tmp_path: Path) -> None:
     """Zero times, a name with a dollar sign, nothing answered by both, one mode alone."""
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     task = evaluation.tasks["mmlu"]

@@ -153,8 +153,8 @@ def test_scores_are_log_probabilities_of_the_targets(model: Any, driver: Driver)
         [e.gather(1, w[:, None])[:, 0] for e, w in zip(expected, wanted, strict=True)]
     )
     assert_same_logits(scores.logprobs, chosen)
-    likeliest = torch.cat([e.argmax(1) == w for e, w in zip(expected, wanted, strict=True)])
-    assert torch.equal(scores.greedy, likeliest)
+    is_argmax = torch.cat([e.argmax(1) == w for e, w in zip(expected, wanted, strict=True)])
+    assert torch.equal(scores.greedy, is_argmax)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -87,7 +87,7 @@ def test_values_of_other_keys_lower_recall(embedded: LoadedModel) -> None:
 
 
 @pytest.mark.usefixtures("short")
-def test_mamba_states_that_do_not_follow_a_fork_are_detected(
+def test_mamba_states_lost_in_a_fork_are_detected(
     embedded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "_fork", _fork_of_two_prompts)

@@ -78,15 +78,15 @@ def test_noise_alone_passes_every_one_of_100_runs() -> None:
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
 def test_ten_per_cent_slower_hardly_ever_passes_under_noise(noise: float) -> None:
     draw = random.Random(2)
-    green = sum(against_record(draw, factor=1.10, noise=noise) == "passed" for _ in range(100))
-    assert green <= 1, f"{green} of 100"
+    passed = sum(against_record(draw, factor=1.10, noise=noise) == "passed" for _ in range(100))
+    assert passed <= 1, f"{passed} passed of 100"
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
 def test_noise_alone_hardly_ever_fails(noise: float) -> None:
     draw = random.Random(3)
-    red = sum(against_record(draw, noise=noise) == "failed" for _ in range(100))
-    assert red <= 1, f"{red} of 100"
+    failed = sum(against_record(draw, noise=noise) == "failed" for _ in range(100))
+    assert failed <= 1, f"{failed} failed of 100"
 
 
 def test_wide_noise_is_unmeasurable() -> None:

@@ -73,13 +73,13 @@ def test_the_batch_table_compares_modes_side_by_side() -> None:
     assert second[:5] == ["8", "512", "170", "30", "5.67"]
 
 
-def test_a_failure_is_named_in_its_cell_and_in_a_note() -> None:
+def test_a_failure_has_a_cell_and_a_note() -> None:
     text = table(result(), "context")
     assert "| out of memory | 30 | - |" in text
     assert "- default, 1 x 4096: OutOfMemoryError: 3 GB asked for" in text
 
 
-def test_a_mode_that_did_not_run_a_shape_leaves_a_dash() -> None:
+def test_a_shape_that_was_not_run_shows_a_dash() -> None:
     lines = cells(table(result(), "decode"))
     assert lines[3][:6] == ["1", "4,096", "-", "-", "1.8", "-"]
 

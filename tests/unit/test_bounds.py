@@ -1,6 +1,6 @@
-"""Each bound is pinned: to its derivation, to what the documents say, and to a fault it must see.
+"""Each tolerance is pinned to its derivation, to the documents, and to a fault it must detect.
 
-A bound that is loosened by mistake turns one of these tests red. Faults are about twice the bound.
+A tolerance that is loosened by mistake fails one of these tests. Faults are about twice the bound.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def test_the_float32_bound_is_170_roundings() -> None:
     assert 0.95 < tolerances.LOGITS_FLOAT32 / (170 * 2**-23) <= 1
 
 
-def test_the_float64_bound_is_at_most_ten_thousand_roundings() -> None:
+def test_the_float64_bound_is_at_most_10000_roundings() -> None:
     assert 0.4 < tolerances.LOGITS_FLOAT64 / (1e4 * 2**-52) <= 1
 
 
-def test_the_waste_bound_is_half_a_page_of_the_mean_length_and_a_third_more() -> None:
+def test_the_waste_bound_follows_its_derivation() -> None:
     half_a_page = 128 / 2 / ((1 + RAGGED_LONGEST) / 2)
     assert 1 < tolerances.WASTE / half_a_page < 1.34
 
@@ -48,7 +48,7 @@ def test_the_ratio_and_recall_bounds_are_as_stated() -> None:
     assert (tolerances.SDPA_RATIO, tolerances.RECALL) == (1.1, 0.98)
 
 
-def test_each_limit_of_the_gate_lies_half_way_to_what_must_be_seen() -> None:
+def test_gate_limits_lie_half_way_to_the_loss_to_detect() -> None:
     assert gate.limit_of(gate.SEEN) == pytest.approx(1.05)
     assert gate.limit_of(gate.LAW_SEEN) == pytest.approx(1.025)
 
@@ -109,14 +109,14 @@ def difference(attention: Callable[..., Any], ids: Tensor) -> float:
     return float((logits(model, ids, attention) - expected).abs().max() / expected.abs().max())
 
 
-def test_a_scale_that_is_wrong_by_1e_4_breaks_the_float32_bound(ids: Tensor) -> None:
+def test_a_scale_off_by_1e_4_exceeds_the_float32_bound(ids: Tensor) -> None:
     found = difference(scaled(1 + 1e-4), ids)
     assert tolerances.LOGITS_FLOAT32 < found < 3 * tolerances.LOGITS_FLOAT32
     assert difference(scaled(1), ids) < tolerances.LOGITS_FLOAT32 / 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_rounded_to_half_precision_breaks_the_float32_bound(
+def test_half_precision_attention_exceeds_the_float32_bound(
     dtype: torch.dtype, ids: Tensor
 ) -> None:
     assert difference(rounded(dtype), ids) > 2 * tolerances.LOGITS_FLOAT32

@@ -1,4 +1,4 @@
-"""The canary: what it installs, and what it says of failed tests."""
+"""The canary: what it installs, and how it reports failed tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_specification_becomes_arguments_of_pip(argument: str, expected: list[
 
 
 @pytest.mark.parametrize("argument", ["torch", "=2.15.0", "torch=", "torch=soon", "--upgrade=1"])
-def test_another_form_is_refused(argument: str) -> None:
+def test_a_malformed_specification_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=r"expected NAME=SPEC|is no version"):
         requirement(argument)
 
@@ -49,9 +49,9 @@ def test_a_failure_is_reported_with_its_verdict(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tests", "failures", "expected"), [(3, 0, 0), (3, 1, 1), (0, 0, 2)], ids=str
 )
-def test_the_status_is_green_only_where_tests_ran(tests: int, failures: int, expected: int) -> None:
+def test_the_status_passes_only_if_tests_ran(tests: int, failures: int, expected: int) -> None:
     assert status([Outcome("a", tests, 1.0, [Failure("t", [])] * failures)]) == expected
 
 
-def test_a_group_whose_report_is_missing_is_never_green(tmp_path: Path) -> None:
+def test_a_group_without_a_report_never_passes(tmp_path: Path) -> None:
     assert status([read_outcome("golden", tmp_path / "missing.xml", 1.0)]) == 2

@@ -85,7 +85,7 @@ def test_an_error_names_the_missing_data(tmp_path: Path) -> None:
     assert "no rows" in str(refusal(lambda: data.mmlu("test", str(tmp_path))))
 
 
-def test_text_that_is_not_utf_8_is_refused_with_its_line(tmp_path: Path) -> None:
+def test_invalid_utf_8_is_refused_with_its_line(tmp_path: Path) -> None:
     good = json.dumps(MMLU).encode()
     (tmp_path / "mmlu_test.jsonl").write_bytes(good + b"\n\xff\xfe\n")
     assert "line 2: not UTF-8 text" in str(refusal(lambda: data.mmlu("test", str(tmp_path))))

@@ -411,7 +411,7 @@ def test_write_pages_stores_non_finite_values_as_zero() -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
-def test_every_page_of_a_row_is_read_by_exactly_one_part(splits: int) -> None:
+def test_each_page_is_read_by_exactly_one_part(splits: int) -> None:
     page_size, width = 4, 9
     lengths = [0, 1, 4, 5, 16, 23, 36]
     table = torch.arange(1, 1 + len(lengths) * width, dtype=torch.int32, device=DEVICE)
@@ -436,7 +436,7 @@ def test_every_page_of_a_row_is_read_by_exactly_one_part(splits: int) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_the_parts_of_a_split_mask_see_together_what_each_row_sees(splits: int) -> None:
+def test_the_parts_of_a_split_mask_cover_each_row_once(splits: int) -> None:
     allocator, lengths = PageAllocator(20, 4), [23, 1, 0, 8]
     store = PageStore(make_geometry(page_size=4), 20, DEVICE, rows=4, width=6)
     row_of = {allocator.open(): row for row in range(4)}

@@ -141,7 +141,7 @@ def test_a_page_twice_in_a_row_is_refused() -> None:
 
 
 @given(st.data())
-def test_changes_settled_at_once_equal_changes_settled_one_by_one(data: st.DataObject) -> None:
+def test_batched_changes_equal_single_changes(data: st.DataObject) -> None:
     rows, width, pages = 3, 4, 6
     at_once, one_by_one = (PageTable(rows, width, pages, CPU) for _ in range(2))
     row, place, page = (st.integers(0, most - 1) for most in (rows, width, pages))

@@ -75,7 +75,7 @@ def test_a_temperature_too_small_for_float32_takes_the_argmax(temperature: float
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("most", [1, 3, 9])
-def test_the_top_tokens_of_a_row_do_not_depend_on_other_rows(most: int, dtype: torch.dtype) -> None:
+def test_top_tokens_are_independent_of_other_rows(most: int, dtype: torch.dtype) -> None:
     batch = (2 * logits(4, dtype=dtype)).round() / 2  # many ties
     together = draw(batch, [wanted(logprobs=k) for k in (most, 30, 0, 5)]).top_tokens
     alone = draw(batch[:1], [wanted(logprobs=most)]).top_tokens

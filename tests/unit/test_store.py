@@ -1,4 +1,4 @@
-"""Page table and pools of all layers, driven by an allocator's plans."""
+"""The page store: page table and pools of all layers, driven by an allocator's plans."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make(pages: int = 9) -> tuple[PageAllocator, PageStore]:
 
 
 def numbered(store: PageStore) -> list[torch.Tensor]:
-    """Every number of every pool made different; returns copies."""
+    """Fill the pools with different numbers, and return copies of them."""
     for layer, pool in store.pools.items():
         for sign, stored in ((1, pool.keys), (-1, pool.values)):
             stored.copy_(sign * (layer + torch.arange(stored.numel()).view(stored.shape)))
@@ -71,7 +71,7 @@ def test_forgotten_pages_leave_the_inverse_map() -> None:
     assert store.table.logical.tolist() == [-1, -1, -1, 0, -1, -1, -1, -1, -1]
 
 
-def test_saved_pages_are_loaded_elsewhere_as_they_were() -> None:
+def test_saved_pages_can_be_loaded_elsewhere() -> None:
     _, store = make()
     before = numbered(store)
     contents = store.save([5, 2])
@@ -83,7 +83,7 @@ def test_saved_pages_are_loaded_elsewhere_as_they_were() -> None:
         assert torch.equal(now, expected)
 
 
-def test_a_store_that_cannot_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_grow_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator, store = make()
     before, resize = numbered(store), KVPool.resize
 
@@ -100,7 +100,7 @@ def test_a_store_that_cannot_grow_is_as_it_was(monkeypatch: pytest.MonkeyPatch) 
     store.check_valid(allocator, [])
 
 
-def test_a_pool_of_another_size_than_the_allocators_is_named() -> None:
+def test_check_valid_names_a_pool_of_the_wrong_size() -> None:
     allocator, store = make()
     store.pools[4].resize(10)
     with pytest.raises(BrokenInvariant, match="a pool of another size"):
