@@ -59,11 +59,10 @@ def draw_all(
         CannotWrite: if the folder cannot be written.
     """
     load_pyplot()
-    drawn = {name: draw(results, published) for name, draw in _FIGURES.items()}
-    figures = {name: figure for name, figure in drawn.items() if figure is not None}
-    if not figures:
+    figures = {name: draw(results, published) for name, draw in _FIGURES.items()}
+    if not any(figures.values()):
         raise InvalidArgument("nothing to draw: these results have no row without an error")
-    return [save(figure, folder / f"{name}.{form}") for name, figure in figures.items()]
+    return save(figures, folder, form)
 
 
 # -- prefill against batch or context -----------------------------------------------------------
@@ -103,7 +102,7 @@ def _curves(
         plain_log_scale(axes, "y")
     else:
         axes.set_ylim(bottom=0)
-    add_title(figure, f"{title}{_fixed(results, case)}", _subject(results))
+    add_title(figure, f"{title}{_fixed(results, case)}", results)
     add_legend(figure, [axes], loc="outside right center")
     return figure
 
@@ -117,11 +116,6 @@ def _fixed(results: Sequence[Result], case: str) -> str:
     batches = sorted({row.batch for row in rows})
     prompts = "one prompt" if batches == [1] else f"{' or '.join(map(str, batches))} prompts"
     return f" by context length, {prompts}"
-
-
-def _subject(results: Sequence[Result]) -> str:
-    models = sorted({f"{result.model}, {result.dtype}" for result in results})
-    return "; ".join([*models, *sorted({result.device for result in results})])
 
 
 # -- decode and kernel --------------------------------------------------------------------------
@@ -147,7 +141,7 @@ def _decode(results: Sequence[Result], published: Sequence[Published]) -> Any:
         style_axes(axes, "batch size", "ms per step" if context == contexts[0] else "")
         plain_log_scale(axes, "y")
         axes.set_title(f"context {context:,} tokens", fontsize=10)
-    add_title(figure, "Time of one decode step", _subject(results))
+    add_title(figure, "Time of one decode step", results)
     add_legend(figure, panels[0], loc="outside lower center", ncol=4)
     return figure
 
@@ -172,7 +166,7 @@ def _kernel(results: Sequence[Result], published: Sequence[Published]) -> Any:
         axes.bar_label(drawn, list(map(significant, heights)), fontsize=7, padding=1)
     style_axes(axes, "sequences × tokens of each", "µs per layer", grid="y")
     axes.set_xticks(range(len(rows)), list(map(_shape, rows)), fontsize=8)
-    add_title(figure, "Decode attention alone, one layer", _subject(results))
+    add_title(figure, "Decode attention alone, one layer", results)
     add_legend(figure, [axes], loc="outside lower center", ncol=3)
     return figure
 

@@ -31,9 +31,7 @@ def draw_all(folder: Path, entries: Sequence[Entry]) -> list[Path]:
         CannotWrite: if the folder cannot be written.
     """
     load_pyplot()
-    drawn = {name: draw(entries) for name, draw in _FIGURES.items()}
-    figures = {name: figure for name, figure in drawn.items() if figure is not None}
-    return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+    return save({name: draw(entries) for name, draw in _FIGURES.items()}, folder)
 
 
 def _accuracy(entries: Sequence[Entry]) -> Any:
@@ -157,13 +155,8 @@ def _panels(entries: Sequence[Entry], title: str, count: int = 1) -> tuple[Any, 
         axes.set_ylim(len(entries) - 0.4, -0.6)
     first = panels[0] if count > 1 else panels
     first.set_yticks(range(len(entries)), [entry.label for entry in entries], fontsize=9)
-    add_title(figure, title, _subject(entries))
+    add_title(figure, title, (entry.run for entry in entries))
     return figure, panels
-
-
-def _subject(entries: Sequence[Entry]) -> str:
-    models = dict.fromkeys(f"{entry.run.model}, {entry.run.dtype}" for entry in entries)
-    return "; ".join([*models, *dict.fromkeys(entry.run.device for entry in entries)])
 
 
 def _bars(entries: Sequence[Entry]) -> Iterator[tuple[float, Entry, str, ModeMetrics]]:

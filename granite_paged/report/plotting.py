@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from granite_paged.errors import MissingExtra, writing
+from granite_paged.report.bench_results import Result
+from granite_paged.report.eval_results import Evaluation
 from granite_paged.report.formatting import short_count
 
 COLOURS = {"default": "#D55E00", "static": "#E69F00", "paged": "#0072B2", "floor": "#009E73"}
@@ -16,7 +18,7 @@ COLOURS = {"default": "#D55E00", "static": "#E69F00", "paged": "#0072B2", "floor
 
 _GRID = {"color": "#DDDDDD", "linewidth": 0.8}
 
-_METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None}}
+_METADATA: dict[str, dict[str, None]] = {"png": {"Software": None}, "svg": {"Date": None}}
 """What to leave out of a file, so that the same data makes the same bytes."""
 
 
@@ -35,19 +37,24 @@ def load_pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure and close it. Raises CannotWrite."""
-    try:
-        with writing(path):
-            figure.savefig(path, dpi=120, metadata=_METADATA[path.suffix])
-    finally:
-        load_pyplot().close(figure)
-    return path
+def save(figures: Mapping[str, Any], folder: Path, form: str = "png") -> list[Path]:
+    """Write the figures that are not None, close them, and return the files. Raises CannotWrite."""
+    files = []
+    for name, figure in figures.items():
+        if figure is not None:
+            files.append(folder / f"{name}.{form}")
+            with writing(files[-1]):
+                figure.savefig(files[-1], dpi=120, metadata=_METADATA[form])
+            load_pyplot().close(figure)
+    return files
 
 
-def add_title(figure: Any, title: str, subtitle: str) -> None:
-    """Put a title and a smaller second line above all panels."""
-    figure.suptitle(f"{title}\n{subtitle}", fontsize=11, x=0.01, ha="left")
+def add_title(figure: Any, title: str, runs: Iterable[Result | Evaluation]) -> None:
+    """Put a title above all panels, and below it the models, dtypes and devices of the runs."""
+    runs = list(runs)
+    models = dict.fromkeys(f"{run.model}, {run.dtype}" for run in runs)
+    subject = "; ".join([*models, *dict.fromkeys(run.device for run in runs)])
+    figure.suptitle(f"{title}\n{subject}", fontsize=11, x=0.01, ha="left")
 
 
 def add_legend(figure: Any, panels: Iterable[Any], **where: Any) -> None:
