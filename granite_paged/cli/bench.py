@@ -26,7 +26,7 @@ from granite_paged.cli.options import (
 from granite_paged.cli.profiling import profile_first_shapes
 from granite_paged.cli.serve import serve
 from granite_paged.names import BASELINES, CASE_NAMES, MODES
-from granite_paged.report.formatting import ratio, significant
+from granite_paged.report.formatting import gigabytes, ratio, significant
 
 if TYPE_CHECKING:
     from granite_paged.bench.session import Session
@@ -282,15 +282,15 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def _gb(row: Row) -> str:
+    return gigabytes(row.peak_bytes, digits=3)
+
+
 def _kernel_cells(row: Row) -> list[str]:
     if row.error:
         return ["failed"]
     quotient = ratio(row.paged_us, row.sdpa_us)
     return [*map(significant, (row.paged_us, row.sdpa_us)), quotient, significant(row.floor_us)]
-
-
-def _gb(row: Row) -> str:
-    return "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.3f}"
 
 
 # -- cold start ---------------------------------------------------------------------------------

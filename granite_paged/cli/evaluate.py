@@ -27,6 +27,7 @@ from granite_paged.cli.options import (
     report_console,
     write_json,
 )
+from granite_paged.report.formatting import gigabytes, significant
 
 if TYPE_CHECKING:
     from granite_paged.report.eval_results import Agreement, Evaluation, ModeMetrics
@@ -293,6 +294,8 @@ def _command_line() -> str:
 
 # -- tables -------------------------------------------------------------------------------------
 
+_COLUMNS = ("accuracy", "mean ms", "p50 ms", "p99 ms", "question/s", "token/s", "GB", "hits")
+
 
 def _tables(evaluation: Evaluation) -> list[Table]:
     where = f"{evaluation.model}, {evaluation.dtype}, {evaluation.device}"
@@ -301,7 +304,7 @@ def _tables(evaluation: Evaluation) -> list[Table]:
         metrics.caption = "attention over pages is dense on the CPU: its times say nothing of a GPU"
     metrics.add_column("task", no_wrap=True)
     metrics.add_column("mode", no_wrap=True)
-    for column in ("accuracy", "mean ms", "p50", "p99", "question/s", "token/s", "GB", "hits"):
+    for column in _COLUMNS:
         metrics.add_column(column, justify="right", no_wrap=True)
     verdicts = Table(show_header=False, box=SIMPLE)
     for task, result in evaluation.tasks.items():
@@ -317,14 +320,10 @@ def _tables(evaluation: Evaluation) -> list[Table]:
 
 
 def _numbers(found: ModeMetrics) -> list[str]:
-    from granite_paged.report.formatting import gigabytes
-
     times = (found.latency_mean_ms, found.latency_p50_ms, found.latency_p99_ms)
     return [
         f"{found.accuracy:.4f} ± {found.stderr or 0:.4f}",
-        *(f"{time:,.1f}" for time in times),
-        f"{found.questions_per_second:,.1f}",
-        f"{found.tokens_per_second:,.0f}",
+        *map(significant, (*times, found.questions_per_second, found.tokens_per_second)),
         gigabytes(found.peak_bytes),
         f"{found.hit_rate:.1%}",
     ]

@@ -10,9 +10,9 @@ def significant(number: float | None) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def gigabytes(count: int | None) -> str:
+def gigabytes(count: int | None, digits: int = 2) -> str:
     """Return bytes as GB (10^9 bytes); a dash for None and 0."""
-    return f"{count / 1e9:.2f}" if count else "-"
+    return f"{count / 1e9:.{digits}f}" if count else "-"
 
 
 def ratio(numerator: float | None, denominator: float | None) -> str:
