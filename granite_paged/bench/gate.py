@@ -295,7 +295,7 @@ def judged(session: Session, case: BenchCase, shape: Shape, against: Against) ->
 
 
 def no_gpu(command: str) -> CannotJudge:
-    """What a command says where there is no GPU, or where another device was chosen."""
+    """Return the refusal of a command that needs a GPU and runs without one."""
     return CannotJudge(
         f"{command} needs a CUDA device, and this run has none: nothing was measured"
     )

@@ -170,7 +170,7 @@ class KernelCase:
         return SplitMask(self._store, len(rows), plan.splits).fill(rows, self._newest)
 
     def _make_store(self) -> PageStore:
-        """One layer's pages, in the order in which an empty pool hands them out."""
+        """Return one layer's pages, in the order in which an empty pool issues them."""
         lengths = self._lengths
         g = replace(self._geometry, attention_layers=self._geometry.attention_layers[:1])
         allocator = PageAllocator(1 + sum(map(g.pages_for, lengths)), g.page_size)

@@ -216,7 +216,7 @@ def config_for(config: PagedConfig, shape: Shape) -> PagedConfig:
 
 
 class Sequences:
-    """A batch of sequences in rows 1 .. batch of a runner, and their pages."""
+    """A batch of sequences in rows 1 to `batch` of a runner, with their pages."""
 
     def __init__(self, runner: Runner, batch: int) -> None:
         self._runner = runner
@@ -225,20 +225,20 @@ class Sequences:
         self._row_of: dict[int, int] = {}
 
     def open(self, tokens: int) -> None:
-        """Take pages for so many tokens of every row."""
+        """Give each row pages for `tokens` tokens."""
         self._row_of = {self._allocator.open(): row for row in self.rows}
         plan = self._allocator.append(dict.fromkeys(self._row_of, tokens))
         self._runner.write_pages(plan, self._row_of)
 
     def close(self) -> None:
-        """Give all pages and states back."""
+        """Release all pages, and clear the Mamba states."""
         freed = self._allocator.release(*self._row_of)
         self._runner.forget_pages(freed)
         self._runner.clear_rows(self.rows)
         self._row_of = {}
 
     def pages(self) -> list[int]:
-        """Physical pages of all rows, row by row, in logical order."""
+        """Return the physical pages of all rows, row by row, in logical order."""
         return [page for sequence in self._row_of for page in self._allocator.pages_of(sequence)]
 
 
@@ -268,7 +268,7 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
 
 
 def _fill_pages(runner: Runner, sequences: Sequences, ids: Tensor) -> int:
-    """Run a stretch of row 1, copy its pages and state to all others. Returns its tokens."""
+    """Run a prefix in row 1, and copy its pages and states to all rows; return its tokens."""
     page_size, pages = runner.geometry.page_size, sequences.pages()
     stretch = min(ids.shape[1], runner.geometry.pages_for(STRETCH) * page_size)
     runner.prefill([Chunk(1, 0, ids[0, :stretch].tolist())])

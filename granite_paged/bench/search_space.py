@@ -105,7 +105,7 @@ class TuningTarget:
 
     @property
     def multiprocessors(self) -> int:
-        """Of the device; 1 on the CPU."""
+        """Number of multiprocessors of the device; 1 on the CPU."""
         return multiprocessors(self.clock.device)
 
     def random(self, *shape: int) -> Tensor:
@@ -322,7 +322,7 @@ class DecodeSteps:
 
     @functools.cached_property
     def _timer(self) -> Timer:
-        """Returns the seconds of a step that is captured again with the constants of a layout."""
+        """Timer of a decode step, which is captured again with the constants of each layout."""
         from granite_paged.layers.triton.tiles import using
 
         self._target.fresh()

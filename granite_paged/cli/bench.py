@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 from granite_paged.cli.options import (
@@ -129,7 +130,6 @@ def bench(
     from granite_paged.bench.measure import QUICK, Repeats
     from granite_paged.bench.session import Session, make_plan
     from granite_paged.bench.session import run as run_plan
-    from granite_paged.environment import mamba_note
     from granite_paged.report.bench_results import updated
 
     earlier = _earlier(json_file) if update else None
@@ -162,12 +162,7 @@ def bench(
         if rows and json_file:
             click.echo(f"rows kept in {json_file}: {len(rows)}", err=True)
         raise
-    console = report_console(json_file)
-    console.print(*_row_tables(session, rows), sep="")
-    for failure in _failures(rows):
-        console.print(failure, soft_wrap=True, markup=False)
-    if any(row.latency_ms for row in rows if row.mode in BASELINES) and (note := mamba_note()):
-        console.print(note, soft_wrap=True)
+    _print_rows(session, rows, report_console(json_file))
     if profile_dir is not None:
         profile_first_shapes(session, plan, profile_dir)
     return OK
@@ -215,6 +210,17 @@ def _write_rows(
 
 
 # -- tables -------------------------------------------------------------------------------------
+
+
+def _print_rows(session: Session, rows: Sequence[Row], console: Console) -> None:
+    from granite_paged.environment import mamba_note
+
+    console.print(*_row_tables(session, rows), sep="")
+    for failure in _failures(rows):
+        console.print(failure, soft_wrap=True, markup=False)
+    if any(row.latency_ms for row in rows if row.mode in BASELINES) and (note := mamba_note()):
+        console.print(note, soft_wrap=True)
+
 
 _STEP_COLUMNS = ("batch", "context", "ms", "p90 ms", "repeats", "tokens/s", "floor ms", "peak GB")
 _KERNEL_COLUMNS = ("batch", "context", "paged µs", "SDPA µs", "paged / SDPA", "floor µs")
