@@ -50,7 +50,8 @@ def generate(
     granite-paged generate "<bos> <plain> red-fox copper-bell and red-fox <ask>" --max-new-tokens 1
     """  # noqa: D301
     from granite_paged.engine.engine import Engine
-    from granite_paged.engine.request import SamplingParams, check_tokens
+    from granite_paged.engine.prompts import check_tokens
+    from granite_paged.engine.request import SamplingParams
     from granite_paged.models import load_tokenizer
 
     loaded = choice.load()

@@ -152,8 +152,8 @@ def beam_params(params: SamplingParams, width: int, stops: int, vocabulary: int)
         InvalidSampling: if `width` is below 1 or above the vocabulary, or if `params` asks for
             what a search does not do.
     """
-    if width < 1:
-        raise InvalidSampling(f"beams must be at least 1, got {width}")
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise InvalidSampling(f"beams must be an integer of at least 1, got {width!r}")
     if width > vocabulary:
         raise InvalidSampling(f"beams must be at most {vocabulary}, one per token, got {width}")
     honoured = ("max_new_tokens", "stop_tokens", "priority")

@@ -21,7 +21,7 @@ from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
 from granite_paged.engine.driver import run
 from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption
-from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, matched
+from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params, matched
 from granite_paged.engine.request import (
     OnToken,
     Output,
@@ -126,7 +126,7 @@ class Engine:
         """Answer prompts, as many at once as fit.
 
         Args:
-            prompts: one or several, as text or token ids.
+            prompts: one or several; see `granite_paged.engine.prompts` for what a prompt may be.
             params: for all prompts, or one for each.
             progress: called as answers are finished.
 
@@ -180,7 +180,7 @@ class Engine:
         """Find the best `beams` answers of each prompt by beam search.
 
         Args:
-            prompts: one or several, as text or token ids.
+            prompts: one or several; see `granite_paged.engine.prompts` for what a prompt may be.
             params: only `max_new_tokens`, `stop_tokens` and `priority` may be set.
             beams: number of beams, and of answers.
             length_penalty: an answer's score is its log-probability / length ** length_penalty.
@@ -257,7 +257,7 @@ class Engine:
             QueueFull: if its samples are more than may wait.
             EngineClosed: after `close`.
         """
-        params = params or SamplingParams()
+        params = checked_params(params)
         tokens = self._encoder.encode(prompt)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
@@ -267,7 +267,8 @@ class Engine:
     def submit_scoring(self, context: Prompt, continuations: Sequence[Prompt]) -> Scoring:
         """Let continuations of a context wait to be scored. Raises as `submit` does."""
         tokens = self._encoder.encode(context, "context")
-        encoded = tuple(self._encoder.encode(one, "continuation") for one in continuations)
+        listed = as_prompts(continuations)
+        encoded = tuple(self._encoder.encode(one, "continuation") for one in listed)
         with self._opening():
             return self._core.open_scoring(tokens, encoded)
 
@@ -280,7 +281,7 @@ class Engine:
         length_penalty: float = 1.0,
     ) -> BeamRequest:
         """Let a beam search wait. Raises as `submit` does."""
-        params = params or SamplingParams()
+        params = checked_params(params)
         tokens = self._encoder.encode(prompt)
         with self._opening():
             return self._core.open_search(tokens, params, beams, length_penalty)

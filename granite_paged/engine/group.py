@@ -85,7 +85,7 @@ class EngineGroup:
         """Answer as `Engine.generate` does. Each engine gets a share of the prompts."""
         listed = as_prompts(prompts)
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
-        costs = [len(prompt) + params.n * params.max_new_tokens for prompt, params in pairs]
+        costs = [_size(prompt) + params.n * params.max_new_tokens for prompt, params in pairs]
 
         def answer(
             engine: Engine, share: list[tuple[Prompt, SamplingParams]]
@@ -97,7 +97,7 @@ class EngineGroup:
 
     def score(self, items: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[list[Score]]:
         """Score as `Engine.score` does. Each engine gets a share of the contexts."""
-        costs = [len(context) + sum(map(len, continuations)) for context, continuations in items]
+        costs = [_size(context) + sum(map(_size, each)) for context, each in items]
         return self._spread(list(items), costs, lambda engine, share: engine.score(share))
 
     def stats(self) -> list[EngineStats]:
@@ -138,3 +138,8 @@ class EngineGroup:
         for share, results in zip(shares, by_engine, strict=True):
             found.update(zip(share, results, strict=True))
         return [found[number] for number in range(len(items))]
+
+
+def _size(prompt: Any) -> int:
+    """Return about how many tokens a prompt has."""
+    return len(prompt) if hasattr(prompt, "__len__") else 1

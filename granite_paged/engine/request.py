@@ -10,11 +10,14 @@ Host only and without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
 
-from granite_paged.errors import InvalidSampling, PromptError, check_token_range
+from granite_paged.errors import InvalidSampling
 
 if TYPE_CHECKING:
     from granite_paged.engine.job import SampleJob, ScoringJob
@@ -49,7 +52,8 @@ class SamplingParams:
             earlier per step of priority.
 
     Raises:
-        InvalidSampling: for a value out of range.
+        InvalidSampling: for a value of the wrong type or out of range. numpy numbers, lists and a
+            single stop string are converted.
     """
 
     max_new_tokens: int = 64
@@ -65,19 +69,16 @@ class SamplingParams:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        for name, holds, must in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "be at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "be 0 or more, and finite"),
-            ("top_k", self.top_k >= 0, "be 0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "be in (0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "be positive"),
-            ("seed", 0 <= self.seed < 2**63, "be in [0, 2**63)"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "be 0 or more, or None"),
-            ("stop_strings", "" not in self.stop_strings, "not hold an empty string"),
-            ("n", self.n >= 1, "be at least 1"),
-        ):
-            if not holds:
-                raise InvalidSampling(f"{name} must {must}, got {getattr(self, name)}")
+        convert = functools.partial(object.__setattr__, self)
+        for name, (least, below) in _INTEGERS.items():
+            convert(name, _integer(name, getattr(self, name), least, below))
+        for name, (holds, must) in _NUMBERS.items():
+            convert(name, _number(name, getattr(self, name), holds, must))
+        if self.logprobs is not None:
+            convert("logprobs", _integer("logprobs", self.logprobs, 0))
+        if self.stop_tokens is not None:
+            convert("stop_tokens", _stop_tokens(self.stop_tokens))
+        convert("stop_strings", _stop_strings(self.stop_strings))
 
     @property
     def samples(self) -> bool:
@@ -184,10 +185,46 @@ class Scoring:
         return self.error is not None or None not in self.scores
 
 
-def check_tokens(tokens: Sequence[int], vocabulary: int, what: str) -> tuple[int, ...]:
-    """Return the tokens as a tuple. Raises PromptError if there are none, or unknown ones."""
-    checked = tuple(tokens)
-    if not checked:
-        raise PromptError(f"empty {what}: it has no tokens")
-    check_token_range(min(checked), max(checked), vocabulary)
-    return checked
+_INTEGERS: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, math.inf),
+    "top_k": (0, math.inf),
+    "seed": (0, 2**63),
+    "n": (1, math.inf),
+    "priority": (-math.inf, math.inf),
+}
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: 0 <= value < math.inf, "be a finite number of at least 0"),
+    "top_p": (lambda value: 0 < value <= 1, "be a number in (0, 1]"),
+    "repetition_penalty": (lambda value: 1e-6 <= value <= 1e6, "be a number in [1e-6, 1e6]"),
+}
+
+
+def _integer(name: str, value: Any, least: float, below: float = math.inf) -> int:
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_integer and least <= int(value) < below:
+        return int(value)
+    least_text = f" of at least {least}" if least > -math.inf else ""
+    below_text = " and below 2**63" if below < math.inf else ""
+    raise InvalidSampling(f"{name} must be an integer{least_text}{below_text}, got {value!r}")
+
+
+def _number(name: str, value: Any, holds: Callable[[float], bool], must: str) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool) and holds(float(value)):
+        return float(value)
+    raise InvalidSampling(f"{name} must {must}, got {value!r}")
+
+
+def _stop_tokens(tokens: Any) -> tuple[int, ...]:
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str):
+        raise InvalidSampling(f"stop_tokens must be token ids or None, got {tokens!r}")
+    return tuple(_integer("stop_tokens must hold token ids: each", t, 0) for t in tokens)
+
+
+def _stop_strings(strings: Any) -> tuple[str, ...]:
+    listed = [strings] if isinstance(strings, str) else strings
+    if not isinstance(listed, Iterable):
+        raise InvalidSampling(f"stop_strings must be strings, got {strings!r}")
+    for one in (listed := tuple(listed)):
+        if not isinstance(one, str) or not one:
+            raise InvalidSampling(f"stop_strings must be strings that are not empty, got {one!r}")
+    return listed

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from granite_paged.engine import core
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
 from granite_paged.errors import (
@@ -17,6 +19,7 @@ from granite_paged.errors import (
     GranitePagedError,
     InvalidSampling,
     PromptError,
+    QueueFull,
     RequestCancelled,
     TokenizerFailed,
 )
@@ -101,6 +104,36 @@ def test_a_search_with_more_beams_than_tokens_is_refused() -> None:
     with pytest.raises(InvalidSampling, match="beams must be at most 97"):
         harness.engine.submit_search([1], PARAMS, beams=98)
     assert harness.engine.idle
+
+
+# -- prompts and sizes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [None, ["a", "b"], [[1, 2], [3]], [1.5], 2**70, [True], []])
+def test_a_prompt_of_the_wrong_type_is_refused_alone(bad: Any) -> None:
+    engine = make_engine().engine
+    good, refused, other = engine.generate([PROMPTS[0], bad, PROMPTS[1]], PARAMS)
+    assert isinstance(refused.error, PromptError)
+    assert [good.tokens, other.tokens] == [expected(PROMPTS[0]), expected(PROMPTS[1])]
+    assert engine.idle
+
+
+def test_prompts_in_tensors_share_their_beginning() -> None:
+    engine = make_engine(pages=80).engine
+    prompt = torch.arange(3, 43)
+    for _ in range(3):
+        (output,) = engine.generate(prompt, PARAMS)
+    assert output.prompt == tuple(range(3, 43))
+    assert engine.stats().prefix_hits
+
+
+def test_more_samples_than_may_wait_are_refused_before_any_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine().engine
+    monkeypatch.setattr(core, "SampleJob", None)
+    with pytest.raises(QueueFull):
+        engine.submit(PROMPTS[0], SamplingParams(n=400_000))
 
 
 # -- re-entry -----------------------------------------------------------------------------------

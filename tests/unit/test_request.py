@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.engine.detokenizer import Detokenizer
-from granite_paged.engine.request import SamplingParams, check_tokens
+from granite_paged.engine.prompts import check_tokens
+from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import InvalidArgument, InvalidSampling, PromptError
 
 WRONG: dict[str, Any] = {
@@ -30,6 +32,39 @@ WRONG: dict[str, Any] = {
 def test_an_invalid_parameter_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidSampling, match=f"^{name} must .*, got "):
         SamplingParams(**{name: WRONG[name]})
+
+
+WRONG_TYPES: dict[str, list[Any]] = {
+    "max_new_tokens": [2.5, "3", True, None],
+    "temperature": ["hot", True, None],
+    "top_k": [2.5, False],
+    "top_p": ["all", None],
+    "repetition_penalty": [None, True, 1e39],
+    "seed": [1.5, None],
+    "logprobs": [1.5, True],
+    "stop_tokens": [2, "ab", (2.0,), (True,)],
+    "stop_strings": [5, (5,), None],
+    "n": [2.0, None],
+    "priority": [0.5, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values]
+)
+def test_a_parameter_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidSampling, match=f"^{name} must .*, got "):
+        SamplingParams(**{name: value})
+
+
+def test_natural_types_are_converted() -> None:
+    params: Any = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "top_p": 1}
+    params |= {"stop_tokens": [np.int64(4), 5], "stop_strings": "red"}
+    converted = SamplingParams(**params)
+    assert type(converted.max_new_tokens) is int
+    assert type(converted.temperature) is type(converted.top_p) is float
+    assert converted.stop_tokens == (4, 5)
+    assert converted.stop_strings == ("red",)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,0 +1,134 @@
+"""Prompts as callers write them: converted at the door, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from granite_paged.engine.prompts import PromptEncoder, as_prompts, matched
+from granite_paged.engine.request import SamplingParams
+from granite_paged.errors import InvalidSampling, PromptError, TokenizerError
+
+VOCABULARY = 97
+CHAT = [{"role": "user", "content": "4 5"}]
+
+
+class Numbers:
+    """A tokenizer whose texts are token ids; 1 begins a text, 2 begins an answer."""
+
+    chat_template = "given"
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [int(part) for part in text.split()]}
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
+        assert options == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return [*self(messages[0]["content"], add_special_tokens=True)["input_ids"], 2]
+
+
+def encode(prompt: Any, tokenizer: Any = None, what: str = "prompt") -> tuple[int, ...]:
+    return PromptEncoder(tokenizer or Numbers(), VOCABULARY).encode(prompt, what)
+
+
+def encoded(ids: Any, mask: Any = None) -> BatchEncoding:
+    return BatchEncoding({"input_ids": ids} | ({} if mask is None else {"attention_mask": mask}))
+
+
+ONE: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "text": ("4 5", (1, 4, 5)),
+    "list": ([4, 5], (4, 5)),
+    "tuple": ((4, 5), (4, 5)),
+    "range": (range(4, 6), (4, 5)),
+    "numpy array": (np.array([4, 5]), (4, 5)),
+    "numpy numbers": ([np.int64(4), np.int32(5)], (4, 5)),
+    "tensor": (torch.tensor([4, 5]), (4, 5)),
+    "tensor elements": (list(torch.tensor([4, 5])), (4, 5)),
+    "tensor of one row": (torch.tensor([[4, 5]]), (4, 5)),
+    "encoding": (encoded([4, 5]), (4, 5)),
+    "encoding of one row": (encoded(torch.tensor([[4, 5]])), (4, 5)),
+    "dictionary": ({"input_ids": [4, 5]}, (4, 5)),
+    "chat": (CHAT, (1, 4, 5, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", ONE)
+def test_one_prompt_becomes_plain_token_ids(kind: str) -> None:
+    prompt, expected = ONE[kind]
+    assert encode(prompt) == expected
+    assert [encode(one) for one in as_prompts(prompt)] == [expected]
+    assert all(type(token) is int for token in encode(prompt))
+
+
+def test_a_continuation_has_no_special_tokens() -> None:
+    assert encode("4 5", what="continuation") == (4, 5)
+
+
+SEVERAL: dict[str, Any] = {
+    "lists": [[4, 5], [6]],
+    "texts and ids": ["4 5", [6]],
+    "arrays": [np.array([4, 5]), torch.tensor([6])],
+    "padded encoding": encoded(torch.tensor([[4, 5], [0, 6]]), torch.tensor([[1, 1], [0, 1]])),
+    "encodings": [encoded([4, 5]), encoded([6])],
+    "generator": (prompt for prompt in ([4, 5], [6])),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_several_prompts_are_told_apart(kind: str) -> None:
+    listed = [encode(one) for one in as_prompts(SEVERAL[kind])]
+    assert [tokens[tokens[0] == 1 :] for tokens in listed] == [(4, 5), (6,)]
+
+
+def test_rows_of_a_matrix_are_prompts() -> None:
+    for matrix in (np.array([[4, 5], [6, 7]]), torch.tensor([[4, 5], [6, 7]])):
+        assert [encode(one) for one in as_prompts(matrix)] == [(4, 5), (6, 7)]
+    assert [encode(one) for one in as_prompts([CHAT, CHAT])] == [(1, 4, 5, 2)] * 2
+    assert as_prompts([]) == []
+
+
+WRONG: dict[str, Any] = {
+    "None": None,
+    "number": 5,
+    "bytes": b"45",
+    "set": {4, 5},
+    "words": ["a", "b"],
+    "nested": [[4], [5]],
+    "floats": [1.5, 2.5],
+    "nan": [float("nan"), 3],
+    "bools": [True, False],
+    "numpy bools": np.array([True]),
+    "float tensor": torch.tensor([4.0]),
+    "huge": [2**70],
+    "negative": [-1],
+    "empty": [],
+    "scalar": torch.tensor(4),
+    "three dimensions": torch.zeros(1, 1, 2, dtype=torch.int64),
+    "dictionary without ids": {"attention_mask": [1]},
+    "two rows": encoded([[4], [5]]),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_everything_else_is_refused_by_name(kind: str) -> None:
+    with pytest.raises(PromptError, match=r"prompt|token"):
+        encode(WRONG[kind])
+
+
+def test_a_chat_needs_a_template() -> None:
+    tokenizer = Numbers()
+    tokenizer.chat_template = ""
+    with pytest.raises(PromptError, match="chat template"):
+        encode(CHAT, tokenizer)
+    for prompt in (CHAT, "4 5"):
+        with pytest.raises(TokenizerError, match="tokenizer"):
+            PromptEncoder(None, VOCABULARY).encode(prompt)
+
+
+@pytest.mark.parametrize("params", [{"n": 2}, [SamplingParams(), "greedy"], 5])
+def test_params_of_another_type_are_refused(params: Any) -> None:
+    with pytest.raises(InvalidSampling, match="SamplingParams"):
+        matched(params, 2)
