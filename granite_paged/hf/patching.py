@@ -322,11 +322,11 @@ def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tu
     token_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens = token_ids if token_ids is not None else embeddings
     if tokens is None:
-        raise PromptError("neither input_ids nor inputs_embeds given")
+        raise PromptError("neither input_ids nor inputs_embeds was passed")
     if tokens.ndim != (2 if token_ids is not None else 3):
         raise InvalidRequest(
-            "input_ids must be [batch, tokens] and inputs_embeds [batch, tokens, hidden]; "
-            f"{list(tokens.shape)} given"
+            "input_ids must be [batch, tokens] and inputs_embeds [batch, tokens, hidden], "
+            f"got {list(tokens.shape)}"
         )
     batch, columns = tokens.shape[:2]
     prompt = columns > 1 or not cache.is_initialized  # sampled tokens are in the vocabulary

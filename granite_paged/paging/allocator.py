@@ -78,7 +78,9 @@ class PageAllocator:
 
     def __init__(self, pages: int, page_size: int) -> None:
         if pages < 2:
-            raise GeometryError(f"a pool needs the null page and one more, {pages} given")
+            raise GeometryError(
+                f"a pool needs at least 2 pages, one of them the null page, got {pages}"
+            )
         if page_size < 1:
             raise GeometryError(f"page_size must be at least 1, got {page_size}")
         self.page_size = page_size

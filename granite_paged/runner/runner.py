@@ -216,11 +216,13 @@ class Runner:
             InvalidRequest: for a row that is not there, or a position beyond `longest`.
         """
         if not rows or len(rows) != len(positions):
-            raise InvalidRequest(f"{len(rows)} rows and {len(positions)} positions to decode")
+            raise InvalidRequest(
+                f"decode needs one position per row, got {len(positions)} for {len(rows)} rows"
+            )
         self._check_rows(rows)
         if max(positions) >= self.longest or min(positions) < 0:
             raise InvalidRequest(
-                f"positions are 0 to {self.longest - 1}, {min(positions)} to {max(positions)} given"
+                f"positions must be below {self.longest}, got {min(positions)} to {max(positions)}"
             )
         program = self._program(self.shapes.decode_batch(len(rows)), 1, decodes=True)
         inputs = program.padding()
@@ -339,7 +341,7 @@ class Runner:
 
     def _check_rows(self, rows: Sequence[int]) -> None:
         if min(rows) <= NULL_ROW or max(rows) > self.rows:
-            raise InvalidRequest(f"rows are 1 to {self.rows}, {min(rows)} to {max(rows)} given")
+            raise InvalidRequest(f"rows must be 1 to {self.rows}, got {min(rows)} to {max(rows)}")
 
     def _check_chunk(self, chunk: Chunk) -> None:
         if not chunk.tokens:
