@@ -13,8 +13,8 @@ whether a measurement is precise enough to compare with it::
 
     interval above the limit              fail
     interval below the limit              pass
-    across it, narrower than 1.10 / 1.05  the estimate decides: such an interval cannot contain
-                                          both 1.00 and 1.10, so one of the two is ruled out
+    across it, narrower than 1.10 / 1.05  the estimate decides: such an interval contains
+                                          neither 1.00 nor 1.10
     across it, and wider                  unmeasurable: measure again, with twice the pairs; fail
                                           after three tries
 
