@@ -1,7 +1,8 @@
-"""What transformers calls the cache, which differs by version.
+"""The name that transformers gives to the cache, which differs by release.
 
-`past_key_values` up to 5.23, for a Mamba layer `cache_params`; `cache` everywhere from 5.24 on.
-There the old names of arguments work with a warning, and those of outputs do not.
+Up to 5.23 it is `past_key_values`, and `cache_params` for a Mamba layer; from 5.24 it is `cache`
+everywhere. Those releases accept the old names of arguments with a warning, and drop those of
+outputs.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ def _cache_name() -> str:
 
 
 CACHE = _cache_name()
-"""Argument of a model and of `generate()`, key of its keyword arguments, field of its outputs."""
+"""Name of the cache in the arguments and outputs of models and of `generate()`."""
 
 
 def with_cache(cache: Any) -> dict[str, Any]:
-    """Keyword arguments for a model's call: `model(ids, **with_cache(cache))`."""
+    """Return keyword arguments for a model's call: `model(ids, **with_cache(cache))`."""
     return {CACHE: cache}
 
 
 def rename_cache(kwargs: dict[str, Any]) -> None:
-    """Have keyword arguments that may be of either version name the cache as this one does."""
+    """Rename the cache in keyword arguments, in place, as this release of transformers names it."""
     for name in _NAMES:
         if name != CACHE and name in kwargs:
             given = kwargs.pop(name)

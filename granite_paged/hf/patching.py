@@ -1,15 +1,15 @@
-"""Paged attention on a live transformers model, and off it again.
+"""Paged attention for a live transformers model, added by `patch` and removed by `unpatch`.
 
-The only module that touches transformers' registries, hooks and instances. What `patch` changes on
-one model, and `unpatch` takes back:
+No other module touches transformers' registries, hooks and instances. `patch` changes this on one
+model, and `unpatch` restores it:
 
-- its config object becomes a copy of its own, in which the attention implementation is ours;
-- a pre-hook and a hook on the decoder open and close a step of a `PagedCache`;
-- its Mamba layers run in inference form (`mamba_forward`) where that step is open;
-- its `generate()` makes a `PagedCache` where it would have made a `DynamicCache`.
+- The model gets its own copy of its config, which names our attention implementation.
+- A pre-hook and a hook on the decoder open and close a step of a `PagedCache`.
+- Mamba layers run in inference form (`mamba_forward`) while a step is open.
+- `generate()` makes a `PagedCache` instead of a `DynamicCache`.
 
-Weights, module classes and every other model stay as they are. transformers' two registries learn
-our names at the first `patch` and keep them, since copies of a patched model look them up as well.
+Weights, module classes and every other model stay as they are. The first `patch` adds our names to
+two registries of transformers. They stay there, because copies of a patched model use them too.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _PATCH = "_granite_paged"
 _PREPARE_CACHE = "_prepare_cache_for_generation"
 
 FIRST_RESERVE = 2048
-"""New tokens a row is given pages for before the first step; `generate()` often stops earlier."""
+"""Most new tokens per row that `generate()` reserves pages for before its first step."""
 
 
 @dataclass(frozen=True)
 class _Patch:
-    """What `unpatch` needs to restore."""
+    """State of a patched model, for `unpatch`."""
 
     paged_config: PagedConfig
     model_config: Any
@@ -74,25 +74,25 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
         config: page size, memory and so on; see `PagedConfig`.
 
     Raises:
-        UnsupportedModel: for any other model, or one spread over several devices.
+        UnsupportedModel: for any other model, or one on several devices.
         GeometryError: for sizes that cannot be paged.
-        AlreadyPatched: if it is.
+        AlreadyPatched: if the model is patched.
     """
     config = config or PagedConfig()
     _check_supported(model)
     if is_patched(model):
-        raise AlreadyPatched("this model is patched already; unpatch(model) first")
+        raise AlreadyPatched("this model is patched already; call unpatch(model) first")
     CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)
     _register()
-    original = model.config
-    own = copy.deepcopy(original)
+    shared = model.config
+    own = copy.deepcopy(shared)
     own._attn_implementation = _implementation(config.backend)
-    _share_config(model, original, own)
+    _share_config(model, shared, own)
     hooks = (
         model.base_model.register_forward_pre_hook(_open_step, with_kwargs=True),
         model.base_model.register_forward_hook(_close_step, with_kwargs=True, always_call=True),
     )
-    state = _Patch(config, original, own, hooks)
+    state = _Patch(config, shared, own, hooks)
     setattr(model.base_model, _PATCH, state)
     prepare = functools.partial(_prepare_cache, model, getattr(model, _PREPARE_CACHE), config)
     setattr(model, _PREPARE_CACHE, prepare)
@@ -101,10 +101,10 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
 
 
 def unpatch(model: Any) -> None:
-    """Take `patch(model)` back: logits are bit-identical to before.
+    """Undo `patch(model)`. The model's logits are bit-identical to those before.
 
     Raises:
-        NotPatched: if it is not patched, or no longer.
+        NotPatched: if the model is not patched.
     """
     if not is_patched(model):
         raise NotPatched("this model is not patched (or was unpatched already)")
@@ -112,7 +112,7 @@ def unpatch(model: Any) -> None:
     for hook in state.hooks:
         hook.remove()
     _share_config(model, state.own_config, state.model_config)
-    delattr(model, _PREPARE_CACHE)  # the instance's; the class's shows again
+    delattr(model, _PREPARE_CACHE)  # of the instance, which hid the method of the class
     delattr(model.base_model, _PATCH)
     for mixer in mixers(model).values():
         del mixer.forward
@@ -135,7 +135,7 @@ def paged(model: Any, config: PagedConfig | None = None) -> Iterator[Any]:
 
 
 def is_patched(model: Any) -> bool:
-    """Whether `patch` is in force on this model."""
+    """Return whether this model is patched."""
     return hasattr(getattr(model, "base_model", None), _PATCH)
 
 
@@ -154,10 +154,19 @@ def paged_attention_forward(
     backend: Backend = "auto",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: the pool if the step is paged, SDPA if it is not.
+    """Attend over a pool in a paged step, with SDPA in any other; transformers calls this.
 
-    query [B, Hq, S, D]; key and value as the cache returned them. Returns [B, S, Hq, D].
-    A patched model that is run with somebody else's cache, or none, is answered by SDPA.
+    Args:
+        module: the attention layer.
+        query: [B, Hq, S, D].
+        key, value: [1, Hkv, slots, D] in a paged step; original what another cache returned.
+        attention_mask: a BlockMask in a paged step.
+        scaling: of the scores.
+        dropout: for SDPA.
+        backend: how FlexAttention runs.
+
+    Returns:
+        [B, S, Hq, D], and None for the attention weights.
     """
     if not isinstance(attention_mask, BlockMask):
         out: tuple[Tensor, None] = sdpa_attention_forward(
@@ -170,21 +179,21 @@ def paged_attention_forward(
 
 def _forward_mamba(
     mixer: Any,
-    otherwise: Any,
+    original: Any,
     hidden_states: Tensor,
     cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """In place of a Mamba layer's `forward`: the inference form if the step is paged."""
-    cache = kwargs.pop("cache_params", cache)  # its name up to transformers 5.23
+    """Replace a Mamba layer's `forward`: in a paged step, run it in inference form."""
+    cache = kwargs.pop("cache_params", cache)  # the argument's name up to transformers 5.23
     if not isinstance(cache, PagedCache) or not cache.in_step:
-        out: Tensor = otherwise(hidden_states, cache, attention_mask, **kwargs)
+        out: Tensor = original(hidden_states, cache, attention_mask, **kwargs)
         return out
     rows: MambaRows = cache.layers[mixer.layer_idx]
     state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
     step = cache.step
-    # padding before a row's first token needs no mask: it has no position
+    # Padding before a row's first token has no position, and so needs no mask.
     mask = step.columns.mask if step.columns.before else None
     backend, device, dtype = cache.config.backend, hidden_states.device, hidden_states.dtype
     if mask is None and not kernel_refusal(backend, device, dtype, activation=mixer.activation):
@@ -199,7 +208,7 @@ def _forward_mamba(
 def _open_step(
     decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """Before the decoder runs: allocate, and hand it the step's masks."""
+    """Open a step before the decoder runs: allocate pages and pass the step's masks."""
     kwargs = {**dict(zip(_parameters(decoder.__class__), args, strict=False)), **kwargs}
     rename_cache(kwargs)
     _check_inference(decoder)
@@ -216,19 +225,19 @@ def _open_step(
 
 
 def _close_step(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """After the decoder ran, or failed to (`output` is None then)."""
+    """Close the step after the decoder; `output` is None if the decoder raised."""
     cache = kwargs.get(CACHE)
     if not isinstance(cache, PagedCache) or not cache.in_step:
         return
     if output is None:
-        cache.fail_step("a step of this cache failed half-way")
+        cache.fail_step("a step of this cache failed before it ended")
     else:
         cache.end_step()
 
 
 def _prepare_cache(
     model: Any,
-    otherwise: Any,
+    original: Any,
     config: PagedConfig,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -236,11 +245,11 @@ def _prepare_cache(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    """In place of `generate()`'s own: the user's cache wins, else ours instead of DynamicCache."""
+    """Replace `generate()`'s method: make a PagedCache unless the user chose another cache."""
     user_cache = model_kwargs.get(CACHE) is not None
     dynamic = generation_config.cache_implementation in (None, "dynamic")
     if user_cache or not dynamic or generation_config.use_cache is False:
-        otherwise(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     else:
         model_kwargs[CACHE] = PagedCache.for_model(model, config)
     cache = model_kwargs.get(CACHE)
@@ -253,7 +262,7 @@ def _prepare_cache(
 
 
 def _implementation(backend: Backend) -> str:
-    """Name of our attention function in transformers' registries."""
+    """Return the name of our attention function in transformers' registries."""
     return f"granite_paged_{backend}"
 
 
@@ -263,7 +272,7 @@ def _register() -> None:
         AttentionInterface.register(
             name, functools.partial(paged_attention_forward, backend=backend)
         )
-        # for the steps that are not paged; an implementation without one loses its padding silently
+        # Steps that are not paged need a mask function: without one, padding is lost silently.
         AttentionMaskInterface.register(name, sdpa_mask)
 
 
@@ -302,7 +311,7 @@ def _check_inference(decoder: Any) -> None:
 
 
 def _check_same_model(decoder: Any, cache: PagedCache) -> None:
-    """Compare geometries, at a cache's first step and whenever another config or dtype comes."""
+    """Check that the cache was made for this model, once per config object and dtype."""
     config, dtype = decoder.config, decoder.dtype
     known_config, known_dtype = cache.checked_for
     fits = config is known_config and dtype == known_dtype
@@ -318,11 +327,11 @@ def _check_same_model(decoder: Any, cache: PagedCache) -> None:
 
 
 def _check_tokens(decoder: Any, kwargs: dict[str, Any], cache: PagedCache) -> tuple[int, int]:
-    """Rows and columns of the step's input."""
+    """Check the step's input, and return its numbers of rows and columns."""
     token_ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens = token_ids if token_ids is not None else embeddings
     if tokens is None:
-        raise PromptError("neither input_ids nor inputs_embeds was passed")
+        raise PromptError("got neither input_ids nor inputs_embeds: pass one of them")
     if tokens.ndim != (2 if token_ids is not None else 3):
         raise InvalidRequest(
             "input_ids must be [batch, tokens] and inputs_embeds [batch, tokens, hidden], "
@@ -340,11 +349,11 @@ def _plain_mask(kwargs: dict[str, Any]) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
-    raise InvalidRequest("paged attention takes a 2-D attention_mask of zeros and ones, or none")
+    raise InvalidRequest("a paged step takes a 2-D attention_mask of zeros and ones, or None")
 
 
 def _by_layer_kind(decoder: Any, step: CacheStep) -> dict[str, BlockMask | None]:
-    """The form in which the model takes ready-made masks; Mamba layers ask the cache."""
+    """Return the step's masks as the model takes them; Mamba layers get theirs from the cache."""
     return {
         kind: step.block_mask if kind in ATTENTION_KINDS else None
         for kind in decoder.config.layers_block_type
@@ -352,7 +361,7 @@ def _by_layer_kind(decoder: Any, step: CacheStep) -> dict[str, BlockMask | None]
 
 
 def _tokens_expected(model_kwargs: dict[str, Any], rows: int, columns: int) -> list[int]:
-    """Tokens each row of a `generate()` call will hold, as far as can be told beforehand."""
+    """Estimate the tokens that each row of a `generate()` call will hold."""
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     if mask is not None:
         prompt, tokens = mask.shape[1], mask.count_nonzero(dim=1).tolist()

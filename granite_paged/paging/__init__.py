@@ -1,1 +1,1 @@
-"""Who owns which page, and the device's copy of it."""
+"""Which sequence holds which page, and the device's copy of it."""

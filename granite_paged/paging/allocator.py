@@ -1,4 +1,4 @@
-"""Who owns which page.
+"""Which sequence holds which page.
 
 Invariant: a page is the null page, free, or held by one or more sequences. Free + held = usable
 pages, and a page's reference count is the number of sequences whose list contains it.
@@ -10,8 +10,9 @@ pages, and a page's reference count is the number of sequences whose list contai
     sequence   length in tokens, and a list of pages: logical page i holds its tokens
                [i * page_size, (i + 1) * page_size)
 
-Host only and without torch. No operation's cost grows with the pool: never-issued pages are a
-counter, recycled ones a stack, and only held pages have an entry. Refused requests change nothing.
+This module runs on the host and without torch. No operation's cost grows with the pool: a counter
+stands for never-issued pages, recycled ones are a stack, and only held pages have an entry. A
+refused request changes nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from granite_paged.errors import (
 from granite_paged.geometry import pages_for
 
 NULL_PAGE = 0
-"""Takes the writes of padding. Never owned, never attended."""
+"""Page that takes the writes of padding. No sequence owns it and no query attends to it."""
 
 
 class PageWrite(NamedTuple):
-    """Entry `logical_page` of a sequence's page table becomes `physical_page`."""
+    """Set entry `logical_page` of a sequence's page table to `physical_page`."""
 
     sequence: int
     logical_page: int
@@ -45,7 +46,7 @@ class PageWrite(NamedTuple):
 
 
 class PageCopy(NamedTuple):
-    """Copy-on-write: `source` must be copied to `target` before `target` is read or written."""
+    """Copy page `source` to `target`, before `target` is read or written (copy-on-write)."""
 
     source: int
     target: int
@@ -53,7 +54,7 @@ class PageCopy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AppendPlan:
-    """What the device has to do before the tokens of one `append` are written."""
+    """What the device has to do before the tokens of an `append` are written."""
 
     writes: list[PageWrite]
     copies: list[PageCopy]
@@ -66,11 +67,11 @@ class _Sequence:
 
 
 class PageAllocator:
-    """Hands out the pages `1 .. pages - 1` of a pool, `page_size` tokens each.
+    """The owner of the pages `1 .. pages - 1` of a pool, `page_size` tokens each.
 
     Args:
-        pages: pages of the pool, the null page included. At least 2.
-        page_size: tokens a page. At least 1.
+        pages: pages of the pool, the null page included; at least 2.
+        page_size: tokens per page; at least 1.
 
     Raises:
         GeometryError: if either is too small.
@@ -100,7 +101,7 @@ class PageAllocator:
 
     @property
     def free(self) -> int:
-        """Pages nobody holds."""
+        """Pages that no sequence holds."""
         return len(self._recycled) + self._pages - self._never_issued
 
     @property
@@ -110,7 +111,7 @@ class PageAllocator:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences; a token in a shared page counts once for each sequence."""
+        """Tokens of all sequences. A token in a shared page counts once for each sequence."""
         return sum(sequence.length for sequence in self._sequences.values())
 
     @property
@@ -119,23 +120,23 @@ class PageAllocator:
         return tuple(self._sequences)
 
     def length(self, sequence: int) -> int:
-        """Tokens of a sequence."""
+        """Return the number of tokens of a sequence."""
         return self._get(sequence).length
 
     def pages_of(self, sequence: int) -> tuple[int, ...]:
-        """Physical pages of a sequence, in logical order."""
+        """Return the physical pages of a sequence, in logical order."""
         return tuple(self._get(sequence).pages)
 
     def references(self, page: int) -> int:
-        """Sequences that hold a page."""
+        """Return the number of sequences that hold a page."""
         return self._references.get(page, 0)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that `tokens` tokens of one sequence fill, the last one perhaps in part."""
+        """Return the number of pages that `tokens` tokens of one sequence take."""
         return pages_for(tokens, self.page_size)
 
     def pages_needed(self, growth: Mapping[int, int]) -> int:
-        """Free pages that `append(growth)` would take, copies on write included."""
+        """Return the number of free pages that `append(growth)` takes, copies included."""
         needed = 0
         sharers: Counter[int] = Counter()  # shared last page -> sequences about to write into it
         for sequence_id, tokens in growth.items():
@@ -153,18 +154,19 @@ class PageAllocator:
     # -- changing -------------------------------------------------------------------------------
 
     def open(self, pages: Iterable[int] = ()) -> int:
-        """Start a sequence. Returns its id; ids are never reused.
+        """Start a sequence and return its id. Ids are never reused.
 
         Args:
-            pages: whole pages of tokens that others hold and this sequence begins with. None: it
-                starts empty.
+            pages: full pages of other sequences that this one begins with.
 
         Raises:
-            InvalidRequest: for a page that nobody holds, or one named twice.
+            InvalidRequest: for a page that no sequence holds, or one named twice.
         """
         shared = list(pages)
         if len(set(shared)) < len(shared) or not self._references.keys() >= set(shared):
-            raise InvalidRequest(f"pages {shared} cannot be shared: each must be held, and once")
+            raise InvalidRequest(
+                f"pages {shared} cannot be shared: a sequence must hold each, and none may repeat"
+            )
         sequence = self._next_sequence
         self._next_sequence += 1
         self._sequences[sequence] = _Sequence(len(shared) * self.page_size, shared)
@@ -173,10 +175,13 @@ class PageAllocator:
         return sequence
 
     def append(self, growth: Mapping[int, int]) -> AppendPlan:
-        """Grow sequences by so many tokens each, all of them or none.
+        """Grow sequences, all of them or none.
+
+        Args:
+            growth: sequence -> number of new tokens.
 
         Raises:
-            OutOfPages: with the pages needed and free.
+            OutOfPages: with the numbers of pages needed and free.
             UnknownSequence: for an id that is not open.
             InvalidRequest: for a negative number of tokens.
         """
@@ -190,14 +195,14 @@ class PageAllocator:
         return plan
 
     def fork(self, parent: int) -> int:
-        """Open a sequence with the parent's tokens, sharing every page of it."""
+        """Open a sequence with the parent's tokens, which shares all of its pages."""
         source = self._get(parent)
         child = self.open(source.pages)
         self._sequences[child].length = source.length
         return child
 
     def release(self, *sequences: int) -> list[int]:
-        """Close sequences. Returns the pages that became free.
+        """Close sequences, and return the pages that became free.
 
         Raises:
             DoubleFree: for a sequence that is closed already, or named twice.
@@ -215,7 +220,7 @@ class PageAllocator:
         return freed
 
     def extend_pool(self, pages: int) -> None:
-        """Raise the number of pages to `pages`; issued pages keep their numbers."""
+        """Raise the number of pages to `pages`. Issued pages keep their numbers."""
         if pages < self._pages:
             raise GeometryError(f"a pool of {self._pages} pages cannot shrink to {pages}")
         self._pages = pages
@@ -223,7 +228,7 @@ class PageAllocator:
     # -- proving --------------------------------------------------------------------------------
 
     def check_valid(self) -> None:
-        """Prove the invariant; BrokenInvariant says what broke. Costs as much as all held pages."""
+        """Prove the invariant, in time proportional to the held pages. Raises BrokenInvariant."""
         incidence = Counter(page for s in self._sequences.values() for page in s.pages)
         require(incidence == Counter(self._references), "reference counts differ from the tables")
         recycled = set(self._recycled)

@@ -1,14 +1,14 @@
-"""The mask of one step, in the pool's coordinates.
+"""The attention mask of one step, in the pool's coordinates.
 
 Coordinates::
 
-    folded row         query token * G + member of the group      (attention.py folds so)
-    slot               physical page * page_size + offset         (what FlexAttention calls kv_idx)
+    folded row         query token * G + member of the group      (as layers/attention.py folds)
+    slot               physical page * page_size + offset         (FlexAttention's kv_idx)
     position           of a token in its sequence, padding not counted; -1 for padding
 
-The mask_mod is right by itself: it asks whether a slot's page belongs to the row and whether the
-slot's position is at or before the query's. The block lists say the same by whole pages, so that a
-compiled kernel reads only a sequence's own pages; eager FlexAttention ignores them.
+The mask_mod is complete: it allows a slot if its page belongs to the row and its position is not
+after the query's. The block lists say the same by whole pages, so a compiled kernel reads only a
+sequence's own pages. Eager FlexAttention ignores the lists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from granite_paged.paging.allocator import NULL_PAGE
 from granite_paged.paging.page_table import NOBODY
 
 QUERY_BLOCK = 128
-"""Folded query rows a block of the mask covers; FlexAttention's own default."""
+"""Folded query rows per block of the mask, as FlexAttention has by default."""
 
 PADDING = -1
 """Position of a padding token."""
@@ -40,18 +40,18 @@ def paged_mask_mod(
     group: int,
     visible: Tensor | None = None,
 ) -> MaskMod:
-    """Causal attention over the pages of one's own row, decided slot by slot.
+    """Make the mask_mod of causal attention over the pages of each row.
 
     Args:
         physical: [B, width] int32, page table of the rows in this batch, in batch order.
         logical: [pages] int32, inverse map of the whole pool.
         positions: [B, S] int32, of the query tokens; `PADDING` attends to nothing.
-        page_size: tokens a page.
-        group: query heads a KV head (G).
-        visible: [B, positions] bool, for sequences of which some tokens were
-            hidden after they had been stored; None where all count.
+        page_size: tokens per page.
+        group: query heads per KV head (G).
+        visible: [B, positions] bool, False for stored tokens that the user's mask hides; None if
+            none are hidden.
     """
-    # a page of a longer row than this table names lies beyond its end
+    # A logical page beyond the table belongs to a longer row.
     last = physical.shape[1] - 1
 
     def mask_mod(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
@@ -77,19 +77,19 @@ def paged_block_mask(
     group: int,
     visible: Tensor | None = None,
 ) -> BlockMask:
-    """The BlockMask of one step over a pool of `len(logical) * page_size` slots.
+    """Make the BlockMask of one step over a pool of `len(logical) * page_size` slots.
 
-    Args are those of `paged_mask_mod`. Entries of `physical` beyond a row's pages must name a page
-    that exists (the null page does): kernels may read ahead of the counts.
+    Args are those of `paged_mask_mod`. Every entry of `physical` beyond a row's pages must name a
+    page of the pool, such as the null page, because kernels may read past the counts.
 
     Returns:
         A BlockMask for queries folded to [B, Hkv, S * G, D].
     """
     pages = logical.shape[0]
-    # the CPU kernel refuses lists shorter than the pool, though it never reads past the counts
+    # The CPU kernel refuses lists shorter than the pool, though it never reads past the counts.
     width = pages if physical.device.type == "cpu" else physical.shape[1]
     whole, touched = _pages_seen(positions, page_size=page_size, group=group)
-    if visible is not None:  # any page may hide a token: let the mask_mod look at all of them
+    if visible is not None:  # any page may have a hidden token, so the mask_mod decides on all
         whole = torch.zeros_like(whole)
     mask_mod = paged_mask_mod(
         physical, logical, positions, page_size=page_size, group=group, visible=visible
@@ -115,25 +115,25 @@ def split_mask_mod(
     page_size: int,
     splits: int,
 ) -> MaskMod:
-    """One token a row, whose pages are shared out over `splits` parts that attend separately.
+    """Make the mask_mod of a decode step whose rows are split into parts.
 
-    A part is a row of the attention: part `row * splits + i` sees the i-th run of the row's logical
-    pages, all runs equally long. Together they see what the row sees.
+    The parts attend separately. Part `row * splits + i` sees the i-th of `splits` equal runs of the
+    row's logical pages; together, the parts see what the row sees.
 
     Args:
         table: [rows of the table, width] int32, logical page -> physical page.
         logical: [pages] int32, inverse map of the whole pool.
         rows: [B] int, rows of the table.
         positions: [B] int32, of the query tokens; `PADDING` attends to nothing.
-        page_size: tokens a page.
-        splits: parts a row.
+        page_size: tokens per page.
+        splits: parts per row.
     """
     last = table.shape[1] - 1
 
     def mask_mod(part: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
         row = part // splits
         newest = positions[row]
-        each = ((newest // page_size + splits) // splits).clamp(min=1)  # pages a part
+        each = ((newest // page_size + splits) // splits).clamp(min=1)  # pages per part
         physical_page = slot // page_size
         logical_page = logical[physical_page]
         named = table[rows[row], logical_page.clamp(0, last)]
@@ -152,15 +152,16 @@ def split_block_mask(
     group: int,
     slots: int,
 ) -> BlockMask:
-    """The BlockMask of split rows, over lists that a kernel fills anew at every step.
+    """Make the BlockMask of split rows, over lists that a kernel fills at every step.
 
     Args:
-        lists: int32: how many whole pages each part has [parts], which [parts, wide]; whether it
-            has the partly filled one [parts], which [parts, wide].
-        mask_mod: of `split_mask_mod`.
-        page_size: tokens a page.
+        lists: four int32 tensors: the number of full pages of each part [parts] and the pages
+            [parts, wide]; the number of partly filled pages, 0 or 1 [parts], and the page
+            [parts, wide].
+        mask_mod: from `split_mask_mod`.
+        page_size: tokens per page.
         group: query heads a KV head.
-        slots: of the pool.
+        slots: slots of the pool.
     """
     whole_count, whole, partial_count, partial = lists
     return BlockMask.from_kv_blocks(
@@ -176,13 +177,13 @@ def split_block_mask(
 
 
 def _pages_seen(positions: Tensor, *, page_size: int, group: int) -> tuple[Tensor, Tensor]:
-    """Logical pages that every row of a query block sees whole, and that any row sees at all.
+    """Count the pages that every row of a query block sees whole, and that any row sees at all.
 
-    Returns two [B, query blocks] int32. Both are counts from logical page 0 on.
+    Both counts start at logical page 0. Returns two tensors, [B, query blocks] int32.
     """
     folded = positions.repeat_interleave(group, dim=1)  # [B, S * G]
     missing = -folded.shape[1] % QUERY_BLOCK
-    # rows past the end are never stored: they must not decide for the others
+    # Rows past the end are never stored, so they must not affect the counts.
     first = _pad_end(folded, missing, torch.iinfo(folded.dtype).max)
     last = _pad_end(folded, missing, PADDING)
     blocks = (folded.shape[0], -1, QUERY_BLOCK)
@@ -199,7 +200,7 @@ def _pad_end(tensor: Tensor, columns: int, value: int) -> Tensor:
 
 
 def _from_logical_page(physical: Tensor, start: Tensor, width: int) -> Tensor:
-    """[B, query blocks, width]: each row's pages from logical page `start` on, then null pages."""
+    """List each row's pages from logical page `start`, then null pages: [B, blocks, width]."""
     batch, named = physical.shape
     wanted = start[:, :, None] + torch.arange(width, dtype=torch.int32, device=physical.device)
     pages = physical[:, None].expand(batch, start.shape[1], named)

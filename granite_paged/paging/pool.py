@@ -19,7 +19,13 @@ from granite_paged.geometry import CacheGeometry
 
 
 class KVPool:
-    """Storage only: which page belongs to whom is the allocator's business."""
+    """K and V of one layer. The allocator decides which sequence has which page.
+
+    Args:
+        geometry: sizes of the model.
+        pages: pages of the pool, the null page included.
+        device: where the pool lies.
+    """
 
     def __init__(self, geometry: CacheGeometry, pages: int, device: torch.device) -> None:
         self._geometry = geometry
@@ -28,7 +34,7 @@ class KVPool:
 
     @property
     def pages(self) -> int:
-        """Pages in the pool, the null page included."""
+        """Pages of the pool, the null page included."""
         return self.keys.shape[2] // self._geometry.page_size
 
     @property
@@ -57,21 +63,21 @@ class KVPool:
             pages.index_copy_(1, targets, pages.index_select(1, sources))
 
     def read_pages(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of pages [n] int64: [n, Hkv, page_size, D] each."""
+        """Return keys and values of pages [n] int64: [n, Hkv, page_size, D] each."""
         keys, values = (
             by_page.index_select(1, pages).transpose(0, 1) for by_page in self._by_page()
         )
         return keys.contiguous(), values.contiguous()
 
     def write_pages(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
-        """The inverse of `read_pages`."""
+        """Put back what `read_pages` returned. pages: [n] int64."""
         for by_page, new in zip(self._by_page(), (keys, values), strict=True):
             by_page.index_copy_(1, pages, new.transpose(0, 1))
 
     def resize(self, pages: int) -> None:
-        """Have `pages` pages. Growing keeps numbers and contents; shrinking only hides the rest."""
+        """Resize to `pages` pages. Growing keeps contents; shrinking only hides the rest."""
         slots = pages * self._geometry.page_size
-        for name in ("keys", "values"):  # one at a time: the peak holds one tensor twice, not two
+        for name in ("keys", "values"):  # one at a time, so that only one tensor exists twice
             old = getattr(self, name)
             if slots <= old.shape[2]:
                 new = old[:, :, :slots]

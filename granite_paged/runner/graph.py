@@ -1,4 +1,4 @@
-"""A step of one shape: inputs at fixed addresses, recorded once as a CUDA graph, replayed for ever.
+"""A step of one shape, captured as a CUDA graph. Its inputs stay at fixed addresses.
 
 ::
 
@@ -6,7 +6,7 @@
     hidden    [B, S, hidden], of a prefill
     logits    [B, vocabulary], of the last token of each row
 
-One copy takes the inputs over; nothing in the step depends on the host.
+One copy brings the inputs to the device. Nothing in the step depends on the host.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import COMPILING
 from granite_paged.paging.masks import PADDING, paged_block_mask
 from granite_paged.runner.memory_plan import memory_refused
-from granite_paged.runner.model import EagerModel, ModelStep, Storage
+from granite_paged.runner.model import EagerModel, ModelStep
+from granite_paged.runner.storage import Storage
 
 if TYPE_CHECKING:
     from granite_paged.layers.triton.pages import SplitMask
 
-NULL_ROW = 0
-"""Takes padding. Never a sequence's."""
-
 
 class Inputs(NamedTuple):
-    """A step's inputs on the host, to be written part by part; padding where nothing was.
+    """A step's inputs on the host, padding until the caller writes them.
 
-    flat: all of them, [n] int64; the others are views of it, as the module's docstring has them.
-    tokens and last are empty for a decode step.
+    Attributes:
+        flat: [n] int64, all inputs; the others are views of it.
+        rows: [B], state rows.
+        positions: [B, S].
+        tokens: [B, S], empty for a decode step.
+        last: [B], index of each row's last token in [B * S]; empty for a decode step.
     """
 
     flat: Tensor
@@ -48,16 +50,20 @@ class Inputs(NamedTuple):
 
 
 class CapturedStep:
-    """One shape of step.
+    """A step of one shape.
 
     Args:
-        forms: the layers.
-        storage: what they read and write.
-        tokens: [rows] int64, what each row is fed by a decode step, which leaves the likeliest next
-            token there.
-        batch, length: rows, and tokens of each.
-        decodes: whether tokens come from `tokens` (length 1) and not from the host.
-        plan: how a decode step splits its rows, None where it does not.
+        model: runs the layers.
+        storage: the runner's buffers. A decode step reads its input tokens from `storage.tokens`
+            and writes each row's argmax there.
+        batch: rows (B).
+        length: tokens per row (S).
+        decodes: whether this is a decode step; its length is 1.
+        plan: how a decode step splits its rows; None if it does not.
+
+    Attributes:
+        hidden: [B, S, hidden], of the last prefill.
+        logits: [B, vocabulary], of each row's last token.
     """
 
     hidden: Tensor
@@ -65,17 +71,16 @@ class CapturedStep:
 
     def __init__(
         self,
-        forms: EagerModel,
+        model: EagerModel,
         storage: Storage,
-        tokens: Tensor,
         batch: int,
         length: int,
         decodes: bool,
         plan: DecodePlan | None,
     ) -> None:
-        self._model, self._storage, self._tokens = forms, storage, tokens
+        self._model, self._storage, self._tokens = model, storage, storage.tokens
         self._batch, self._length, self._decodes = batch, length, decodes
-        self._device = tokens.device
+        self._device = storage.tokens.device
         of_prefill = [0, 0] if decodes else [batch * length, batch]
         ends = list(accumulate([batch, batch * length, *of_prefill]))
         self._spans = list(pairwise([0, *ends]))
@@ -85,7 +90,7 @@ class CapturedStep:
         self._split_mask = _split_mask(storage, batch, self._plan)
 
     def padding(self) -> Inputs:
-        """Inputs that are padding everywhere, for the caller to fill."""
+        """Return inputs that are all padding, for the caller to fill."""
         pinned = self._graph is not None
         flat = torch.zeros(len(self._inputs), dtype=torch.int64, pin_memory=pinned)
         numbers, shape = flat.numpy(), (self._batch, -1)
@@ -94,7 +99,7 @@ class CapturedStep:
         return Inputs(flat, rows, positions.reshape(shape), tokens.reshape(shape), last)
 
     def run(self, inputs: Inputs) -> None:
-        """Take the inputs over, and compute."""
+        """Copy the inputs to the device, and compute."""
         self._inputs.copy_(inputs.flat, non_blocking=True)
         if self._graph is not None:
             self._graph.replay()
@@ -103,10 +108,14 @@ class CapturedStep:
             self._compute()
 
     def capture(self, pool: Any, stream: Any) -> None:
-        """Compute padding once, so that everything is compiled, then record, both on that stream.
+        """Compute padding once, which compiles everything, then capture the step.
+
+        Args:
+            pool: graph memory pool that all steps share.
+            stream: where both run.
 
         Raises:
-            OutOfMemory: if the step does not fit beside what is there.
+            OutOfMemory: if the step does not fit into the memory that is free.
         """
         self._inputs.copy_(self.padding().flat)
         what = f"a step of {self._batch} x {self._length} tokens"

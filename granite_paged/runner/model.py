@@ -3,7 +3,7 @@
 transformers' decoder layer is a frame of a few lines around its parts: norm, mixer, scaled
 residual, norm, MLP, scaled residual. Two forms keep that frame and take every weight from the live
 modules. `EagerModel` here runs the modules as they are, on any device and dtype, experts and all.
-`TritonModel` (`kernel_forms.py`) runs half precision on a GPU. In both, attention is FlexAttention
+`TritonModel` (`triton_model.py`) runs half precision on a GPU. In both, attention is FlexAttention
 over the pool.
 """
 
@@ -18,18 +18,20 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 
 from granite_paged.geometry import Backend
 from granite_paged.layers.attention import DecodePlan, paged_attention
-from granite_paged.layers.mamba import MambaState, mamba_forward
-from granite_paged.paging.store import PageStore
+from granite_paged.layers.mamba import mamba_forward
+from granite_paged.runner.storage import Storage
 
 
 class ModelStep(NamedTuple):
     """What the layers of one pass share.
 
-    rows: [B] int64, of the page table.
-    states: [B] int64, of the Mamba states: rows - 1, since the null row has none (-1).
-    positions: [B, S] int32, -1 for padding.
-    block_mask: for every attention layer.
-    plan: how the rows are split where S is 1, None where they are not.
+    Attributes:
+        rows: [B] int64, state rows.
+        states: [B] int64, their indices into Mamba states: rows - 1, and -1 for the null row, which
+            has no state.
+        positions: [B, S] int32, -1 for padding.
+        block_mask: for every attention layer.
+        plan: how a decode step splits the rows; None if it does not.
     """
 
     rows: Tensor
@@ -37,20 +39,6 @@ class ModelStep(NamedTuple):
     positions: Tensor
     block_mask: BlockMask
     plan: DecodePlan | None
-
-
-class Storage(NamedTuple):
-    """Where a runner keeps what its sequences have said so far, all rows of it.
-
-    pages: page table and pools. states: Mamba layer -> its states (`rows` None), of all
-    rows but the null row. stacked: conv and ssm of all layers, [layers, rows - 1, ...] each.
-    nonfinite: [rows] uint8, whether NaN or infinity was met.
-    """
-
-    pages: PageStore
-    states: dict[int, MambaState]
-    stacked: list[Tensor]
-    nonfinite: Tensor
 
 
 class EagerModel:

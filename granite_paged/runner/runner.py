@@ -1,21 +1,21 @@
 """Runs a model over pages and state rows, by fixed shapes.
 
-A runner owns device memory and no policy: who owns which page is its caller's `PageAllocator`,
-which row a sequence has is its caller's too. Pages, rows and tables are allocated when it is made.
-What callers say of pages is gathered on the host, and crosses in one copy when a step needs it.
+A runner owns device memory and no policy: its caller decides, with a `PageAllocator`, which
+sequence has which pages and which row. All memory is allocated when the runner is made. Changes of
+pages are gathered on the host and cross to the device in one copy, when a step needs them.
 
 ::
 
-    row 0, page 0     take padding; never anybody's. Row 0 has no Mamba state
-    tokens[row]       what the row is fed by its next decode step. The last one left the likeliest
-                      token there; a sampler writes another over it
-    nonfinite[row]    whether NaN or infinity was met since the row was cleared
+    row 0, page 0     take padding and belong to no sequence
+    tokens[row]       next input token of the row; a decode step stores its argmax here, sampling
+                      overwrites it
+    nonfinite[row]    whether the row met NaN or infinity since it was cleared
 
-On a GPU every step is the replay of a CUDA graph (`program.py`): a decode step for each power of
-two of rows, a prefill for few shapes of chunks. No call waits for the device. On the CPU, and where
-the kernels cannot run, the same steps run as they are, in the shape they come in.
+On a GPU, every step replays a CUDA graph (`graph.py`): there is one decode step for each power of
+two of rows, and a prefill for a few shapes of chunks. No call waits for the device. On the CPU, and
+where the kernels cannot run, the same steps run eagerly in the shape of their inputs.
 
-Rows are named by every step, so running sequences need not be moved to be dense.
+Every step names its rows, so running sequences never move.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from granite_paged.device import available_bytes, host_copy, to_device
+from granite_paged.device import available_bytes, to_device
 from granite_paged.errors import InvalidRequest, PromptError
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
-from granite_paged.layers.mamba import MambaSizes, MambaState, mixers
+from granite_paged.layers.mamba import mixers
 from granite_paged.paging.allocator import AppendPlan
 from granite_paged.paging.store import PageContents, PageStore
 from granite_paged.progress import Progress, silent
-from granite_paged.runner.graph import NULL_ROW, CapturedStep, Inputs
+from granite_paged.runner.graph import CapturedStep, Inputs
 from granite_paged.runner.memory_plan import (
     SCORED_AT_ONCE,
     MemoryPlan,
@@ -45,8 +45,9 @@ from granite_paged.runner.memory_plan import (
     plan_memory,
     row_bytes,
 )
-from granite_paged.runner.model import EagerModel, Storage
+from granite_paged.runner.model import EagerModel
 from granite_paged.runner.shapes import Batch, Shapes
+from granite_paged.runner.storage import NULL_ROW, RowSnapshot, Storage, make_storage
 
 
 class Chunk(NamedTuple):
@@ -58,42 +59,33 @@ class Chunk(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """logprobs [tokens of all chunks] float32; greedy [the same] bool: the target was likeliest."""
+    """Scores of target tokens, in the order of the chunks.
+
+    Attributes:
+        logprobs: [tokens of all chunks] float32.
+        greedy: [tokens of all chunks] bool, whether the target was the argmax.
+    """
 
     logprobs: Tensor
     greedy: Tensor
-
-
-class RowSnapshot(NamedTuple):
-    """A row's Mamba states, of all layers: a snapshot.
-
-    conv [layers, channels, width]; ssm [layers, heads, head_dim, state_size].
-    """
-
-    conv: Tensor
-    ssm: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return self.conv.nbytes + self.ssm.nbytes
 
 
 class Runner:
     """One model on one device. Make it with `Runner.for_model`.
 
     Attributes:
-        rows: usable rows, 1 to `rows`.
-        pages: of each pool, the null page included: a `PageAllocator`'s `pages`.
-        longest: most tokens a sequence may hold.
-        chunk_tokens: most tokens a prefill computes at once.
-        shapes: of its steps, and what they take.
-        alignment: chunks that start at its multiples are computed as one long prompt is.
-        plan: of memory.
-        row_bytes: of a row's Mamba states, as `save_row` copies them.
-        fallback: why steps run without kernels and graphs; empty where they do not.
-        tokens: [rows + 1] int64, on the device.
-        nonfinite: [rows + 1] uint8, on the device.
+        rows: number of rows for sequences; they are rows 1 to `rows`.
+        pages: pages of each pool, the null page included.
+        longest: most tokens of a sequence.
+        chunk_tokens: most tokens that a prefill computes at once.
+        shapes: shapes of the steps, and their costs.
+        alignment: chunks that start at a multiple of it give the same results as one long prompt.
+        plan: bytes of memory, by purpose.
+        row_bytes: bytes of a row's Mamba states, as `save_row` copies them.
+        fallback: why steps run without kernels and graphs; empty if they run with them.
+        tokens: [rows + 1] int64 on the device, each row's next input token.
+        nonfinite: [rows + 1] uint8 on the device, whether a row met NaN or infinity since it was
+            cleared.
     """
 
     def __init__(
@@ -114,19 +106,21 @@ class Runner:
             config.chunk_tokens, self.rows, captured=not fallback, alignment=self.alignment
         )
         with memory_refused(self.device, "the pools and rows"):
-            self._storage = self._make_storage(layers)
-        self.tokens = torch.zeros(self.rows + 1, dtype=torch.int64, device=self.device)
+            width = geometry.pages_for(self.longest)
+            pages = PageStore(geometry, self.pages, self.device, rows=self.rows + 1, width=width)
+            self._storage = make_storage(pages, layers, self.rows, self.dtype, self.device)
+        self.tokens, self.nonfinite = self._storage.tokens, self._storage.nonfinite
         self._model = _model(model, self._storage, fallback, config)
         self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
-        self._graphs = torch.cuda.graph_pool_handle() if self._captures else None
-        self._stream = _capture_stream(self.device) if self._captures else None
+        self._graphs = None if fallback else torch.cuda.graph_pool_handle()
+        self._stream = None if fallback else _capture_stream(self.device)
 
     @classmethod
     def for_model(cls, model: Any, config: PagedConfig | None = None) -> Runner:
-        """A runner for a live, unpatched `GraniteMoeHybridForCausalLM` in eval mode.
+        """Make a runner for a live, unpatched `GraniteMoeHybridForCausalLM` in eval mode.
 
         Raises:
-            OutOfMemory: with what was asked for and there.
+            OutOfMemory: with the bytes needed and free.
             UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
         """
         config = config or PagedConfig()
@@ -138,26 +132,21 @@ class Runner:
         return cls(model, config, geometry, fallback)
 
     @property
-    def nonfinite(self) -> Tensor:
-        """[rows + 1] uint8: whether NaN or infinity was met since the row was cleared."""
-        return self._storage.nonfinite
-
-    @property
     def storage(self) -> Storage:
-        """Page tables, pools and states, for tests and profilers."""
+        """Page table, pools and states, settled, for tests and profilers."""
         self._storage.pages.table.settle()
         return self._storage
 
     # -- steps ----------------------------------------------------------------------------------
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Compute new tokens of some rows, whose pages were written before.
+        """Compute new tokens of some rows. Their pages must be written first.
 
         Returns:
-            [chunks, vocabulary], logits of each chunk's last token; overwritten by the next step.
+            [chunks, vocabulary] logits of each chunk's last token. The next step overwrites them.
 
         Raises:
-            InvalidRequest: for a chunk that is too long, or a row or position that is not there.
+            InvalidRequest: for a chunk that is too long, or a row or position outside the runner.
             PromptError: for an empty chunk.
         """
         aligned = all(chunk.start % self.alignment == 0 for chunk in chunks)
@@ -179,11 +168,11 @@ class Runner:
         return logits
 
     def score(self, chunks: Sequence[Chunk], targets: Sequence[Sequence[int]]) -> Scores:
-        """Compute new tokens as `prefill` does, and the log-probability of what follows each.
+        """Compute new tokens as `prefill` does, and the log-probability of a target after each.
 
         Args:
             chunks: as for `prefill`.
-            targets: for each token of each chunk, the token whose log-probability is wanted.
+            targets: one target token for each token of each chunk.
 
         Raises:
             InvalidRequest: also where a chunk and its targets differ in length.
@@ -205,25 +194,26 @@ class Runner:
         return Scores(*(torch.cat(parts) for parts in zip(*in_order, strict=True)))
 
     def decode(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Feed each row its token of `tokens`, at a position whose page was written before.
+        """Compute each row's token from `tokens`, and store the argmax of its logits there.
 
-        The likeliest token by the new logits is left in its place.
+        Args:
+            rows: rows to run.
+            positions: position of each row's token. Its page must be written first.
 
         Returns:
-            [rows, vocabulary] logits; overwritten by the next step.
+            [rows, vocabulary] logits. The next step overwrites them.
 
         Raises:
-            InvalidRequest: for a row that is not there, or a position beyond `longest`.
+            InvalidRequest: for a row outside the runner, or a position not below `longest`.
         """
         if not rows or len(rows) != len(positions):
             raise InvalidRequest(
                 f"decode needs one position per row, got {len(positions)} for {len(rows)} rows"
             )
         self._check_rows(rows)
-        if max(positions) >= self.longest or min(positions) < 0:
-            raise InvalidRequest(
-                f"positions must be below {self.longest}, got {min(positions)} to {max(positions)}"
-            )
+        first, last = min(positions), max(positions)
+        if first < 0 or last >= self.longest:
+            raise InvalidRequest(f"positions must be below {self.longest}, got {first} to {last}")
         program = self._program(self.shapes.decode_batch(len(rows)), 1, decodes=True)
         inputs = program.padding()
         inputs.rows[: len(rows)] = rows
@@ -237,9 +227,11 @@ class Runner:
         *,
         wanted: Callable[[int, int], bool] = lambda batch, length: True,
     ) -> None:
-        """Compile and capture shapes now; otherwise each waits for its first use.
+        """Compile and capture shapes now instead of at their first use.
 
-        wanted: which, by rows and tokens of each; 1 token: a decode step.
+        Args:
+            progress: called with each shape.
+            wanted: whether to prepare a shape, by rows and tokens per row (1: a decode step).
         """
         shapes = [shape for shape in self.shapes.all() if wanted(*shape)]
         for done, (batch, length) in enumerate(shapes):
@@ -249,15 +241,13 @@ class Runner:
         progress("ready", len(shapes), len(shapes))
 
     def forget_programs(self) -> None:
-        """Drop what was recorded: each shape is recorded anew when it is used next."""
+        """Discard the captured steps. Each is captured again at its next use."""
         self._captured.clear()
 
     def close(self) -> None:
-        """Give the memory back; the runner is of no use afterwards."""
+        """Free the memory. The runner cannot be used afterwards."""
         self.forget_programs()
-        self._storage.pages.pools.clear()
-        self._storage.states.clear()
-        self._storage.stacked.clear()
+        self._storage.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -272,44 +262,31 @@ class Runner:
         self._storage.pages.forget(pages)
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
-        """The row's first logical pages become these."""
+        """Let the row begin with these pages."""
         self._check_rows([row])
         for logical_page, physical_page in enumerate(pages):
             self._storage.pages.table.write(row, logical_page, physical_page)
 
     def fork_row(self, source: int, *targets: int) -> None:
-        """Each target becomes a copy of the source: its pages' names, its states, its token."""
+        """Copy a row to others: its page table, token, flag and Mamba states."""
         self._check_rows([source, *targets])
-        (index,) = to_device(self.device, torch.tensor(targets))
-        self._storage.pages.table.copy_row(source, index)
-        for tensor in (self.nonfinite, self.tokens):
-            tensor[index] = tensor[source].clone()
-        for states in self._storage.stacked:
-            for target in targets:  # one by one: no copy of the source beside it
-                states[:, target - 1].copy_(states[:, source - 1])
+        self._storage.copy_row(source, targets)
 
     def clear_rows(self, rows: Sequence[int]) -> None:
-        """Make rows as new, before they are given to other sequences."""
+        """Clear rows for their next sequences."""
         if rows:
             self._check_rows(rows)
-            (index,) = to_device(self.device, torch.tensor(rows))
-            self._storage.pages.table.clear_rows(rows, index)
-            for tensor in (self.nonfinite, self.tokens):
-                tensor.index_fill_(0, index, 0)
-            for states in self._storage.stacked:
-                states.index_fill_(1, index - 1, 0)
+            self._storage.clear_rows(rows)
 
     def save_row(self, row: int, *, to_host: bool = False) -> RowSnapshot:
-        """A snapshot of the row's Mamba states, on the device or in host memory."""
+        """Copy the row's Mamba states, on the device or to host memory."""
         self._check_rows([row])
-        save = host_copy if to_host else torch.clone
-        return RowSnapshot(*(save(states[:, row - 1]) for states in self._storage.stacked))
+        return self._storage.save_row(row, to_host=to_host)
 
     def load_row(self, row: int, state: RowSnapshot) -> None:
-        """Put a snapshot into a row."""
+        """Put saved Mamba states into a row."""
         self._check_rows([row])
-        for own, saved in zip(self._storage.stacked, state, strict=True):
-            own[:, row - 1].copy_(saved, non_blocking=True)
+        self._storage.load_row(row, state)
 
     def save_pages(self, pages: Sequence[int]) -> PageContents:
         """Copy K and V of these pages to host memory."""
@@ -321,24 +298,6 @@ class Runner:
 
     # -- details --------------------------------------------------------------------------------
 
-    @property
-    def _captures(self) -> bool:
-        return not self.fallback
-
-    def _make_storage(self, layers: Mapping[int, Any]) -> Storage:
-        rows, device = self.rows + 1, self.device
-        return Storage(
-            pages=PageStore(
-                self.geometry,
-                self.pages,
-                device,
-                rows=rows,
-                width=self.geometry.pages_for(self.longest),
-            ),
-            **_make_states(layers, self.rows, self.dtype, device),
-            nonfinite=torch.zeros(rows, dtype=torch.uint8, device=device),
-        )
-
     def _check_rows(self, rows: Sequence[int]) -> None:
         if min(rows) <= NULL_ROW or max(rows) > self.rows:
             raise InvalidRequest(f"rows must be 1 to {self.rows}, got {min(rows)} to {max(rows)}")
@@ -348,17 +307,17 @@ class Runner:
             raise PromptError("empty chunk: give every row at least one token")
         if len(chunk.tokens) > self.chunk_tokens or chunk.start < 0:
             raise InvalidRequest(
-                f"a chunk of {len(chunk.tokens)} tokens from {chunk.start} on: a runner takes "
-                f"{self.chunk_tokens} at once (PagedConfig.chunk_tokens)"
+                f"a chunk must start at 0 or later and have at most {self.chunk_tokens} tokens "
+                f"(PagedConfig.chunk_tokens), got {len(chunk.tokens)} tokens from {chunk.start}"
             )
         if chunk.start + len(chunk.tokens) > self.longest:
             raise InvalidRequest(
-                f"{chunk.start + len(chunk.tokens)} tokens in row {chunk.row}: a sequence holds "
-                f"{self.longest} at most"
+                f"a sequence must have at most {self.longest} tokens, got "
+                f"{chunk.start + len(chunk.tokens)} in row {chunk.row}"
             )
 
     def _arranged(self, chunks: Sequence[Chunk], *, cut: bool) -> Sequence[Batch]:
-        """Share checked chunks out over steps."""
+        """Check chunks, and arrange them in steps."""
         self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
         for chunk in chunks:
             self._check_chunk(chunk)
@@ -385,24 +344,22 @@ class Runner:
         shape = (batch, length, decodes)
         program = self._captured.get(shape)
         if program is None:
-            program = CapturedStep(
-                self._model, self._storage, self.tokens, *shape, self._layout(batch)
-            )
+            program = CapturedStep(self._model, self._storage, *shape, self._layout(batch))
             if self._stream is not None:
                 program.capture(self._graphs, self._stream)
                 self._captured[shape] = program
         return program
 
     def _layout(self, batch: int) -> DecodePlan | None:
-        """How a decode step of so many rows splits them; None where it does not."""
-        if not self._captures:
+        """Return how a decode step of `batch` rows splits them; None if it does not."""
+        if self.fallback:
             return None
         pages = self._storage.pages.table.physical.shape[1]
         return DecodePlan.choose(self.geometry, batch, pages, self.device)
 
     @torch.inference_mode()
     def _scored(self, hidden: Tensor, targets: Tensor) -> Scores:
-        """hidden [n, hidden], targets [n]"""
+        """Score targets [n] after hidden states [n, hidden], a part at a time."""
         logprobs, greedy = [], []
         for part, wanted in zip(
             torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True
@@ -414,7 +371,10 @@ class Runner:
 
 
 def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Scores:
-    """Of targets [n] after logits [n, V], or each after the row of logits that `rows` [n] names."""
+    """Score targets [n] after logits [n, V], or each after the row of logits that `rows` names.
+
+    rows: [n] int64.
+    """
     at = torch.arange(len(targets), device=targets.device) if rows is None else rows
     logprobs = logits.log_softmax(dim=1, dtype=torch.float32)
     return Scores(logprobs[at, targets], logits.argmax(dim=1)[at] == targets)
@@ -422,7 +382,7 @@ def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Sc
 
 @functools.cache
 def _capture_stream(device: torch.device) -> Any:
-    """One for all graphs: the matrix library keeps a workspace for every stream, for ever."""
+    """Return one stream for all graphs: the matrix library keeps a workspace per stream."""
     make_stream: Any = torch.cuda.Stream
     return make_stream(device)
 
@@ -433,16 +393,3 @@ def _model(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> 
     from granite_paged.runner.triton_model import TritonModel  # needs Triton
 
     return TritonModel(model, storage, config.backend)
-
-
-def _make_states(
-    mixers: Mapping[int, Any], rows: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
-    """`stacked` and `states` of a `Storage`. Layers of a model are all of one size."""
-    if not mixers:
-        return {"stacked": [torch.zeros(0, rows, device=device) for _ in range(2)], "states": {}}
-    sizes = MambaSizes.of(next(iter(mixers.values())))
-    conv, ssm, _ = sizes.empty_state(len(mixers) * rows, dtype, device)
-    stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in (conv, ssm)]
-    layers = zip(mixers, *stacked, strict=True)
-    return {"stacked": stacked, "states": {i: MambaState(c, s, None) for i, c, s in layers}}

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from granite_paged import PagedConfig
 from granite_paged.paging.masks import PADDING
-from granite_paged.runner.graph import NULL_ROW, CapturedStep
+from granite_paged.runner.graph import CapturedStep
 from granite_paged.runner.shapes import Shapes
+from granite_paged.runner.storage import NULL_ROW
 from granite_paged.runner.triton_model import TritonModel
 from tests.helpers.driver import Driver
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
@@ -43,7 +44,7 @@ def kernels(model: Any, config: PagedConfig = CONFIG, rows: Iterable[int] = PROM
 
 def larger(driver: Driver, batch: int, length: int, *, decodes: bool) -> CapturedStep:
     runner = driver.runner
-    return CapturedStep(runner._model, runner.storage, runner.tokens, batch, length, decodes, None)
+    return CapturedStep(runner._model, runner.storage, batch, length, decodes, None)
 
 
 def everything(driver: Driver) -> list[Tensor]:

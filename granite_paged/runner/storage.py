@@ -1,0 +1,119 @@
+"""What a runner keeps on the device for its sequences.
+
+::
+
+    pages       page table and pools
+    tokens      [rows + 1] int64, each row's next input token
+    nonfinite   [rows + 1] uint8, whether a row met NaN or infinity since it was cleared
+    stacked     conv and ssm of all Mamba layers, [layers, rows, ...] each
+
+Row 0 is the null row: it takes padding, belongs to no sequence and has no Mamba state. So the state
+of row r has index r - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from granite_paged.device import host_copy, to_device
+from granite_paged.layers.mamba import MambaSizes, MambaState
+from granite_paged.paging.store import PageStore
+
+NULL_ROW = 0
+"""Row that takes padding."""
+
+
+class RowSnapshot(NamedTuple):
+    """A copy of one row's Mamba states, all layers together.
+
+    Attributes:
+        conv: [layers, channels, width], in the model's dtype.
+        ssm: [layers, heads, head_dim, state_size] float32.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return self.conv.nbytes + self.ssm.nbytes
+
+
+class Storage(NamedTuple):
+    """A runner's buffers; see the module's docstring for shapes.
+
+    Attributes:
+        states: Mamba layer -> its part of `stacked`, with `rows` None.
+    """
+
+    pages: PageStore
+    tokens: Tensor
+    nonfinite: Tensor
+    stacked: list[Tensor]
+    states: dict[int, MambaState]
+
+    def copy_row(self, source: int, targets: Sequence[int]) -> None:
+        """Copy a row to others: its page table, token, flag and states."""
+        (index,) = to_device(self.tokens.device, torch.tensor(targets))
+        self.pages.table.copy_row(source, index)
+        for tensor in (self.nonfinite, self.tokens):
+            tensor[index] = tensor[source].clone()
+        for states in self.stacked:
+            for target in targets:  # one by one, so that no second copy of the source is made
+                states[:, target - 1].copy_(states[:, source - 1])
+
+    def clear_rows(self, rows: Sequence[int]) -> None:
+        """Set rows to zeros for their next sequences."""
+        (index,) = to_device(self.tokens.device, torch.tensor(rows))
+        self.pages.table.clear_rows(rows, index)
+        for tensor in (self.nonfinite, self.tokens):
+            tensor.index_fill_(0, index, 0)
+        for states in self.stacked:
+            states.index_fill_(1, index - 1, 0)
+
+    def save_row(self, row: int, *, to_host: bool) -> RowSnapshot:
+        """Copy a row's Mamba states, on the device or to host memory."""
+        save = host_copy if to_host else torch.clone
+        return RowSnapshot(*(save(states[:, row - 1]) for states in self.stacked))
+
+    def load_row(self, row: int, snapshot: RowSnapshot) -> None:
+        """Put saved Mamba states into a row."""
+        for own, saved in zip(self.stacked, snapshot, strict=True):
+            own[:, row - 1].copy_(saved, non_blocking=True)
+
+    def clear(self) -> None:
+        """Drop pools and states, so that their memory is free."""
+        self.pages.pools.clear()
+        self.states.clear()
+        self.stacked.clear()
+
+
+def make_storage(
+    pages: PageStore, mixers: Mapping[int, Any], rows: int, dtype: torch.dtype, device: torch.device
+) -> Storage:
+    """Allocate a runner's buffers.
+
+    Args:
+        pages: page table of `rows + 1` rows, and pools.
+        mixers: Mamba layer -> its module. All layers of a model have the same sizes.
+        rows: rows of sequences, the null row not counted.
+        dtype: of the convolutions' states.
+        device: of all buffers.
+    """
+    stacked = [torch.zeros(0, rows, device=device) for _ in range(2)]
+    if mixers:
+        sizes = MambaSizes.of(next(iter(mixers.values())))
+        conv, ssm, _ = sizes.empty_state(len(mixers) * rows, dtype, device)
+        stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in (conv, ssm)]
+    return Storage(
+        pages=pages,
+        tokens=torch.zeros(rows + 1, dtype=torch.int64, device=device),
+        nonfinite=torch.zeros(rows + 1, dtype=torch.uint8, device=device),
+        stacked=stacked,
+        states={i: MambaState(c, s, None) for i, c, s in zip(mixers, *stacked, strict=True)},
+    )
