@@ -27,11 +27,12 @@ from granite_paged.cli.options import (
 from granite_paged.cli.profiling import profile_first_shapes
 from granite_paged.cli.serve import serve
 from granite_paged.names import BASELINES, CASE_NAMES, MODES
-from granite_paged.report.formatting import gigabytes, ratio, significant
+from granite_paged.report.formatting import gigabytes, significant
 
 if TYPE_CHECKING:
     from granite_paged.bench.session import Session
     from granite_paged.report.bench_results import Result, Row
+    from granite_paged.report.bench_tables import Columns
 
 _shape_options = options(
     click.option(
@@ -222,81 +223,47 @@ def _print_rows(session: Session, rows: Sequence[Row], console: Console) -> None
         console.print(note, soft_wrap=True)
 
 
-_STEP_COLUMNS = ("batch", "context", "ms", "p90 ms", "repeats", "tokens/s", "floor ms", "peak GB")
-_KERNEL_COLUMNS = ("batch", "context", "paged µs", "SDPA µs", "paged / SDPA", "floor µs")
-_OTHER_COLUMNS = ("what", "sequences", "seconds", "GB")
-
-
 def _row_tables(session: Session, rows: Sequence[Row]) -> list[Table]:
-    """Make up to three tables: timed steps, attention alone, and capacity and cold start."""
-    steps = [row for row in rows if row.case not in ("kernel", "memory", "coldstart")]
-    kernel = [row for row in rows if row.case == "kernel"]
-    others = [row for row in rows if row.case in ("memory", "coldstart")]
+    """Put timed steps in one table, and each other case in its own."""
+    from granite_paged.report.bench_tables import ROW_BY_ROW
+
     title = f"{session.name}, {session.device_name}"
-    tables = []
-    if steps:
-        lines = [(*_shape(row), *_cells(row)) for row in steps]
-        caption = "ms is the median of the repeats; the floor is what the device allows"
-        tables.append(_table(title, _STEP_COLUMNS, lines, caption))
-    if kernel:
-        lines = [(*_shape(row), *_kernel_cells(row)) for row in kernel]
-        tables.append(_table(f"{title}: attention of one layer", _KERNEL_COLUMNS, lines))
-    if others:
-        tables.append(_table(title, _OTHER_COLUMNS, [_other_cells(row) for row in others]))
+    caption = "ms is the median of the repeats; the floor is what the device allows"
+    steps = [row for row in rows if row.case not in ROW_BY_ROW]
+    tables = [_table(title, _STEP_COLUMNS, steps, caption)] if steps else []
+    for case, columns in ROW_BY_ROW.items():
+        found = [row for row in rows if row.case == case]
+        narrow = {name: show for name, show in columns.items() if name != "budget"}
+        tables += [_table(title, narrow, found, found[0].note)] if found else []
     return tables
 
 
-def _table(
-    title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], caption: str | None = None
-) -> Table:
-    table = Table(title=title, box=SIMPLE, caption=caption)
+def _table(title: str, columns: Columns, rows: Sequence[Row], caption: str) -> Table:
+    table = Table(title=title, box=SIMPLE, caption=caption or None)
     for name in ("case", "mode"):
         table.add_column(name, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
+    for row in rows:
+        cells = [show(row) for show in columns.values()]
+        table.add_row(row.case, row.mode, *cells[:-1], "failed" if row.error else cells[-1])
     return table
 
 
-def _shape(row: Row) -> tuple[str, ...]:
-    lengths = row.variant.removeprefix("ragged ") or f"{row.context:,}"
-    return (row.case, row.mode, str(row.batch), lengths)
-
-
-def _other_cells(row: Row) -> list[str]:
-    seconds = row.latency_ms.median / 1e3 if row.latency_ms else None
-    what = "failed" if row.error else row.variant
-    return [row.case, row.mode, what, f"{row.batch:,}", significant(seconds), _gb(row)]
+_STEP_COLUMNS: Columns = {
+    "batch": lambda row: str(row.batch),
+    "context": lambda row: row.variant.removeprefix("ragged ") or f"{row.context:,}",
+    "ms": lambda row: significant(row.latency_ms.median if row.latency_ms else None),
+    "p90 ms": lambda row: significant(row.latency_ms.p90 if row.latency_ms else None),
+    "repeats": lambda row: str(row.latency_ms.n) if row.latency_ms else "-",
+    "tokens/s": lambda row: significant(row.tokens_per_second),
+    "floor ms": lambda row: significant(row.floor_ms),
+    "peak GB": lambda row: gigabytes(row.peak_bytes, digits=3),
+}
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
     return [f"{r.case}, {r.mode}, {r.batch} x {r.context}: {r.error}" for r in rows if r.error]
-
-
-def _cells(row: Row) -> list[str]:
-    if row.error:
-        return ["failed"]
-    latency = row.latency_ms
-    times = (latency.median, latency.p90) if latency else (None, None)
-    return [
-        *map(significant, times),
-        str(latency.n) if latency else "-",
-        f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "-",
-        significant(row.floor_ms),
-        _gb(row),
-    ]
-
-
-def _gb(row: Row) -> str:
-    return gigabytes(row.peak_bytes, digits=3)
-
-
-def _kernel_cells(row: Row) -> list[str]:
-    if row.error:
-        return ["failed"]
-    quotient = ratio(row.paged_us, row.sdpa_us)
-    return [*map(significant, (row.paged_us, row.sdpa_us)), quotient, significant(row.floor_us)]
 
 
 # -- cold start ---------------------------------------------------------------------------------

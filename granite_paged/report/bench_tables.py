@@ -11,6 +11,7 @@ from granite_paged.report.formatting import gigabytes, ratio, significant
 from granite_paged.report.published import Published, original_study
 
 Columns = dict[str, Callable[[Row], str]]
+"""Heading and text of each column of a table."""
 
 _TITLES = {
     "batch": "Prefill by batch size",
@@ -50,9 +51,9 @@ def table(result: Result, case: str) -> str:
     rows = [row for row in result.rows if row.case == case]
     if not rows:
         return ""
-    if case not in _ROW_BY_ROW:
+    if case not in ROW_BY_ROW:
         return _side_by_side(rows)
-    columns = _ROW_BY_ROW[case]
+    columns = ROW_BY_ROW[case]
     cells = [[show(row) for show in columns.values()] for row in rows if not row.error]
     return markdown.table(list(columns), cells) + _notes(rows)
 
@@ -113,7 +114,7 @@ def _tokens(row: Row | None) -> str:
     return f"{row.tokens_per_second:,.0f}" if row and row.tokens_per_second else "-"
 
 
-_ROW_BY_ROW: dict[str, Columns] = {
+ROW_BY_ROW: dict[str, Columns] = {
     "kernel": {
         "batch": lambda row: str(row.batch),
         "context, tokens": lambda row: row.variant or f"{row.context:,}",
