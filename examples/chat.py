@@ -33,10 +33,7 @@ def main(arguments: list[str]) -> None:
     with Engine(loaded.model, sizes, tokenizer=tokenizer) as engine:
         for line in sys.stdin:
             messages.append({"role": "user", "content": line.strip()})
-            prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
-            (answer,) = engine.generate([prompt], params)
+            (answer,) = engine.generate([messages], params)  # by the tokenizer's chat template
             if answer.error is not None:
                 sys.exit(f"no answer: {answer.error}")
             messages.append({"role": "assistant", "content": answer.text})
