@@ -17,13 +17,13 @@ _CLAIMS = pytest.StashKey[dict[Path, list[str]] | None]()
 
 @pytest.fixture
 def golden_logits(snapshot: SnapshotAssertion) -> SnapshotAssertion:
-    """`assert golden_logits == Measured(...)`"""
+    """Golden logits, to compare once: `assert golden_logits == Measured(...)`."""
     return snapshot.use_extension(LogitsExtension)
 
 
 @pytest.fixture
 def golden_table(snapshot: SnapshotAssertion) -> SnapshotAssertion:
-    """`assert golden_table == text`"""
+    """A golden table, to compare once: `assert golden_table == text`."""
     return snapshot.use_extension(TableExtension)
 
 

@@ -1,4 +1,4 @@
-"""KV memory of a ragged load, to the byte: the gate that paging does not come to cost more.
+"""KV memory of a ragged load, to the byte: a gate on the cost of paging.
 
 Lengths are drawn with a fixed seed, and the allocator decides the pages. A difference means that
 users need more memory, or less.

@@ -161,9 +161,8 @@ def test_private_memory_of_a_graph_is_counted(session: Session) -> None:
     with torch.cuda.graph(graph):
         total = (source + 1).sum()
     megabytes = 2**22 * 4
-    assert (
-        clock.allocated() - before >= 2 * megabytes
-    )  # the source, and the memory that source + 1 needs
+    # the source, and the memory that source + 1 needs
+    assert clock.allocated() - before >= 2 * megabytes
     peak = clock.peak(graph.replay)
     assert peak is not None
     assert peak - before >= 2 * megabytes

@@ -166,9 +166,8 @@ def test_a_smaller_step_succeeds_after_out_of_memory(model: Any) -> None:
     driver.open(1)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    left = (
-        driver.runner.plan.workspace_bytes // 2
-    )  # half of the workspace of a step of 2,048 tokens
+    # half of the workspace of a step of 2,048 tokens
+    left = driver.runner.plan.workspace_bytes // 2
     hoard = torch.empty(free - left, dtype=torch.uint8, device="cuda")
     with pytest.raises(OutOfMemory, match="lower PagedConfig"):
         driver.prefill({1: [5] * 2048})

@@ -39,9 +39,8 @@ class AllocatorModel:
         self.allocator = allocator
         self.histories: dict[int, list[int]] = {}
         self.closed: list[int] = []
-        self.met: Counter[str] = (
-            Counter()
-        )  # counts of copies and refusals: a walk without any proves little
+        # counts of copies and refusals: a walk without any proves little
+        self.met: Counter[str] = Counter()
         self._issued: set[int] = set()
         self._written = 0
         self._contents: dict[int, list[int | None]] = {}

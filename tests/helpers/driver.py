@@ -33,10 +33,7 @@ class Driver:
         self.runner.fork_row(source, target)
 
     def prefill(self, tokens: dict[int, Sequence[int]]) -> Tensor:
-        """Run the next tokens of each row, at most `chunk_tokens` in all.
-
-        Returns the logits of each row's last token, [rows, V].
-        """
+        """Run the next tokens of each row, and return the logits of each last token, [rows, V]."""
         return self.runner.prefill(self.chunks(tokens))
 
     def chunks(self, tokens: dict[int, Sequence[int]]) -> list[Chunk]:

@@ -14,7 +14,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 def mamba_layer(
     seed: int = 0, **sizes: Any
 ) -> tuple[GraniteMoeHybridMambaLayer, GraniteMoeHybridConfig]:
-    """A small Mamba-2 layer of transformers with random weights, and its config."""
+    """Build a small Mamba-2 layer of transformers with random weights. Return it and its config."""
     config = GraniteMoeHybridConfig(
         **{
             "hidden_size": 24,

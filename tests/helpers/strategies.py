@@ -169,7 +169,7 @@ class Step:
 
     @property
     def padding(self) -> Tensor:
-        """[B, S] bool"""
+        """Whether a query is padding, [B, S] bool."""
         return self.positions < 0
 
     def replace(self, **tensors: Tensor) -> Step:

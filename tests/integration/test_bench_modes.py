@@ -129,13 +129,13 @@ def test_paged_prefills_every_token_of_every_row_once(runner: Any) -> None:
     (made,) = runner.made
     assert made.lengths == [0, 150, 150, 150]
     prepared.reset()
-    prepared.step()  # the fake refuses chunks that do not start at the end of their row
+    prepared.step()  # the recording runner refuses chunks that do not start at the end of their row
     assert made.lengths == [0, 150, 150, 150]
 
 
 def test_paged_decodes_at_the_end_of_every_context(runner: Any) -> None:
     prepared = Paged(tiny_model(), CONFIG, 0).prepare("decode", Shape(3, 150))
-    prepared.step()  # the fake refuses contexts with a page that was never written
+    prepared.step()  # the recording runner refuses contexts with a page that was never written
     prepared.step()
     (made,) = runner.made
     assert [call for call in made.calls if call[0] == "decode"] == [

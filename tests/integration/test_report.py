@@ -301,7 +301,7 @@ def test_report_refuses_a_missing_result(tmp_path: Path, capsys: Capture) -> Non
 
 
 def test_unusual_results_can_be_drawn(evaluation: Evaluation, tmp_path: Path) -> None:
-    """Zero times, a name with a dollar sign, nothing answered by both, one mode alone."""
+    """Times of zero, a dollar sign in a name, no common answers, and a single mode."""
     pytest.importorskip("matplotlib", reason="figures need the extra granite-paged[plot]")
     task = evaluation.tasks["mmlu"]
     still = {

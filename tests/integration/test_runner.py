@@ -222,9 +222,8 @@ def test_pages_full_of_huge_numbers_reach_no_output(driver: Driver) -> None:
         pool.keys.fill_(1e30)
         pool.values.fill_(-1e30)
     driver.open(1)
-    assert_same_logits(
-        driver.prefill({1: prompt}), clean
-    )  # in other pages, so sums differ in order
+    # in other pages, so sums differ in order
+    assert_same_logits(driver.prefill({1: prompt}), clean)
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_eager_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("added", [1, 2, 100])
-def test_a_kernels_block_never_spans_two_pages(page_size: int, added: int) -> None:
+def test_a_kernel_block_never_spans_two_pages(page_size: int, added: int) -> None:
     """Seen in torch: the output depends on where pages lie."""
     _, _, step = make(page_size=page_size, added=added)
     options = kernel_options(step.mask(), step.keys)

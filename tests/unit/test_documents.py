@@ -57,7 +57,7 @@ def test_the_readme_is_short() -> None:
     assert len(read("README.md").splitlines()) <= README_LINES
 
 
-def test_ci_calls_exactly_the_readmes_test_command() -> None:
+def test_ci_runs_the_test_command_of_the_readme() -> None:
     (command,) = [block.strip() for block in blocks("README.md", "sh") if "nox -s tests" in block]
     assert command in read(".ci/run").splitlines()
 
@@ -151,7 +151,7 @@ def test_every_documented_gate_message_is_printed() -> None:
 # -- snippets and numbers -----------------------------------------------------------------------
 
 
-def test_the_readmes_snippets_are_the_examples() -> None:
+def test_readme_snippets_are_the_example_files() -> None:
     """tests/integration/test_examples.py runs the files."""
     files = ("paged_generate.py", "generate.py")
     assert blocks("README.md", "python") == [read(f"examples/{name}") for name in files]
