@@ -241,6 +241,13 @@ class TableExtension(_GoldenFile):
     file_extension = "txt"
     _write_mode = WriteMode.TEXT
 
+    def diff_lines(self, serialized_data: Any, snapshot_data: Any) -> Iterable[str]:
+        if snapshot_data is None:
+            yield f"record it: {UPDATE}"
+            return
+        yield f"if the change is intended: {UPDATE}"  # first, since pytest cuts long explanations
+        yield from super().diff_lines(serialized_data, snapshot_data)
+
 
 class LogitsExtension(_GoldenFile):
     """`Measured` logits, compared with the recorded ones within `LOGITS_FLOAT32`."""
