@@ -142,7 +142,8 @@ class EngineHarness:
     def check(self) -> None:
         """Check every invariant, and the answers of requests that have finished."""
         self.engine.check_valid()
-        assert not getattr(self.runner, "mismatches", None), self.runner.mismatches
+        mismatches = getattr(self.runner, "mismatches", None)
+        assert not mismatches, f"the engine used a wrong page, state or row: {mismatches[0]}"
         for asked in [asked for asked in self.open if asked.finished]:
             self.open.remove(asked)
             if isinstance(asked, BeamRequest):

@@ -267,7 +267,9 @@ class SimulatedRunner:
         assert 0 < row <= self.rows, "the null row must compute nothing"
         self.computed += len(tokens)
         if len(self._states[row]) != start:
-            self.mismatches.append(f"row {row}: state of {len(self._states[row])}, start {start}")
+            self.mismatches.append(
+                f"row {row} starts at {start}, its state has seen {len(self._states[row])} tokens"
+            )
         self._states[row] = (*self._states[row], *tokens)
         for at, token in enumerate(tokens, start):
             page = self._tables[row].get(at // self.config.page_size)
@@ -275,7 +277,9 @@ class SimulatedRunner:
             self._page(page)[at % self.config.page_size] = token
         read = self._read(row, start + len(tokens))
         if read != self._states[row]:
-            self.mismatches.append(f"row {row}: pages {read}, state {self._states[row]}")
+            self.mismatches.append(
+                f"row {row}: its pages hold {read}, but its state has seen {self._states[row]}"
+            )
         return read
 
     def _read(self, row: int, length: int) -> tuple[int, ...]:

@@ -59,31 +59,34 @@ def test_the_readme_is_short() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     (command,) = [block.strip() for block in blocks("README.md", "sh") if "nox -s tests" in block]
-    assert command in read(".ci/run").splitlines()
+    assert command in read(".ci/run").splitlines(), f".ci/run must call {command!r}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_nox_session_on_a_page_exists(page: str) -> None:
     named = re.findall(r"nox -R? ?-?s? ?\"?([a-z_]+(?: [a-z_]+)*)", read(page))
-    assert {name for names in named for name in names.split()} <= sessions()
+    unknown = {name for names in named for name in names.split()} - sessions()
+    assert not unknown, f"{page} names sessions that noxfile.py does not have"
 
 
 def test_contributing_mentions_every_session() -> None:
     text = read("CONTRIBUTING.md")
     missing = {name for name in sessions() if not re.search(rf"`(?:nox -s )?{name}`", text)}
-    assert not missing
+    assert not missing, "describe these sessions in CONTRIBUTING.md"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_on_a_page_exists(page: str) -> None:
     named = re.findall(r"(?:^|`|bin/)granite-paged (\w+)", read(page), flags=re.MULTILINE)
-    assert set(named) <= set(cli.commands)
+    unknown = set(named) - set(cli.commands)
+    assert not unknown, f"{page} names commands that do not exist"
 
 
 def test_the_readme_lists_every_command() -> None:
     shown = {name for name, command in cli.commands.items() if not command.hidden}
     listed = re.findall(r"^\| `granite-paged (\w+)", read("README.md"), flags=re.MULTILINE)
-    assert set(listed) == {name.split()[0] for name in shown}
+    expected = {name.split()[0] for name in shown}
+    assert set(listed) == expected, "list exactly the commands that --help shows in README.md"
 
 
 # -- names and paths ----------------------------------------------------------------------------
@@ -98,7 +101,8 @@ def test_every_path_on_a_page_exists(page: str) -> None:
     """Paths start at the root of the repository or in the package's folder."""
     places = (ROOT, ROOT / "granite_paged")
     named = [path for path in PATH.findall(read(page)) if not path.startswith(OUTSIDE)]
-    assert not [path for path in named if not any((place / path).exists() for place in places)]
+    missing = [path for path in named if not any((place / path).exists() for place in places)]
+    assert not missing, f"{page} names paths that do not exist"
 
 
 def test_every_module_of_the_folder_table_exists() -> None:
@@ -114,14 +118,15 @@ def test_every_module_of_the_folder_table_exists() -> None:
 def test_every_module_run_on_a_page_exists(page: str) -> None:
     modules = re.findall(r"python3? -m ((?:granite_paged|tools)[\w.]*)", read(page))
     files = [(ROOT / module.replace(".", "/")).with_suffix(".py") for module in modules]
-    assert not [path for path in files if not path.exists()]
+    missing = [path for path in files if not path.exists()]
+    assert not missing, f"{page} runs modules that do not exist"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_link_on_a_page_leads_to_a_file(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", read(page))
     missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
-    assert not missing
+    assert not missing, f"{page} links to files that do not exist"
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -31,4 +31,4 @@ def test_a_module_imports_from_earlier_layers_only(module: str) -> None:
             imported |= {path[0]} if path else {name.name for name in node.names}
     known = {name for name in imported if name in LAYERS}
     later = {name for name in known if LAYERS.index(name) > LAYERS.index(layer(module))}
-    assert not later, f"{module} imports from later layers: {sorted(later)}"
+    assert not later, f"{module} imports from later layers: {sorted(later)}; move one of them"
