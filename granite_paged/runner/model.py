@@ -75,7 +75,7 @@ class EagerModel:
         return self.logits(self.forward(fed[:, None], step).flatten(0, 1))
 
     def write_argmax(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
-        """`tokens[rows[i]]` becomes the likeliest by logits[i], the first of equals."""
+        """`tokens[rows[i]]` becomes the most likely token of logits[i], the first among equals."""
         tokens.index_copy_(0, rows, logits.argmax(dim=-1))
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
