@@ -23,7 +23,7 @@ from granite_paged.names import FIGURE_FORMATS
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder for the figures.",
+    help="Write the figures to this folder.",
 )
 @click.option(
     "--format",
@@ -36,7 +36,8 @@ from granite_paged.names import FIGURE_FORMATS
 @click.option(
     "--page",
     metavar="FILE",
-    help="Put the first result's tables, and all figures, between the bench comments of this page.",
+    help="Also write the first result's tables, and all figures, between the bench comments of this "
+    "Markdown page.",
 )
 @records_option
 def plot(
@@ -49,9 +50,9 @@ def plot(
 ) -> int:
     """Draw benchmark results and write their tables.
 
-    Time and memory against batch and context, decode steps, and the kernel alone, with the floor
-    drawn in and the original study's published curves beside ours, each labelled with its GPU.
-    Several results share the figures.
+    The figures show time and memory against batch and context, decode steps, and attention alone,
+    with the floor. The original study's published curves are drawn in grey and labelled with their
+    GPU. Several results share the figures.
 
     \b
     granite-paged plot golden/perf/nvidia-h200.json --out golden/figures
@@ -87,16 +88,26 @@ def plot(
 
 @click.command("report", context_settings=SETTINGS)
 @click.argument("results", nargs=-1, required=True, type=click.Path())
-@click.option("--bench", multiple=True, metavar="FILE", type=click.Path(), help="As of eval.")
 @click.option(
-    "--out", "folder", default="report", metavar="DIR", type=click.Path(file_okay=False),
-    help="Where results.json, report.md and the figures go.",
-)  # fmt: skip
+    "--bench",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(),
+    help="Also draw this JSON file of granite-paged bench; may be repeated.",
+)
+@click.option(
+    "--out",
+    "folder",
+    default="report",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Write results.json, report.md and the figures to this folder.",
+)
 @click.option(
     "--page",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="Also put tables and figures between the results comments of this Markdown page.",
+    help="Also write tables and figures between the results comments of this Markdown page.",
 )
 def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: str | None) -> int:
     """Write one report of several evaluations.
