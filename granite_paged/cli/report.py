@@ -36,8 +36,8 @@ from granite_paged.names import FIGURE_FORMATS
 @click.option(
     "--page",
     metavar="FILE",
-    help="Also write the first result's tables, and all figures, between the bench comments of this "
-    "Markdown page.",
+    help="Also write the first result's tables, and all figures, between the bench comments of "
+    "this Markdown page.",
 )
 @records_option
 def plot(
