@@ -1,8 +1,8 @@
 """Hypothesis strategies for block tables, and the steps from a block table to attention's output.
 
-A `History` lists what happened to a pool (open, grow, fork, release). `Paged` carries it out as the
-cache does, through allocator, page table and pool, and also keeps every sequence's K and V
-contiguously. `Step` holds the tensors of one forward step: a test states a law by replacing some.
+A `History` lists what happened to a pool (open, grow, fork, release). `PagedSequences` carries it
+out as the cache does, through allocator, page table and pool, and also keeps every sequence's K and
+V contiguously. `Step` holds the tensors of one forward step: a test states a law by replacing some.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Step:
         )
 
 
-class Paged:
+class PagedSequences:
     """An allocator, page table and pool kept in step, and a contiguous copy of every K and V.
 
     Args:
@@ -230,7 +230,7 @@ class Paged:
         return self.store.pools[0]
 
     @classmethod
-    def after(cls, history: History) -> Paged:
+    def after(cls, history: History) -> PagedSequences:
         """Return the state at the end of a history."""
         paged = cls(history.geometry, seed=history.seed)
         for event in history.events:
@@ -390,7 +390,7 @@ def error_bound(dtype: torch.dtype, terms: int, *, sdpa_error: float, roundings:
 
 
 def assert_right(
-    paged: Paged, step: Step, added: dict[int, int], out: Tensor, *, roundings: int = 1
+    paged: PagedSequences, step: Step, added: dict[int, int], out: Tensor, *, roundings: int = 1
 ) -> None:
     """Check every row against float64 attention over its own tokens; padding must be zero."""
     assert out.shape == step.query.shape

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers.strategies import (
     DTYPES,
     History,
-    Paged,
+    PagedSequences,
     Step,
     additions,
     assert_no_page_is_listed_twice,
@@ -33,9 +33,9 @@ SMALL = geometries(page_sizes=(1, 2, 4, 8, 16), head_dims=(16,))
 
 def draw_step(
     data: st.DataObject, history: History, kind: str
-) -> tuple[Paged, dict[int, int], Step]:
+) -> tuple[PagedSequences, dict[int, int], Step]:
     """Draw a step of some of the open sequences, in any order."""
-    paged = Paged.after(history)
+    paged = PagedSequences.after(history)
     picked = data.draw(st.permutations(paged.rows), label="batch")
     picked = picked[: data.draw(st.integers(1, len(picked)), label="rows")]
     counts = data.draw(additions(len(picked), kind), label="added")
@@ -66,7 +66,7 @@ def test_every_row_attends_as_accurately_as_sdpa(
     padding=st.integers(0, 3),
 )
 def test_a_left_padded_prefill_is_as_accurate_as_sdpa(geometry, lengths, padding) -> None:
-    paged = Paged(geometry)
+    paged = PagedSequences(geometry)
     added = {paged.open(0): length for length in lengths}
     step = paged.step(added, padding=padding)
     assert_right(paged, step, added, step.attend())
@@ -74,7 +74,7 @@ def test_a_left_padded_prefill_is_as_accurate_as_sdpa(geometry, lengths, padding
 
 @given(geometry=SMALL, chunks=st.lists(st.integers(1, 40), min_size=2, max_size=6))
 def test_chunked_prefill_equals_one_prefill(geometry, chunks) -> None:
-    paged = Paged(geometry)
+    paged = PagedSequences(geometry)
     prompt, total = paged.open(0), sum(chunks)
     paged.append({prompt: total})
     whole = paged.look({prompt: total})
@@ -228,7 +228,7 @@ def test_block_lists_name_only_existing_pages(data, history, kind) -> None:
 @pytest.mark.parametrize("writer", ["parent", "child", "both"])
 @given(data=st.data(), length=st.integers(1, 30), tokens=st.integers(1, 12))
 def test_each_branch_of_a_fork_reads_its_own_tokens(writer, data, length, tokens) -> None:
-    paged = Paged(data.draw(SMALL))
+    paged = PagedSequences(data.draw(SMALL))
     parent = paged.open(length)
     child = paged.fork(parent)
     branches = {"parent": [parent], "child": [child], "both": [parent, child]}[writer]
@@ -241,7 +241,7 @@ def test_each_branch_of_a_fork_reads_its_own_tokens(writer, data, length, tokens
 
 @given(data=st.data(), forks=st.integers(2, 5), length=st.integers(1, 20))
 def test_many_forks_may_diverge_in_one_step(data, forks, length) -> None:
-    paged = Paged(data.draw(SMALL))
+    paged = PagedSequences(data.draw(SMALL))
     parent = paged.open(length)
     family = [parent, *(paged.fork(parent) for _ in range(forks))]
     added = {sequence: 1 + number % 3 for number, sequence in enumerate(family)}
@@ -254,7 +254,7 @@ def test_many_forks_may_diverge_in_one_step(data, forks, length) -> None:
 def test_pool_table_and_allocator_agree_after_any_history(history) -> None:
     """Seen in torch's PagedAttention.erase: the inverse map outlives its owner, and two sequences
     appear to own one page."""
-    paged = Paged(history.geometry, seed=history.seed)
+    paged = PagedSequences(history.geometry, seed=history.seed)
     for event in history.events:
         paged.happen(event)
         paged.check_valid()
@@ -262,7 +262,7 @@ def test_pool_table_and_allocator_agree_after_any_history(history) -> None:
 
 def test_stale_entries_of_a_row_are_never_read() -> None:
     """Entries of a released row stay in the table, while their pages go to other sequences."""
-    paged = Paged(make_geometry(page_size=4), scattered=0)
+    paged = PagedSequences(make_geometry(page_size=4), scattered=0)
     paged.open(20)
     long = paged.open(20)
     paged.release(long)  # row 1 still names its five pages

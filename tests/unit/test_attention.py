@@ -24,7 +24,7 @@ from tests.helpers.strategies import (
     DTYPES,
     GROUPS,
     HEAD_DIMS,
-    Paged,
+    PagedSequences,
     Step,
     assert_right,
     assert_same_outputs,
@@ -35,9 +35,9 @@ from tests.helpers.tolerance import ATTENTION_FLOAT64, relative_error
 
 def make(
     past: tuple[int, ...] = (37, 5, 16), added: int = 1, **geometry: object
-) -> tuple[Paged, dict[int, int], Step]:
+) -> tuple[PagedSequences, dict[int, int], Step]:
     """Return a ragged batch, and the step that adds `added` tokens to each row."""
-    paged = Paged(make_geometry(**geometry))
+    paged = PagedSequences(make_geometry(**geometry))
     growth = {paged.open(tokens): added for tokens in past}
     return paged, growth, paged.step(growth)
 

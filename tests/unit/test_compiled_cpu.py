@@ -7,17 +7,19 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
 from granite_paged.layers import attention
-from tests.helpers.strategies import Paged, Step, assert_right, make_geometry
+from tests.helpers.strategies import PagedSequences, Step, assert_right, make_geometry
 
 PAST = (37, 5, 16)
 HALF_ROUNDINGS = 2
 """The kernel rounds both the softmax weights and its output to the half type."""
 
 
-def make(added: int = 1, seed: int = 0, **geometry: object) -> tuple[Paged, dict[int, int], Step]:
+def make(
+    added: int = 1, seed: int = 0, **geometry: object
+) -> tuple[PagedSequences, dict[int, int], Step]:
     """Make a step, by default always of the same shapes, so that decode is compiled only once."""
     sizes = {"page_size": 16, "head_dim": 64, "dtype": torch.float32, **geometry}
-    paged = Paged(make_geometry(**sizes), seed=seed)
+    paged = PagedSequences(make_geometry(**sizes), seed=seed)
     growth = {paged.open(tokens): added for tokens in PAST}
     return paged, growth, paged.step(growth)
 

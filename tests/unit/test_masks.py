@@ -9,7 +9,7 @@ from granite_paged.paging.allocator import NULL_PAGE
 from granite_paged.paging.masks import PADDING, QUERY_BLOCK, paged_block_mask
 from granite_paged.paging.page_table import NOBODY
 from tests.helpers.strategies import (
-    Paged,
+    PagedSequences,
     Step,
     allowed_slots,
     assert_right,
@@ -172,8 +172,10 @@ def test_a_padding_row_lists_no_pages() -> None:
     assert (named(whole_pages(mask)), named(partial_pages(mask))) == ([[]], [[]])
 
 
-def long_prefill(tokens: int, group: int, past: int = 0) -> tuple[Paged, dict[int, int], Step]:
-    paged = Paged(make_geometry(page_size=16, group=group, kv_heads=1))
+def long_prefill(
+    tokens: int, group: int, past: int = 0
+) -> tuple[PagedSequences, dict[int, int], Step]:
+    paged = PagedSequences(make_geometry(page_size=16, group=group, kv_heads=1))
     added = {paged.open(past): tokens}
     return paged, added, paged.step(added)
 
@@ -203,7 +205,7 @@ def test_query_counts_off_the_tile_size_are_right(tokens: int) -> None:
 @pytest.mark.parametrize("page_size", [1, 2, 16, 128, 256])
 def test_a_block_of_the_mask_is_one_page(page_size: int) -> None:
     """Seen in torch: if a block spans pages, the output depends on where pages lie."""
-    paged = Paged(make_geometry(page_size=page_size))
+    paged = PagedSequences(make_geometry(page_size=page_size))
     step = paged.step({paged.open(5): 1})
     mask = step.mask()
     assert (QUERY_BLOCK, page_size) == mask.BLOCK_SIZE

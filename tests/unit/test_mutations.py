@@ -22,7 +22,7 @@ from granite_paged.paging.pool import KVPool
 from tests.helpers.allocator_model import AllocatorMachine, AllocatorModel, random_walk
 from tests.helpers.strategies import (
     Open,
-    Paged,
+    PagedSequences,
     Step,
     assert_no_page_is_listed_twice,
     assert_right,
@@ -238,9 +238,9 @@ class StoresKeysThatAreNotFinite(KVPool):
         return finite
 
 
-def eventful() -> Paged:
+def eventful() -> PagedSequences:
     """Return a pool after forks that diverge, releases and recycled pages."""
-    paged = Paged(make_geometry(page_size=4))
+    paged = PagedSequences(make_geometry(page_size=4))
     parent = paged.open(10)
     paged.open(7)
     child = paged.fork(parent)
@@ -353,9 +353,9 @@ BROKEN_MASK_MODS = {
 }
 
 
-def ragged_step() -> tuple[Paged, dict[int, int], Step]:
+def ragged_step() -> tuple[PagedSequences, dict[int, int], Step]:
     """Return three rows of different lengths and new tokens, one a fork, with padding."""
-    paged = Paged(make_geometry(page_size=4))
+    paged = PagedSequences(make_geometry(page_size=4))
     first, second = paged.open(13), paged.open(6)
     paged.open(11)
     added = {second: 3, first: 5, paged.fork(first): 1}
@@ -411,7 +411,7 @@ def test_broken_page_counts_are_detected(break_counts, check, monkeypatch) -> No
 
 def test_pages_listed_whole_and_partial_are_detected(monkeypatch) -> None:
     """Pages listed both as whole and as partial would count twice."""
-    paged = Paged(make_geometry(page_size=4))
+    paged = PagedSequences(make_geometry(page_size=4))
     step = paged.step({paged.open(13): 1})
     assert_no_page_is_listed_twice(step)
     right = masks._from_logical_page

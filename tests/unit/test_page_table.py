@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
 from granite_paged.paging.page_table import NOBODY, PageTable
-from tests.helpers.strategies import CPU, Paged, make_geometry
+from tests.helpers.strategies import CPU, PagedSequences, make_geometry
 
 
 def index(*values: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_the_table_takes_four_bytes_per_entry() -> None:
 
 
 def test_a_table_that_matches_the_allocator_is_valid() -> None:
-    paged = Paged(make_geometry(page_size=4))
+    paged = PagedSequences(make_geometry(page_size=4))
     paged.fork(paged.open(10))
     paged.open(3)
     paged.store.table.check_valid(paged.allocator, paged.rows)
