@@ -118,7 +118,7 @@ def test_a_prompt_of_the_wrong_type_is_refused_alone(bad: Any) -> None:
     assert engine.idle
 
 
-def test_prompts_in_tensors_share_their_beginning() -> None:
+def test_prompts_in_tensors_share_their_prefix() -> None:
     engine = make_engine(pages=80).engine
     prompt = torch.arange(3, 43)
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_prompts_in_tensors_share_their_beginning() -> None:
     assert engine.stats().prefix_hits
 
 
-def test_more_samples_than_may_wait_are_refused_before_any_is_made(
+def test_too_many_samples_are_refused_before_any_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine().engine

@@ -1,4 +1,4 @@
-"""Prompts as callers write them: converted at the door, or refused by name."""
+"""Prompts in every form that callers use: each is converted, or refused by type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT = [{"role": "user", "content": "4 5"}]
 
 
 class Numbers:
-    """A tokenizer whose texts are token ids; 1 begins a text, 2 begins an answer."""
+    """A tokenizer whose texts are token ids; 1 starts a text, and 2 starts an answer."""
 
     chat_template = "given"
 
@@ -78,7 +78,7 @@ SEVERAL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", SEVERAL)
-def test_several_prompts_are_told_apart(kind: str) -> None:
+def test_several_prompts_stay_separate(kind: str) -> None:
     listed = [encode(one) for one in as_prompts(SEVERAL[kind])]
     assert [tokens[tokens[0] == 1 :] for tokens in listed] == [(4, 5), (6,)]
 
@@ -113,7 +113,7 @@ WRONG: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_everything_else_is_refused_by_name(kind: str) -> None:
+def test_other_prompts_are_refused_by_type(kind: str) -> None:
     with pytest.raises(PromptError, match=r"prompt|token"):
         encode(WRONG[kind])
 
@@ -129,6 +129,6 @@ def test_a_chat_needs_a_template() -> None:
 
 
 @pytest.mark.parametrize("params", [{"n": 2}, [SamplingParams(), "greedy"], 5])
-def test_params_of_another_type_are_refused(params: Any) -> None:
+def test_params_of_the_wrong_type_are_refused(params: Any) -> None:
     with pytest.raises(InvalidSampling, match="SamplingParams"):
         matched(params, 2)

@@ -57,7 +57,7 @@ def test_a_parameter_of_the_wrong_type_is_refused_by_name(name: str, value: Any)
         SamplingParams(**{name: value})
 
 
-def test_natural_types_are_converted() -> None:
+def test_common_number_types_are_converted() -> None:
     params: Any = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "top_p": 1}
     params |= {"stop_tokens": [np.int64(4), 5], "stop_strings": "red"}
     converted = SamplingParams(**params)
