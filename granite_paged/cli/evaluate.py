@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +40,16 @@ _MODES = {
 
 
 def _names(context: click.Context, option: click.Parameter, value: str) -> tuple[str, ...]:
-    """What stands between commas."""
+    """Split at commas."""
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def _batch_size(context: click.Context, option: click.Parameter, value: str) -> int | None:
-    """A number, or None for `auto`."""
+    """Return the number, or None for `auto`."""
     if value == "auto":
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise click.BadParameter(f"{value!r} is neither auto nor a number from 1 on")
+        raise click.BadParameter(f"must be auto or a number of at least 1, got {value!r}")
     return int(value)
 
 
@@ -217,12 +215,12 @@ def _check_before_the_work(tasks: tuple[str, ...], options: dict[str, Any]) -> t
 def _make_tasks(
     names: tuple[str, ...], loaded: Any, config: Any, seed: int, options: dict[str, Any]
 ) -> list[Any]:
-    from granite_paged.evaluate.tasks import Options, make_task
+    from granite_paged.evaluate.tasks import TaskOptions, make_task
     from granite_paged.models import load_tokenizer
 
     named = options["tokenizer"]
     tokenizer = load_tokenizer(named) if named else loaded.tokenizer
-    chosen = Options(
+    chosen = TaskOptions(
         num_fewshot=options["num_fewshot"],
         limit=options["limit"],
         subjects=options["subjects"],
@@ -250,9 +248,8 @@ def _run(
         batch = held_run(path).get("batch size") or _find_batch(loaded, tasks, seed)
     modes = _MODES[mode]
     journal = Journal(path, identity(loaded, tasks, modes, config, batch))
-    answers = len(modes) * sum(len(task.questions) for task in tasks)
     try:
-        with _progress(answers) as more:
+        with progress(time_left=True) as report_progress:
             return evaluate(
                 loaded,
                 tasks,
@@ -261,7 +258,7 @@ def _run(
                 journal=journal,
                 batch=batch,
                 seed=seed,
-                progress=more,
+                progress=report_progress,
             )
     finally:
         journal.close()
@@ -273,19 +270,6 @@ def _find_batch(loaded: Any, tasks: list[Any], seed: int) -> int:
     batch = best_batch(loaded.model, [q.request for task in tasks for q in task.questions], seed)
     click.echo(f"default is fastest with {batch} rows per forward pass", err=True)
     return batch
-
-
-@contextmanager
-def _progress(answers: int) -> Iterator[Callable[[str, int], None]]:
-    with progress(time_left=True) as report_progress:
-        done = 0
-
-        def more(task: str, count: int) -> None:
-            nonlocal done
-            done += count
-            report_progress(task, done, answers)
-
-        yield more
 
 
 def _command_line() -> str:
@@ -301,7 +285,7 @@ def _tables(evaluation: Evaluation) -> list[Table]:
     where = f"{evaluation.model}, {evaluation.dtype}, {evaluation.device}"
     metrics = Table(title=where, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     if evaluation.device == "cpu":
-        metrics.caption = "attention over pages is dense on the CPU: its times say nothing of a GPU"
+        metrics.caption = "on a CPU, paged attention is dense, so its times say nothing about a GPU"
     metrics.add_column("task", no_wrap=True)
     metrics.add_column("mode", no_wrap=True)
     for column in _COLUMNS:
@@ -315,7 +299,7 @@ def _tables(evaluation: Evaluation) -> list[Table]:
         for mode, agreement in result.agreement.items():
             verdicts.add_row(task, *_verdict(mode, agreement))
     if not evaluation.passed:
-        verdicts.add_row("verdict", "FAILED", "[red]BROKEN[/]")
+        verdicts.add_row("verdict", "FAILED", "[red]FAILED[/]")
     return [metrics, verdicts] if verdicts.row_count else [metrics]
 
 
@@ -330,7 +314,7 @@ def _numbers(found: ModeMetrics) -> list[str]:
 
 
 def _verdict(mode: str, found: Agreement) -> tuple[str, str]:
-    same = f"{found.same} of {found.questions} choices are default's"
-    ties = f", {found.near_ties} of the others near-ties" if found.differing else ""
-    ratio = f"; {found.latency_ratio:.3f} of its latency"
-    return f"{mode}: {same}{ties}{ratio}", "[green]ok[/]" if found.passed else "[red]BROKEN[/]"
+    same = f"{found.same} of {found.questions} choices equal default's"
+    ties = f", {found.near_ties} of the others are near-ties" if found.differing else ""
+    ratio = f"; latency {found.latency_ratio:.3f} x default's"
+    return f"{mode}: {same}{ties}{ratio}", "[green]ok[/]" if found.passed else "[red]FAILED[/]"

@@ -1,4 +1,4 @@
-"""The batch size at which `default` is fastest, measured: the mark that paged is held against."""
+"""Measure the batch size at which `default` is fastest, so that `paged` meets its best."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from granite_paged.evaluate.scorer import Request
+from granite_paged.evaluate.scorer import ScoreRequest
 from granite_paged.evaluate.scorer_default import DefaultScorer
 
 LARGEST = 128
-_SAMPLE = 64  # requests that every size is timed on
-_WORSE = 1.25  # a size that is so much slower than the best ends the search
+_SAMPLE = 64  # requests on which each size is timed
+_WORSE = 1.25  # a size this many times slower than the best ends the search
 
 
-def best_batch(model: Any, requests: Sequence[Request], seed: int = 0) -> int:
-    """The rows a forward pass, a power of two, at which a sample of requests takes least time.
+def best_batch(model: Any, requests: Sequence[ScoreRequest], seed: int = 0) -> int:
+    """Return the rows per forward pass, a power of two, at which a sample takes the least time.
 
-    Sizes that do not fit into memory are not taken.
+    Sizes that do not fit into memory are skipped; `seed` draws the sample.
     """
     sample = random.Random(seed).sample(list(requests), min(_SAMPLE, len(requests)))
     times: dict[int, float] = {}
@@ -36,7 +36,9 @@ def best_batch(model: Any, requests: Sequence[Request], seed: int = 0) -> int:
     return min(times, key=lambda size: times[size], default=1)
 
 
-def _seconds(model: Any, requests: Sequence[Request], batch: int) -> float:
+def _seconds(model: Any, requests: Sequence[ScoreRequest], batch: int) -> float:
     start = time.perf_counter()
-    DefaultScorer(model, batch).score(requests)  # it reads its scores, so the device is done
+    DefaultScorer(model, batch).score(
+        requests
+    )  # it reads its scores, and so it waits for the device
     return time.perf_counter() - start

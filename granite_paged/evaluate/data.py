@@ -1,4 +1,4 @@
-"""Rows of MMLU and TruthfulQA, from JSONL files in a folder or from the hub; checked once.
+"""Read MMLU and TruthfulQA from JSONL files in a folder or from the hub, and check every row.
 
 mmlu_test.jsonl, mmlu_dev.jsonl   subject, question, choices (4), answer (0 to 3)
 truthfulqa_mc.jsonl               question, mc1_targets, mc2_targets (choices and labels each)
@@ -14,7 +14,7 @@ from typing import Any
 
 from granite_paged.errors import DataError, MissingExtra
 
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 
 MMLU_CHOICES = 4
 
@@ -25,18 +25,18 @@ _HUB = {
 }
 
 
-def mmlu(split: str, folder: str | None) -> list[Row]:
-    """Rows of MMLU's `test` or `dev`. Raises DataError, naming file, line and field."""
+def mmlu(split: str, folder: str | None) -> list[DataRow]:
+    """Return MMLU's `test` or `dev` split. Raises DataError, which names file, line and field."""
     return _rows(f"mmlu_{split}", folder, _check_mmlu)
 
 
-def truthfulqa(folder: str | None) -> list[Row]:
-    """Rows of TruthfulQA's multiple-choice form. Raises DataError, as above."""
+def truthfulqa(folder: str | None) -> list[DataRow]:
+    """Return TruthfulQA's multiple-choice questions. Raises DataError like `mmlu`."""
     return _rows("truthfulqa_mc", folder, _check_truthfulqa)
 
 
-def _rows(name: str, folder: str | None, check: Callable[[Row], str]) -> list[Row]:
-    """`check` returns what is wrong with a row, or nothing."""
+def _rows(name: str, folder: str | None, check: Callable[[DataRow], str]) -> list[DataRow]:
+    """Read and check rows; `check` returns the problem of a row, or ""."""
     source, numbered = _from_hub(name) if folder is None else _from_file(name, folder)
     rows = []
     for line, row in numbered:
@@ -49,12 +49,10 @@ def _rows(name: str, folder: str | None, check: Callable[[Row], str]) -> list[Ro
     return rows
 
 
-def _from_file(name: str, folder: str) -> tuple[str, Iterator[tuple[int, Row]]]:
+def _from_file(name: str, folder: str) -> tuple[str, Iterator[tuple[int, DataRow]]]:
     path = Path(folder) / f"{name}.jsonl"
     if not Path(folder).is_dir():
-        raise DataError(
-            folder, "no such folder: --data takes the folder that holds the JSONL files"
-        )
+        raise DataError(folder, "no such folder; pass the folder of the JSONL files as --data")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -65,7 +63,7 @@ def _from_file(name: str, folder: str) -> tuple[str, Iterator[tuple[int, Row]]]:
     return str(path), _parsed(str(path), text)
 
 
-def _parsed(source: str, text: str) -> Iterator[tuple[int, Row]]:
+def _parsed(source: str, text: str) -> Iterator[tuple[int, DataRow]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -79,7 +77,7 @@ def _parsed(source: str, text: str) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
-def _from_hub(name: str) -> tuple[str, Iterator[tuple[int, Row]]]:
+def _from_hub(name: str) -> tuple[str, Iterator[tuple[int, DataRow]]]:
     repository, subset, split = _HUB[name]
     try:
         datasets = importlib.import_module("datasets")
@@ -94,10 +92,10 @@ def _from_hub(name: str) -> tuple[str, Iterator[tuple[int, Row]]]:
     return f"{repository} {split}", enumerate(map(dict, rows), start=1)
 
 
-# -- what a row must be -------------------------------------------------------------------------
+# -- checks ------------------------------------------------------------------------------------
 
 
-def _check_mmlu(row: Row) -> str:
+def _check_mmlu(row: DataRow) -> str:
     for name in ("subject", "question"):
         if not isinstance(row.get(name), str):
             return _expected(row, name, "a text")
@@ -110,7 +108,7 @@ def _check_mmlu(row: Row) -> str:
     return ""
 
 
-def _check_truthfulqa(row: Row) -> str:
+def _check_truthfulqa(row: DataRow) -> str:
     if not isinstance(row.get("question"), str):
         return _expected(row, "question", "a text")
     for name in ("mc1_targets", "mc2_targets"):
@@ -136,7 +134,7 @@ def _labels(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(x in (0, 1) for x in value)
 
 
-def _expected(row: Row, name: str, what: str, *, inside: str = "") -> str:
+def _expected(row: DataRow, name: str, what: str, *, inside: str = "") -> str:
     field = f"field {f'{inside}.{name}' if inside else name!r}"
     if name not in row:
         return f"{field} is missing: {what} expected"

@@ -1,7 +1,7 @@
-"""From text to token ids, as lm-eval does it.
+"""Turn text into token ids as lm-eval does.
 
-A continuation's tokens are those that context and continuation together have more than the context
-alone: tokenisers may merge across the seam, and so they do for everybody.
+A continuation's tokens are those of context and continuation together, after the length of the
+context alone. A tokenizer may merge across the seam; lm-eval's results include the same effect.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from granite_paged.errors import TokenizerError
-from granite_paged.evaluate.scorer import Request
+from granite_paged.evaluate.scorer import ScoreRequest
 
-_BATCH = 256  # questions tokenised at once
-_COVERED = 0.9  # of a model's vocabulary; the rest may be padding to a round number
+_BATCH = 256  # questions per call of the tokenizer
+_COVERED = 0.9  # least share of a model's vocabulary; the rest may be padding
 
 
 @dataclass(frozen=True)
 class TextQuestion:
-    """A question before it is tokenised; choices follow the context after a space."""
+    """A question as text; each choice follows the context after a space."""
 
     key: str
     group: str
@@ -30,10 +30,10 @@ class TextQuestion:
 
 
 class Encoder:
-    """A tokenizer that fits a model.
+    """A tokenizer whose vocabulary fits the model's.
 
     Raises:
-        TokenizerError: without a tokenizer, or with one of another vocabulary.
+        TokenizerError: if there is no tokenizer, or its vocabulary does not fit.
     """
 
     def __init__(self, tokenizer: Any | None, vocabulary: int, model: str) -> None:
@@ -47,15 +47,15 @@ class Encoder:
             )
         self._tokenizer = tokenizer
 
-    def requests(self, questions: Sequence[TextQuestion]) -> list[Request]:
-        """One a question, in their order."""
+    def requests(self, questions: Sequence[TextQuestion]) -> list[ScoreRequest]:
+        """Return one request per question, in the same order."""
         return [
             request
             for start in range(0, len(questions), _BATCH)
             for request in self._batch(questions[start : start + _BATCH])
         ]
 
-    def _batch(self, questions: Sequence[TextQuestion]) -> Iterator[Request]:
+    def _batch(self, questions: Sequence[TextQuestion]) -> Iterator[ScoreRequest]:
         texts = [
             text
             for question in questions
@@ -64,18 +64,18 @@ class Encoder:
         encoded = iter(self._tokenizer(texts)["input_ids"])
         for question in questions:
             context = next(encoded)
-            yield Request(context, [next(encoded)[len(context) :] for _ in question.choices])
+            yield ScoreRequest(context, [next(encoded)[len(context) :] for _ in question.choices])
 
 
 def shared_prefix(contexts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all contexts have in common; 0 for a single one."""
+    """Return the number of leading tokens that all contexts share; 0 for a single context."""
     if len(contexts) < 2:
         return 0
-    # of all sorted sequences, the first and the last differ soonest
+    # of all sequences in sorted order, the first and the last share the shortest prefix
     return common_tokens(min(map(tuple, contexts)), max(map(tuple, contexts)))
 
 
 def common_tokens(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences have in common."""
+    """Return the number of leading tokens that two sequences share."""
     pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
     return sum(1 for _ in pairs)

@@ -1,7 +1,8 @@
-"""Finished answers, one JSON line each, appended and forced to disk: what a killed run leaves.
+"""Keep finished answers on disk, so that a run that was killed can resume.
 
-The first line says which run it is; every other is a `Record`. A line that a crash cut short is
-dropped at the next start, and its question asked again.
+The file has one JSON object per line, and every append is forced to disk. The first line identifies
+the run, and each other line is a `JournalEntry`. If a crash cut the last line short, the next start
+drops it and asks its question again.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from granite_paged.errors import CannotWrite, DataError, writing
 
 FORMAT = 1
 
-Key = tuple[str, str, str]
+EntryKey = tuple[str, str, str]
 """Mode, task and question."""
 
 
 @dataclass(frozen=True)
-class Record:
+class JournalEntry:
     """One mode's answer to one question.
 
     Attributes:
-        mode, task, key: which.
-        logprobs: of each choice; empty where the question was refused.
-        seconds: the time of its batch, divided by the questions in it.
-        tokens: of its context and continuations, each once.
-        full: tokens that scoring without a cache runs.
+        mode, task, key: the mode, the task, and the question within the task.
+        logprobs: log-likelihood of each choice; empty if the question was refused.
+        greedy: for each choice, whether greedy decoding would write it.
+        seconds: time of the question's batch, divided by the number of its questions.
+        tokens: number of tokens of the context and of all continuations.
+        full: number of tokens that scoring without a cache runs.
         computed, reused: see `Answer`.
-        peak: bytes of GPU memory at the worst, other modes' left out; 0 on the CPU.
-        refused: why there is no answer, or nothing.
+        peak: peak GPU memory in bytes, without that of other modes; 0 on the CPU.
+        refused: reason why the question was not answered, or "".
     """
 
     mode: str
@@ -50,8 +52,8 @@ class Record:
     refused: str = ""
 
     @property
-    def place(self) -> Key:
-        """What it answers."""
+    def place(self) -> EntryKey:
+        """Key of this entry in `Journal.entries`."""
         return self.mode, self.task, self.key
 
 
@@ -59,27 +61,27 @@ class Journal:
     """Answers of one run, in memory and, with a path, in a file.
 
     Args:
-        path: the file; it may hold answers of the same run. None: memory only.
-        run: what identifies the run, in plain types.
+        path: the file, which may already hold answers of the same run; None: memory only.
+        run: what identifies the run, in plain types (see `evaluate.run.identity`).
 
     Raises:
-        DataError: a file of another run, or a broken one.
-        CannotWrite: a file that cannot be written.
+        DataError: if the file is broken or belongs to another run.
+        CannotWrite: if the file cannot be written.
     """
 
     def __init__(self, path: str | None, run: dict[str, Any]) -> None:
         self.path = path
-        self.records: dict[Key, Record] = {}
+        self.entries: dict[EntryKey, JournalEntry] = {}
         self._file: BinaryIO | None = None
         if path is not None:
             self._open(Path(path), json.loads(json.dumps(run)))
 
-    def append(self, records: Iterable[Record]) -> None:
-        """Keep them. Raises CannotWrite where the disk does not; what was kept before stays."""
-        records = list(records)
-        lines = "".join(json.dumps(asdict(record), allow_nan=False) + "\n" for record in records)
+    def append(self, entries: Iterable[JournalEntry]) -> None:
+        """Store entries. Raises CannotWrite if the disk fails; earlier entries are kept."""
+        entries = list(entries)
+        lines = "".join(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in entries)
         self._write(lines.encode())
-        self.records.update({record.place: record for record in records})
+        self.entries.update({entry.place: entry for entry in entries})
 
     def close(self) -> None:
         """Close the file."""
@@ -100,8 +102,8 @@ class Journal:
             if number == 1:
                 _check_same_run(path, row, run)
             else:
-                record = _record(path, number, row)
-                self.records[record.place] = record
+                entry = _entry(path, number, row)
+                self.entries[entry.place] = entry
         self._file.seek(len(whole))
         self._file.truncate()
         if not lines:
@@ -113,7 +115,7 @@ class Journal:
         end = self._file.tell()
         try:
             written = self._file.write(content)
-            if written != len(content):  # a disk that fills up takes a part
+            if written != len(content):  # a full disk may take only a part
                 written += self._file.write(content[written:])
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -121,13 +123,13 @@ class Journal:
             self._file.truncate()
             raise CannotWrite(
                 str(self.path),
-                f"{error.strerror}; its {len(self.records)} finished answers are kept: "
+                f"{error.strerror}; its {len(self.entries)} finished answers are kept: "
                 "run the same command again to resume",
             ) from None
 
 
 def held_run(path: str | None) -> dict[str, Any]:
-    """The run that a file is of; empty where there is none yet."""
+    """Return the `run` that a journal's first line holds; empty if there is none."""
     try:
         with open(path or os.devnull, encoding="utf-8") as file:
             head = json.loads(file.readline() or "{}")
@@ -160,10 +162,10 @@ def _check_same_run(path: Path, row: dict[str, Any], run: dict[str, Any]) -> Non
             )
 
 
-def _record(path: Path, number: int, row: dict[str, Any]) -> Record:
+def _entry(path: Path, number: int, row: dict[str, Any]) -> JournalEntry:
     try:
         logprobs, greedy = tuple(row.pop("logprobs")), tuple(row.pop("greedy"))
-        return Record(logprobs=logprobs, greedy=greedy, **row)
+        return JournalEntry(logprobs=logprobs, greedy=greedy, **row)
     except (KeyError, TypeError) as error:
         problem = f"no answer ({error}); name another --output, or remove the file"
         raise DataError(str(path), problem, line=number) from None

@@ -1,12 +1,12 @@
-r"""This package as a model of EleutherAI's lm-eval, registered there as `granite_paged`.
+r"""Register this package as the model `granite_paged` of EleutherAI's lm-eval.
 
-lm-eval finds models in its registry only, which importing this module adds to. So its command line,
-with this model known, is::
+lm-eval finds models only in its registry, and importing this module adds the model to it. To run
+lm-eval's command line with the model registered::
 
     python -m granite_paged.evaluate.lm --model granite_paged --tasks mmlu --num_fewshot 5 \
         --model_args pretrained=ibm-granite/granite-4.0-h-1b
 
-and from Python, `import granite_paged.evaluate.lm` before `lm_eval.simple_evaluate(...)`.
+From Python, `import granite_paged.evaluate.lm` before you call `lm_eval.simple_evaluate(...)`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import torch
 
 from granite_paged.errors import InvalidArgument, MissingExtra, TokenizerError, UnknownName
 from granite_paged.evaluate.encoding import common_tokens
-from granite_paged.evaluate.modes import MODES, make_scorer
-from granite_paged.evaluate.scorer import Needs, Request, Score, Scorer, chunked
+from granite_paged.evaluate.modes import make_scorer
+from granite_paged.evaluate.scorer import Answer, Needs, Scorer, ScoreRequest, chunked
 from granite_paged.geometry import PagedConfig
 from granite_paged.hf.patching import paged
 from granite_paged.models import load, load_tokenizer
+from granite_paged.names import MODES
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -34,7 +35,7 @@ except ImportError:
 
 NAME = "granite_paged"
 
-_NEW_TOKENS = 256  # of a generation that asks for no number
+_NEW_TOKENS = 256  # limit for a generation that sets none
 
 Pair = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation: as text, and each as token ids."""
@@ -42,15 +43,19 @@ Pair = tuple[tuple[str, str], list[int], list[int]]
 
 @register_model(NAME)
 class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
-    """Contexts run once and forked for their continuations, common beginnings run once.
+    """An lm-eval model that runs each context once, and each shared prefix once.
 
     Args:
-        pretrained, random_weights, device, dtype, seed: see `granite_paged.models.load`. A model
-            that is loaded already is taken as `pretrained` too, with its tokenizer.
-        tokenizer: where the model brings none.
-        mode: one of `MODES`.
-        batch_size: rows a forward pass.
+        pretrained, random_weights, device, dtype, seed: see `granite_paged.models.load`;
+            `pretrained` may also be a loaded model, which needs `tokenizer`.
+        tokenizer: a tokenizer, or where to load it from, if the model has none.
+        mode: a name in `granite_paged.names.MODES`.
+        batch_size: rows per forward pass.
         page_size, memory_fraction, max_tokens: see `PagedConfig`.
+
+    Raises:
+        InvalidArgument: if `mode` or `batch_size` is not valid.
+        TokenizerError: if there is no tokenizer.
     """
 
     tokenizer: Any
@@ -95,30 +100,32 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         self._scorer: Scorer | None = None
         self._needs = Needs(longest=0)
 
-    # -- what lm-eval asks ----------------------------------------------------------------------
+    # -- lm-eval's interface --------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text."""
+        """The token that ends a text."""
         known = (self.tokenizer.eos_token_id, self.model.config.eos_token_id)
         return next(int(token) for token in known if token is not None)
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by."""
+        """The token that replaces an empty context."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's caches."""
+        """Name under which lm-eval caches results."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, with what the tokenizer adds, unless it is there or `add_special_tokens`
-        says otherwise.
+        """Return token ids.
+
+        Without `add_special_tokens`, the tokenizer adds its special tokens unless `string` starts
+        with one.
         """
         start = self.tokenizer.bos_token
         if add_special_tokens is None and start and string.startswith(start):
@@ -128,16 +135,16 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         return ids
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, each in one piece."""
+        """Return the log-likelihood of each whole text, computed in one piece."""
         texts = [request.args[0] for request in requests]
         start = [self.prefix_token_id]
         rolling = [
-            Request(start, [self.tok_encode(text, add_special_tokens=False)]) for text in texts
+            ScoreRequest(start, [self.tok_encode(text, add_special_tokens=False)]) for text in texts
         ]
-        return [scores[0].logprob for scores in self._score(rolling, disable_tqdm)]
+        return [answer.logprobs[0] for answer in self._score(rolling, disable_tqdm)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, in pages, up to the first of the stop texts."""
+        """Return greedy continuations up to the first stop text, generated with paged attention."""
         with paged(self.model, self._config), torch.inference_mode():
             return [
                 self._generate(*request.args) for request in tqdm(requests, disable=disable_tqdm)
@@ -149,32 +156,33 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         by_context: dict[tuple[int, ...], list[int]] = {}
         for place, (_, context, _) in enumerate(requests):
             by_context.setdefault(tuple(context), []).append(place)
-        asked = _with_shared(
-            (context, [requests[place][2] for place in by_context[context]])
+        asked = [
+            ScoreRequest(context, [requests[place][2] for place in by_context[context]])
             for context in sorted(by_context)
-        )
+        ]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for request, scores in zip(asked, self._score(asked, disable_tqdm), strict=True):
+        for request, answer in zip(asked, self._score(asked, disable_tqdm), strict=True):
+            scores = zip(answer.logprobs, answer.greedy, strict=True)
             for place, score in zip(by_context[tuple(request.context)], scores, strict=True):
-                found[place] = (score.logprob, score.greedy)
+                found[place] = score
                 self.cache_hook.add_partial("loglikelihood", requests[place][0], found[place])
         return found
 
     # -- details --------------------------------------------------------------------------------
 
-    def _score(self, requests: Sequence[Request], disable_tqdm: bool) -> Iterator[list[Score]]:
+    def _score(self, requests: Sequence[ScoreRequest], disable_tqdm: bool) -> Iterator[Answer]:
         if not requests:
             return
         scorer = self._scorer_for(requests)
         with tqdm(total=len(requests), desc="Scoring contexts", disable=disable_tqdm) as bar:
             for chunk in chunked(requests, scorer.batch, request=lambda one: one):
                 for answer in scorer.score(chunk):
-                    yield answer.scores
+                    yield answer
                     bar.update(1)
 
-    def _scorer_for(self, requests: Sequence[Request]) -> Scorer:
-        """One for all calls, until more is asked of it."""
-        needs = self._needs.with_those(Needs.of(requests))
+    def _scorer_for(self, requests: Sequence[ScoreRequest]) -> Scorer:
+        """Return one scorer for all calls; make a larger one if the requests need it."""
+        needs = self._needs.combined(Needs.of(requests, _shared(requests)))
         if self._scorer is not None and needs != self._needs:
             self._scorer.close()
             self._scorer = None
@@ -199,17 +207,14 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         return min((text.split(stop, 1)[0] for stop in stops if stop), key=len, default=text)
 
 
-def _with_shared(pairs: Iterator[tuple[tuple[int, ...], list[list[int]]]]) -> list[Request]:
-    """Requests, their contexts in order, that know what they share with a neighbour."""
-    requests = [Request(context, continuations) for context, continuations in pairs]
-    contexts = [request.context for request in requests]
-    beside = [common_tokens(a, b) for a, b in itertools.pairwise(contexts)]
-    shared = map(max, [0, *beside], [*beside, 0])
-    return [r._replace(shared=tokens) for r, tokens in zip(requests, shared, strict=True)]
+def _shared(requests: Sequence[ScoreRequest]) -> int:
+    """Return the length of the longest prefix that two neighbouring contexts share."""
+    neighbours = itertools.pairwise(request.context for request in requests)
+    return max(itertools.starmap(common_tokens, neighbours), default=0)
 
 
 def main() -> None:
-    """lm-eval's command line, with this model known."""
+    """Run lm-eval's command line with this model registered."""
     from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415
 
     cli_evaluate()

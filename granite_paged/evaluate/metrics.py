@@ -1,4 +1,4 @@
-"""What a run's answers amount to: per mode, and one mode against another."""
+"""Compute metrics of each mode, and the agreement of a mode with `default`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from granite_paged.errors import RequestError
-from granite_paged.evaluate.journal import Record
+from granite_paged.evaluate.journal import JournalEntry
 from granite_paged.evaluate.scorer import choice
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.quantiles import quantile
 from granite_paged.report.eval_results import Agreement, Difference, ModeMetrics
 
-Records = Mapping[str, Record]
-"""By question."""
+Entries = Mapping[str, JournalEntry]
+"""One mode's answers to one task, by question."""
 
 
-def mode_metrics(task: Task, records: Records) -> ModeMetrics:
-    """Of one mode. Raises RequestError where every question was refused."""
-    pairs = [(question, records[question.key]) for question in task.questions]
-    answered = [(question, record) for question, record in pairs if not record.refused]
+def mode_metrics(task: Task, entries: Entries) -> ModeMetrics:
+    """Return one mode's metrics on a task. Raises RequestError if it refused every question."""
+    pairs = [(question, entries[question.key]) for question in task.questions]
+    answered = [(question, entry) for question, entry in pairs if not entry.refused]
     if not answered:
         reason = pairs[0][1].refused
         raise RequestError(f"{task.name}: every question was refused; the first: {reason}")
-    right = [credit(question, record.logprobs, mass=task.mass) for question, record in answered]
-    kept = [record for _, record in answered]
-    milliseconds = [1e3 * record.seconds for record in kept]
-    seconds = sum(record.seconds for record in kept)
-    tokens = sum(record.tokens for record in kept)
-    computed = sum(record.computed for record in kept)
+    right = [credit(question, entry.logprobs, mass=task.mass) for question, entry in answered]
+    kept = [entry for _, entry in answered]
+    milliseconds = [1e3 * entry.seconds for entry in kept]
+    seconds = sum(entry.seconds for entry in kept)
+    tokens = sum(entry.tokens for entry in kept)
+    computed = sum(entry.computed for entry in kept)
     contexts = sum(len(question.request.context) for question, _ in answered)
     return ModeMetrics(
         questions=len(kept),
@@ -41,17 +41,17 @@ def mode_metrics(task: Task, records: Records) -> ModeMetrics:
         latency_p99_ms=quantile(milliseconds, 0.99),
         questions_per_second=len(kept) / seconds,
         tokens_per_second=tokens / seconds,
-        peak_bytes=max(record.peak for record in kept) or None,
+        peak_bytes=max(entry.peak for entry in kept) or None,
         input_tokens=tokens,
         computed_tokens=computed,
-        saved_tokens=sum(record.full for record in kept) - computed,
-        hit_rate=sum(record.reused for record in kept) / contexts,
+        saved_tokens=sum(entry.full for entry in kept) - computed,
+        hit_rate=sum(entry.reused for entry in kept) / contexts,
         latency_ms=tuple(round(value, 4) for value in milliseconds),
     )
 
 
-def agreement(task: Task, default: Records, other: Records) -> Agreement:
-    """Of two modes; near-ties are left to be judged (`judged`)."""
+def agreement(task: Task, default: Entries, other: Entries) -> Agreement:
+    """Compare a mode with `default`; `judge_near_ties` judges the differences afterwards."""
     differing, largest, questions = [], 0.0, 0
     for question in task.questions:
         ours, theirs = other[question.key], default[question.key]
@@ -68,22 +68,26 @@ def agreement(task: Task, default: Records, other: Records) -> Agreement:
 
 
 def credit(question: Question, logprobs: Sequence[float], *, mass: bool) -> float:
-    """Between 0 and 1: whether the likeliest choice is right, or how much of the mass is."""
+    """Return the credit for an answer, 0 to 1.
+
+    Without `mass` it is 1 if the most likely choice is right. With `mass` (TruthfulQA's mc2), it is
+    the share of probability that the right choices have.
+    """
     if not mass:
         return float(question.labels[choice(logprobs)])
-    highest = max(logprobs)  # lm-eval exponentiates as they are, and meets 0 / 0
+    highest = max(logprobs)  # unlike lm-eval, which exponentiates directly and may divide 0 by 0
     weights = [math.exp(logprob - highest) for logprob in logprobs]
     right = [w for w, label in zip(weights, question.labels, strict=True) if label]
     return sum(right) / sum(weights)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of their mean; None for a single one."""
+    """Return the standard error of the mean; None for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def gap_error(logprobs: Sequence[float], exact: Sequence[float]) -> float:
-    """The largest error of any difference between two choices."""
+    """Return the largest error of any difference between two log-likelihoods."""
     errors = list(map(_signed, logprobs, exact))
     return max(errors) - min(errors)
 
@@ -104,8 +108,8 @@ def _difference(key: str, default: Sequence[float], other: Sequence[float]) -> D
     )
 
 
-def _mean_seconds(records: Records) -> float:
-    return statistics.fmean(record.seconds for record in records.values() if not record.refused)
+def _mean_seconds(entries: Entries) -> float:
+    return statistics.fmean(entry.seconds for entry in entries.values() if not entry.refused)
 
 
 def _signed(a: float, b: float) -> float:

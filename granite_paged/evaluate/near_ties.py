@@ -1,4 +1,4 @@
-"""Near-ties told from mistakes, by the error that `default` itself was measured to make."""
+"""Tell near-ties from mistakes, by the measured error of `default` itself."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 import torch
 
 from granite_paged.device import dtype_name
-from granite_paged.evaluate.journal import Record
+from granite_paged.evaluate.journal import JournalEntry
 from granite_paged.evaluate.metrics import gap_error
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.report.eval_results import Agreement
 
-MEASURED = 32  # questions on which SDPA's error is measured, beside those that differ
+MEASURED = 32  # questions on which SDPA's error is measured, in addition to those that differ
 
 
-def judged(
-    found: Agreement, task: Task, default: dict[str, Record], model: Any, seed: int
+def judge_near_ties(
+    found: Agreement, task: Task, default: dict[str, JournalEntry], model: Any, seed: int
 ) -> Agreement:
-    """With SDPA's own error measured where it is needed to tell near-ties from mistakes.
+    """Return the agreement with every differing question judged as a near-tie or a mistake.
 
-    The differing questions and some others are scored by a copy of the model in higher precision;
-    the largest error that `default` makes in the gap between two choices is what a near-tie is
-    held against.
+    A copy of the model in higher precision scores the differing questions and `MEASURED` others,
+    drawn by `seed`. A difference is a near-tie if its gap is at most the largest error that
+    `default` makes in any gap between two choices of these questions.
     """
     if not found.differing:
         return found
@@ -48,8 +48,8 @@ def judged(
     )
 
 
-def _sample(found: Agreement, default: dict[str, Record], seed: int) -> set[str]:
-    answered = sorted(key for key, record in default.items() if not record.refused)
+def _sample(found: Agreement, default: dict[str, JournalEntry], seed: int) -> set[str]:
+    answered = sorted(key for key, entry in default.items() if not entry.refused)
     drawn = random.Random(seed).sample(answered, min(MEASURED, len(answered)))
     return {*drawn, *(difference.key for difference in found.differing)}
 
@@ -58,11 +58,11 @@ def _exact(model: Any, questions: Sequence[Question]) -> dict[str, list[float]]:
     reference = copy.deepcopy(model).to(_reference_dtype(model))
     answers = DefaultScorer(reference).score([question.request for question in questions])
     return {
-        question.key: [score.logprob for score in answer.scores]
+        question.key: list(answer.logprobs)
         for question, answer in zip(questions, answers, strict=True)
     }
 
 
 def _reference_dtype(model: Any) -> torch.dtype:
-    """float32 for halves; they differ from it in their fourth digit, it in its eighth."""
+    """Return float32 for half precision, float64 for the others."""
     return torch.float32 if model.dtype.itemsize < 4 else torch.float64

@@ -11,10 +11,11 @@ import torch
 from granite_paged.device import graph_bytes
 
 
-class Peaks:
-    """Peaks of each mode, without what the other modes keep on the device meanwhile.
+class PeakMemory:
+    """Peak memory of each mode, without what the other modes keep on the device.
 
-    What CUDA graphs compute in, out of the allocator's sight, is its mode's for as long as it runs.
+    The private memory of CUDA graphs, which the allocator does not count, belongs to the mode that
+    captured them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +27,7 @@ class Peaks:
 
     @contextlib.contextmanager
     def of(self, mode: str) -> Iterator[None]:
-        """What is allocated inside belongs to this mode."""
+        """Attribute what is allocated inside the context to this mode."""
         if self._device.type != "cuda":
             yield
             return
@@ -38,12 +39,12 @@ class Peaks:
         self._peak = torch.cuda.max_memory_allocated(self._device)
 
     def peak(self, mode: str) -> int:
-        """Bytes, inside the `of` that ended last."""
+        """Return the mode's peak in bytes during the last `of`, which must be its own."""
         others = sum(kept for other, kept in self._kept.items() if other != mode)
         return self._peak - others + self._graphs[mode]
 
     def _graph_bytes(self) -> int:
-        """Counted anew where the device's memory was, for counting takes milliseconds."""
+        """Count again only if reserved memory changed, because counting takes milliseconds."""
         reserved = torch.cuda.memory_reserved(self._device)
         if reserved != self._seen[0]:
             self._seen = (reserved, graph_bytes(self._device))

@@ -1,7 +1,7 @@
-"""The evaluation: every question by every mode, in one run, side by side.
+"""Run an evaluation: every mode answers every question, in one run.
 
-A batch of questions goes to one mode, then to the next, so that clocks and temperature are the same
-for all. An answer is in the journal before the next batch begins.
+Each batch of questions goes to one mode and then to the next, so that clocks and temperature are
+the same for all modes. Answers are in the journal before the next batch begins.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,27 +18,24 @@ import torch
 from granite_paged.device import device_name, dtype_name
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, GranitePagedError
-from granite_paged.evaluate.journal import Journal, Record
+from granite_paged.evaluate.journal import Journal, JournalEntry
 from granite_paged.evaluate.metrics import agreement, mode_metrics
 from granite_paged.evaluate.modes import make_scorer
-from granite_paged.evaluate.near_ties import judged
-from granite_paged.evaluate.peak_memory import Peaks
+from granite_paged.evaluate.near_ties import judge_near_ties
+from granite_paged.evaluate.peak_memory import PeakMemory
 from granite_paged.evaluate.scorer import (
     Answer,
     Needs,
-    Request,
     Scorer,
+    ScoreRequest,
     chunked,
-    full_length,
-    is_finite,
+    uncached_tokens,
 )
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
+from granite_paged.progress import Progress, silent
 from granite_paged.report.eval_results import Evaluation, TaskResult
-
-Progress = Callable[[str, int], None]
-"""Told the task and how many more answers there are."""
 
 
 def evaluate(
@@ -50,28 +47,28 @@ def evaluate(
     journal: Journal,
     batch: int = 1,
     seed: int = 0,
-    progress: Progress = lambda task, answers: None,
+    progress: Progress = silent,
 ) -> Evaluation:
-    """Answer what the journal has no answers to, then say what all answers amount to.
+    """Answer the questions that the journal lacks, then compute metrics and agreement.
 
     Args:
-        loaded: the model.
-        tasks: with their questions.
-        modes: some of `MODES`.
-        config: of the paged mode.
-        journal: answers so far; each new one is appended.
-        batch: rows a forward pass; 1 is how the original study ran.
-        seed: of the questions on which SDPA's error is measured.
-        progress: told about new answers.
+        loaded: the model; it must not be patched.
+        tasks: the tasks with their questions.
+        modes: names in `granite_paged.names.MODES`.
+        config: settings of the `paged` mode.
+        journal: the answers so far; new ones are appended.
+        batch: rows per forward pass; the original study used 1.
+        seed: draws the questions on which SDPA's error is measured.
+        progress: called with (task, answers so far, answers), over all tasks and modes.
 
     Raises:
-        CannotWrite: if answers cannot be written; those before are kept.
-        RequestError: if a task has no answer at all.
+        CannotWrite: if answers cannot be written; earlier answers are kept.
+        RequestError: if a mode refused every question of a task.
     """
-    bench = _Bench(loaded.model, modes, config, batch, tasks)
+    answering = _Answering(loaded.model, modes, config, batch, tasks, journal, progress)
     for task in tasks:
-        bench.answer(task, journal, progress)
-    bench.close()
+        answering.answer(task)
+    answering.close()
     results = {task.name: _result(task, modes, journal, loaded.model, seed) for task in tasks}
     return Evaluation(
         passed=all(a.passed for result in results.values() for a in result.agreement.values()),
@@ -93,7 +90,7 @@ def identity(
     config: PagedConfig,
     batch: int,
 ) -> dict[str, Any]:
-    """What has to be the same for a run to go on from another's journal."""
+    """Return what must be equal for a run to resume from a journal, in plain types."""
     return {
         "model": loaded.name,
         "device": device_name(loaded.model.device),
@@ -111,8 +108,8 @@ def identity(
 # -- answering ----------------------------------------------------------------------------------
 
 
-class _Bench:
-    """The scorers of a run, made when the first question needs them, and what they hold."""
+class _Answering:
+    """The answering part of a run, with its scorers, which are made for the first question."""
 
     def __init__(
         self,
@@ -121,38 +118,51 @@ class _Bench:
         config: PagedConfig,
         batch: int,
         tasks: Sequence[Task],
+        journal: Journal,
+        progress: Progress,
     ) -> None:
         self._model = model
         self._modes = modes
         self._config = config
         self._batch = batch
-        self._needs = Needs.of(q.request for task in tasks for q in task.questions)
+        self._journal = journal
+        self._progress = progress
+        questions = [question for task in tasks for question in task.questions]
+        shared = max((question.shared for question in questions), default=0)
+        self._needs = Needs.of((question.request for question in questions), shared)
+        self._done, self._total = 0, len(modes) * len(questions)
         self._scorers: dict[str, Scorer] = {}
-        self._peaks = Peaks(model.device)
+        self._peaks = PeakMemory(model.device)
 
-    def answer(self, task: Task, journal: Journal, progress: Progress) -> None:
-        """Every question of a task that the journal has no answer to."""
+    def answer(self, task: Task) -> None:
+        """Answer every question of a task that the journal has no answer to."""
         missing = [
             question
             for question in _ordered(task.questions, self._batch)
-            if any((mode, task.name, question.key) not in journal.records for mode in self._modes)
+            if any(self._lacks(mode, task, question) for mode in self._modes)
         ]
-        done = len(self._modes) * (len(task.questions) - len(missing))
-        progress(task.name, done)
+        self._report(task, len(self._modes) * (len(task.questions) - len(missing)))
         if not missing:
             return
         self._make_scorers()
         rows = max(scorer.batch for scorer in self._scorers.values())
-        parts = chunked(missing, rows, request=lambda question: question.request)
-        self._warm_up(parts)
-        for questions in parts:
+        batches = chunked(missing, rows, request=lambda question: question.request)
+        self._warm_up(batches)
+        for questions in batches:
             for mode in self._modes:
-                wanted = [q for q in questions if (mode, task.name, q.key) not in journal.records]
-                journal.append(self._records(mode, task, wanted))
-                progress(task.name, len(questions))
+                wanted = [q for q in questions if self._lacks(mode, task, q)]
+                self._journal.append(self._entries(mode, task, wanted))
+                self._report(task, len(questions))
+
+    def _lacks(self, mode: str, task: Task, question: Question) -> bool:
+        return (mode, task.name, question.key) not in self._journal.entries
+
+    def _report(self, task: Task, more: int) -> None:
+        self._done += more
+        self._progress(task.name, self._done, self._total)
 
     def close(self) -> None:
-        """Free what the scorers hold."""
+        """Free the memory that the scorers hold."""
         for scorer in self._scorers.values():
             scorer.close()
         self._scorers.clear()
@@ -167,16 +177,20 @@ class _Bench:
                         mode, self._model, self._config, self._needs, self._batch
                     )
 
-    def _warm_up(self, parts: Sequence[Sequence[Question]]) -> None:
-        """Compilers and allocators meet the first, and on a GPU some of each size, untimed."""
-        sample = _one_of_each_size(parts) if self._model.device.type == "cuda" else parts[:1]
+    def _warm_up(self, batches: Sequence[Sequence[Question]]) -> None:
+        """Run the first batch (on CUDA: one per size class) untimed.
+
+        This warms up compilers and allocators.
+        """
+        gpu = self._model.device.type == "cuda"
+        sample = _one_of_each_size(batches) if gpu else batches[:1]
         for mode, scorer in self._scorers.items():
             with self._peaks.of(mode):
-                for part in sample:
-                    _answers(scorer, [question.request for question in part])
+                for questions in sample:
+                    _answers(scorer, [question.request for question in questions])
                 scorer.forget()
 
-    def _records(self, mode: str, task: Task, questions: Sequence[Question]) -> list[Record]:
+    def _entries(self, mode: str, task: Task, questions: Sequence[Question]) -> list[JournalEntry]:
         requests = [question.request for question in questions]
         if not requests:
             return []
@@ -188,7 +202,7 @@ class _Bench:
             seconds = (time.perf_counter() - start) / len(requests)
         peak = self._peaks.peak(mode)
         return [
-            replace(_record(mode, task.name, question, answer), seconds=seconds, peak=peak)
+            replace(_entry(mode, task.name, question, answer), seconds=seconds, peak=peak)
             for question, answer in zip(questions, answers, strict=True)
         ]
 
@@ -197,20 +211,23 @@ class _Bench:
             torch.cuda.synchronize(self._model.device)
 
 
-def _one_of_each_size(parts: Sequence[Sequence[Question]]) -> list[Sequence[Question]]:
-    """Alike are parts whose longest lengths lie between the same powers of two."""
+def _one_of_each_size(batches: Sequence[Sequence[Question]]) -> list[Sequence[Question]]:
+    """Group batches by the power-of-two buckets of their longest lengths; return one of each."""
     found: dict[tuple[int, ...], Sequence[Question]] = {}
-    for part in parts:
-        requests = [question.request for question in part]
-        own = max(len(request.context) - request.shared for request in requests)
+    for questions in batches:
+        requests = [question.request for question in questions]
+        own = max(len(question.request.context) - question.shared for question in questions)
         answer = max(len(tokens) for request in requests for tokens in request.continuations)
         lengths = (max(request.tokens for request in requests), own, answer)
-        found.setdefault(tuple(length.bit_length() for length in lengths), part)
+        found.setdefault(tuple(length.bit_length() for length in lengths), questions)
     return list(found.values())
 
 
-def _answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer | str]:
-    """One a request, or why there is none: what fails in company is tried alone."""
+def _answers(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Answer | str]:
+    """Return an answer per request, or the reason for its refusal.
+
+    If a batch fails, each of its requests runs alone.
+    """
     try:
         return list(scorer.score(requests))
     except BrokenInvariant:
@@ -222,27 +239,28 @@ def _answers(scorer: Scorer, requests: Sequence[Request]) -> list[Answer | str]:
     return [answer for request in requests for answer in _answers(scorer, [request])]
 
 
-def _record(mode: str, task: str, question: Question, answer: Answer | str) -> Record:
-    request = question.request
-    if isinstance(answer, Answer) and not is_finite(answer):
-        answer = "a log-likelihood is not a finite number: check the weights and the dtype"
+def _entry(mode: str, task: str, question: Question, answer: Answer | str) -> JournalEntry:
+    if isinstance(answer, Answer) and not answer.finite:
+        answer = "a log-likelihood is not a finite number; check the weights and the dtype"
     if isinstance(answer, str):
-        return Record(mode, task, question.key, refused=answer)
-    return Record(
+        return JournalEntry(mode, task, question.key, refused=answer)
+    return JournalEntry(
         mode,
         task,
         question.key,
-        logprobs=tuple(score.logprob for score in answer.scores),
-        greedy=tuple(score.greedy for score in answer.scores),
-        tokens=request.tokens,
-        full=full_length(request),
+        logprobs=answer.logprobs,
+        greedy=answer.greedy,
+        tokens=question.request.tokens,
+        full=uncached_tokens(question.request),
         computed=answer.computed,
         reused=answer.reused,
     )
 
 
 def _ordered(questions: Iterable[Question], batch: int) -> list[Question]:
-    """Group by group; in batches, the longest first, so that rows beside each other are alike."""
+    """Order questions by group; in batches the longest first, so that rows of a batch need little
+    padding.
+    """
     groups: dict[str, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.group, []).append(question)
@@ -253,7 +271,7 @@ def _ordered(questions: Iterable[Question], batch: int) -> list[Question]:
 
 
 def _digest(task: Task) -> str:
-    """Of every token that is asked about."""
+    """Hash the key, tokens and labels of every question."""
     asked = [[q.key, q.request.context, q.request.continuations, q.labels] for q in task.questions]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
@@ -264,16 +282,16 @@ def _digest(task: Task) -> str:
 def _result(
     task: Task, modes: Sequence[str], journal: Journal, model: Any, seed: int
 ) -> TaskResult:
-    records = {
-        mode: {q.key: journal.records[mode, task.name, q.key] for q in task.questions}
+    entries = {
+        mode: {q.key: journal.entries[mode, task.name, q.key] for q in task.questions}
         for mode in modes
     }
-    metrics = {mode: mode_metrics(task, records[mode]) for mode in modes}
+    metrics = {mode: mode_metrics(task, entries[mode]) for mode in modes}
     against = {}
     if "default" in modes:
-        default = records["default"]
+        default = entries["default"]
         for mode in modes:
             if mode != "default":
-                found = agreement(task, default, records[mode])
-                against[mode] = judged(found, task, default, model, seed)
+                found = agreement(task, default, entries[mode])
+                against[mode] = judge_near_ties(found, task, default, model, seed)
     return TaskResult(len(task.questions), task.fewshot, metrics, against)

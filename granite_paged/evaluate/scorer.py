@@ -1,14 +1,15 @@
-"""Scoring: the log-likelihood of every continuation of a context.
+"""Score continuations: the log-likelihood of each, given its context.
 
     context    c0 c1 c2 ... cn | t0 t1 t2     a continuation
     logits at            cn      t0 t1        decide t0, t1, t2
 
-A `Scorer` may run a context once or once a continuation; what it returns is the same. What it ran
-is counted, so that work saved can be told from work done faster.
+A `Scorer` may run a context once, or once per continuation; the scores are the same. It counts the
+tokens that it ran, so that reports can separate less work from faster work.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,41 +22,37 @@ from granite_paged.errors import PromptError
 
 T = TypeVar("T")
 
-FILLER_TOKEN = 0  # on the right of short rows, where no position that is read can see it
+FILLER_TOKEN = 0  # right padding, which causal attention hides from every position that is read
 
 
-class Request(NamedTuple):
-    """One question: a context and the continuations to choose from, as token ids.
-
-    `shared` leading tokens of the context recur in the requests beside it.
-    """
+class ScoreRequest(NamedTuple):
+    """A context and the continuations to score, as token ids; what `Engine.score` takes."""
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]]
-    shared: int = 0
 
     @property
     def tokens(self) -> int:
-        """Tokens to read once: the context and every continuation."""
+        """Number of tokens of the context and of all continuations."""
         return len(self.context) + sum(map(len, self.continuations))
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence."""
+        """Number of tokens of the context and the longest continuation."""
         return len(self.context) + max(map(len, self.continuations))
 
     @property
     def forks(self) -> bool:
-        """Whether several continuations are run, being longer than a token."""
+        """Whether the context is forked: of several continuations, one is longer than a token."""
         return len(self.continuations) > 1 and max(map(len, self.continuations)) > 1
 
 
 class Needs(NamedTuple):
-    """What the requests of a run take at most.
+    """The most that any request of a run takes.
 
     Attributes:
-        longest: tokens of one sequence.
-        shared: tokens with which requests beside each other begin.
+        longest: tokens of the longest sequence.
+        shared: tokens of the longest prefix that neighbouring requests share.
         forks: whether any context is forked.
     """
 
@@ -64,21 +61,21 @@ class Needs(NamedTuple):
     forks: bool = False
 
     @classmethod
-    def of(cls, requests: Iterable[Request]) -> Needs:
-        """The most of them. At least one request."""
+    def of(cls, requests: Iterable[ScoreRequest], shared: int = 0) -> Needs:
+        """Return the needs of these requests. Raises ValueError if there are none."""
         held = list(requests)
         return cls(
             longest=max(request.longest for request in held),
-            shared=max(request.shared for request in held),
+            shared=shared,
             forks=any(request.forks for request in held),
         )
 
     def shares(self, page_size: int) -> bool:
-        """Whether what is shared fills a page: less is not kept."""
+        """Whether the shared prefix fills a page; a shorter one is not cached."""
         return self.shared >= page_size
 
-    def with_those(self, other: Needs) -> Needs:
-        """What both take at most."""
+    def combined(self, other: Needs) -> Needs:
+        """Return needs that cover both."""
         return Needs(
             max(self.longest, other.longest),
             max(self.shared, other.shared),
@@ -86,47 +83,55 @@ class Needs(NamedTuple):
         )
 
 
-class Score(NamedTuple):
-    """Of one continuation: its log-likelihood, and whether greedy decoding would write it."""
-
-    logprob: float
-    greedy: bool
-
-
 class Answer(NamedTuple):
-    """Of one request.
+    """Scores of one request.
 
     Attributes:
-        scores: one a continuation.
-        computed: tokens run for it, padding left out.
-        reused: tokens of the context that an earlier request had run already.
+        logprobs: log-likelihood of each continuation, in nats.
+        greedy: for each continuation, whether greedy decoding would write it.
+        computed: tokens that were run for the request, without padding.
+        reused: context tokens that were not run because an earlier request had run them.
     """
 
-    scores: list[Score]
+    logprobs: tuple[float, ...]
+    greedy: tuple[bool, ...]
     computed: int
     reused: int
 
+    @property
+    def finite(self) -> bool:
+        """Whether every log-likelihood is a finite number."""
+        return all(map(math.isfinite, self.logprobs))
+
 
 class Scorer(Protocol):
-    """Anything that answers requests. `batch` is how many it likes to get at once."""
+    """Anything that scores requests. `batch` is the number of rows to pass at once."""
 
     batch: int
 
-    def score(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer them, in their order. Raises OutOfPages where one does not fit."""
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
+        """Score requests and return the answers in their order.
+
+        Raises:
+            OutOfPages: if a request does not fit.
+            PromptError: if a context or a continuation is empty.
+        """
         ...
 
     def forget(self) -> None:
-        """Let go of everything kept from earlier requests."""
+        """Drop everything cached from earlier requests."""
         ...
 
     def close(self) -> None:
-        """Give memory back: this was the last request."""
+        """Free all memory; no request may follow."""
         ...
 
 
-class Wanted(NamedTuple):
-    """The log-probability of `token` after position `at` of `row`, for continuation `slot`."""
+class TokenRead(NamedTuple):
+    """Where to read one token's log-probability: `row` and position `at`, for continuation `slot`.
+
+    Slots number the continuations through all requests of a call.
+    """
 
     row: int
     at: int
@@ -135,112 +140,112 @@ class Wanted(NamedTuple):
 
 
 @dataclass
-class Row:
-    """One sequence to run, and what its last logits are wanted for."""
+class ScoredSequence:
+    """One sequence to run, with the continuations that are read from its last logits.
+
+    Attributes:
+        tokens: context and continuation, without the last token, whose logits nothing reads.
+        endings: (slot, continuation) for each continuation that this sequence scores.
+    """
 
     tokens: list[int]
-    endings: list[tuple[int, Sequence[int]]] = field(default_factory=list)  # (slot, continuation)
+    endings: list[tuple[int, Sequence[int]]] = field(default_factory=list)
 
     @property
     def first_read(self) -> int:
-        """The first position whose logits are wanted."""
+        """First position whose logits are read."""
         return len(self.tokens) - max(len(ending) for _, ending in self.endings)
 
-    def wanted(self, row: int) -> Iterable[Wanted]:
-        """All of it, once this is row `row` of a batch."""
+    def reads(self, row: int) -> Iterable[TokenRead]:
+        """Yield all reads of this sequence, as row `row` of a batch."""
         for slot, ending in self.endings:
             start = len(self.tokens) - len(ending)
-            yield from (Wanted(row, start + i, token, slot) for i, token in enumerate(ending))
+            yield from (TokenRead(row, start + i, token, slot) for i, token in enumerate(ending))
 
 
-def distinct_rows(requests: Sequence[Request]) -> list[Row]:
-    """The sequences that answer the requests, each once.
+def distinct_sequences(requests: Sequence[ScoreRequest]) -> list[ScoredSequence]:
+    """Return the sequences that score all requests, each sequence once.
 
-    Continuations that differ in the last token only are read off the same logits, as lm-eval does.
-    Slots count continuations through all requests.
+    Continuations that differ only in their last token share a sequence, as in lm-eval.
     """
-    rows: dict[tuple[int, ...], Row] = {}
+    sequences: dict[tuple[int, ...], ScoredSequence] = {}
     slot = 0
     for request in requests:
         for continuation in request.continuations:
             tokens = (*request.context, *continuation[:-1])
-            row = rows.setdefault(tokens, Row(list(tokens)))
-            row.endings.append((slot, continuation))
+            sequence = sequences.setdefault(tokens, ScoredSequence(list(tokens)))
+            sequence.endings.append((slot, continuation))
             slot += 1
-    return list(rows.values())
+    return list(sequences.values())
 
 
-def chunked(items: Sequence[T], rows: int, request: Callable[[T], Request]) -> list[list[T]]:
-    """Neighbours that make at most `rows` distinct rows together; at least one a chunk."""
-    parts: list[list[T]] = []
+def chunked(items: Sequence[T], rows: int, request: Callable[[T], ScoreRequest]) -> list[list[T]]:
+    """Split items into chunks of at most `rows` distinct sequences, or of one item."""
+    chunks: list[list[T]] = []
     filled = 0
     for item in items:
-        more = len(distinct_rows([request(item)]))
-        if not parts or filled + more > rows:
-            parts.append([])
+        more = len(distinct_sequences([request(item)]))
+        if not chunks or filled + more > rows:
+            chunks.append([])
             filled = 0
-        parts[-1].append(item)
+        chunks[-1].append(item)
         filled += more
-    return parts
+    return chunks
 
 
-def full_length(request: Request) -> int:
-    """Tokens that scoring without a cache runs for it."""
-    return sum(len(row.tokens) for row in distinct_rows([request]))
+def uncached_tokens(request: ScoreRequest) -> int:
+    """Return the number of tokens that scoring without any cache runs."""
+    return sum(len(sequence.tokens) for sequence in distinct_sequences([request]))
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[n, longest] int64, filled up on the right."""
+    """Return the rows as int64 [n, longest], padded on the right with `FILLER_TOKEN`."""
     width = max(map(len, rows))
     filled = [[*row, *[FILLER_TOKEN] * (width - len(row))] for row in rows]
     return torch.tensor(filled, device=device)
 
 
 class Tally:
-    """Adds up log-probabilities, slot by slot."""
+    """Sums of log-probabilities, one per continuation."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[ScoreRequest]) -> None:
         check_requests(requests)
         self._sizes = [len(request.continuations) for request in requests]
         self._logprobs = [0.0] * sum(self._sizes)
         self._greedy = [True] * sum(self._sizes)
 
-    def add(self, logits: Tensor, wanted: Sequence[Wanted], first: int = 0) -> None:
-        """Read logits [n, S, V], whose column 0 stands for position `first`."""
-        cells = sorted({(want.row, want.at) for want in wanted})
+    def add(self, logits: Tensor, reads: Sequence[TokenRead], first: int = 0) -> None:
+        """Add what is read from logits [n, S, V], whose column 0 belongs to position `first`."""
+        cells = sorted({(read.row, read.at) for read in reads})
         place = {cell: i for i, cell in enumerate(cells)}
         row, at = torch.tensor(cells, device=logits.device).T
-        read = logits[row, at - first].float()  # [cells, V]
+        found = logits[row, at - first].float()  # [cells, V]
         chosen = torch.tensor(
-            [(place[want.row, want.at], want.token) for want in wanted], device=logits.device
+            [(place[read.row, read.at], read.token) for read in reads], device=logits.device
         )
-        best = read.argmax(dim=-1)[chosen[:, 0]] == chosen[:, 1]
-        logprobs = read.log_softmax(dim=-1)[chosen[:, 0], chosen[:, 1]].double()
-        both = torch.stack([logprobs, best.double()]).tolist()  # the one wait for the device
-        for want, logprob, greedy in zip(wanted, *both, strict=True):
-            self._logprobs[want.slot] += logprob
-            self._greedy[want.slot] &= bool(greedy)
+        best = found.argmax(dim=-1)[chosen[:, 0]] == chosen[:, 1]
+        logprobs = found.log_softmax(dim=-1)[chosen[:, 0], chosen[:, 1]].double()
+        both = torch.stack([logprobs, best.double()]).tolist()  # the only wait for the device
+        for read, logprob, greedy in zip(reads, *both, strict=True):
+            self._logprobs[read.slot] += logprob
+            self._greedy[read.slot] &= bool(greedy)
 
-    def scores(self) -> list[list[Score]]:
-        """One list a request."""
-        every = map(Score, self._logprobs, self._greedy)
-        return [[next(every) for _ in range(size)] for size in self._sizes]
+    def sums(self) -> list[tuple[tuple[float, ...], tuple[bool, ...]]]:
+        """Return each request's log-likelihoods and greedy flags, as `Answer` holds them."""
+        ends = list(itertools.accumulate(self._sizes))
+        slices = [slice(end - size, end) for end, size in zip(ends, self._sizes, strict=True)]
+        return [(tuple(self._logprobs[part]), tuple(self._greedy[part])) for part in slices]
 
 
 def choice(logprobs: Sequence[float]) -> int:
-    """The likeliest continuation, the first of equals, as lm-eval has it."""
+    """Return the index of the most likely continuation; of equals the first, as in lm-eval."""
     return max(range(len(logprobs)), key=lambda i: (logprobs[i], -i))
 
 
-def is_finite(answer: Answer) -> bool:
-    """Whether every log-likelihood is a number."""
-    return all(math.isfinite(score.logprob) for score in answer.scores)
-
-
-def check_requests(requests: Sequence[Request]) -> None:
-    """Raises PromptError where there is nothing to score, or nothing before it."""
+def check_requests(requests: Sequence[ScoreRequest]) -> None:
+    """Raise PromptError if a request has an empty context or an empty continuation."""
     for i, request in enumerate(requests):
         if not request.context:
-            raise PromptError(f"request {i} has an empty context: give it at least one token")
+            raise PromptError(f"request {i} has an empty context; pass at least one token")
         if not request.continuations or not all(request.continuations):
-            raise PromptError(f"request {i} has an empty continuation: nothing can be scored")
+            raise PromptError(f"request {i} has an empty continuation; pass at least one token")

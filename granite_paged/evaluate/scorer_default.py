@@ -1,4 +1,4 @@
-"""What transformers does today: SDPA, whole sequences, no cache; the `default` to compare with."""
+"""The `default` scorer: transformers with SDPA, whole sequences, and no cache."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 
 from granite_paged.evaluate.scorer import (
     Answer,
-    Request,
-    Row,
+    ScoredSequence,
+    ScoreRequest,
     Tally,
-    distinct_rows,
-    full_length,
+    distinct_sequences,
     padded,
+    uncached_tokens,
 )
 
 
 class DefaultScorer:
     """Runs context and continuation together, as lm-eval's `HFLM` does.
 
-    Rows of a batch are padded on the right: without a cache, no position that is read sees them.
-    Unlike `HFLM`, only the logits that are read are computed, which makes it a harder mark to beat.
+    Rows of a batch are padded on the right; without a cache, no position that is read sees the
+    padding. Unlike `HFLM`, it computes only the logits that are read, and so it is faster.
 
     Args:
         model: a transformers causal language model in eval mode.
-        batch: rows a forward pass. 1 is how the original study ran.
+        batch: rows per forward pass; the original study used 1.
     """
 
     def __init__(self, model: Any, batch: int = 1) -> None:
@@ -34,27 +34,27 @@ class DefaultScorer:
         self._model = model
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[Request]) -> list[Answer]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
         """See `Scorer`."""
         tally = Tally(requests)
-        rows = sorted(distinct_rows(requests), key=lambda row: -len(row.tokens))
-        for start in range(0, len(rows), self.batch):
-            self._run(rows[start : start + self.batch], tally)
+        sequences = sorted(distinct_sequences(requests), key=lambda one: -len(one.tokens))
+        for start in range(0, len(sequences), self.batch):
+            self._run(sequences[start : start + self.batch], tally)
         return [
-            Answer(scores, computed=full_length(request), reused=0)
-            for request, scores in zip(requests, tally.scores(), strict=True)
+            Answer(*sums, computed=uncached_tokens(request), reused=0)
+            for request, sums in zip(requests, tally.sums(), strict=True)
         ]
 
     def forget(self) -> None:
-        """Nothing is kept."""
+        """Do nothing; no cache is kept."""
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing; no cache is kept."""
 
-    def _run(self, rows: Sequence[Row], tally: Tally) -> None:
-        ids = padded([row.tokens for row in rows], self._model.device)
-        first = min(row.first_read for row in rows)
+    def _run(self, sequences: Sequence[ScoredSequence], tally: Tally) -> None:
+        ids = padded([sequence.tokens for sequence in sequences], self._model.device)
+        first = min(sequence.first_read for sequence in sequences)
         keep = ids.shape[1] - first
         logits = self._model(ids, use_cache=False, logits_to_keep=keep).logits
-        wanted = [want for i, row in enumerate(rows) for want in row.wanted(i)]
-        tally.add(logits, wanted, first)
+        reads = [read for row, sequence in enumerate(sequences) for read in sequence.reads(row)]
+        tally.add(logits, reads, first)

@@ -1,7 +1,8 @@
-"""What a user would otherwise pick: `StaticCache` and transformers' own compiled decode step.
+"""The `static` scorer: transformers' `StaticCache` and its compiled decode step.
 
-As under `generate(cache_implementation="static")`: the context eagerly, in one pass, then one
-compiled step a token. Before each further continuation the states return to the context's end.
+It works as `generate(cache_implementation="static")` does: the context runs eagerly in one pass,
+and each further token in one compiled step. Before each continuation, the cache returns to its
+state at the end of the context.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from torch import Tensor
 from transformers import StaticCache
 
 from granite_paged.errors import OutOfPages
-from granite_paged.evaluate.scorer import Answer, Request, Tally, Wanted, padded
+from granite_paged.evaluate.scorer import Answer, ScoreRequest, Tally, TokenRead, padded
 from granite_paged.hf.compat import with_cache
 
 
 class StaticScorer:
-    """One request at a time, one continuation at a time.
+    """Scores one request and one continuation at a time.
 
     Args:
         model: a transformers causal language model in eval mode.
-        longest: tokens of the longest sequence that will be scored.
+        longest: length of the cache, in tokens; no scored sequence may be longer.
     """
 
     batch = 1
@@ -35,22 +36,22 @@ class StaticScorer:
         self._step = model.get_compiled_call(None)
 
     @torch.inference_mode()
-    def score(self, requests: Sequence[Request]) -> list[Answer]:
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Answer]:
         """See `Scorer`."""
         return [self._score_one(request) for request in requests]
 
     def forget(self) -> None:
-        """Nothing is kept from one request to the next."""
+        """Do nothing; nothing is kept between requests."""
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing; the cache goes with the scorer."""
 
-    def _score_one(self, request: Request) -> Answer:
+    def _score_one(self, request: ScoreRequest) -> Answer:
         tally = Tally([request])
         self._check_fits(request)
         self._cache.reset()
         logits = self._run(self._model, request.context)
-        tally.add(logits, [Wanted(0, 0, t[0], i) for i, t in enumerate(request.continuations)])
+        tally.add(logits, [TokenRead(0, 0, t[0], i) for i, t in enumerate(request.continuations)])
         beginnings = list(dict.fromkeys(tuple(t[:-1]) for t in request.continuations if len(t) > 1))
         context_end = [(state, state.clone()) for state in self._states()]
         for tokens in beginnings:
@@ -59,16 +60,16 @@ class StaticScorer:
             logits = torch.cat([self._run(self._step, [token]).clone() for token in tokens], dim=1)
             tally.add(logits, _later(request, tokens))
         computed = len(request.context) + sum(map(len, beginnings))
-        return Answer(tally.scores()[0], computed=computed, reused=0)
+        return Answer(*tally.sums()[0], computed=computed, reused=0)
 
     def _run(self, forward: Any, tokens: Sequence[int]) -> Tensor:
-        """Logits of the last one, [1, 1, V]."""
+        """Run the tokens and return the logits of the last, [1, 1, V]."""
         ids = padded([tokens], self._model.device)
         logits: Tensor = forward(ids, **with_cache(self._cache), logits_to_keep=1).logits
         return logits
 
     def _states(self) -> list[Tensor]:
-        """What a step changes and the mask does not hide: lengths and Mamba states."""
+        """Return the lengths and Mamba states, which a step changes and no mask hides."""
         return [
             state
             for layer in self._cache.layers
@@ -76,24 +77,24 @@ class StaticScorer:
             for state in _tensors(getattr(layer, name, None))
         ]
 
-    def _check_fits(self, request: Request) -> None:
+    def _check_fits(self, request: ScoreRequest) -> None:
         needed = request.longest
         if needed > self._longest:
             raise OutOfPages(needed=needed, free=self._longest, advice="make a longer StaticCache")
 
 
 def _tensors(held: Any) -> list[Tensor]:
-    """A tensor, or those of a list or a dict: releases of transformers differ."""
+    """Return the tensors in a tensor, list or dict, since transformers' releases differ."""
     if isinstance(held, Tensor):
         return [held]
     values = held.values() if isinstance(held, dict) else held or ()
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _later(request: Request, beginning: tuple[int, ...]) -> list[Wanted]:
-    """All but the first token of the continuations that begin so."""
+def _later(request: ScoreRequest, beginning: tuple[int, ...]) -> list[TokenRead]:
+    """Return reads of the second and later tokens of continuations that begin like this."""
     return [
-        Wanted(0, at, token, slot)
+        TokenRead(0, at, token, slot)
         for slot, tokens in enumerate(request.continuations)
         if tuple(tokens[:-1]) == beginning
         for at, token in enumerate(tokens[1:])

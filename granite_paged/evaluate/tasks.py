@@ -1,7 +1,7 @@
-"""The tasks: what is asked, in which words, and which choice is right.
+"""Make the questions of each task: contexts, choices, and which choices are right.
 
-`recall` is made here from a seed. MMLU and TruthfulQA are worded exactly as lm-eval words them, so
-that scores can be compared with everybody else's.
+`recall` is generated from a seed. The prompts of MMLU and TruthfulQA are exactly lm-eval's, so that
+scores can be compared with published ones.
 """
 
 from __future__ import annotations
@@ -23,44 +23,46 @@ from granite_paged.checkpoints.recall import (
 from granite_paged.errors import InvalidArgument, UnknownName
 from granite_paged.evaluate import data
 from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
-from granite_paged.evaluate.scorer import Request
+from granite_paged.evaluate.scorer import ScoreRequest
 from granite_paged.models import EMBEDDED
 
-MMLU_FEWSHOT = 5  # as in the paper and in every table of it
+MMLU_FEWSHOT = 5  # as in the paper (Hendrycks et al., 2021)
 
 RECALL_LONGEST = 4096
-RECALL_SEQUENCES = 2  # for each context length
-RECALL_QUESTIONS = 8  # the last ones of each sequence, which share everything before them
+RECALL_SEQUENCES = 2  # per context length
+RECALL_QUESTIONS = 8  # the last ones of each sequence, which share the text before them
 
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question, tokenised.
+    """One multiple-choice question as token ids.
 
     Attributes:
-        key: names it within its task, the same in every run.
-        group: questions of one group share the beginning of their contexts.
-        request: what to score.
-        labels: for each choice, whether it is right.
+        key: name within the task, the same in every run.
+        group: name of the group; the contexts of a group share a prefix.
+        request: the context and the choices.
+        labels: 1 for each choice that is right, else 0.
+        shared: tokens of the prefix that the group shares.
     """
 
     key: str
     group: str
-    request: Request
+    request: ScoreRequest
     labels: tuple[int, ...]
+    shared: int = 0
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a user may choose about the tasks.
+class TaskOptions:
+    """Choices about the tasks.
 
     Attributes:
-        num_fewshot: examples before each question of MMLU. None: 5.
-        limit: most questions of a task, drawn by `seed`.
-        subjects: of MMLU; none named means all.
-        data: folder of the JSONL files; None: the hub.
-        smallest: tokens of the shortest recall context; a page.
-        seed: of recall's questions and of what `limit` draws.
+        num_fewshot: solved examples before each MMLU question; None: 5.
+        limit: largest number of questions per task, drawn by `seed`; None: all.
+        subjects: subjects of MMLU; empty: all.
+        data: folder with the JSONL files; None: the hub.
+        smallest: tokens of the shortest recall context, usually one page.
+        seed: seed of recall's questions and of the draw for `limit`.
     """
 
     num_fewshot: int | None = None
@@ -76,8 +78,9 @@ class Task:
     """A task with its questions.
 
     Attributes:
-        mass: accuracy is the probability mass on right choices (mc2), not whether the likeliest is.
-        fewshot: examples before each question.
+        mass: whether accuracy is the probability mass on right choices (mc2) instead of the share
+            of questions whose most likely choice is right.
+        fewshot: solved examples before each question.
     """
 
     name: str
@@ -87,7 +90,7 @@ class Task:
 
 
 def task_names(wanted: Iterable[str]) -> tuple[str, ...]:
-    """Names of tasks, groups of them resolved. Raises InvalidArgument, listing the known ones."""
+    """Return the tasks, with groups resolved. Raises InvalidArgument for an unknown or no name."""
     names: dict[str, None] = {}
     for name in wanted:
         if name not in _GROUPS and name not in TASKS:
@@ -98,47 +101,49 @@ def task_names(wanted: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def make_task(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
-    """Load, word, tokenise and draw one task's questions.
+def make_task(name: str, options: TaskOptions, loaded: Any, tokenizer: Any | None) -> Task:
+    """Load, tokenise and draw one task's questions.
 
     Args:
-        name: one of `TASKS`.
-        options: what to draw.
+        name: a name in `TASKS`.
+        options: which questions to draw, and from where.
         loaded: the `LoadedModel` that will answer.
-        tokenizer: the model's; not used by recall.
+        tokenizer: the model's tokenizer; recall does not use it.
 
     Raises:
-        DataError: data that is missing or of another format.
-        InvalidArgument: nothing is left to ask.
-        MissingExtra: data from the hub without `datasets`.
-        TokenizerError: no tokenizer, or another model's.
+        DataError: if data is missing or has another format.
+        InvalidArgument: if the options leave no question.
+        MissingExtra: if data comes from the hub and `datasets` is not installed.
+        TokenizerError: if there is no tokenizer, or it does not fit the model.
     """
     task = TASKS[name](name, options, loaded, tokenizer)
     if not task.questions:
-        raise InvalidArgument(f"{name}: no question is left to ask; raise --limit or name subjects")
+        raise InvalidArgument(f"{name}: no question is left; raise --limit or name --subjects")
     return task
 
 
-def _drawn(items: Sequence[Any], options: Options) -> list[Any]:
-    """At most `limit` of them, by seed, in their order."""
+def _drawn(items: Sequence[Any], options: TaskOptions) -> list[Any]:
+    """Draw at most `limit` items by seed, and keep their order."""
     if options.limit is None or options.limit >= len(items):
         return list(items)
     draw = random.Random(options.seed)
     return [items[i] for i in sorted(draw.sample(range(len(items)), options.limit))]
 
 
-def _tokenised(questions: Sequence[TextQuestion], loaded: Any, tokenizer: Any | None) -> list[Any]:
-    """With the prefix that each group shares."""
+def _tokenised(
+    questions: Sequence[TextQuestion], loaded: Any, tokenizer: Any | None
+) -> tuple[Question, ...]:
+    """Tokenise questions and find the prefix that each group shares."""
     encoder = Encoder(tokenizer, loaded.model.config.vocab_size, loaded.name)
     requests = encoder.requests(questions)
-    groups: dict[str, list[Request]] = {}
+    contexts: dict[str, list[Sequence[int]]] = {}
     for question, request in zip(questions, requests, strict=True):
-        groups.setdefault(question.group, []).append(request)
-    shared = {group: shared_prefix([r.context for r in held]) for group, held in groups.items()}
-    return [
-        Question(text.key, text.group, request._replace(shared=shared[text.group]), text.labels)
+        contexts.setdefault(question.group, []).append(request.context)
+    shared = {group: shared_prefix(held) for group, held in contexts.items()}
+    return tuple(
+        Question(text.key, text.group, request, text.labels, shared[text.group])
         for text, request in zip(questions, requests, strict=True)
-    ]
+    )
 
 
 # -- MMLU ---------------------------------------------------------------------------------------
@@ -146,25 +151,25 @@ def _tokenised(questions: Sequence[TextQuestion], loaded: Any, tokenizer: Any | 
 _LETTERS = ("A", "B", "C", "D")
 
 
-def mmlu_text(row: data.Row) -> str:
-    """A question with its choices, up to `Answer:`."""
+def mmlu_text(row: data.DataRow) -> str:
+    """Return a question with its choices, up to `Answer:`."""
     choices = "".join(
         f"\n{letter}. {choice}" for letter, choice in zip(_LETTERS, row["choices"], strict=True)
     )
     return f"{row['question'].strip()}{choices}\nAnswer:"
 
 
-def mmlu_prefix(subject: str, examples: Sequence[data.Row]) -> str:
-    """What stands before every question of a subject."""
+def mmlu_prefix(subject: str, examples: Sequence[data.DataRow]) -> str:
+    """Return the header and the solved examples that precede every question of a subject."""
     about = subject.replace("_", " ")
     solved = "".join(f"{mmlu_text(row)} {_LETTERS[row['answer']]}\n\n" for row in examples)
     return f"The following are multiple choice questions (with answers) about {about}.\n\n{solved}"
 
 
-def _mmlu(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+def _mmlu(name: str, options: TaskOptions, loaded: Any, tokenizer: Any | None) -> Task:
     fewshot = MMLU_FEWSHOT if options.num_fewshot is None else options.num_fewshot
     rows = _of_subjects(data.mmlu("test", options.data), options.subjects)
-    examples: dict[str, list[data.Row]] = {}
+    examples: dict[str, list[data.DataRow]] = {}
     for row in data.mmlu("dev", options.data) if fewshot else ():
         examples.setdefault(row["subject"], []).append(row)
     numbered = _drawn(list(_numbered(rows)), options)
@@ -182,10 +187,10 @@ def _mmlu(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Ta
         )
         for key, row in numbered
     ]
-    return Task(name, tuple(_tokenised(questions, loaded, tokenizer)), fewshot=fewshot)
+    return Task(name, _tokenised(questions, loaded, tokenizer), fewshot=fewshot)
 
 
-def _of_subjects(rows: list[data.Row], subjects: tuple[str, ...]) -> list[data.Row]:
+def _of_subjects(rows: list[data.DataRow], subjects: tuple[str, ...]) -> list[data.DataRow]:
     known = dict.fromkeys(row["subject"] for row in rows)
     unknown = [subject for subject in subjects if subject not in known]
     if unknown:
@@ -193,18 +198,18 @@ def _of_subjects(rows: list[data.Row], subjects: tuple[str, ...]) -> list[data.R
     return [row for row in rows if not subjects or row["subject"] in subjects]
 
 
-def _numbered(rows: Iterable[data.Row]) -> Iterable[tuple[str, data.Row]]:
-    """Each with a key: its subject, and its number there."""
+def _numbered(rows: Iterable[data.DataRow]) -> Iterable[tuple[str, data.DataRow]]:
+    """Yield each row with its key, which is the subject and the row's number within it."""
     seen: dict[str, int] = {}
     for row in rows:
         number = seen[row["subject"]] = seen.get(row["subject"], -1) + 1
         yield f"{row['subject']}/{number}", row
 
 
-def _first(count: int, subject: str, examples: list[data.Row]) -> list[data.Row]:
+def _first(count: int, subject: str, examples: list[data.DataRow]) -> list[data.DataRow]:
     if count > len(examples):
         raise InvalidArgument(
-            f"{count} examples asked for, {subject} has {len(examples)}: lower --num-fewshot"
+            f"--num-fewshot must be at most {len(examples)} for {subject}, got {count}"
         )
     return examples[:count]
 
@@ -227,12 +232,12 @@ TRUTHFULQA_PREFIX = (
 )
 
 
-def truthfulqa_text(row: data.Row) -> str:
-    """Six solved questions that are always the same, then this one, up to `A:`."""
+def truthfulqa_text(row: data.DataRow) -> str:
+    """Return the six fixed examples and then this question, up to `A:`."""
     return f"{TRUTHFULQA_PREFIX}\n\nQ: {row['question']}\nA:"
 
 
-def _truthfulqa(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+def _truthfulqa(name: str, options: TaskOptions, loaded: Any, tokenizer: Any | None) -> Task:
     targets = f"{name.rsplit('_', 1)[1]}_targets"
     rows = _drawn(list(enumerate(data.truthfulqa(options.data))), options)
     questions = [
@@ -245,18 +250,18 @@ def _truthfulqa(name: str, options: Options, loaded: Any, tokenizer: Any | None)
         )
         for number, row in rows
     ]
-    asked = tuple(_tokenised(questions, loaded, tokenizer))
+    asked = _tokenised(questions, loaded, tokenizer)
     return Task(name, asked, mass=name == "truthfulqa_mc2")
 
 
 # -- recall -------------------------------------------------------------------------------------
 
 
-def _recall(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> Task:
+def _recall(name: str, options: TaskOptions, loaded: Any, tokenizer: Any | None) -> Task:
     if loaded.name != EMBEDDED:
         raise InvalidArgument(
-            f"recall asks in the words of the embedded checkpoint, which {loaded.name} was not "
-            "trained on: leave --model and --random-weights out, or name other --tasks"
+            f"recall uses the vocabulary of the embedded checkpoint, which {loaded.name} was not "
+            "trained on; leave out --model and --random-weights, or name other --tasks"
         )
     questions: list[Question] = []
     context = max(options.smallest, MIN_CONTEXT)
@@ -267,7 +272,7 @@ def _recall(name: str, options: Options, loaded: Any, tokenizer: Any | None) -> 
 
 
 def _recall_questions(context: int, seed: int) -> list[Question]:
-    """Asked at the end of sequences of `context` tokens; `<ask>` and the value are to be scored."""
+    """Ask the last questions of sequences of `context` tokens; score `<ask>` and the value."""
     batch = recall_batch(
         context=context, pairs=usual_pairs(context), batch=RECALL_SEQUENCES, seed=seed
     )
@@ -285,15 +290,16 @@ def _recall_questions(context: int, seed: int) -> list[Question]:
                 Question(
                     key=f"{context}/{row}/{at}",
                     group=f"{context}/{row}",
-                    request=Request(ids[:at], endings, shared=asked[0]),
+                    request=ScoreRequest(ids[:at], endings),
                     labels=tuple(int(value == targets[at]) for value in choices),
+                    shared=asked[0],
                 )
             )
     return questions
 
 
 def _recall_choices(target: int, context: list[int], draw: random.Random) -> list[int]:
-    """The value, its partner under the other mode, and two others, stated ones if there are."""
+    """Return the value, its partner in the other mode, and two others, if possible stated ones."""
     value = target - FIRST_VALUE
     partner = (value + PLAIN_VALUES) % VALUES
     stated = {token - FIRST_VALUE for token in context if 0 <= token - FIRST_VALUE < VALUES}
@@ -306,7 +312,7 @@ def _recall_choices(target: int, context: list[int], draw: random.Random) -> lis
     return choices
 
 
-Maker = Callable[[str, Options, Any, Any], Task]
+Maker = Callable[[str, TaskOptions, Any, Any], Task]
 
 TASKS: dict[str, Maker] = {
     "recall": _recall,

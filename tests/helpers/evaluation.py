@@ -13,7 +13,7 @@ import pytest
 from granite_paged import PagedConfig
 from granite_paged.evaluate.journal import Journal
 from granite_paged.evaluate.run import evaluate
-from granite_paged.evaluate.scorer import Answer, Request
+from granite_paged.evaluate.scorer import Answer, ScoreRequest
 from granite_paged.evaluate.tasks import Question, Task
 from granite_paged.models import LoadedModel
 from granite_paged.report.eval_results import Evaluation
@@ -54,7 +54,7 @@ def tiny_loaded(flavour: str = "hybrid", **sizes: Any) -> LoadedModel:
     return LoadedModel("tiny", tiny_model(flavour, **{"initializer_range": 0.3, **sizes}), None)
 
 
-def requests(count: int = 6, *, prefix: int = 40, seed: int = 0) -> list[Request]:
+def requests(count: int = 6, *, prefix: int = 40, seed: int = 0) -> list[ScoreRequest]:
     """Make requests of many lengths with a common prefix, each with 4 short continuations."""
     draw = random.Random(seed)
 
@@ -63,7 +63,7 @@ def requests(count: int = 6, *, prefix: int = 40, seed: int = 0) -> list[Request
 
     beginning = tokens(prefix, prefix)
     return [
-        Request(beginning + tokens(1, 30), [tokens(1, 5) for _ in range(4)], shared=prefix)
+        ScoreRequest(beginning + tokens(1, 30), [tokens(1, 5) for _ in range(4)])
         for _ in range(count)
     ]
 
@@ -74,7 +74,7 @@ def tiny_task(count: int = 6, name: str = "tiny", **options: Any) -> Task:
     for i, request in enumerate(requests(count, **options)):
         right = draw.randrange(4)
         labels = tuple(int(place == right) for place in range(4))
-        questions.append(Question(str(i), "all", request, labels))
+        questions.append(Question(str(i), "all", request, labels, options.get("prefix", 40)))
     return Task(name, tuple(questions))
 
 
@@ -95,7 +95,7 @@ def tiny_evaluation(
 
 def largest_difference(ours: list[Answer], theirs: list[Answer]) -> float:
     return max(
-        abs(one.logprob - other.logprob)
+        abs(one - other)
         for answer, expected in zip(ours, theirs, strict=True)
-        for one, other in zip(answer.scores, expected.scores, strict=True)
+        for one, other in zip(answer.logprobs, expected.logprobs, strict=True)
     )

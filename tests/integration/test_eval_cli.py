@@ -69,7 +69,7 @@ def test_help_of_eval_names_tasks_modes_and_defaults(capsys: Capture) -> None:
 @pytest.mark.usefixtures("short_recall")
 def test_eval_on_the_cpu_warns_about_times(capsys: Capture) -> None:
     assert evaluate("--device", "cpu") == OK
-    assert "its times say nothing of a GPU" in " ".join(capsys.readouterr().out.split())
+    assert "its times say nothing about a GPU" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("short_recall")
@@ -88,7 +88,7 @@ def test_tables_name_both_modes_and_their_agreement(capsys: Capture) -> None:
     assert evaluate() == OK
     shown = capsys.readouterr().out
     assert "default" in shown
-    assert "3 of 3 choices are default's" in shown
+    assert "3 of 3 choices equal default's" in shown
     assert "…" not in shown, "the table truncates numbers"
 
 
@@ -132,8 +132,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "unknown task": (["--tasks", "mlmu"], "unknown task 'mlmu': use one of recall, mmlu, truth"),
     "no task": (["--tasks", ","], "no task named"),
     "unknown mode": (["--mode", "fast"], "'default', 'static', 'paged', 'both', 'all'"),
-    "batch size": (["--batch-size", "many"], "'many' is neither auto nor a number"),
-    "batch size zero": (["--batch-size", "0"], "'0' is neither auto nor a number"),
+    "batch size": (["--batch-size", "many"], "must be auto or a number of at least 1, got 'many'"),
+    "batch size zero": (["--batch-size", "0"], "must be auto or a number of at least 1, got '0'"),
     "limit": (["--limit", "0"], "'--limit'"),
     "examples": (["--num-fewshot", "-1"], "'--num-fewshot'"),
     "no data": (["--tasks", "mmlu", "--data", "./nowhere"], "./nowhere: no such folder"),

@@ -15,7 +15,7 @@ import torch
 from granite_paged import PagedConfig
 from granite_paged.errors import DataError, RequestError
 from granite_paged.evaluate import peak_memory, run
-from granite_paged.evaluate.journal import Journal, Record
+from granite_paged.evaluate.journal import Journal, JournalEntry
 from granite_paged.evaluate.metrics import (
     Agreement,
     agreement,
@@ -23,10 +23,10 @@ from granite_paged.evaluate.metrics import (
     gap_error,
     mode_metrics,
 )
-from granite_paged.evaluate.near_ties import judged as judged_differences
-from granite_paged.evaluate.peak_memory import Peaks
-from granite_paged.evaluate.scorer import Answer, Needs, Request, Score, choice
-from granite_paged.evaluate.tasks import Options, Question, Task, make_task
+from granite_paged.evaluate.near_ties import judge_near_ties
+from granite_paged.evaluate.peak_memory import PeakMemory
+from granite_paged.evaluate.scorer import Answer, Needs, ScoreRequest, choice
+from granite_paged.evaluate.tasks import Question, Task, TaskOptions, make_task
 from granite_paged.models import LoadedModel, load, load_tokenizer
 from granite_paged.paging.page_table import NOBODY, PageTable
 from tests.helpers import faults
@@ -50,7 +50,7 @@ def embedded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def recall(embedded: LoadedModel) -> Task:
-    task = make_task("recall", Options(smallest=16), embedded, None)
+    task = make_task("recall", TaskOptions(smallest=16), embedded, None)
     short = [q for q in task.questions if len(q.request.context) <= LONGEST_RECALL]
     return dataclasses.replace(task, questions=tuple(short))
 
@@ -86,7 +86,7 @@ def test_both_modes_agree_on_real_questions(embedded: LoadedModel) -> None:
     folder = data_folder()
     tokenizer = load_tokenizer(f"{folder}/cl100k_tokenizer.json")
     loaded = tiny_loaded(vocab_size=100352, hidden_size=48)
-    options = Options(num_fewshot=0, limit=10, data=folder)
+    options = TaskOptions(num_fewshot=0, limit=10, data=folder)
     for name in ("mmlu", "truthfulqa_mc1"):
         task = make_task(name, options, loaded, tokenizer)
         found = tiny_evaluation(loaded, task).tasks[name].agreement["paged"]
@@ -152,9 +152,9 @@ class _Contrary:
         self.forget = scorer.forget
         self.close = scorer.close
 
-    def score(self, asked: Sequence[Request]) -> list[Answer]:
+    def score(self, asked: Sequence[ScoreRequest]) -> list[Answer]:
         return [
-            a._replace(scores=[Score(-score.logprob, score.greedy) for score in a.scores])
+            a._replace(logprobs=tuple(-logprob for logprob in a.logprobs))
             for a in self._scorer.score(asked)
         ]
 
@@ -168,13 +168,13 @@ def judged(gap: float) -> Agreement:
     loaded.model.to(torch.bfloat16)
     journal = Journal(None, {})
     tiny_evaluation(loaded, task, journal=journal, modes=("default",))
-    default = {key: r for (_, _, key), r in journal.records.items()}
+    default = {key: r for (_, _, key), r in journal.entries.items()}
     low, high = -1.0 - gap, -1.0
     tie = dataclasses.replace(default["0"], logprobs=(high, low, -9.0, -9.0))
     flipped = dataclasses.replace(default["0"], logprobs=(low, high, -9.0, -9.0))
     found = agreement(task, {**default, "0": tie}, {**default, "0": flipped})
     with torch.inference_mode():
-        return judged_differences(found, task, default, loaded.model, seed=0)
+        return judge_near_ties(found, task, default, loaded.model, seed=0)
 
 
 def test_a_gap_within_the_error_of_sdpa_is_a_near_tie() -> None:
@@ -226,12 +226,8 @@ class Killed(Exception):
 
 
 def stop_after(answers: int) -> Any:
-    seen = 0
-
-    def progress(task: str, more: int) -> None:
-        nonlocal seen
-        seen += more
-        if seen >= answers:
+    def progress(task: str, done: int, total: int) -> None:
+        if done >= answers:
             raise Killed
 
     return progress
@@ -245,14 +241,14 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, batch: int) -> 
     with pytest.raises(Killed):
         tiny_evaluation(journal=Journal(path, {}), batch=batch, progress=stop_after(5))
     kept = Journal(path, {})
-    assert 0 < len(kept.records) < len(whole.records)
+    assert 0 < len(kept.entries) < len(whole.entries)
     resumed = tiny_evaluation(journal=kept, batch=batch)
-    assert set(kept.records) == set(whole.records)
+    assert set(kept.entries) == set(whole.entries)
     for (
         place,
         record,
-    ) in whole.records.items():  # other pages change the order of sums, and so the last digits
-        again = kept.records[place]
+    ) in whole.entries.items():  # other pages change the order of sums, and so the last digits
+        again = kept.entries[place]
         assert again.greedy == record.greedy
         assert choice(again.logprobs) == choice(record.logprobs)
         assert again.logprobs == pytest.approx(record.logprobs, abs=1e-4)
@@ -278,14 +274,14 @@ def test_an_interrupt_keeps_finished_answers(
     append = Journal.append
 
     def interrupted(self: Journal, records: Any) -> None:
-        if len(self.records) >= 6:
+        if len(self.entries) >= 6:
             raise KeyboardInterrupt
         append(self, records)
 
     monkeypatch.setattr(Journal, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny_evaluation(journal=Journal(path, {}))
-    assert len(Journal(path, {}).records) == 6
+    assert len(Journal(path, {}).entries) == 6
 
 
 def test_the_identity_of_a_run_covers_its_questions() -> None:
@@ -308,8 +304,9 @@ def test_progress_counts_every_answer_once(finished: int) -> None:
     if finished:
         with pytest.raises(Killed):
             tiny_evaluation(journal=journal, progress=stop_after(finished))
-    tiny_evaluation(journal=journal, progress=lambda task, more: seen.append(more))
-    assert sum(seen) == 2 * 6
+    tiny_evaluation(journal=journal, progress=lambda *call: seen.append(call))
+    assert [total for _, _, total in seen] == [2 * 6] * len(seen)
+    assert seen[-1] == ("tiny", 2 * 6, 2 * 6)
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -331,7 +328,7 @@ def test_the_peak_of_a_mode_excludes_memory_of_others(monkeypatch: pytest.Monkey
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(peak_memory, "graph_bytes", lambda device: held["graphs"])
-    memory = Peaks(torch.device("cuda"))
+    memory = PeakMemory(torch.device("cuda"))
     with memory.of("paged"):
         use(kept=300, passing=20, graphs=40)
     assert memory.peak("paged") == 1360
@@ -348,7 +345,7 @@ def test_the_peak_of_a_mode_excludes_memory_of_others(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_contexts_longer_than_the_pool_are_counted_as_refused(batch: int) -> None:
-    long = Request(list(range(3, 93)), [[5], [6], [7], [8]])
+    long = ScoreRequest(list(range(3, 93)), [[5], [6], [7], [8]])
     task = tiny_task(3)
     task = Task("tiny", (*task.questions, Question("long", "long", long, (1, 0, 0, 0))))
     config = PagedConfig(page_size=8, max_tokens=88)
@@ -376,13 +373,13 @@ def test_a_non_finite_log_likelihood_is_refused() -> None:
 
 
 def question(key: str, labels: tuple[int, ...]) -> Question:
-    return Question(key, "g", Request([1, 2], [[3]] * len(labels)), labels)
+    return Question(key, "g", ScoreRequest([1, 2], [[3]] * len(labels)), labels)
 
 
 def test_metrics_follow_from_the_records() -> None:
     task = Task("t", tuple(question(str(i), (1, 0)) for i in range(4)))
     records = {
-        str(i): Record(
+        str(i): JournalEntry(
             "paged", "t", str(i), (-1.0, -2.0) if i else (-2.0, -1.0), (True, False),
             seconds=0.1 * (i + 1), tokens=10, full=20, computed=5, reused=1, peak=100 + i,
         )
@@ -409,18 +406,20 @@ def test_mc2_is_the_probability_mass_on_right_choices() -> None:
 
 
 def test_needs_are_the_maximum_over_requests() -> None:
-    letters = Request([1] * 150, [[1], [2]], shared=30)
-    assert Needs.of([letters]) == Needs(longest=151, shared=30, forks=False)
-    alone = Request([1] * 200, [[1, 2]], shared=7)
-    assert Needs.of([letters, alone]) == Needs(longest=202, shared=30, forks=False)
-    forked = Request([1] * 200, [[1, 2], [1, 3]])
-    assert Needs.of([letters, forked]) == Needs(longest=202, shared=30, forks=True)
+    letters = ScoreRequest([1] * 150, [[1], [2]])
+    assert Needs.of([letters], shared=30) == Needs(longest=151, shared=30, forks=False)
+    alone = ScoreRequest([1] * 200, [[1, 2]])
+    assert Needs.of([letters, alone]) == Needs(longest=202, shared=0, forks=False)
+    forked = ScoreRequest([1] * 200, [[1, 2], [1, 3]])
+    assert Needs.of([letters, forked]) == Needs(longest=202, shared=0, forks=True)
+    both = Needs(9, shared=4).combined(Needs(5, shared=7, forks=True))
+    assert both == Needs(9, shared=7, forks=True)
 
 
 def test_one_batch_per_size_runs_before_timing() -> None:
     def part(*sizes: tuple[int, int, int]) -> list[Question]:
         return [
-            Question("", "", Request([5] * context, [[6] * answer], shared), (1,))
+            Question("", "", ScoreRequest([5] * context, [[6] * answer]), (1,), shared)
             for context, shared, answer in sizes
         ]
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from granite_paged import PagedConfig
+from granite_paged.evaluate.encoding import shared_prefix
 from granite_paged.evaluate.modes import make_scorer
-from granite_paged.evaluate.scorer import Answer, Needs, Request, choice
-from granite_paged.evaluate.tasks import Options, Task, make_task
+from granite_paged.evaluate.scorer import Answer, Needs, ScoreRequest, choice
+from granite_paged.evaluate.tasks import Task, TaskOptions, make_task
 from granite_paged.models import LoadedModel, load_tokenizer
 from tests.helpers.evaluation import data_folder, tiny_loaded
 
@@ -68,7 +69,7 @@ def loaded(tokenizer: Any) -> LoadedModel:
 @pytest.fixture(scope="module")
 def tasks(loaded: LoadedModel, tokenizer: Any) -> dict[str, Task]:
     limit = None if EVERYTHING else SLICE // len(TASKS) + 1
-    options = Options(num_fewshot=0, limit=limit, data=data_folder())
+    options = TaskOptions(num_fewshot=0, limit=limit, data=data_folder())
     return {name: make_task(name, options, loaded, tokenizer) for name in TASKS}
 
 
@@ -89,9 +90,14 @@ def lm_eval_scores(hflm: Any, task: Task) -> list[list[float]]:
     return [[next(found)[0] for _ in q.labels] for q in task.questions]
 
 
-def paged_answers(loaded: LoadedModel, requests: Sequence[Request]) -> list[Answer]:
+def paged_answers(loaded: LoadedModel, requests: Sequence[ScoreRequest]) -> list[Answer]:
     """Answer one by one, as `granite-paged eval --mode paged` does."""
-    scorer = make_scorer("paged", loaded.model, PAGES, Needs.of(requests))
+    scorer = make_scorer(
+        "paged",
+        loaded.model,
+        PAGES,
+        Needs.of(requests, shared_prefix([r.context for r in requests])),
+    )
     try:
         return [scorer.score([request])[0] for request in requests]
     finally:
@@ -112,7 +118,7 @@ def test_log_likelihoods_and_choices_equal_those_of_hflm(
     task = tasks[name]
     expected = lm_eval_scores(hflm, task)
     answers = paged_answers(loaded, [question.request for question in task.questions])
-    ours = [[score.logprob for score in answer.scores] for answer in answers]
+    ours = [list(answer.logprobs) for answer in answers]
     differences = [
         abs(a - b)
         for one, other in zip(ours, expected, strict=True)
@@ -134,8 +140,8 @@ def test_greedy_flags_equal_those_of_hflm(
     pairs = [(("", ""), list(asked.context), list(tokens)) for tokens in asked.continuations]
     expected = [found[1] for found in hflm._loglikelihood_tokens(pairs, disable_tqdm=True)]
     (answer,) = paged_answers(loaded, [asked])
-    assert [score.greedy for score in answer.scores] == expected == [True, False]
-    assert not any(score.greedy for score in first.scores)
+    assert list(answer.greedy) == expected == [True, False]
+    assert not any(first.greedy)
 
 
 def _greedy(loaded: LoadedModel, context: Sequence[int], count: int) -> list[int]:
@@ -225,7 +231,7 @@ def test_mmlu_tokens_equal_those_of_lm_eval(
     tokenizer: Any,
     hflm: Any,
 ) -> None:
-    options = Options(num_fewshot=fewshot, subjects=(subject,), data=data_folder())
+    options = TaskOptions(num_fewshot=fewshot, subjects=(subject,), data=data_folder())
     ours = make_task("mmlu", options, loaded, tokenizer)
     assert_same_tokens(ours, instances(theirs[f"mmlu_{subject}"], fewshot), hflm)
 
@@ -234,7 +240,7 @@ def test_mmlu_tokens_equal_those_of_lm_eval(
 def test_truthfulqa_tokens_equal_those_of_lm_eval(
     name: str, theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any, hflm: Any
 ) -> None:
-    ours = make_task(name, Options(data=data_folder()), loaded, tokenizer)
+    ours = make_task(name, TaskOptions(data=data_folder()), loaded, tokenizer)
     assert_same_tokens(ours, instances(theirs[name], 0), hflm)
 
 
@@ -265,13 +271,13 @@ def test_accuracy_equals_that_of_lm_eval(
     for name in names:
         ours = make_task(
             name.removesuffix("_anatomy"),
-            Options(num_fewshot=0, subjects=("anatomy",), data=data_folder()),
+            TaskOptions(num_fewshot=0, subjects=("anatomy",), data=data_folder()),
             loaded,
             tokenizer,
         )
         answers = paged_answers(loaded, [q.request for q in ours.questions[:12]])
         right = [
-            credit(q, [s.logprob for s in a.scores], mass=ours.mass)
+            credit(q, list(a.logprobs), mass=ours.mass)
             for q, a in zip(ours.questions, answers, strict=False)
         ]
         assert results[name]["acc,none"] == pytest.approx(sum(right) / 12, abs=1e-4)

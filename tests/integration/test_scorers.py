@@ -13,18 +13,18 @@ import torch
 from granite_paged import PagedConfig, is_patched
 from granite_paged.errors import OutOfPages, PromptError
 from granite_paged.evaluate import batch_size, scorer_engine
+from granite_paged.evaluate.encoding import shared_prefix
 from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.scorer import (
     Answer,
     Needs,
-    Request,
-    Score,
     Scorer,
+    ScoreRequest,
     Tally,
-    Wanted,
+    TokenRead,
     choice,
-    distinct_rows,
-    full_length,
+    distinct_sequences,
+    uncached_tokens,
 )
 from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.scorer_engine import EngineScorer
@@ -37,7 +37,7 @@ CLOSE = 1e-4  # absolute tolerance of a log-likelihood, as for parity with lm-ev
 FLAVOURS = ["hybrid", "rotary", "experts", "dense"]
 
 
-def from_the_formula(model: Any, request: Request) -> list[float]:
+def from_the_formula(model: Any, request: ScoreRequest) -> list[float]:
     """Score each continuation in its own forward pass, with log-probabilities in float64."""
     found = []
     for continuation in request.continuations:
@@ -54,7 +54,7 @@ def test_default_scores_equal_the_formula(flavour: str) -> None:
     model = tiny_loaded(flavour).model
     for request, answer in zip(requests(3), DefaultScorer(model).score(requests(3)), strict=True):
         expected = from_the_formula(model, request)
-        assert [score.logprob for score in answer.scores] == pytest.approx(expected, abs=CLOSE)
+        assert list(answer.logprobs) == pytest.approx(expected, abs=CLOSE)
 
 
 def test_default_scores_are_independent_of_batching() -> None:
@@ -64,14 +64,15 @@ def test_default_scores_are_independent_of_batching() -> None:
     ) < CLOSE  # fmt: skip
 
 
-def paged(model: Any, asked: Sequence[Request], batch: int = 1) -> EngineScorer:
+def paged(model: Any, asked: Sequence[ScoreRequest], batch: int = 1) -> EngineScorer:
     """Return the scorer of mode `paged`, sized for these requests."""
-    scorer = make_scorer("paged", model, SMALL_PAGES, Needs.of(asked), batch)
+    shared = shared_prefix([request.context for request in asked])
+    scorer = make_scorer("paged", model, SMALL_PAGES, Needs.of(asked, shared), batch)
     assert isinstance(scorer, EngineScorer)
     return scorer
 
 
-def one_by_one(scorer: Scorer, asked: Sequence[Request]) -> list[Answer]:
+def one_by_one(scorer: Scorer, asked: Sequence[ScoreRequest]) -> list[Answer]:
     return [scorer.score([request])[0] for request in asked]
 
 
@@ -83,12 +84,8 @@ def test_paged_scores_equal_those_of_default(flavour: str, batch: int) -> None:
     scorer = paged(model, requests(), batch)
     found = one_by_one(scorer, requests()) if batch == 1 else scorer.score(requests())
     assert largest_difference(found, default) < CLOSE
-    assert [choice([s.logprob for s in a.scores]) for a in found] == [
-        choice([s.logprob for s in a.scores]) for a in default
-    ]
-    assert [[s.greedy for s in a.scores] for a in found] == [
-        [s.greedy for s in a.scores] for a in default
-    ]
+    assert [choice(list(a.logprobs)) for a in found] == [choice(list(a.logprobs)) for a in default]
+    assert [list(a.greedy) for a in found] == [list(a.greedy) for a in default]
     scorer.close()
 
 
@@ -110,7 +107,7 @@ def test_what_was_computed_and_reused_adds_up(batch: int) -> None:
     computed, reused = (sum(getattr(a, name) for a in found) for name in ("computed", "reused"))
     assert computed + reused == sum(whole)
     assert reused > 0
-    assert computed < sum(map(full_length, asked))
+    assert computed < sum(map(uncached_tokens, asked))
 
 
 def test_scoring_leaves_the_model_as_it_was() -> None:
@@ -133,33 +130,33 @@ def test_a_full_pool_evicts_prefixes_before_it_refuses() -> None:
 
 
 def test_a_context_longer_than_the_pool_is_refused() -> None:
-    long = Request(list(range(3, 93)), [[5], [6]])
+    long = ScoreRequest(list(range(3, 93)), [[5], [6]])
     small = PagedConfig(page_size=8, max_tokens=64)
     scorer = make_scorer("paged", tiny_loaded().model, small, Needs.of([long]))
     with pytest.raises(OutOfPages):
         scorer.score([long])
-    (answer,) = scorer.score([Request([5, 6, 7], [[5], [6]])])
-    assert len(answer.scores) == 2
+    (answer,) = scorer.score([ScoreRequest([5, 6, 7], [[5], [6]])])
+    assert len(answer.logprobs) == 2
 
 
 @pytest.mark.parametrize("mode", ["default", "paged"])
 @pytest.mark.parametrize(
     ("request_", "reason"),
     [
-        (Request([], [[5]]), "request 0 has an empty context"),
-        (Request([5], []), "request 0 has an empty continuation"),
-        (Request([5], [[6], []]), "request 0 has an empty continuation"),
+        (ScoreRequest([], [[5]]), "request 0 has an empty context"),
+        (ScoreRequest([5], []), "request 0 has an empty continuation"),
+        (ScoreRequest([5], [[6], []]), "request 0 has an empty continuation"),
     ],
     ids=["context", "no continuation", "empty continuation"],
 )
-def test_an_empty_request_is_refused(mode: str, request_: Request, reason: str) -> None:
+def test_an_empty_request_is_refused(mode: str, request_: ScoreRequest, reason: str) -> None:
     scorer = make_scorer(mode, tiny_loaded().model, SMALL_PAGES, Needs(longest=9))
     with pytest.raises(PromptError, match=reason):
         scorer.score([request_])
 
 
 def test_continuations_that_differ_in_the_last_token_share_a_row() -> None:
-    rows = distinct_rows([Request([1, 2], [[3], [4], [5, 6], [5, 7]])])
+    rows = distinct_sequences([ScoreRequest([1, 2], [[3], [4], [5, 6], [5, 7]])])
     assert [row.tokens for row in rows] == [[1, 2], [1, 2, 5]]
     assert [[slot for slot, _ in row.endings] for row in rows] == [[0, 1], [2, 3]]
 
@@ -167,12 +164,11 @@ def test_continuations_that_differ_in_the_last_token_share_a_row() -> None:
 def test_a_tally_reads_a_token_at_the_position_before_it() -> None:
     logits = torch.zeros(1, 3, 4)
     logits[0, 1, 2] = 5.0  # position 11 decides token 2
-    tally = Tally([Request([0], [[2], [3]])])
-    tally.add(logits, [Wanted(0, 11, 2, 0), Wanted(0, 11, 3, 1)], first=10)
-    ((right, wrong),) = tally.scores()
-    assert right.greedy
-    assert not wrong.greedy
-    assert right.logprob - wrong.logprob == pytest.approx(5.0)
+    tally = Tally([ScoreRequest([0], [[2], [3]])])
+    tally.add(logits, [TokenRead(0, 11, 2, 0), TokenRead(0, 11, 3, 1)], first=10)
+    (((right, wrong), greedy),) = tally.sums()
+    assert greedy == (True, False)
+    assert right - wrong == pytest.approx(5.0)
 
 
 def test_the_first_of_equal_choices_wins_as_in_lm_eval() -> None:
@@ -190,7 +186,7 @@ def test_static_scores_equal_those_of_default(flavour: str) -> None:
     for _ in range(2):  # the second time, nothing may be left of the first
         assert largest_difference(scorer.score(requests()), expected) < CLOSE
     with pytest.raises(OutOfPages, match="make a longer StaticCache"):
-        scorer.score([Request([5] * 99, [[6]])])
+        scorer.score([ScoreRequest([5] * 99, [[6]])])
 
 
 # -- batch size ---------------------------------------------------------------------------------
@@ -265,8 +261,8 @@ def with_double(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_engine_is_sized_for_its_requests() -> None:
     model, needs = tiny_loaded().model, Needs(longest=600, shared=SMALL_PAGES.page_size, forks=True)
     scorer: Any = make_scorer("paged", model, SMALL_PAGES, needs)
-    (answer,) = scorer.score([Request([1, 2], [[3], [4, 5]], shared=1)])
-    assert answer.scores == [Score(-1.0, False), Score(-2.0, False)]
+    (answer,) = scorer.score([ScoreRequest([1, 2], [[3], [4, 5]])])
+    assert (answer.logprobs, answer.greedy) == ((-1.0, -2.0), (False, False))
     assert scorer.engine.asked == [([1, 2], [[3], [4, 5]])]
     scorer.forget()
     assert scorer.engine.asked[1:] == ["forget"]
@@ -301,8 +297,8 @@ def test_single_questions_without_sharing_take_one_row() -> None:
 def test_a_prefix_stays_cached_with_a_single_row() -> None:
     """It needs pages beyond those of the row, or every question would evict it."""
     shared = [20 + i % 70 for i in range(300)]
-    asked = [Request([*shared, 10 + i, 5], [[6], [7]], shared=300) for i in range(4)]
-    scorer = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, Needs.of(asked))
+    asked = [ScoreRequest([*shared, 10 + i, 5], [[6], [7]]) for i in range(4)]
+    scorer = make_scorer("paged", tiny_loaded().model, SMALL_PAGES, Needs.of(asked, shared=300))
     reused = [scorer.score([request])[0].reused for request in asked]
     scorer.close()
     assert reused[:2] == [0, 0], "only the second shows where a state is worth keeping"
@@ -312,7 +308,7 @@ def test_a_prefix_stays_cached_with_a_single_row() -> None:
 def test_reused_tokens_are_counted_once() -> None:
     double: Any = EngineDouble(None, SMALL_PAGES)
     scorer = EngineScorer(double)
-    asked = [Request(list(range(150)), [[3], [4, 5]])] * 3
+    asked = [ScoreRequest(list(range(150)), [[3], [4, 5]])] * 3
     answers = scorer.score(asked)
     assert [answer.reused for answer in answers] == [300, 0, 0]
     assert [answer.computed for answer in answers] == [151 - 300, 151, 151]

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from granite_paged.errors import CannotWrite, DataError
-from granite_paged.evaluate.journal import Journal, Record, held_run
+from granite_paged.evaluate.journal import Journal, JournalEntry, held_run
 
 RUN = {"model": "tiny", "modes": ["default"], "batch size": 4}
 
 HEAD = json.dumps({"format": 1, "run": RUN}) + "\n"
 
 
-def record(key: str, mode: str = "default") -> Record:
-    return Record(mode, "mmlu", key, logprobs=(-1.0, -2.5), greedy=(True, False), seconds=0.25)
+def record(key: str, mode: str = "default") -> JournalEntry:
+    return JournalEntry(
+        mode, "mmlu", key, logprobs=(-1.0, -2.5), greedy=(True, False), seconds=0.25
+    )
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def written(path: str, *keys: str) -> None:
 
 def test_appended_records_are_read_back(path: str) -> None:
     written(path, "a", "b")
-    assert list(Journal(path, RUN).records.values()) == [record("a"), record("b")]
+    assert list(Journal(path, RUN).entries.values()) == [record("a"), record("b")]
 
 
 def test_a_truncated_last_line_is_dropped(path: str) -> None:
@@ -43,7 +45,7 @@ def test_a_truncated_last_line_is_dropped(path: str) -> None:
     whole = Path(path).read_bytes()
     Path(path).write_bytes(whole[:-20])
     journal = Journal(path, RUN)
-    assert [key for _, _, key in journal.records] == ["a"]
+    assert [key for _, _, key in journal.entries] == ["a"]
     journal.append([record("b")])
     assert Path(path).read_bytes() == whole
 
@@ -68,9 +70,9 @@ def test_a_full_disk_keeps_finished_answers(path: str, monkeypatch: pytest.Monke
         with pytest.raises(CannotWrite, match=r"No space left on device; its 1 finished answers"):
             journal.append([record("b")])
     assert Path(path).read_bytes() == before
-    assert len(journal.records) == 1
+    assert len(journal.entries) == 1
     journal.append([record("b")])
-    assert len(Journal(path, RUN).records) == 2
+    assert len(Journal(path, RUN).entries) == 2
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     journal.append([record("a")])
     journal.close()
     assert list(tmp_path.iterdir()) == []
-    assert len(journal.records) == 1
+    assert len(journal.entries) == 1
 
 
 def test_held_run_reads_the_run_of_a_journal(path: str) -> None:

@@ -13,7 +13,7 @@ from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
 from granite_paged.evaluate.tasks import (
     RECALL_LONGEST,
     TASKS,
-    Options,
+    TaskOptions,
     make_task,
     mmlu_prefix,
     mmlu_text,
@@ -60,7 +60,7 @@ def folder(tmp_path: Path) -> str:
 
 
 def made(name: str, folder: str, **options: Any) -> Any:
-    return make_task(name, Options(data=folder, num_fewshot=2, **options), LOADED, Letters())
+    return make_task(name, TaskOptions(data=folder, num_fewshot=2, **options), LOADED, Letters())
 
 
 def test_mmlu_prompts_equal_those_of_lm_eval() -> None:
@@ -102,7 +102,7 @@ def test_questions_of_a_subject_share_their_examples(folder: str) -> None:
     assert task.fewshot == 2
     assert [q.key for q in task.questions][::6] == ["anatomy/0", "college_biology/0"]
     for subject in ("anatomy", "college_biology"):
-        shared = {q.request.shared for q in task.questions if q.group == subject}
+        shared = {q.shared for q in task.questions if q.group == subject}
         contexts = [q.request.context for q in task.questions if q.group == subject]
         assert shared == {shared_prefix(contexts)}
         assert min(shared) > 10
@@ -110,13 +110,13 @@ def test_questions_of_a_subject_share_their_examples(folder: str) -> None:
 
 def test_zero_shot_needs_no_examples(folder: str) -> None:
     (Path(folder) / "mmlu_dev.jsonl").unlink()
-    task = make_task("mmlu", Options(data=folder, num_fewshot=0), LOADED, Letters())
+    task = make_task("mmlu", TaskOptions(data=folder, num_fewshot=0), LOADED, Letters())
     assert len(task.questions) == 12
 
 
 def test_too_many_examples_are_refused(folder: str) -> None:
-    with pytest.raises(InvalidArgument, match="9 examples asked for, anatomy has 4: lower"):
-        make_task("mmlu", Options(data=folder, num_fewshot=9), LOADED, Letters())
+    with pytest.raises(InvalidArgument, match="--num-fewshot must be at most 4 for anatomy, got 9"):
+        make_task("mmlu", TaskOptions(data=folder, num_fewshot=9), LOADED, Letters())
 
 
 def test_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
@@ -162,7 +162,9 @@ def test_an_unknown_task_error_lists_the_known_ones(names: list[str]) -> None:
 
 
 def recall(**options: Any) -> Any:
-    return make_task("recall", Options(**options), LoadedModel(EMBEDDED, tiny_model(), None), None)
+    return make_task(
+        "recall", TaskOptions(**options), LoadedModel(EMBEDDED, tiny_model(), None), None
+    )
 
 
 def test_recall_contexts_span_one_page_to_4096_tokens() -> None:
@@ -182,10 +184,10 @@ def test_recall_has_one_right_choice_of_four() -> None:
 def test_recall_questions_share_the_prefix_of_their_sequence() -> None:
     groups: dict[str, list[Any]] = {}
     for question in recall().questions:
-        groups.setdefault(question.group, []).append(question.request)
-    for requests in groups.values():
-        contexts = [request.context for request in requests]
-        assert len(contexts) == 1 or requests[0].shared <= shared_prefix(contexts)
+        groups.setdefault(question.group, []).append(question)
+    for questions in groups.values():
+        contexts = [question.request.context for question in questions]
+        assert len(contexts) == 1 or questions[0].shared <= shared_prefix(contexts)
 
 
 def test_recall_is_determined_by_its_seed() -> None:
@@ -195,7 +197,7 @@ def test_recall_is_determined_by_its_seed() -> None:
 
 def test_recall_needs_the_model_trained_on_it() -> None:
     with pytest.raises(InvalidArgument, match="tiny was not trained on"):
-        make_task("recall", Options(), LOADED, None)
+        make_task("recall", TaskOptions(), LOADED, None)
 
 
 def test_every_task_has_a_maker_and_a_name() -> None:
