@@ -14,11 +14,11 @@ import torch
 
 from granite_paged.device import Fetch, upload
 from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
-from granite_paged.engine.prefix_cache import Snapshot
 from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan
 from granite_paged.runner.runner import Chunk, Runner, Scores, scores_of
+from granite_paged.runner.storage import RowSnapshot, finite_rows
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class PendingResult:
 
     fetch: Fetch
     drawn: list[tuple[SampleJob, int]] = field(default_factory=list)
-    prefilled: list[tuple[PrefillChunk, Snapshot | None]] = field(default_factory=list)
+    prefilled: list[tuple[PrefillChunk, RowSnapshot | None]] = field(default_factory=list)
     scored: list[ScoreChunk] = field(default_factory=list)
 
     @property
@@ -107,7 +107,10 @@ class Executor:
             ]
         )
         kept = [(chunk, self._state_after(chunk)) for chunk in chunks]
-        unsound = self._runner.nonfinite[self._upload(rows)]
+        unsound = self._runner.nonfinite[self._upload(rows)] != 0
+        for place, (_, state) in enumerate(kept):
+            if state is not None:
+                unsound[place : place + 1] |= ~state.all_finite()
         results = [PendingResult(Fetch(self._runner.device, unsound=unsound), prefilled=kept)]
         drawing: list[SampleJob] = []
         places: list[int] = []
@@ -159,7 +162,7 @@ class Executor:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _state_after(self, chunk: PrefillChunk) -> Snapshot | None:
+    def _state_after(self, chunk: PrefillChunk) -> RowSnapshot | None:
         if not self._scheduler.room_for_state(chunk, self._runner.row_bytes):
             return None
         return self._runner.save_row(chunk.job.placed.row)
@@ -197,7 +200,7 @@ class Executor:
             logprobs=drawn.logprobs,
             top_logprobs=drawn.top_logprobs,
             top_tokens=drawn.top_tokens,
-            bad=self._runner.nonfinite[rows],
+            bad=(self._runner.nonfinite[rows] != 0) | ~finite_rows(logits),
         )
         return PendingResult(fetch, drawn=[(job, job.generation) for job in jobs])
 

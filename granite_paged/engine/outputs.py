@@ -12,6 +12,7 @@ or ended since is dropped: it is one step late.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -112,6 +113,9 @@ class OutputProcessor:
     def _read_score(
         self, job: ScoringJob, chunk: ScoreChunk, pairs: list[tuple[float, bool]]
     ) -> None:
+        if not all(math.isfinite(logprob) for logprob, _ in pairs):
+            self._fail_nonfinite(job)
+            return
         known = [*job.partial.pop(chunk.number, []), *pairs]
         if chunk.end < len(job.continuation(chunk.number)):
             job.partial[chunk.number] = known

@@ -43,6 +43,10 @@ class RowSnapshot(NamedTuple):
         """Bytes of all layers."""
         return self.conv.nbytes + self.ssm.nbytes
 
+    def all_finite(self) -> Tensor:
+        """Return whether every number is finite, as [1] bool."""
+        return finite_rows(self.conv.reshape(1, -1)) & finite_rows(self.ssm.reshape(1, -1))
+
 
 class Storage(NamedTuple):
     """A runner's buffers; see the module's docstring for shapes.
@@ -117,3 +121,9 @@ def make_storage(
         stacked=stacked,
         states={i: MambaState(c, s, None) for i, c, s in zip(mixers, *stacked, strict=True)},
     )
+
+
+def finite_rows(numbers: Tensor) -> Tensor:
+    """Return which rows of [n, m] are finite throughout, as [n] bool, without a copy of them."""
+    low, high = numbers.aminmax(dim=1)
+    return low * 0 == high * 0  # NaN and infinity times 0 are NaN, which equals nothing

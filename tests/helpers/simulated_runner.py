@@ -76,6 +76,9 @@ class SimulatedState(NamedTuple):
     def nbytes(self) -> int:
         return SimulatedRunner.row_bytes
 
+    def all_finite(self) -> Tensor:
+        return torch.tensor([not self.unsound])
+
 
 class SimulatedPages(NamedTuple):
     contents: list[list[int | None]]

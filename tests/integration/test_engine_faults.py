@@ -6,15 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from granite_paged import Engine, PagedConfig
 from granite_paged.device import Fetch
 from granite_paged.engine import executor
 from granite_paged.engine.prefix_cache import PrefixCache
 from granite_paged.engine.request import Request, SamplingParams
-from granite_paged.errors import StepFailed
+from granite_paged.errors import NonFiniteRequest, StepFailed
 from granite_paged.paging.allocator import PageAllocator
 from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle
+from tests.helpers.tiny_models import tiny_model
 
 DEVICE = (
     "write_pages", "forget_pages", "fork_row", "clear_rows", "set_pages", "save_row", "load_row",
@@ -156,3 +159,73 @@ def test_an_interrupted_step_can_be_repeated(number: int) -> None:
     harness.drain()
 
     assert {request.outputs[0].finish for request in asked} == {"length"}
+
+
+# -- numbers that are not finite ----------------------------------------------------------------
+
+LATE = {
+    "head": lambda model: model.lm_head.weight,
+    "final norm": lambda model: model.model.norm.weight,
+    "last layer": lambda model: model.model.layers[-1].shared_mlp.output_linear.weight,
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", LATE)
+def test_numbers_that_are_not_finite_after_the_last_attention_fail_by_name(
+    place: str, value: float
+) -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        LATE[place](model).fill_(value)
+    sizes = PagedConfig(page_size=8, max_tokens=160, max_sequences=4, chunk_tokens=32)
+    with Engine(model, sizes) as engine:
+        params = [SamplingParams(max_new_tokens=3), SamplingParams(temperature=1.0, logprobs=2)]
+        asked: list[Any] = [engine.submit([3, 4, 5], one) for one in params]
+        asked.append(engine.submit_search([3, 4, 5], SamplingParams(max_new_tokens=2), beams=2))
+        asked += [engine.submit_scoring([3, 4, 5], each) for each in ([[6], [7]], [[6, 7], [8]])]
+        while engine.step():
+            pass
+    errors = [getattr(one, "error", None) or one.outputs[0].error for one in asked]
+    assert [type(error) for error in errors] == [NonFiniteRequest] * len(asked)
+
+
+def test_one_token_whose_logit_is_not_finite_fails_its_own_request_only() -> None:
+    """Half precision overflows in one place at first."""
+    harness = busy_harness()
+    last = harness.oracle.last
+
+    def overflow(tokens: tuple[int, ...]) -> torch.Tensor:
+        logits = last(tokens).clone()
+        if tokens[:2] == (90, 91):
+            logits[5] = float("inf") if len(tokens) % 2 else float("-inf")
+        return logits
+
+    harness.oracle.last = overflow  # type: ignore[method-assign]
+    failing = harness.engine.submit([90, 91, 3], SamplingParams(max_new_tokens=4))
+    other = harness.submit([9], SamplingParams(max_new_tokens=4))
+    harness.drain()
+    assert other is not None
+    assert isinstance(failing.outputs[0].error, NonFiniteRequest)
+    assert other.outputs[0].error is None
+
+
+def test_a_state_that_is_not_finite_is_not_kept_for_others() -> None:
+    """Mamba layers after the last attention layer have states, and no K and V to flag them."""
+    model = tiny_model(layer_types=["mamba", "attention", "attention", "mamba"])
+    sizes = PagedConfig(page_size=8, max_tokens=320, max_sequences=4, chunk_tokens=32)
+    stem = [3 + i % 50 for i in range(32)]
+    params = SamplingParams(max_new_tokens=4, stop_tokens=())
+    with Engine(model, sizes) as engine:
+        engine.generate([[*stem, 4]], SamplingParams(max_new_tokens=1))
+        weight = model.model.layers[-1].mamba.in_proj.weight
+        saved = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        for last in (5, 6):
+            engine.generate([[*stem, last]], SamplingParams(max_new_tokens=1))
+        with torch.no_grad():
+            weight.copy_(saved)
+        found = [engine.generate([*stem, last], params)[0].tokens for last in (5, 6)]
+        engine.forget_prefixes()
+        assert found == [engine.generate([*stem, last], params)[0].tokens for last in (5, 6)]
