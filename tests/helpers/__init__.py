@@ -4,9 +4,9 @@ Models and data
     tiny_models       small random models of every kind, and prompts for them
     golden_models     models and inputs that are the same to the bit everywhere (golden logits)
     mamba_layers      one Mamba-2 layer of transformers, for tests of operators
-    evaluation        small tasks, requests and evaluations; where the real data lies
+    evaluation        small tasks, requests and evaluations; the folder of real data
 
-What is right
+Expected values
     reference         attention from its formula, in float64; imports nothing of the package
     tolerance         the tolerances and comparisons: use these, never a number of a test's own
     golden_extension  compare with files in golden/, and say which side moved
