@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ from granite_paged.cli.options import (
 from granite_paged.report.formatting import gigabytes, significant
 
 if TYPE_CHECKING:
+    from granite_paged.evaluate.tasks import Task
+    from granite_paged.models import LoadedModel
+    from granite_paged.report.bench_results import Result
     from granite_paged.report.eval_results import Agreement, Evaluation, ModeMetrics
 
 _MODES = {
@@ -152,7 +155,12 @@ def evaluate(
     tasks: tuple[str, ...],
     batch: int | None,
     json_file: str | None,
-    **chosen: Any,
+    output: str | None,
+    folder: str | None,
+    bench: tuple[str, ...],
+    project: str | None,
+    tensorboard: str | None,
+    **about_tasks: Any,
 ) -> int:
     """Compare answers, speed and memory on evaluation tasks.
 
@@ -167,104 +175,117 @@ def evaluate(
     """  # noqa: D301
     from granite_paged.report.bench_results import read_result
 
-    names = _check_before_the_work(tasks, chosen)
-    loaded, config, seed = choice.load(), choice.config, choice.seed
-    bench = [read_result(path) for path in chosen["bench"]]
-    made = _make_tasks(names, loaded, config, seed, chosen)
-    found = _run(loaded, made, config, seed, mode, batch, chosen)
+    outputs = _Outputs(output, folder, project, tensorboard)
+    names = outputs.check(tasks)
+    loaded = choice.load()
+    curves = [read_result(path) for path in bench]
+    made = _make_tasks(names, loaded, choice, **about_tasks)
+    found = _run(loaded, made, choice, _MODES[mode], batch, outputs.journal)
     evaluation = replace(found, command=_command_line())
     report_console(json_file).print(*_tables(evaluation), sep="")
     if json_file:
         write_json(json_file, evaluation.to_json())
-    figures: list[Path] = []
-    if chosen["folder"]:
-        from granite_paged.report.eval_report import write_report
-
-        figures = write_report(chosen["folder"], [evaluation], bench)
-    if chosen["project"]:
-        from granite_paged.report.wandb_run import log_to_wandb
-
-        click.echo(f"wandb: {log_to_wandb(chosen['project'], evaluation, figures)}", err=True)
-    if chosen["tensorboard"]:
-        from granite_paged.report.tensorboard_run import log_to_tensorboard
-
-        log_to_tensorboard(chosen["tensorboard"], evaluation, figures)
+    outputs.write(evaluation, curves)
     return OK if evaluation.passed else FAILED
 
 
 # -- steps of eval ------------------------------------------------------------------------------
 
 
-def _check_before_the_work(tasks: tuple[str, ...], options: dict[str, Any]) -> tuple[str, ...]:
-    """Refuse now what would fail after hours of work. Return the tasks' names."""
-    from granite_paged.evaluate.tasks import task_names
-    from granite_paged.report.eval_report import prepare_folder
-    from granite_paged.report.tensorboard_run import writer_class
-    from granite_paged.report.wandb_run import wandb_module
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """Where results go besides the terminal: a journal, a report folder and trackers."""
 
-    names = task_names(tasks)
-    if options["project"]:
-        wandb_module()
-    if options["tensorboard"]:
-        writer_class()
-    if options["folder"]:
-        prepare_folder(options["folder"])
-    return names
+    output: str | None
+    folder: str | None
+    project: str | None
+    tensorboard: str | None
+
+    @property
+    def journal(self) -> str | None:
+        """Path of the journal; without `--output`, it is in the report folder."""
+        return self.output or (self.folder and f"{self.folder}/answers.jsonl")
+
+    def check(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse now what would fail after hours of work. Return the tasks' names."""
+        from granite_paged.evaluate.tasks import task_names
+        from granite_paged.report.eval_report import prepare_folder
+        from granite_paged.report.tensorboard_run import writer_class
+        from granite_paged.report.wandb_run import wandb_module
+
+        names = task_names(tasks)
+        if self.project:
+            wandb_module()
+        if self.tensorboard:
+            writer_class()
+        if self.folder:
+            prepare_folder(self.folder)
+        return names
+
+    def write(self, evaluation: Evaluation, curves: list[Result]) -> None:
+        """Write the report and log to the trackers."""
+        figures: list[Path] = []
+        if self.folder:
+            from granite_paged.report.eval_report import write_report
+
+            figures = write_report(self.folder, [evaluation], curves)
+        if self.project:
+            from granite_paged.report.wandb_run import log_to_wandb
+
+            click.echo(f"wandb: {log_to_wandb(self.project, evaluation, figures)}", err=True)
+        if self.tensorboard:
+            from granite_paged.report.tensorboard_run import log_to_tensorboard
+
+            log_to_tensorboard(self.tensorboard, evaluation, figures)
 
 
 def _make_tasks(
-    names: tuple[str, ...], loaded: Any, config: Any, seed: int, options: dict[str, Any]
-) -> list[Any]:
+    names: tuple[str, ...],
+    loaded: LoadedModel,
+    choice: ModelChoice,
+    *,
+    tokenizer: str | None,
+    **chosen: Any,
+) -> list[Task]:
     from granite_paged.evaluate.tasks import TaskOptions, make_task
     from granite_paged.models import load_tokenizer
 
-    named = options["tokenizer"]
-    tokenizer = load_tokenizer(named) if named else loaded.tokenizer
-    chosen = TaskOptions(
-        num_fewshot=options["num_fewshot"],
-        limit=options["limit"],
-        subjects=options["subjects"],
-        data=options["data"],
-        smallest=config.page_size,
-        seed=seed,
-    )
-    return [make_task(name, chosen, loaded, tokenizer) for name in names]
+    encoder = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
+    options = TaskOptions(**chosen, smallest=choice.config.page_size, seed=choice.seed)
+    return [make_task(name, options, loaded, encoder) for name in names]
 
 
 def _run(
-    loaded: Any,
-    tasks: list[Any],
-    config: Any,
-    seed: int,
-    mode: str,
+    loaded: LoadedModel,
+    tasks: list[Task],
+    choice: ModelChoice,
+    modes: tuple[str, ...],
     batch: int | None,
-    options: dict[str, Any],
-) -> Any:
+    path: str | None,
+) -> Evaluation:
     from granite_paged.evaluate.journal import Journal, held_run
     from granite_paged.evaluate.run import evaluate, identity
 
-    path = options["output"] or (options["folder"] and f"{options['folder']}/answers.jsonl")
     if batch is None:
-        batch = held_run(path).get("batch size") or _find_batch(loaded, tasks, seed)
-    modes = _MODES[mode]
-    journal = Journal(path, identity(loaded, tasks, modes, config, batch))
+        batch = held_run(path).get("batch size") or _find_batch(loaded, tasks, choice.seed)
+    journal = Journal(path, identity(loaded, tasks, modes, choice.config, batch))
     try:
         with progress(time_left=True) as report_progress:
             return evaluate(
                 loaded,
                 tasks,
                 modes,
-                config=config,
+                config=choice.config,
                 journal=journal,
                 batch=batch,
-                seed=seed,
+                seed=choice.seed,
                 progress=report_progress,
             )
     finally:
         journal.close()
 
 
-def _find_batch(loaded: Any, tasks: list[Any], seed: int) -> int:
+def _find_batch(loaded: LoadedModel, tasks: list[Task], seed: int) -> int:
     from granite_paged.evaluate.batch_size import best_batch
 
     batch = best_batch(loaded.model, [q.request for task in tasks for q in task.questions], seed)
