@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.paging.allocator import NULL_PAGE
-from granite_paged.paging.page_table import NOBODY
+from granite_paged.paging.page_table import UNHELD
 
 QUERY_BLOCK = 128
 """Folded query rows per block of the mask, as FlexAttention has by default."""
@@ -58,7 +58,7 @@ def paged_mask_mod(
         physical_page = slot // page_size
         logical_page = logical[physical_page]
         named = physical[row, logical_page.clamp(0, last)]
-        mine = (logical_page != NOBODY) & (named == physical_page)
+        mine = (logical_page != UNHELD) & (named == physical_page)
         position = logical_page * page_size + slot % page_size
         allowed = mine & (position <= positions[row, folded_row // group])
         if visible is None:
@@ -137,7 +137,7 @@ def split_mask_mod(
         physical_page = slot // page_size
         logical_page = logical[physical_page]
         named = table[rows[row], logical_page.clamp(0, last)]
-        mine = (logical_page != NOBODY) & (named == physical_page)
+        mine = (logical_page != UNHELD) & (named == physical_page)
         position = logical_page * page_size + slot % page_size
         return mine & (position <= newest) & (logical_page // each == part % splits)
 

@@ -24,7 +24,7 @@ from granite_paged.device import to_device
 from granite_paged.errors import BrokenInvariant
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
 
-NOBODY = -1
+UNHELD = -1
 """Logical page of a physical page that no sequence holds."""
 
 
@@ -43,7 +43,7 @@ class PageTable:
 
     def __init__(self, rows: int, width: int, pages: int, device: torch.device) -> None:
         self.physical = torch.full((rows, width), NULL_PAGE, dtype=torch.int32, device=device)
-        self.logical = torch.full((pages,), NOBODY, dtype=torch.int32, device=device)
+        self.logical = torch.full((pages,), UNHELD, dtype=torch.int32, device=device)
         self._entries: dict[tuple[int, int], int] = {}  # pending: (row, logical) -> physical
         self._places: dict[int, int] = {}  # pending: physical page -> logical page
 
@@ -62,7 +62,7 @@ class PageTable:
             grown[:have_rows, :have_width] = self.physical
             self.physical = grown
         if pages > len(self.logical):
-            extra = self.logical.new_full((pages - len(self.logical),), NOBODY)
+            extra = self.logical.new_full((pages - len(self.logical),), UNHELD)
             self.logical = torch.cat([self.logical, extra])
 
     # -- changes, gathered until `settle` -------------------------------------------------------
@@ -80,7 +80,7 @@ class PageTable:
 
     def forget(self, pages: Iterable[int]) -> None:
         """Take pages that no sequence holds any more out of the inverse map."""
-        self._places.update(dict.fromkeys(pages, NOBODY))
+        self._places.update(dict.fromkeys(pages, UNHELD))
 
     def settle(self) -> None:
         """Carry all pending changes to the device, in one copy."""
@@ -150,5 +150,5 @@ class PageTable:
                 raise BrokenInvariant(f"row {row}: page table is stale")
             held.update({page: place for place, page in enumerate(pages)})
         for page, place in enumerate(logical):
-            if place != held.get(page, NOBODY):
+            if place != held.get(page, UNHELD):
                 raise BrokenInvariant(f"page {page}: the inverse map says {place}")

@@ -1,8 +1,8 @@
 """A decoder layer's forward pass over pages and state rows, around transformers' own modules.
 
 transformers' decoder layer is a frame of a few lines around its parts: norm, mixer, scaled
-residual, norm, MLP, scaled residual. Two forms keep that frame and take every weight from the live
-modules. `EagerModel` here runs the modules as they are, on any device and dtype, experts and all.
+residual, norm, MLP, scaled residual. Two classes keep that frame and take all weights from the live
+modules. `EagerModel` runs the modules as they are, on any device and dtype and with experts.
 `TritonModel` (`triton_model.py`) runs half precision on a GPU. In both, attention is FlexAttention
 over the pool.
 """
@@ -42,11 +42,11 @@ class ModelStep(NamedTuple):
 
 
 class EagerModel:
-    """transformers' own modules around pages and rows.
+    """transformers' own modules, over a runner's pages and rows.
 
     Args:
         model: a `GraniteMoeHybridForCausalLM` in eval mode.
-        storage: of the runner.
+        storage: the runner's buffers.
         backend: how FlexAttention runs.
     """
 
@@ -57,7 +57,7 @@ class EagerModel:
         self._backend = backend
 
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
-        """tokens [B, S] int64 -> hidden states [B, S, hidden], before the last norm."""
+        """Return hidden states [B, S, hidden] before the last norm. tokens: [B, S] int64."""
         hidden: Tensor = self._decoder.embed_tokens(tokens) * self._config.embedding_multiplier
         rotary = self._rotary(hidden, step.positions)
         for index, layer in enumerate(self._decoder.layers):
@@ -65,17 +65,17 @@ class EagerModel:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, hidden] -> [n, vocabulary]"""
+        """Return logits [n, vocabulary]. hidden: [n, hidden], before the last norm."""
         logits: Tensor = self._head(self._decoder.norm(hidden)) / self._config.logits_scaling
         return logits
 
     def decode(self, tokens: Tensor, step: ModelStep) -> Tensor:
-        """tokens [rows of all] int64, what each row is fed -> logits [B, vocabulary]"""
+        """Return logits [B, vocabulary]. tokens: [rows] int64, next input token of each row."""
         fed = tokens.index_select(0, step.rows)
         return self.logits(self.forward(fed[:, None], step).flatten(0, 1))
 
     def write_argmax(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
-        """`tokens[rows[i]]` becomes the most likely token of logits[i], the first among equals."""
+        """Set `tokens[rows[i]]` to the argmax of logits[i], the first among equals."""
         tokens.index_copy_(0, rows, logits.argmax(dim=-1))
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -141,5 +141,5 @@ class EagerModel:
 
 
 def by_head(projected: Tensor, head_dim: int) -> Tensor:
-    """[B, S, H * D] -> [B, H, S, D]"""
+    """Split projected heads: [B, S, H * D] -> [B, H, S, D]."""
     return projected.view(*projected.shape[:2], -1, head_dim).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""A decoder layer's forward pass in half precision on a GPU: see `forms.py`.
+"""A decoder layer's forward pass in half precision on a GPU.
 
 A decode step of few rows is a chain of kernels that each leave what the next one starts from: five
 a layer. Prompts, and batches of more rows, go through the library's matrix products with small
@@ -34,7 +34,7 @@ Rotary = tuple[Tensor, Tensor] | None
 class TritonModel(EagerModel):
     """Half precision on a GPU. Hidden states are [B * S, hidden] inside.
 
-    What `forms.why_not` names runs as `EagerModel`.
+    `layers/backend.py` decides which models run so; the others run as `EagerModel`.
     """
 
     _scratch: Scratch | None = None  # from the first step of several rows on: graphs go on using it

@@ -20,7 +20,7 @@ from granite_paged import PagedCache, PagedConfig
 from granite_paged.errors import GranitePagedError
 from granite_paged.hf.cache import CacheStep
 from granite_paged.paging.allocator import NULL_PAGE, AppendPlan, PageAllocator
-from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.page_table import UNHELD, PageTable
 from granite_paged.paging.store import PageStore
 from tests.helpers.strategies import make_geometry
 from tests.helpers.tiny_models import FLAVOURS, SIZES
@@ -117,7 +117,7 @@ def _pages(allocator: PageAllocator, table: PageTable) -> Iterable[str]:
     logical = table.logical.tolist()
     holders = [allocator.references(page) for page in range(len(logical))]
     yield f"page          {_columns(range(len(logical)))}"
-    yield f"logical page  {_columns('-' if place == NOBODY else place for place in logical)}"
+    yield f"logical page  {_columns('-' if place == UNHELD else place for place in logical)}"
     yield f"held by       {_columns(count or '-' for count in holders)}"
 
 

@@ -18,7 +18,7 @@ from granite_paged.hf import patching
 from granite_paged.layers.mamba import MambaRows
 from granite_paged.paging import masks
 from granite_paged.paging.masks import PADDING
-from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.page_table import UNHELD, PageTable
 from granite_paged.paging.pool import KVPool
 
 Fault = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -49,7 +49,7 @@ def dropped_page() -> contextlib.AbstractContextManager[Any]:
     """The inverse map loses the owner of row 0's second page."""
 
     def spoil(table: PageTable) -> None:
-        table.logical[table.physical[0, 1].long()] = NOBODY
+        table.logical[table.physical[0, 1].long()] = UNHELD
 
     return after_table_write(spoil)
 

@@ -28,7 +28,7 @@ from granite_paged.evaluate.peak_memory import PeakMemory
 from granite_paged.evaluate.scorer import Answer, Needs, ScoreRequest, choice
 from granite_paged.evaluate.tasks import Question, Task, TaskOptions, make_task
 from granite_paged.models import LoadedModel, load, load_tokenizer
-from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.page_table import UNHELD, PageTable
 from tests.helpers import faults
 from tests.helpers.evaluation import (
     SMALL_PAGES,
@@ -100,7 +100,7 @@ def test_both_modes_agree_on_real_questions(embedded: LoadedModel) -> None:
 def dropped_pages(table: PageTable) -> None:
     """Remove the owner of every row's second page from the inverse map."""
     second = table.physical[:, 1].long()
-    table.logical[second[second > 0]] = NOBODY
+    table.logical[second[second > 0]] = UNHELD
 
 
 def duplicated_pages(table: PageTable) -> None:

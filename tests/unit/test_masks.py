@@ -7,7 +7,7 @@ import torch
 
 from granite_paged.paging.allocator import NULL_PAGE
 from granite_paged.paging.masks import PADDING, QUERY_BLOCK, paged_block_mask
-from granite_paged.paging.page_table import NOBODY
+from granite_paged.paging.page_table import UNHELD
 from tests.helpers.strategies import (
     PagedSequences,
     Step,
@@ -20,7 +20,7 @@ from tests.helpers.strategies import (
 
 # Pages of 4. Row 0 holds pages 3, 1, 5; row 1 holds page 2; page 4 is free.
 PHYSICAL = torch.tensor([[3, 1, 5], [2, NULL_PAGE, NULL_PAGE]], dtype=torch.int32)
-LOGICAL = torch.tensor([NOBODY, 1, 0, 0, NOBODY, 2], dtype=torch.int32)
+LOGICAL = torch.tensor([UNHELD, 1, 0, 0, UNHELD, 2], dtype=torch.int32)
 
 
 def make(positions: list[list[int]], *, group: int = 1, rows: tuple[int, ...] = (0, 1)):

@@ -17,7 +17,7 @@ from granite_paged.errors import DoubleFree
 from granite_paged.layers import attention
 from granite_paged.paging import masks
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
-from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.page_table import UNHELD, PageTable
 from granite_paged.paging.pool import KVPool
 from tests.helpers.allocator_model import AllocatorMachine, AllocatorModel, random_walk
 from tests.helpers.strategies import (
@@ -278,7 +278,7 @@ def test_a_broken_page_table_or_pool_is_detected(part: str, broken: type, monkey
 def test_an_error_names_the_page_of_a_stale_inverse_map() -> None:
     paged = eventful()
     free = next(
-        page for page, place in enumerate(paged.store.table.logical) if page and place == NOBODY
+        page for page, place in enumerate(paged.store.table.logical) if page and place == UNHELD
     )
     paged.store.table.logical[free] = 0
     with pytest.raises(AssertionError, match=f"page {free}: the inverse map says 0"):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
-from granite_paged.paging.page_table import NOBODY, PageTable
+from granite_paged.paging.page_table import UNHELD, PageTable
 from tests.helpers.strategies import CPU, PagedSequences, make_geometry
 
 
@@ -28,13 +28,13 @@ def test_every_entry_of_a_new_table_is_the_null_page() -> None:
     """Seen in intel-xpu-backend-for-triton: an entry of -1 reaches a kernel."""
     table = PageTable(2, 3, 5, CPU)
     assert table.physical.tolist() == [[NULL_PAGE] * 3] * 2
-    assert table.logical.tolist() == [NOBODY] * 5
+    assert table.logical.tolist() == [UNHELD] * 5
 
 
 def test_a_written_entry_appears_in_both_maps() -> None:
     table = written(PageTable(2, 3, 6, CPU), (0, 2, 5), (1, 0, 3))
     assert table.physical.tolist() == [[0, 0, 5], [3, 0, 0]]
-    assert table.logical.tolist() == [NOBODY, NOBODY, NOBODY, 0, NOBODY, 2]
+    assert table.logical.tolist() == [UNHELD, UNHELD, UNHELD, 0, UNHELD, 2]
 
 
 def test_a_forgotten_page_leaves_the_inverse_map() -> None:
@@ -43,7 +43,7 @@ def test_a_forgotten_page_leaves_the_inverse_map() -> None:
     table = written(PageTable(1, 2, 4, CPU), (0, 0, 2), (0, 1, 3))
     table.forget([2, 3])
     table.settle()
-    assert table.logical.tolist() == [NOBODY] * 4
+    assert table.logical.tolist() == [UNHELD] * 4
 
 
 @pytest.mark.parametrize("pages", [(), (2,)])
@@ -66,7 +66,7 @@ def test_growing_a_table_keeps_its_entries(rows: int, width: int, pages: int) ->
     assert torch.equal(table.physical[:2, :2], before)
     assert torch.equal(table.logical[:5], held)
     assert table.physical.count_nonzero() == before.count_nonzero(), "new entries name pages"
-    assert (table.logical[5:] == NOBODY).all()
+    assert (table.logical[5:] == UNHELD).all()
 
 
 def test_a_table_that_fits_is_not_reallocated() -> None:
@@ -178,7 +178,7 @@ def test_the_last_of_several_writes_to_an_entry_counts() -> None:
     table.forget([1, 3])
     table.settle()
     assert table.physical.tolist() == [[2]]
-    assert table.logical.tolist() == [NOBODY, NOBODY, 0, NOBODY]
+    assert table.logical.tolist() == [UNHELD, UNHELD, 0, UNHELD]
 
 
 def test_selecting_rows_settles_first() -> None:
