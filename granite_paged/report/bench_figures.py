@@ -19,8 +19,9 @@ from granite_paged.report.plotting import (
     COLOURS,
     add_legend,
     add_title,
-    load_pyplot,
+    default_style,
     measured_ticks,
+    new_figure,
     plain_log_scale,
     save,
     style_axes,
@@ -48,6 +49,7 @@ class Line:
     style: dict[str, Any]
 
 
+@default_style()
 def draw_all(
     results: Sequence[Result], published: Sequence[Published], folder: Path, form: str = "png"
 ) -> list[Path]:
@@ -58,7 +60,6 @@ def draw_all(
         InvalidArgument: if there is nothing to draw.
         CannotWrite: if the folder cannot be written.
     """
-    load_pyplot()
     figures = {name: draw(results, published) for name, draw in _FIGURES.items()}
     if not any(figures.values()):
         raise InvalidArgument("nothing to draw: these results have no row without an error")
@@ -95,7 +96,7 @@ def _curves(
     if not lines:
         return None
     title, unit, scale = labels
-    figure, axes = load_pyplot().subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = new_figure(figsize=(9, 4.5))
     _plot(axes, [*study, *lines])
     style_axes(axes, _AXES[case], unit)
     if scale == "log":
@@ -126,13 +127,12 @@ def _decode(results: Sequence[Result], published: Sequence[Published]) -> Any:
     contexts = sorted({row.context for result in results for row in result.measured("decode")})
     if not contexts:
         return None
-    figure, panels = load_pyplot().subplots(
+    figure, panels = new_figure(
         1,
         len(contexts),
         figsize=(2.6 * len(contexts) + 1, 4.4),
         sharey=True,
         squeeze=False,
-        layout="constrained",
     )
     for axes, context in zip(panels[0], contexts, strict=True):
         rows = [[row for row in r.rows if row.context == context] for r in results]
@@ -153,7 +153,7 @@ def _kernel(results: Sequence[Result], published: Sequence[Published]) -> Any:
     if not rows:
         return None
     rows.sort(key=lambda row: (row.context, row.variant, row.batch))
-    figure, axes = load_pyplot().subplots(figsize=(1.2 * len(rows) + 2, 4.2), layout="constrained")
+    figure, axes = new_figure(figsize=(1.2 * len(rows) + 2, 4.2))
     bars = (
         ("floor (bytes / bandwidth)", "floor_us", COLOURS["floor"]),
         ("SDPA, contiguous K and V", "sdpa_us", COLOURS["default"]),

@@ -13,7 +13,8 @@ from granite_paged.report.plotting import (
     COLOURS,
     add_legend,
     add_title,
-    load_pyplot,
+    default_style,
+    new_figure,
     plain_log_scale,
     save,
     style_axes,
@@ -23,6 +24,7 @@ _ROW = 0.42  # inches of a row
 _CHANCE = {"color": "#333333", "linestyle": "--", "linewidth": 1.2}
 
 
+@default_style()
 def draw_all(folder: Path, entries: Sequence[Entry]) -> list[Path]:
     """Write every figure that there is data for, and return the files.
 
@@ -30,7 +32,6 @@ def draw_all(folder: Path, entries: Sequence[Entry]) -> list[Path]:
         MissingExtra: if matplotlib is not installed.
         CannotWrite: if the folder cannot be written.
     """
-    load_pyplot()
     return save({name: draw(entries) for name, draw in _FIGURES.items()}, folder)
 
 
@@ -147,9 +148,7 @@ def _panels(entries: Sequence[Entry], title: str, count: int = 1) -> tuple[Any, 
     """Return a figure with a row for each entry, and its panel or panels."""
     modes = max(len(entry.result.modes) for entry in entries)
     size = (6 + 4.5 * count, 1.6 + _ROW * (0.5 + 0.5 * modes) * len(entries))
-    figure, panels = load_pyplot().subplots(
-        1, count, figsize=size, layout="constrained", sharey=True
-    )
+    figure, panels = new_figure(1, count, figsize=size, sharey=True)
     for axes in panels if count > 1 else [panels]:
         style_axes(axes, "", "", grid="x")
         axes.set_ylim(len(entries) - 0.4, -0.6)

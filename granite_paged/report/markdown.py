@@ -61,4 +61,5 @@ def split_at(page: str | Path, part: str) -> tuple[str, str]:
 
 
 def _line(cells: Iterable[Any]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
+    texts = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(texts) + " |\n"

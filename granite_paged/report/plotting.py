@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,39 @@ def check_matplotlib() -> None:
         raise MissingExtra("matplotlib", extra="plot")
 
 
-def load_pyplot() -> Any:
-    """Return `matplotlib.pyplot`, set up to draw to files. Raises MissingExtra."""
+@contextlib.contextmanager
+def default_style() -> Iterator[None]:
+    """Draw with matplotlib's own defaults, whatever the user's environment and matplotlibrc say.
+
+    Names are text: a dollar sign in one does not start a formula. Raises MissingExtra.
+    """
     check_matplotlib()
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a device's name may contain a dollar sign
-    return importlib.import_module("matplotlib.pyplot")
+    backend = os.environ.pop("MPLBACKEND", None)  # an unknown one would end the import
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
+
+
+def new_figure(*shape: int, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Return a figure and its panels. It belongs to no window and no backend of the user's."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize, layout="constrained")
+    return figure, figure.subplots(*shape, **options)
 
 
 def save(figures: Mapping[str, Any], folder: Path, form: str = "png") -> list[Path]:
-    """Write the figures that are not None, close them, and return the files. Raises CannotWrite."""
+    """Write the figures that are not None and return the files. Raises CannotWrite."""
     files = []
     for name, figure in figures.items():
         if figure is not None:
             files.append(folder / f"{name}.{form}")
             with writing(files[-1]):
                 figure.savefig(files[-1], dpi=120, metadata=_METADATA[form])
-            load_pyplot().close(figure)
     return files
 
 

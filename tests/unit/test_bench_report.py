@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,12 @@ import pytest
 
 from granite_paged.errors import CannotWrite, InvalidArgument, MissingExtra
 from granite_paged.names import FIGURE_FORMATS
-from granite_paged.report import bench_figures, bench_tables
+from granite_paged.report import bench_figures, bench_tables, markdown
 from granite_paged.report.bench_figures import draw_all
 from granite_paged.report.bench_results import Latency, Result, Row
 from granite_paged.report.bench_tables import table, tables
 from granite_paged.report.markdown import write_text
-from granite_paged.report.plotting import load_pyplot
+from granite_paged.report.plotting import default_style
 from granite_paged.report.published import original_study
 
 PUBLISHED = [original_study()]
@@ -140,9 +142,52 @@ def test_equal_results_draw_identical_files(tmp_path: Path) -> None:
     assert first == second
 
 
+def test_figures_do_not_depend_on_the_users_matplotlibrc(tmp_path: Path) -> None:
+    import matplotlib  # noqa: PLC0415
+
+    plain, styled = tmp_path / "plain", tmp_path / "styled"
+    for folder in (plain, styled):
+        folder.mkdir()
+    draw_all([result()], PUBLISHED, plain)
+    with matplotlib.rc_context({"text.usetex": True, "figure.facecolor": "red"}):
+        draw_all([result()], PUBLISHED, styled)
+        assert matplotlib.rcParams["text.usetex"], "the user's own settings are back"
+    for figure in plain.iterdir():
+        assert figure.read_bytes() == (styled / figure.name).read_bytes()
+
+
+def test_a_backend_that_matplotlib_does_not_know_is_no_obstacle(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from granite_paged.report.plotting import default_style, new_figure\n"
+            "with default_style():\n"
+            f"    new_figure(figsize=(1, 1))[0].savefig({str(tmp_path / 'figure.png')!r})",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MPLBACKEND": "module://not_installed"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "figure.png").exists()
+
+
+@pytest.mark.parametrize("name", ["a $x^ b", r"a \frac{ b", "a_b^c"])
+def test_names_are_drawn_as_text(name: str, tmp_path: Path) -> None:
+    assert draw_all([result(*ROWS[:4], device=name)], PUBLISHED, tmp_path)
+
+
+def test_a_cell_stays_in_its_row_and_column() -> None:
+    assert markdown.table(["a", "b"], [["x | y", "two\nlines"]]).splitlines()[2:] == [
+        r"| x \| y | two lines |"
+    ]
+
+
 def lines_of(name: str, *results: Result, published: Any = PUBLISHED) -> dict[str, Any]:
-    load_pyplot()
-    figure = bench_figures._FIGURES[name](list(results), published)
+    with default_style():
+        figure = bench_figures._FIGURES[name](list(results), published)
     return {line.get_label(): line for line in figure.axes[0].get_lines()}
 
 
@@ -173,8 +218,8 @@ def test_two_devices_have_their_own_labels_and_styles() -> None:
 
 
 def test_decode_has_a_panel_for_each_context() -> None:
-    load_pyplot()
-    figure = bench_figures._FIGURES["decode"]([result()], [])
+    with default_style():
+        figure = bench_figures._FIGURES["decode"]([result()], [])
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == ["context 512 tokens", "context 4,096 tokens"]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
