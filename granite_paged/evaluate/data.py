@@ -73,7 +73,7 @@ def _parsed(source: str, text: str) -> Iterator[tuple[int, DataRow]]:
             problem = f"not JSON: {error.msg} at column {error.colno}"
             raise DataError(source, problem, line=number) from None
         if not isinstance(row, dict):
-            raise DataError(source, "not a JSON object: one row a line", line=number)
+            raise DataError(source, "not a JSON object; write one object per line", line=number)
         yield number, row
 
 
@@ -88,7 +88,7 @@ def _from_hub(name: str) -> tuple[str, Iterator[tuple[int, DataRow]]]:
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         advice = "--data DIR reads JSONL files instead"
-        raise DataError(repository, f"cannot be had from the hub: {reason}; {advice}") from None
+        raise DataError(repository, f"cannot be loaded from the hub: {reason}; {advice}") from None
     return f"{repository} {split}", enumerate(map(dict, rows), start=1)
 
 
