@@ -107,7 +107,7 @@ class BeamKeeper:
         """Free what reported beams hold, if another beam of the request waits for it."""
         if any(job.state is State.WAITING for job in request.jobs):
             for reported in request.reports:
-                self._scheduler.pause(reported)
+                self._scheduler.running.pause(reported)
 
     def _advance(self, request: BeamRequest) -> bool:
         """Start the next token of every chosen beam. Return whether there is one."""

@@ -105,10 +105,6 @@ class Scheduler:
                 self.finish(sibling)
             self.failures.append(Failure(job, error))
 
-    def pause(self, job: Job) -> None:
-        """Free the row and pages of a job that has drawn everything it may for now."""
-        self.running.pause(job)
-
     def requeue(self, job: Job) -> None:
         """Let a job without a row wait, to compute its tokens."""
         self.queue.remove(job)

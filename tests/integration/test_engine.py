@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from granite_paged import Engine, PagedConfig, SamplingParams
-from granite_paged.engine.engine import STATE_BYTES
 from granite_paged.engine.request import Output
+from granite_paged.engine.stepwise import STATE_BYTES
 from granite_paged.errors import (
     BrokenInvariant,
     CallbackFailed,

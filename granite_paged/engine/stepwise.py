@@ -1,0 +1,214 @@
+"""An engine that its callers drive step by step, under one lock.
+
+The caller who waits for an answer calls `step`; the engine has no thread of its own. What a step
+does is in `core.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import torch
+
+from granite_paged.device import on_device
+from granite_paged.engine.beams import BeamRequest
+from granite_paged.engine.core import EngineCore, Inspection
+from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption
+from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params
+from granite_paged.engine.request import OnToken, Request, SamplingParams, Scoring
+from granite_paged.engine.stats import EngineStats
+from granite_paged.errors import EngineClosed, InvalidSampling, RequestCancelled
+from granite_paged.geometry import PagedConfig
+from granite_paged.runner.memory_plan import MemoryPlan
+from granite_paged.runner.runner import Runner
+
+STATE_BYTES = 1 << 30
+SWAP_BYTES = 4 << 30
+QUEUE = 4096
+
+
+class StepwiseEngine:
+    """Requests are submitted and fill as the engine steps. `Engine` has the arguments."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: PagedConfig | None = None,
+        *,
+        tokenizer: Any | None = None,
+        runner: Runner | None = None,
+        step_tokens: int | None = None,
+        longest_step: float = LONGEST_STEP,
+        queue: int = QUEUE,
+        state_bytes: int = STATE_BYTES,
+        swap_bytes: int = SWAP_BYTES,
+        preemption: Preemption = "auto",
+    ) -> None:
+        self.runner = runner or Runner.for_model(model, config)
+        self.tokenizer = tokenizer
+        limits = Limits.of(
+            self.runner,
+            step_tokens=step_tokens,
+            longest_step=longest_step,
+            queue=queue,
+            swap_bytes=swap_bytes,
+            preemption=preemption,
+        )
+        stop_tokens = _end_of_text(model)
+        self._core = EngineCore(self.runner, tokenizer, limits, state_bytes, stop_tokens)
+        self._encoder = PromptEncoder(tokenizer, self.runner.vocabulary)
+        self._lock = threading.RLock()
+        self._closed = self._is_shut = False
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        on_token: OnToken | None = None,
+    ) -> Request:
+        """Let a request wait. Its outputs fill as the engine steps.
+
+        Raises:
+            PromptError: if the prompt has no tokens, or one outside the vocabulary.
+            InvalidSampling: for stop strings without a tokenizer.
+            RequestTooLarge: if it would not fit alone.
+            QueueFull: if its samples are more than may wait.
+            EngineClosed: after `close`.
+        """
+        params = checked_params(params)
+        tokens = self._encoder.encode(prompt)
+        if params.stop_strings and self.tokenizer is None:
+            raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
+        with self._opening():
+            return self._core.open_samples(tokens, params, on_token)
+
+    def submit_scoring(self, context: Prompt, continuations: Sequence[Prompt]) -> Scoring:
+        """Let continuations of a context wait to be scored. Raises as `submit` does."""
+        tokens = self._encoder.encode(context, "context")
+        listed = as_prompts(continuations)
+        encoded = tuple(self._encoder.encode(one, "continuation") for one in listed)
+        with self._opening():
+            return self._core.open_scoring(tokens, encoded)
+
+    def submit_search(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+    ) -> BeamRequest:
+        """Let a beam search wait. Raises as `submit` does."""
+        params = checked_params(params)
+        tokens = self._encoder.encode(prompt)
+        with self._opening():
+            return self._core.open_search(tokens, params, beams, length_penalty)
+
+    def step(self) -> bool:
+        """Run one step and deliver the one before. Return whether there was anything to do."""
+        with self._lock:
+            self._core.check_idle("step")
+            try:
+                with torch.inference_mode(), on_device(self.runner.device):
+                    return self._core.step()
+            finally:
+                if self._closed:  # by a callback
+                    self._shut_down()
+
+    def cancel(self, request: Request | Scoring) -> None:
+        """End a request, unless it is finished. Its outputs keep what they have.
+
+        In the middle of a step, the request ends with the next one.
+        """
+        with self._lock:
+            self._core.end(request, RequestCancelled(request.number))
+
+    def forget_prefixes(self) -> None:
+        """Drop the pages and states that are kept for prompts with a common beginning."""
+        with self._lock:
+            self._core.check_idle("forget_prefixes", may_deliver=True)
+            self._core.forget_prefixes()
+
+    def close(self) -> None:
+        """End every request and give the memory back. Closing twice does nothing.
+
+        From a callback, the engine closes when the step is over.
+        """
+        with self._lock:
+            self._closed = True
+            if not self._core.stepping:  # else the step that runs closes it at its end
+                self._shut_down()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- numbers --------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """Memory by use: the runner's, and what the prefix cache may keep besides."""
+        return self._core.plan
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is open and no result is unread."""
+        return self._core.idle
+
+    @property
+    def load(self) -> int:
+        """Number of tokens that open requests have yet to compute, at most."""
+        with self._lock:
+            jobs = (job for request in self._core.open for job in request.jobs)
+            return sum(job.max_stored - job.stored for job in jobs)
+
+    def stats(self) -> EngineStats:
+        """Return counts, sizes and times of the engine."""
+        with self._lock:
+            return self._core.stats()
+
+    def inspect(self) -> Inspection:
+        """Return the allocator, the prefix cache and the scheduler, to look at."""
+        return self._core.inspect()
+
+    def check_valid(self) -> None:
+        """Prove every invariant between two steps; BrokenInvariant says what broke."""
+        with self._lock:
+            self._core.check_valid()
+
+    # -- details --------------------------------------------------------------------------------
+
+    def _shut_down(self) -> None:
+        """Close, unless it is done already."""
+        if not self._is_shut:
+            self._is_shut = True
+            for request in self._core.open:
+                error = EngineClosed("the engine was closed while the request ran")
+                self._core.end(request, error)
+            self._core.close()
+            self.runner.close()
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        with self._lock:
+            self._core.check_idle("submit", may_deliver=True)
+            if self._closed:
+                raise EngineClosed("the engine is closed: make another one")
+            yield
+
+
+def _end_of_text(model: Any) -> frozenset[int]:
+    """Return the tokens that end an answer, by the model's own configuration."""
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        tokens = getattr(config, "eos_token_id", None)
+        if tokens is not None:
+            return frozenset([tokens] if isinstance(tokens, int) else tokens)
+    return frozenset()
