@@ -337,7 +337,7 @@ class DecodeSteps:
                 runner.decode(sequences.rows, positions)
 
         def seconds(layout: Layout) -> float:
-            runner.forget_programs()
+            runner.forget_captured_steps()
             with using(self._tuned.having(self._kind(**layout))):
                 steps()
             times = [clock.kernel_seconds(steps, None) for _ in range(_STEP_REPEATS)]

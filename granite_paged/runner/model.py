@@ -1,10 +1,10 @@
 """A decoder layer's forward pass over pages and state rows, around transformers' own modules.
 
-transformers' decoder layer is a frame of a few lines around its parts: norm, mixer, scaled
-residual, norm, MLP, scaled residual. Two classes keep that frame and take all weights from the live
-modules. `EagerModel` runs the modules as they are, on any device and dtype and with experts.
-`TritonModel` (`triton_model.py`) runs half precision on a GPU. In both, attention is FlexAttention
-over the pool.
+transformers' decoder layer is a short frame around its parts: norm, mixer, scaled residual, norm,
+MLP, scaled residual. Two models keep that frame and use the weights of the live modules.
+`EagerModel` calls the modules themselves, on any device and dtype. `TritonModel`
+(`triton_model.py`) computes in half precision on a GPU. `layers/backend.py` says which one runs. In
+both, attention is FlexAttention over the pool.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from granite_paged.runner.storage import Storage
 
 
 class ModelStep(NamedTuple):
-    """What the layers of one pass share.
+    """Inputs that all layers of one step share.
 
     Attributes:
         rows: [B] int64, state rows.
         states: [B] int64, their indices into Mamba states: rows - 1, and -1 for the null row, which
             has no state.
         positions: [B, S] int32, -1 for padding.
-        block_mask: for every attention layer.
+        block_mask: mask of every attention layer.
         plan: how a decode step splits the rows; None if it does not.
     """
 

@@ -1,4 +1,4 @@
-"""Runs a model over pages and state rows, by fixed shapes.
+"""Run a model over pages and state rows, in steps of fixed shapes.
 
 A runner owns device memory and no policy: its caller decides, with a `PageAllocator`, which
 sequence has which pages and which row. All memory is allocated when the runner is made. Changes of
@@ -214,12 +214,12 @@ class Runner:
         first, last = min(positions), max(positions)
         if first < 0 or last >= self.longest:
             raise InvalidRequest(f"positions must be below {self.longest}, got {first} to {last}")
-        program = self._program(self.shapes.decode_batch(len(rows)), 1, decodes=True)
-        inputs = program.padding()
+        step = self._captured_step(self.shapes.decode_batch(len(rows)), 1, decodes=True)
+        inputs = step.padding()
         inputs.rows[: len(rows)] = rows
         inputs.positions[: len(rows), 0] = positions
-        self._run(program, inputs)
-        return program.logits[: len(rows)]
+        self._run(step, inputs)
+        return step.logits[: len(rows)]
 
     def warm_up(
         self,
@@ -237,16 +237,16 @@ class Runner:
         for done, (batch, length) in enumerate(shapes):
             what = "decode" if length == 1 else "prefill"
             progress(f"{what} {batch} x {length}", done, len(shapes))
-            self._program(batch, length, decodes=length == 1)
+            self._captured_step(batch, length, decodes=length == 1)
         progress("ready", len(shapes), len(shapes))
 
-    def forget_programs(self) -> None:
+    def forget_captured_steps(self) -> None:
         """Discard the captured steps. Each is captured again at its next use."""
         self._captured.clear()
 
     def close(self) -> None:
         """Free the memory. The runner cannot be used afterwards."""
-        self.forget_programs()
+        self.forget_captured_steps()
         self._storage.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -323,32 +323,32 @@ class Runner:
             self._check_chunk(chunk)
         return self.shapes.arrange([len(chunk.tokens) for chunk in chunks], cut=cut)
 
-    def _run_chunks(self, chunks: Sequence[Chunk], step: Batch) -> CapturedStep:
-        program = self._program(step.batch, step.length)
-        inputs = program.padding()
-        for place, piece in enumerate(step.pieces):
+    def _run_chunks(self, chunks: Sequence[Chunk], batch: Batch) -> CapturedStep:
+        step = self._captured_step(batch.batch, batch.length)
+        inputs = step.padding()
+        for place, piece in enumerate(batch.pieces):
             row, start, tokens = chunks[piece.chunk]
             count = piece.end - piece.start
             inputs.rows[place] = row
             inputs.positions[place, :count] = range(start + piece.start, start + piece.end)
             inputs.tokens[place, :count] = tokens[piece.start : piece.end]
-            inputs.last[place] = place * step.length + count - 1
-        self._run(program, inputs)
-        return program
+            inputs.last[place] = place * batch.length + count - 1
+        self._run(step, inputs)
+        return step
 
-    def _run(self, program: CapturedStep, inputs: Inputs) -> None:
+    def _run(self, step: CapturedStep, inputs: Inputs) -> None:
         self._storage.pages.table.settle()
-        program.run(inputs)
+        step.run(inputs)
 
-    def _program(self, batch: int, length: int, *, decodes: bool = False) -> CapturedStep:
+    def _captured_step(self, batch: int, length: int, *, decodes: bool = False) -> CapturedStep:
         shape = (batch, length, decodes)
-        program = self._captured.get(shape)
-        if program is None:
-            program = CapturedStep(self._model, self._storage, *shape, self._layout(batch))
+        step = self._captured.get(shape)
+        if step is None:
+            step = CapturedStep(self._model, self._storage, *shape, self._layout(batch))
             if self._stream is not None:
-                program.capture(self._graphs, self._stream)
-                self._captured[shape] = program
-        return program
+                step.capture(self._graphs, self._stream)
+                self._captured[shape] = step
+        return step
 
     def _layout(self, batch: int) -> DecodePlan | None:
         """Return how a decode step of `batch` rows splits them; None if it does not."""

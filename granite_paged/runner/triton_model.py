@@ -1,8 +1,8 @@
-"""A decoder layer's forward pass in half precision on a GPU.
+"""A decoder layer's forward pass in half precision on a GPU, by Triton kernels.
 
-A decode step of few rows is a chain of kernels that each leave what the next one starts from: five
-a layer. Prompts, and batches of more rows, go through the library's matrix products with small
-kernels around them. Mamba is Triton either way. Importing this needs Triton.
+A decode step of few rows is a chain of fused kernels, five per layer; each writes the input of the
+next. Prompts and larger batches use cuBLAS for matrix products, with small kernels around them.
+Mamba layers use Triton in both cases. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ Rotary = tuple[Tensor, Tensor] | None
 
 
 class TritonModel(EagerModel):
-    """Half precision on a GPU. Hidden states are [B * S, hidden] inside.
+    """The model in half precision on a GPU. Hidden states are [B * S, hidden] inside.
 
     `layers/backend.py` decides which models run so; the others run as `EagerModel`.
     """
 
-    _scratch: Scratch | None = None  # from the first step of several rows on: graphs go on using it
+    # allocated by the first step with several rows; its graphs keep using it
+    _scratch: Scratch | None = None
 
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.forward`."""
@@ -60,7 +61,7 @@ class TritonModel(EagerModel):
         if len(hidden) == 1:
             return self._one_row_logits(prenorm(hidden.contiguous(), norm.weight))
         rows = _normalised(hidden.contiguous(), norm)
-        unused = rows.new_empty(1, 1)  # beta 0: only alpha is wanted, in the product's own kernel
+        unused = rows.new_empty(1, 1)  # with beta 0: cuBLAS applies alpha within the product
         scale = 1 / self._config.logits_scaling
         return torch.addmm(unused, rows, self._head.weight.T, beta=0, alpha=scale)
 
@@ -90,7 +91,7 @@ class TritonModel(EagerModel):
         """See `EagerModel.write_argmax`."""
         write_argmax(logits, rows, tokens)
 
-    # -- few rows: each product leaves its result before the next norm ---------------------------
+    # -- few rows: each product also writes its `DeferredNorm` -----------------------------------
 
     def _one_row_logits(self, normed: DeferredNorm) -> Tensor:
         eps, scale = self._decoder.norm.variance_epsilon, 1 / self._config.logits_scaling
@@ -127,7 +128,7 @@ class TritonModel(EagerModel):
     def _recur(
         self, mixer: Any, projected: Tensor, newest: Tensor, state: MambaState
     ) -> Tensor | DeferredNorm:
-        """[B, inner], gated and normed, but for a factor where its norm takes a row as one."""
+        """Return [B, inner], gated and normed; a `DeferredNorm` if the norm has one group."""
         sizes, weights, groups = MambaSizes.of(mixer), ScanWeights.of(mixer), norm_groups(mixer)
         norm = mixer.norm.weight if groups == 1 else None
         gated = mamba.step(sizes, projected, newest, weights, state, norm)
@@ -158,7 +159,7 @@ class TritonModel(EagerModel):
         *,
         eps: float = 0.0,
     ) -> DeferredNorm:
-        """Add the residual's share of mixed W^T; returns hidden on its way through `norm`."""
+        """Add scaled mixed W^T to `hidden` in place; return its `DeferredNorm` for `norm`."""
         _, after = linear(
             mixed,
             weight,
@@ -204,7 +205,7 @@ class TritonModel(EagerModel):
         return hidden.mul(self._config.embedding_multiplier)
 
     def _routed(self, layer: Any, normed: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """What the experts add, [B * S, hidden]; None where there are none."""
+        """Return the experts' output [B * S, hidden]; None without experts."""
         if not layer.has_experts:
             return None
         routed: Tensor = layer.block_sparse_moe(normed.view(*shape, -1)).view(normed.shape)
@@ -283,5 +284,5 @@ def _normalised(x: Tensor, norm: Any, groups: int = 1) -> Tensor:
 
 
 def _add(hidden: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
-    """hidden += scale * x W^T, in one kernel of the library."""
+    """Add scale * x W^T to `hidden` in place, in one cuBLAS kernel."""
     hidden.addmm_(x, weight.T, alpha=scale)

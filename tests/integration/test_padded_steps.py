@@ -57,16 +57,16 @@ def test_padding_of_a_prefill_changes_nothing(model: Any) -> None:
     exact, padded = kernels(model), kernels(model)
     expected = exact.prefill(PROMPTS)
     chunks = padded.chunks(PROMPTS)
-    program = larger(padded, 4, 32, decodes=False)
-    inputs = program.padding()
+    step = larger(padded, 4, 32, decodes=False)
+    inputs = step.padding()
     for place, chunk in enumerate(chunks):
         inputs.rows[place] = chunk.row
         inputs.positions[place, : len(chunk.tokens)] = range(len(chunk.tokens))
         inputs.tokens[place, : len(chunk.tokens)] = chunk.tokens
         inputs.last[place] = 32 * place + len(chunk.tokens) - 1
-    program.run(inputs)
-    assert_same_logits(program.logits[:2], expected)
-    assert program.logits.isfinite().all()
+    step.run(inputs)
+    assert_same_logits(step.logits[:2], expected)
+    assert step.logits.isfinite().all()
     for actual, wanted in zip(everything(padded), everything(exact), strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
@@ -79,14 +79,14 @@ def test_padding_of_a_decode_step_changes_nothing(model: Any) -> None:
     positions = [padded.allocator.length(padded.sequences[row]) for row in (3, 1)]
     padded._grow({3: 1, 1: 1})
     padded.runner.tokens[torch.tensor([3, 1])] = torch.tensor([11, 12])
-    program = larger(padded, 5, 1, decodes=True)
-    inputs = program.padding()
+    step = larger(padded, 5, 1, decodes=True)
+    inputs = step.padding()
     assert inputs.rows.tolist() == [NULL_ROW] * 5
     assert inputs.positions.tolist() == [[PADDING]] * 5
     inputs.rows[:2], inputs.positions[:2, 0] = [3, 1], positions
-    program.run(inputs)
-    assert_same_logits(program.logits[:2], expected)
-    assert program.logits.isfinite().all()
+    step.run(inputs)
+    assert_same_logits(step.logits[:2], expected)
+    assert step.logits.isfinite().all()
     for actual, wanted in zip(everything(padded), everything(exact), strict=True):
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
