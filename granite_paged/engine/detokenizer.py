@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # decoded for a character whose last bytes are missing
+_MAX_HELD = 16  # tokens without certain text; no character has that many
+_TAIL = 4  # most tokens of one character: UTF-8 has at most 4 bytes
 
 
 class Detokenizer:
-    """Text of a growing answer.
+    """Text of a growing answer. The pieces together are what decoding all tokens at once gives.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -25,31 +27,44 @@ class Detokenizer:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
-        self._tokens: list[int] = []
-        self._start = 0  # first token that is decoded again, so that spaces at joints are right
-        self._shown = 0  # number of tokens whose text was returned
+        self._window: list[int] = []  # tokens that are decoded together, so that joints are right
+        self._shown = 0  # number of tokens of the window whose text is certain
+        self._sent = 0  # number of characters of the window's text that are certain
         self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
         """Add a token. Return the text that became certain."""
-        self._tokens.append(token)
-        before = self._decode(self._tokens[self._start : self._shown])
-        now = self._decode(self._tokens[self._start :])
-        if now.endswith(_INCOMPLETE):
-            return ""
-        self._start, self._shown = self._shown, len(self._tokens)
-        return self._certain(now[len(before) :])
+        self._window.append(token)
+        text = self._decode(self._window)
+        is_full = len(self._window) - self._shown >= _MAX_HELD
+        if text.endswith(_INCOMPLETE):
+            return self._certain(self._shift(text)) if is_full else ""
+        piece = text[self._sent :]
+        if piece:
+            self._window = self._window[self._shown :]
+            self._shown, self._sent = len(self._window), len(self._decode(self._window))
+        elif is_full:
+            self._window.pop()  # one more special token, which decoding skips
+        return self._certain(piece)
 
     def finish(self) -> str:
         """End the answer. Return the text that was held back."""
         if self.stopped:
             return ""
-        before = self._decode(self._tokens[self._start : self._shown])
-        piece = self._certain(self._decode(self._tokens[self._start :])[len(before) :])
+        piece = self._certain(self._decode(self._window)[self._sent :])
         held, self._held = self._held, ""
         if not self.stopped:
             piece += held
             self.text += held
+        return piece
+
+    def _shift(self, text: str) -> str:
+        """Keep only the last tokens of a long window. Return its text but for what they begin."""
+        self._window = self._window[-_TAIL:]
+        tail = self._decode(self._window)
+        begun = int(tail.endswith(_INCOMPLETE))
+        piece = text[self._sent : len(text) - begun]
+        self._shown, self._sent = 0, len(tail) - begun
         return piece
 
     def _certain(self, piece: str) -> str:

@@ -100,6 +100,54 @@ def test_incomplete_characters_are_held_back() -> None:
     assert [stream.push(token) for token in "é!".encode()] == ["", "é", "!"]
 
 
+class Pieces:
+    """A tokenizer of words: 0 and 1 are special tokens, which decoding skips with their space."""
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return " ".join(f"w{token}" for token in tokens if token > 1)
+
+
+def streamed(tokenizer: Any, tokens: list[int]) -> str:
+    stream = Detokenizer(tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    return "".join([*pieces, stream.finish()])
+
+
+@given(st.lists(st.integers(0, 4), max_size=40))
+def test_a_skipped_special_token_leaves_the_text_as_decoded_at_once(tokens: list[int]) -> None:
+    assert streamed(Pieces(), tokens) == Pieces().decode(tokens, skip_special_tokens=True)
+
+
+@given(st.lists(st.sampled_from([0xE6, 0xB8, 0xAD, 0x41, 0xF0, 0xC3]), max_size=60))
+def test_any_bytes_leave_the_text_as_decoded_at_once(tokens: list[int]) -> None:
+    assert streamed(Bytes(), tokens) == Bytes().decode(tokens, skip_special_tokens=True)
+
+
+def test_a_stop_string_across_a_skipped_token_is_found() -> None:
+    stream = Detokenizer(Pieces(), ["w2 w3"])
+    for token in (4, 2, 0, 1, 3):
+        stream.push(token)
+    assert stream.stopped
+    assert stream.text == "w4 "
+
+
+@pytest.mark.parametrize("token", [0xE6, 0xB8])
+def test_an_endless_incomplete_character_is_shown_at_linear_cost(token: int) -> None:
+    decoded = 0
+
+    class Counted(Bytes):
+        def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+            nonlocal decoded
+            decoded += len(tokens)
+            return super().decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    stream = Detokenizer(Counted())
+    for _ in range(1000):
+        stream.push(token)
+    assert decoded <= 32 * 1000
+    assert len(stream.text) >= 1000 - 32
+
+
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     stream = Detokenizer(Bytes(), stops)
