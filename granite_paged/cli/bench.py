@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from granite_paged.cli.options import (
     OK,
+    POSITIVE,
     SETTINGS,
     ModelChoice,
     json_option,
     markdown_option,
     model_options,
+    option,
     options,
     progress,
     report_console,
+    table_of,
     write_json,
 )
 from granite_paged.cli.profiling import profile_first_shapes
@@ -35,40 +37,36 @@ if TYPE_CHECKING:
     from granite_paged.report.bench_tables import Columns
 
 _shape_options = options(
-    click.option(
-        "--case",
-        "cases",
+    option(
+        "--case cases",
+        "Measure only this case; may be repeated.  [default: all]",
+        click.Choice(CASE_NAMES),
         multiple=True,
-        type=click.Choice(CASE_NAMES),
-        help="Measure only this case; may be repeated.  [default: all]",
     ),
-    click.option(
-        "--mode",
-        "modes",
+    option(
+        "--mode modes",
+        "Measure only this mode; may be repeated.  [default: all]",
+        click.Choice(MODES),
         multiple=True,
-        type=click.Choice(MODES),
-        help="Measure only this mode; may be repeated.  [default: all]",
     ),
-    click.option(
-        "--batch",
-        "batches",
+    option(
+        "--batch batches",
+        "Run this many sequences, instead of each case's own batches; may be repeated.",
+        POSITIVE,
         multiple=True,
-        type=click.IntRange(min=1),
-        help="Run this many sequences, instead of each case's own batches; may be repeated.",
     ),
-    click.option(
-        "--context",
-        "contexts",
+    option(
+        "--context contexts",
+        "Give each sequence this many tokens, instead of each case's own; may be repeated.",
+        POSITIVE,
         multiple=True,
-        type=click.IntRange(min=1),
-        help="Give each sequence this many tokens, instead of each case's own; may be repeated.",
     ),
-    click.option("--quick", is_flag=True, help="Measure fewer shapes with fewer repeats."),
-    click.option(
+    option("--quick", "Measure fewer shapes with fewer repeats.", is_flag=True),
+    option(
         "--budget",
-        type=click.FloatRange(min=0),
+        "Start no shape after this time; shapes left out are reported as not measured.",
+        click.FloatRange(min=0),
         metavar="SECONDS",
-        help="Start no shape after this time; shapes left out are reported as not measured.",
     ),
 )
 
@@ -77,18 +75,13 @@ _shape_options = options(
 @model_options
 @_shape_options
 @json_option
-@click.option(
-    "--update",
-    is_flag=True,
-    help="Keep the rows of the --json file that are not measured again.",
-)
+@option("--update", "Keep the rows of the --json file that are not measured again.", is_flag=True)
 @markdown_option
-@click.option(
-    "--profile",
-    "profile_dir",
-    type=click.Path(file_okay=False, path_type=Path),
+@option(
+    "--profile profile_dir",
+    "Also profile each case's first shape into this folder: a trace, and a table of kernels.",
+    click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also profile each case's first shape into this folder: a trace, and a table of kernels.",
 )
 @click.pass_context
 def bench(
@@ -141,15 +134,8 @@ def bench(
         repeats=QUICK if quick else Repeats(),
         fresh_arguments=choice.arguments(),
     )
-    plan = make_plan(
-        session,
-        cases,
-        modes,
-        quick=quick,
-        batches=batches,
-        contexts=contexts,
-        budget=budget,
-    )
+    sizes = {"batches": batches, "contexts": contexts}
+    plan = make_plan(session, cases, modes, quick=quick, budget=budget, **sizes)
     if earlier is not None:
         updated(earlier, session.result([]))  # refuses results of another model before the work
     rows: list[Row] = []
@@ -204,8 +190,7 @@ def _write_rows(
     result = session.result(rows)
     if earlier is not None:
         result = updated(earlier, result)
-    if json_file:
-        write_json(json_file, result.to_json())
+    write_json(json_file, result.to_json())
     if markdown_file:
         write_text(Path(markdown_file), tables([result]))
 
@@ -217,7 +202,8 @@ def _print_rows(session: Session, rows: Sequence[Row], console: Console) -> None
     from granite_paged.environment import mamba_note
 
     console.print(*_row_tables(session, rows), sep="")
-    for failure in _failures(rows):
+    for row in (row for row in rows if row.error):
+        failure = f"{row.case}, {row.mode}, {row.batch} x {row.context}: {row.error}"
         console.print(failure, soft_wrap=True, markup=False)
     if any(row.latency_ms for row in rows if row.mode in BASELINES) and (note := mamba_note()):
         console.print(note, soft_wrap=True)
@@ -239,11 +225,7 @@ def _row_tables(session: Session, rows: Sequence[Row]) -> list[Table]:
 
 
 def _table(title: str, columns: Columns, rows: Sequence[Row], caption: str) -> Table:
-    table = Table(title=title, box=SIMPLE, caption=caption or None)
-    for name in ("case", "mode"):
-        table.add_column(name, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_of(["case", "mode"], list(columns), title=title, caption=caption or None)
     for row in rows:
         cells = [show(row) for show in columns.values()]
         table.add_row(row.case, row.mode, *cells[:-1], "failed" if row.error else cells[-1])
@@ -260,10 +242,6 @@ _STEP_COLUMNS: Columns = {
     "floor ms": lambda row: significant(row.floor_ms),
     "peak GB": lambda row: gigabytes(row.peak_bytes, digits=3),
 }
-
-
-def _failures(rows: Sequence[Row]) -> list[str]:
-    return [f"{r.case}, {r.mode}, {r.batch} x {r.context}: {r.error}" for r in rows if r.error]
 
 
 # -- cold start ---------------------------------------------------------------------------------

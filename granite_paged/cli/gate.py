@@ -62,8 +62,7 @@ def gate(choice: ModelChoice, records: Path, json_file: str | None) -> int:
         console.print(note, soft_wrap=True)
     if against.record is None:
         console.print(gates.how_to_record(records, session), soft_wrap=True)
-    if json_file:
-        write_json(json_file, report.to_json())
+    write_json(json_file, report.to_json())
     return OK if report.passed else FAILED
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from granite_paged.cli.options import OK, SETTINGS, ModelChoice, model_options
+from granite_paged.cli.options import OK, POSITIVE, SETTINGS, ModelChoice, model_options, option
 from granite_paged.cli.serve import sized
 from granite_paged.errors import TokenizerError
 
@@ -12,28 +12,19 @@ from granite_paged.errors import TokenizerError
 @click.command(context_settings=SETTINGS)
 @click.argument("text")
 @model_options
-@click.option(
-    "--tokenizer",
-    metavar="ID_OR_PATH",
-    help="Use this tokenizer; needed where the model has none.",
-)
-@click.option(
-    "--max-new-tokens",
-    default=64,
-    type=click.IntRange(min=1),
-    help="Stop after this many new tokens.",
-)
-@click.option(
+@option("--tokenizer", "Use this tokenizer; needed where the model has none.", metavar="ID_OR_PATH")
+@option("--max-new-tokens", "Stop after this many new tokens.", POSITIVE, default=64)
+@option(
     "--temperature",
+    "Sample at this temperature; 0 always takes the most likely token.",
+    click.FloatRange(min=0),
     default=0.0,
-    type=click.FloatRange(min=0),
-    help="Sample at this temperature; 0 always takes the most likely token.",
 )
-@click.option(
+@option(
     "--top-p",
+    "Sample from the most likely tokens that together have this probability.",
+    click.FloatRange(0, 1, min_open=True),
     default=1.0,
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Sample from the most likely tokens that together have this probability.",
 )
 def generate(
     text: str,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import rich.progress as bars
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Column, Table
 
 from granite_paged.errors import writing
 from granite_paged.progress import Progress
@@ -33,8 +35,15 @@ _SMALL_PAGE = 16  # for the embedded model: its contexts are short, and should f
 
 _TABLE_WIDTH = 100  # minimum width of tables, so that numbers are not cut in files
 
+POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
+
 Command = Callable[..., Any]
 Option = Callable[[Command], Command]
+
+
+def option(names: str, text: str, kind: Any = None, **settings: Any) -> Option:
+    """Return an option: its name, then its parameter's if that differs; its help and its type."""
+    return click.option(*names.split(), help=text, type=kind, **settings)
 
 
 def options(*decorators: Option) -> Option:
@@ -56,36 +65,33 @@ def check_writable(
     if path is not None and path != "-":
         folder = Path(path).parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise click.BadParameter(
-                f"cannot write {path}: its folder is missing or write-protected"
-            )
+            wrong = "its folder is missing or write-protected"
+            raise click.BadParameter(f"cannot write {path}: {wrong}")
     return path
 
 
-json_option = click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, writable=True, allow_dash=True),
+json_option = option(
+    "--json json_file",
+    "Write the report to this file as one JSON object; - writes to standard output.",
+    click.Path(dir_okay=False, writable=True, allow_dash=True),
     callback=check_writable,
     metavar="FILE",
-    help="Write the report to this file as one JSON object; - writes to standard output.",
 )
 
-markdown_option = click.option(
-    "--markdown",
-    "markdown_file",
-    type=click.Path(dir_okay=False, writable=True),
+markdown_option = option(
+    "--markdown markdown_file",
+    "Write the tables to this file as Markdown.",
+    click.Path(dir_okay=False, writable=True),
     callback=check_writable,
     metavar="FILE",
-    help="Write the tables to this file as Markdown.",
 )
 
-records_option = click.option(
+records_option = option(
     "--records",
+    "Folder with the recorded and published results.",
+    click.Path(path_type=Path),
     default="golden/perf",
     metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Folder with the recorded and published results.",
 )
 
 
@@ -135,66 +141,53 @@ class ModelChoice:
             "--page-size": self.config.page_size,
             "--backend": self.config.backend,
         }
-        return [
-            text
-            for option, value in given.items()
-            if value is not None
-            for text in (option, str(value))
-        ]
+        pairs = [(name, str(value)) for name, value in given.items() if value is not None]
+        return [text for pair in pairs for text in pair]
 
 
 _MODEL_OPTIONS = options(
-    click.option(
+    option(
         "--model",
+        "Load this checkpoint: a folder or a hub id.  [default: the embedded tiny-recall]",
         metavar="ID_OR_PATH",
-        help="Load this checkpoint: a folder or a hub id.  [default: the embedded tiny-recall]",
-        show_default=False,
     ),
-    click.option(
+    option(
         "--random-weights",
+        "Use this published geometry with random weights, e.g. granite-4.0-h-1b.",
         metavar="NAME",
-        help="Use this published geometry with random weights, e.g. granite-4.0-h-1b.",
     ),
-    click.option(
-        "--device", default="auto", metavar="DEVICE", help="Run on auto, cpu, cuda or cuda:N."
-    ),
-    click.option(
+    option("--device", "Run on auto, cpu, cuda or cuda:N.", default="auto", metavar="DEVICE"),
+    option(
         "--dtype",
+        "Load weights as auto, float32, bfloat16, float16 or float64.",
         default="auto",
         metavar="DTYPE",
-        help="Load weights as auto, float32, bfloat16, float16 or float64.",
     ),
-    click.option(
-        "--seed",
-        default=0,
-        type=click.IntRange(min=0),
-        help="Seed random weights, prompts and sampling.",
-    ),
-    click.option(
+    option("--seed", "Seed random weights, prompts and sampling.", NATURAL, default=0),
+    option(
         "--page-size",
-        type=click.IntRange(min=1),
-        metavar="TOKENS",
-        help="Store this many tokens per page: a power of two, at least 16 on a GPU.  "
+        "Store this many tokens per page: a power of two, at least 16 on a GPU.  "
         "[default: 16 for the embedded model, else 128]",
-        show_default=False,
-    ),
-    click.option(
-        "--memory-fraction",
-        default=0.5,
-        type=click.FloatRange(0, 1, min_open=True),
-        help="Let K and V take at most this fraction of the free memory.",
-    ),
-    click.option(
-        "--max-tokens",
-        type=click.IntRange(min=1),
+        POSITIVE,
         metavar="TOKENS",
-        help="Fix the size of the page pool, instead of growing it on demand.",
     ),
-    click.option(
+    option(
+        "--memory-fraction",
+        "Let K and V take at most this fraction of the free memory.",
+        click.FloatRange(0, 1, min_open=True),
+        default=0.5,
+    ),
+    option(
+        "--max-tokens",
+        "Fix the size of the page pool, instead of growing it on demand.",
+        POSITIVE,
+        metavar="TOKENS",
+    ),
+    option(
         "--backend",
+        "Choose how FlexAttention runs.",
+        click.Choice(["auto", "eager", "compiled"]),
         default="auto",
-        type=click.Choice(["auto", "eager", "compiled"]),
-        help="Choose how FlexAttention runs.",
     ),
 )
 
@@ -205,27 +198,17 @@ def model_options(command: Command) -> Command:
     @_MODEL_OPTIONS
     @functools.wraps(command)
     def with_choice(
-        *,
-        model: str | None,
-        random_weights: str | None,
-        device: str,
-        dtype: str,
-        seed: int,
-        page_size: int | None,
-        memory_fraction: float,
-        max_tokens: int | None,
-        backend: Any,
-        **others: Any,
+        *, model: str | None, random_weights: str | None, page_size: int | None, **others: Any
     ) -> Any:
         from granite_paged.geometry import PagedConfig
 
-        sizes: dict[str, Any] = {} if page_size is None else {"page_size": page_size}
+        paging = {name: others.pop(name) for name in ("memory_fraction", "max_tokens", "backend")}
         if page_size is None and model is None and random_weights is None:
-            sizes["page_size"] = _SMALL_PAGE
-        config = PagedConfig(
-            memory_fraction=memory_fraction, max_tokens=max_tokens, backend=backend, **sizes
-        )
-        choice = ModelChoice(model, random_weights, device, dtype, seed, config)
+            page_size = _SMALL_PAGE
+        if page_size is not None:
+            paging["page_size"] = page_size
+        where = {name: others.pop(name) for name in ("device", "dtype", "seed")}
+        choice = ModelChoice(model, random_weights, **where, config=PagedConfig(**paging))
         return command(choice=choice, **others)
 
     return with_choice
@@ -265,14 +248,27 @@ def progress(title: str = "start", *, time_left: bool = False) -> Iterator[Progr
         yield report
 
 
-def write_json(path: str, report: dict[str, Any]) -> None:
-    """Write one JSON object to a file, or to standard output for `-`. Raises CannotWrite."""
+def write_json(path: str | None, report: dict[str, Any]) -> None:
+    """Write one JSON object to a file, if one is named; `-` is standard output.
+
+    Raises CannotWrite.
+    """
+    if path is None:
+        return
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if path == "-":
         click.echo(text, nl=False)
         return
     with writing(path):
         Path(path).write_text(text)
+
+
+def table_of(text: Sequence[str], numbers: Sequence[str], **settings: Any) -> Table:
+    """Return an empty table: columns of text, then columns of numbers, aligned to the right."""
+    table = Table(*(Column(name, no_wrap=True) for name in text), box=SIMPLE, **settings)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def report_console(json_file: str | None) -> Console:

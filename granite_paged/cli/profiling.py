@@ -11,11 +11,14 @@ from rich.table import Table
 
 from granite_paged.cli.options import (
     OK,
+    POSITIVE,
     SETTINGS,
     ModelChoice,
     json_option,
     model_options,
+    option,
     report_console,
+    table_of,
     write_json,
 )
 from granite_paged.names import MODES
@@ -30,22 +33,17 @@ _MOST_KERNELS = 25  # rows in a table of kernels
 @click.command(context_settings=SETTINGS)
 @click.argument("kind", type=click.Choice(("prefill", "decode")), metavar="prefill|decode")
 @model_options
-@click.option("--mode", default="paged", type=click.Choice(MODES), help="Profile this mode.")
-@click.option("--batch", default=1, type=click.IntRange(min=1), help="Run this many sequences.")
-@click.option(
-    "--context",
-    default=512,
-    type=click.IntRange(min=1),
-    help="Give each sequence this many tokens.",
-)
-@click.option(
+@option("--mode", "Profile this mode.", click.Choice(MODES), default="paged")
+@option("--batch", "Run this many sequences.", POSITIVE, default=1)
+@option("--context", "Give each sequence this many tokens.", POSITIVE, default=512)
+@option(
     "--out",
+    "Write the trace to this folder.",
+    click.Path(file_okay=False, path_type=Path),
     default="profiles",
-    type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Write the trace to this folder.",
 )
-@click.option("--memory", is_flag=True, help="Also write a snapshot of CUDA memory.")
+@option("--memory", "Also write a snapshot of CUDA memory.", is_flag=True)
 @json_option
 def profile(
     kind: Any,
@@ -78,15 +76,12 @@ def profile(
     console.print(f"trace: {found.trace}", soft_wrap=True)
     if found.snapshot:
         console.print(f"memory snapshot: {found.snapshot}", soft_wrap=True)
-    if json_file:
-        write_json(json_file, found.to_json())
+    write_json(json_file, found.to_json())
     return OK
 
 
 def _kind_table(found: Profile) -> Table:
-    table = Table("kind of layer", title="one step", box=SIMPLE)
-    for name in ("µs", "share"):
-        table.add_column(name, justify="right")
+    table = table_of(["kind of layer"], ["µs", "share"], title="one step")
     total = sum(time for _, time in found.by_kind()) or 1.0
     for kind, time in found.by_kind():
         table.add_row(kind, f"{time:,.1f}", f"{time / total:.1%}")

@@ -6,19 +6,22 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import SIMPLE
 from rich.table import Table
 
 from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.cli.options import (
+    NATURAL,
     OK,
+    POSITIVE,
     SETTINGS,
     ModelChoice,
     json_option,
     model_options,
+    option,
     options,
     progress,
     report_console,
+    table_of,
     write_json,
 )
 from granite_paged.names import BASELINES, MODES
@@ -28,81 +31,64 @@ if TYPE_CHECKING:
     from granite_paged.geometry import PagedConfig
 
 _workload_options = options(
-    click.option(
-        "--requests", default=64, type=click.IntRange(min=1), help="Send this many requests."
-    ),
-    click.option(
+    option("--requests", "Send this many requests.", POSITIVE, default=64),
+    option(
         "--rate",
+        "Mean arrivals per second, as a Poisson process; 0 sends all at once.",
+        click.FloatRange(min=0),
         default=0.0,
-        type=click.FloatRange(min=0),
-        help="Mean arrivals per second, as a Poisson process; 0 sends all at once.",
     ),
-    click.option(
+    option(
         "--prompt-tokens",
+        "Draw the length of each prompt from this range.",
+        (int, int),
         default=(8, 64),
-        type=(int, int),
         metavar="MIN MAX",
-        help="Draw the length of each prompt from this range.",
     ),
-    click.option(
+    option(
         "--new-tokens",
+        "Draw the length of each answer from this range.",
+        (int, int),
         default=(8, 32),
-        type=(int, int),
         metavar="MIN MAX",
-        help="Draw the length of each answer from this range.",
     ),
-    click.option(
+    option(
         "--shared-tokens",
+        "Start each prompt with one of four shared prefixes of this many tokens.",
+        NATURAL,
         default=0,
-        type=click.IntRange(min=0),
-        help="Start each prompt with one of four shared prefixes of this many tokens.",
     ),
-    click.option(
+    option(
         "--long-every",
+        "Make every Nth request a long prompt; 0 makes none.",
+        NATURAL,
         default=0,
-        type=click.IntRange(min=0),
         metavar="N",
-        help="Make every Nth request a long prompt; 0 makes none.",
     ),
-    click.option(
-        "--long-tokens",
-        default=0,
-        type=click.IntRange(min=0),
-        help="Give each long prompt this many tokens.",
-    ),
+    option("--long-tokens", "Give each long prompt this many tokens.", NATURAL, default=0),
 )
 
 
 @click.command(context_settings=SETTINGS)
 @model_options
 @_workload_options
-@click.option(
-    "--rows",
-    default=256,
-    type=click.IntRange(min=1),
-    help="Let at most this many requests run at once in the engine.",
+@option(
+    "--rows", "Let at most this many requests run at once in the engine.", POSITIVE, default=256
 )
-@click.option(
-    "--mode",
-    "modes",
-    multiple=True,
-    type=click.Choice(MODES),
-    default=("default", "paged"),
-    help="Serve with this mode; may be repeated. `paged` is always served; `static` first "
+@option(
+    "--mode modes",
+    "Serve with this mode; may be repeated. `paged` is always served; `static` first "
     "compiles for minutes.",
+    click.Choice(MODES),
+    multiple=True,
+    default=("default", "paged"),
 )
-@click.option(
-    "--batch",
-    default=32,
-    type=click.IntRange(min=1),
-    help="Batch size of transformers' modes.",
-)
-@click.option(
+@option("--batch", "Batch size of transformers' modes.", POSITIVE, default=32)
+@option(
     "--batched-requests",
-    type=click.IntRange(min=1),
+    "Serve only the first N requests in transformers' modes.  [default: all]",
+    POSITIVE,
     metavar="N",
-    help="Serve only the first N requests in transformers' modes.  [default: all]",
-    show_default=False,
 )
 @json_option
 def serve(
@@ -155,8 +141,7 @@ def serve(
     console.print(_table(report, loaded.name))
     if (note := mamba_note()) and report.baselines:
         console.print(note, soft_wrap=True)
-    if json_file:
-        write_json(json_file, {"workload": dataclasses.asdict(workload), **report.to_json()})
+    write_json(json_file, {"workload": dataclasses.asdict(workload), **report.to_json()})
     return OK
 
 
@@ -179,10 +164,8 @@ def sized(config: PagedConfig, model: Any, *, rows: int, tokens: int) -> PagedCo
 
 
 def _table(report: ServingReport, model: str) -> Table:
-    table = Table(title=f"serving, {model}", box=SIMPLE, caption=_caption(report))
-    table.add_column("")
-    for column in ("tokens/s", "first token p50", "p99", "between tokens p50", "p99"):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ("tokens/s", "first token p50", "p99", "between tokens p50", "p99")
+    table = table_of([""], numbers, title=f"serving, {model}", caption=_caption(report))
     batched = {name: baseline.served for name, baseline in report.baselines.items()}
     for name, served in {"paged": report.engine, **batched}.items():
         times = (*served.first_token_ms, *served.between_tokens_ms)

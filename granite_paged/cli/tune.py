@@ -17,6 +17,7 @@ from granite_paged.cli.options import (
     check_writable,
     json_option,
     model_options,
+    option,
     progress,
     report_console,
     write_json,
@@ -29,28 +30,26 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=SETTINGS)
 @model_options
-@click.option(
-    "--only",
-    "subjects",
+@option(
+    "--only subjects",
+    "Tune only this subject; may be repeated.  [default: all]",
+    click.Choice(SUBJECT_NAMES),
     multiple=True,
-    type=click.Choice(SUBJECT_NAMES),
-    help="Tune only this subject; may be repeated.  [default: all]",
 )
-@click.option("--quick", is_flag=True, help="Try fewer candidates in fewer shapes.")
-@click.option(
+@option("--quick", "Try fewer candidates in fewer shapes.", is_flag=True)
+@option(
     "--allow",
+    "Accept constants that are at most this much slower than the best candidate.",
+    click.FloatRange(min=0),
     default=10.0,
-    type=click.FloatRange(min=0),
     metavar="PERCENT",
-    help="Accept constants that are at most this much slower than the best candidate.",
 )
-@click.option("--write", is_flag=True, help="Save the best constants.")
-@click.option(
+@option("--write", "Save the best constants.", is_flag=True)
+@option(
     "--out",
-    type=click.Path(dir_okay=False, writable=True),
+    "Save them to this file.  [default: the file that granite_paged reads]",
+    click.Path(dir_okay=False, writable=True),
     metavar="FILE",
-    help="Save them to this file.  [default: the file that granite_paged reads]",
-    show_default=False,
 )
 @json_option
 def tune(
@@ -95,8 +94,7 @@ def tune(
     where = environment(target)
     console = report_console(json_file)
     console.print(_table(f"{loaded.name}, {where['device']}", outcomes))
-    if json_file:
-        write_json(json_file, {**where, "groups": [outcome.to_json() for outcome in outcomes]})
+    write_json(json_file, {**where, "groups": [outcome.to_json() for outcome in outcomes]})
     if write:
         write_json(path, retuned(TUNED, outcomes, where).to_json())
         console.print(f"written: {path}", soft_wrap=True)

@@ -15,8 +15,10 @@ from granite_paged.cli.options import (
     ModelChoice,
     json_option,
     model_options,
+    option,
     progress,
     report_console,
+    table_of,
     write_json,
 )
 
@@ -26,17 +28,17 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=SETTINGS)
 @model_options
-@click.option(
+@option(
     "--context",
+    "Give the longest prompt this many tokens.",
+    click.IntRange(min=16),
     default=384,
-    type=click.IntRange(min=16),
     metavar="TOKENS",
-    help="Give the longest prompt this many tokens.",
 )
-@click.option(
+@option(
     "--reference/--no-reference",
+    "Also compare both with a float64 copy of the model (8 bytes per parameter).",
     default=True,
-    help="Also compare both with a float64 copy of the model (8 bytes per parameter).",
 )
 @json_option
 def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | None) -> int:
@@ -66,17 +68,15 @@ def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | 
             progress=report_progress,
         )
     report_console(json_file).print(_cases(report), _summary(report), sep="")
-    if json_file:
-        write_json(json_file, report.to_json())
+    write_json(json_file, report.to_json())
     return OK if report.passed else FAILED
 
 
 def _cases(report: VerifyReport) -> Table:
     title = f"{report.model}, {report.dtype}, {report.device}, {report.page_size} tokens per page"
-    table = Table(title=title, box=SIMPLE, caption=f"tolerance: {report.cases[0].law}")
-    table.add_column("case", no_wrap=True)
-    for column in ("max |diff|", "relative", "SDPA error", "paged error", "ratio", "tokens", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+    numbers = ("max |diff|", "relative", "SDPA error", "paged error", "ratio", "tokens", "")
+    caption = f"tolerance: {report.cases[0].law}"
+    table = table_of(["case"], numbers, title=title, caption=caption)
     for case in report.cases:
         table.add_row(case.name, *_numbers(case), _verdict(case.passed))
         if case.invariant != "holds":
