@@ -30,7 +30,8 @@ class PaddedStep:
         count: number of new columns (S).
         before: number of columns before them.
         tokens: [B, S] bool on the host, True for tokens; None if all are tokens.
-        mask: [B, S], the user's mask of these columns, for Mamba layers; None if all are tokens.
+        mask: [B, S], the user's mask of these columns, for Mamba layers; None if no padding follows
+            a row's first token.
         stored: [B, before + S] bool, the batch's record once the step is done; None if all are
             tokens.
         hidden_by: [B, before + S], the user's whole mask, if it hides tokens stored earlier.
@@ -90,7 +91,7 @@ class PaddedBatch:
             PaddingError: for padding on the right, or a mask that shows what was padding.
             PromptError: for no rows or no columns.
         """
-        batch, tokens, padded = len(started), None, None
+        batch, tokens, padded, inside = len(started), None, None, False
         if batch < 1 or columns < 1:
             raise PromptError("empty prompt: give every row at least one token")
         hides = False
@@ -102,12 +103,21 @@ class PaddedBatch:
                 )
             padded = mask[:, self.count :].contiguous()
             tokens = padded.bool().cpu()
-            _refuse_right_padding(tokens, torch.tensor(started))
+            after_first = tokens.cumsum(dim=1).bool() | torch.tensor(started)[:, None]
+            _refuse_right_padding(tokens, after_first)
+            inside = bool((after_first & ~tokens).any())
             hides = self._hides(mask)
             if bool(tokens.all()):
                 tokens = padded = None
         stored = self._extended(padded, batch, columns)
-        return PaddedStep(columns, self.count, tokens, padded, stored, mask if hides else None)
+        return PaddedStep(
+            count=columns,
+            before=self.count,
+            tokens=tokens,
+            mask=padded if inside else None,
+            stored=stored,
+            hidden_by=mask if hides else None,
+        )
 
     def extend(self, new: PaddedStep) -> None:
         """Add the columns of a finished step to the record."""
@@ -166,8 +176,8 @@ class PaddedBatch:
         return ones
 
 
-def _refuse_right_padding(tokens: Tensor, started: Tensor) -> None:
-    ends_padded = (tokens.any(dim=1) | started) & ~tokens[:, -1]
+def _refuse_right_padding(tokens: Tensor, after_first: Tensor) -> None:
+    ends_padded = after_first[:, -1] & ~tokens[:, -1]
     if bool(ends_padded.any()):  # a row without tokens may be padded again
         raise PaddingError(
             f"padding on the right of row {_names(ends_padded)}: pad on the left "

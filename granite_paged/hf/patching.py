@@ -193,16 +193,13 @@ def _forward_mamba(
     rows: MambaRows = cache.layers[mixer.layer_idx]
     state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
     step = cache.step
-    # Padding before a row's first token has no position, and so needs no mask.
-    mask = step.columns.mask if step.columns.before else None
-    backend, device, dtype = cache.config.backend, hidden_states.device, hidden_states.dtype
-    if mask is None and not kernel_refusal(backend, device, dtype, activation=mixer.activation):
+    forward, backend = mamba_forward, cache.config.backend
+    device, dtype = hidden_states.device, hidden_states.dtype
+    if not kernel_refusal(backend, device, dtype, activation=mixer.activation):
         from granite_paged.layers.triton import mamba  # needs Triton
 
-        return mamba.mamba_forward(
-            mixer, hidden_states, step.since_start, state._replace(rows=step.rows)
-        )
-    return mamba_forward(mixer, hidden_states, step.since_start, state, mask)
+        forward, state = mamba.mamba_forward, state._replace(rows=step.rows)
+    return forward(mixer, hidden_states, step.since_start, state, step.columns.mask)
 
 
 def _open_step(

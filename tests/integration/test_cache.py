@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged
 from granite_paged.errors import CacheReleased, InvalidRequest, NonFinite, OutOfPages
-from granite_paged.hf import cache
+from granite_paged.hf import cache, patching
 from granite_paged.hf.compat import with_cache
 from tests.helpers import faults
 from tests.helpers.tiny_models import EOS, PAD, VOCABULARY, prompts, tiny_model
@@ -569,5 +569,38 @@ def test_tokens_hidden_by_a_later_mask_match_sdpa(flavour: str, hidden: str) -> 
         return torch.cat(kept, dim=1)
 
     expected = talk(DynamicCache(config=model.config))
+    with paged(model, PAGES):
+        assert_same_logits(talk(fresh(model)), expected)
+
+
+INSIDE = {
+    "between tokens": "1111001",
+    "many columns": "1111111111000000000000000000001111",
+    "after left padding": "0011010011",
+    "twice, over several chunks": "11" + "01" * 20 + "1",
+}
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["eager", "triton"])
+@pytest.mark.parametrize("flavour", ["hybrid", "rotary"])
+@pytest.mark.parametrize("inside", INSIDE)
+def test_padding_inside_the_first_step_matches_sdpa(
+    monkeypatch: pytest.MonkeyPatch, inside: str, flavour: str, triton: bool
+) -> None:
+    """transformers #47086: such padding is zero in Mamba layers, and the state decays over it."""
+    if triton and torch.cuda.is_available():
+        pytest.skip("Triton is not interpreted here")
+    model = tiny_model(flavour).requires_grad_(False)
+    padded = torch.tensor([[int(column) for column in INSIDE[inside]]])
+    shown = torch.cat([torch.ones_like(padded), padded])
+    ids = torch.arange(3, 3 + shown.numel()).view(shown.shape) % (VOCABULARY - 3) + 3
+
+    def talk(own: Any) -> Tensor:
+        logits = run(model, own, ids, shown)[shown.bool()]
+        return torch.cat([logits, run(model, own, NEXT[:2], more(shown))[:, 0]])
+
+    expected = talk(DynamicCache(config=model.config))
+    if triton:
+        monkeypatch.setattr(patching, "kernel_refusal", lambda *args, **kwargs: "")
     with paged(model, PAGES):
         assert_same_logits(talk(fresh(model)), expected)

@@ -116,6 +116,15 @@ def continued(model: Any, turn: Any, ids: torch.Tensor, mask: torch.Tensor) -> l
     return last.tolist()
 
 
+def test_padding_inside_a_prompt_matches_sdpa(model: Any) -> None:
+    ids, mask = prompts()
+    mask[0, 4:6] = mask[1, 9:15] = mask[2, 19] = 0
+    expected = generate(model, ids, mask, do_sample=False)
+    with paged(model, PAGES):
+        actual = generate(model, ids, mask, do_sample=False)
+    assert actual.sequences.tolist() == expected.sequences.tolist()
+
+
 def test_padding_inside_a_later_turn_matches_sdpa(model: Any) -> None:
     ids, mask = prompts()
     more, more_mask = prompts((9, 4, 6), seed=7)

@@ -18,6 +18,9 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    apply_mask_to_padding_states,
+)
 
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 from granite_paged.layers.triton.linear import (
@@ -122,19 +125,25 @@ def _step(
     tl.store(out, y.to(gated_ptr.dtype.element_ty), mask=p_there)
 
 
-def mamba_forward(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
-    """Run a Mamba layer as `layers.mamba.mamba_forward` does, without its mask.
-
-    hidden: [B, S, hidden]. positions: [B, S] int; -1 for padding. Returns [B, S, hidden].
-    """
-    gated = gated_scan(mixer, mixer.in_proj(hidden).flatten(0, 1), positions, state)
+def mamba_forward(
+    mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState, mask: Tensor | None = None
+) -> Tensor:
+    """Run a Mamba layer as `layers.mamba.mamba_forward` does, with the same arguments."""
+    hidden = apply_mask_to_padding_states(hidden, mask)
+    gated = gated_scan(mixer, mixer.in_proj(hidden).flatten(0, 1), positions, state, mask)
     norm, groups = mixer.norm, norm_groups(mixer)
     normed = rms_norm(gated, norm.weight, norm.variance_epsilon, groups)
     mixed: Tensor = mixer.out_proj(normed).view(hidden.shape)
     return mixed
 
 
-def gated_scan(mixer: Any, projected: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+def gated_scan(
+    mixer: Any,
+    projected: Tensor,
+    positions: Tensor,
+    state: MambaState,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Compute the gated output [B * S, inner], before its norm, from the output of `in_proj`.
 
     With one token per row, `projected` [B * S, ...] is overwritten by its convolution.
@@ -142,7 +151,7 @@ def gated_scan(mixer: Any, projected: Tensor, positions: Tensor, state: MambaSta
     sizes, weights = MambaSizes.of(mixer), ScanWeights.of(mixer)
     if positions.shape[1] > 1:
         conv = conv_weight(mixer), mixer.conv1d.bias
-        return scan(sizes, projected, positions.contiguous(), *conv, weights, state)
+        return scan(sizes, projected, positions.contiguous(), *conv, weights, state, mask)
     newest = positions[:, 0].contiguous()
     convolve_step(projected, convolution(mixer, newest, state))
     gated = step(sizes, projected, newest, weights, state)

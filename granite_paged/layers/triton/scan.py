@@ -254,6 +254,7 @@ def scan(
     bias: Tensor | None,
     weights: ScanWeights,
     state: MambaState,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Compute convolution, scan and gate for S tokens in each of B rows; update the state in place.
 
@@ -264,6 +265,7 @@ def scan(
         weight, bias: of the convolution, [channels, width] and [channels] or None.
         weights: the layer's parameters of the recurrence.
         state: the layer's states of all rows; `state.rows` [B] int selects the batch's.
+        mask: [B, S], zero at padding that has a position (inside a sequence); None without such.
 
     Returns:
         [B * S, inner] gated output in projected's dtype; arbitrary finite values at padding.
@@ -283,6 +285,8 @@ def scan(
         projected, state.conv, state.rows, positions,
         tokens, sizes.inner, sizes.channels, stride, WIDTH=width, C=256,
     )  # fmt: skip
+    if mask is not None:
+        convolved *= mask.view(-1, 1)
     return _scan(sizes, projected, convolved, positions, weights, state)
 
 
