@@ -219,10 +219,10 @@ class GeometryError(ModelError, ValueError):
 class UnsupportedModel(ModelError, TypeError):
     """A model with an architecture that granite_paged does not page."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, advice: str = "") -> None:
         super().__init__(
             f"{what} is not supported: granite_paged pages the attention layers of "
-            "GraniteMoeHybridForCausalLM (model_type 'granitemoehybrid') only"
+            f"GraniteMoeHybridForCausalLM (model_type 'granitemoehybrid') only{_then(advice)}"
         )
 
 

@@ -26,6 +26,7 @@ import torch
 
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend
+from granite_paged.layers.modules import changed_part
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -91,6 +92,8 @@ def triton_refusal(model: Any, backend: Backend) -> str:
     config = model.config
     if config.attention_bias or config.mamba_proj_bias:
         return "projections with a bias have no kernel"
+    if changed := changed_part(model):
+        return f"{changed}, so modules are called and not their weights read"
     return kernel_refusal(backend, model.device, model.dtype, activation=config.hidden_act)
 
 

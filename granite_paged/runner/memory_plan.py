@@ -73,12 +73,9 @@ class RunnerSizes:
 
 
 def weight_bytes(model: Any) -> int:
-    """Return the bytes of a model's parameters and buffers, shared ones once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(storages.values())
+    """Return the bytes of a model's parameters and buffers; a shared one counts once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def row_bytes(model: Any) -> int:

@@ -33,6 +33,7 @@ from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
 from granite_paged.layers.mamba import mixers
+from granite_paged.layers.modules import check_model
 from granite_paged.paging.allocator import AppendPlan
 from granite_paged.paging.store import PageContents, PageStore
 from granite_paged.progress import Progress, silent
@@ -121,8 +122,9 @@ class Runner:
 
         Raises:
             OutOfMemory: with the bytes needed and free.
-            UnsupportedModel, GeometryError: see `CacheGeometry.from_config`.
+            UnsupportedModel, GeometryError: see `check_model` and `CacheGeometry.from_config`.
         """
+        check_model(model)
         config = config or PagedConfig()
         geometry = CacheGeometry.from_config(
             model.config, page_size=config.page_size, dtype=model.dtype
