@@ -62,7 +62,7 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, requests: Iterable[ScoreRequest], shared: int = 0) -> Needs:
-        """Return the needs of these requests. Raises ValueError if there are none."""
+        """Return what these requests need. Raises ValueError if there are none."""
         held = list(requests)
         return cls(
             longest=max(request.longest for request in held),
@@ -238,7 +238,7 @@ class Tally:
 
 
 def choice(logprobs: Sequence[float]) -> int:
-    """Return the index of the most likely continuation; of equals the first, as in lm-eval."""
+    """Return the index of the most likely continuation; the first one wins a tie, as in lm-eval."""
     return max(range(len(logprobs)), key=lambda i: (logprobs[i], -i))
 
 
