@@ -152,10 +152,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Against:
-    """What a run is compared with, besides `default`."""
+    """What a run is compared with, besides `default`.
+
+    Attributes:
+        record: of this device, model, dtype and versions; None without one.
+        published: figures that apply to this device and model.
+        unused: why there is no record, or why it is not used.
+        refused: a failed check for each way in which the record's environment differs.
+    """
 
     record: Result | None = None
     published: tuple[Published, ...] = ()
+    unused: str = ""
+    refused: tuple[Check, ...] = ()
 
 
 def checks_of(
@@ -179,13 +188,15 @@ def checks_of(
         return [Check(what, "paged runs", ours.samples.error, "no error", "failed")]
     checks = _ceilings(case, shape, ours, against.published)
     if default.samples.error:
-        return [*checks, _default_failed(what, default.samples.error)]
-    ratio = paired_ratio(ours.samples.seconds, default.samples.seconds)
-    checks += [
-        _time(what, "not slower than default", ratio, 1.0, LAW_SEEN),
-        *_memory(what, "not more memory than default", ours.peak_bytes, default.peak_bytes),
-    ]
-    return checks + _against_record(case, shape, ours, against.record, floor)
+        checks.append(_default_failed(what, default.samples.error))
+    else:
+        ratio = paired_ratio(ours.samples.seconds, default.samples.seconds)
+        checks.append(_time(what, "not slower than default", ratio, 1.0, LAW_SEEN))
+        law = "not more memory than default"
+        checks += _memory(what, law, ours.peak_bytes, default.peak_bytes)
+    if against.record:
+        checks += _against_record(case, shape, ours, against.record, floor)
+    return checks
 
 
 def _default_failed(what: str, error: str) -> Check:
@@ -195,18 +206,31 @@ def _default_failed(what: str, error: str) -> Check:
 
 
 def _against_record(
-    case: BenchCase, shape: Shape, ours: Measured, record: Result | None, floor: float | None
+    case: BenchCase, shape: Shape, ours: Measured, record: Result, floor: float | None
 ) -> list[Check]:
-    then = record.find(case.name, "paged", *shape[:2]) if record else None
-    if not then:
-        return []
-    what, seconds = describe(case, shape), ours.samples.seconds
-    checks = _memory(what, "memory as recorded", ours.peak_bytes, then.peak_bytes)
-    if then.latency_ms and then.floor_ms and floor:
-        now, was = paired_ratio(seconds, [floor] * len(seconds)), then.latency_ms.median
-        base = was / then.floor_ms
-        checks.append(_time(what, "time as recorded", now, base, SEEN))
-    return checks
+    """Compare time and memory; whatever the record lacks for that is a failed check."""
+    what, seconds, time_law = describe(case, shape), ours.samples.seconds, "time as recorded"
+    wanted = (case.name, "paged", shape.batch, shape.context, "")
+    then = next((row for row in record.rows if row.key == wanted), None)
+    if then is None or then.error:
+        lack = then.error if then else "no such row"
+        return [_lacking(what, law, lack) for law in (time_law, "memory as recorded")]
+    was = then.latency_ms.median if then.latency_ms else None
+    if was and then.floor_ms and floor:
+        ratio = paired_ratio(seconds, [floor] * len(seconds))
+        checks = [_time(what, time_law, ratio, was / then.floor_ms, SEEN)]
+    else:
+        checks = [_lacking(what, time_law, "no floor" if was else "no time")]
+    if not then.peak_bytes:
+        return [*checks, _lacking(what, "memory as recorded", "no peak memory")]
+    return checks + _memory(what, "memory as recorded", ours.peak_bytes, then.peak_bytes)
+
+
+_NOT_COMPARED = "not compared"
+
+
+def _lacking(what: str, law: str, lack: str) -> Check:
+    return Check(what, law, _NOT_COMPARED, f"record: {lack}", "failed")
 
 
 def _time(what: str, law: str, ratio: Interval, base: float, seen: float) -> Check:
@@ -268,28 +292,34 @@ def gate(
         CannotJudge: there is no CUDA device, or the runner fell back to a slower path.
     """
     refuse_where_blind(session)
-    checks: list[Check] = []
+    checks = list(against.refused)
     for done, (name, shape) in enumerate(shapes):
         progress(describe(CASES[name], shape), done, len(shapes))
         checks += judged(session, CASES[name], shape, against)
+    incomplete = any(check.found == _NOT_COMPARED for check in checks)
+    compared = "incomplete record" if incomplete else "recorded"
     return GateReport(
         passed=all(check.verdict == "passed" for check in checks),
         device=session.device_name,
         model=session.name,
-        record="laws only" if against.record is None else "recorded",
+        record="laws only" if against.record is None else compared,
         checks=checks,
     )
 
 
 def judged(session: Session, case: BenchCase, shape: Shape, against: Against) -> list[Check]:
-    """Return the checks of one shape; measure again while noise leaves one undecided."""
+    """Return the checks of one shape; measure again while noise alone keeps it undecided.
+
+    A failed check is final: another try could only measure it away.
+    """
     checks: list[Check] = []
     for attempt in range(TRIES):
         pairs = PAIRS * 2**attempt
         repeats = Repeats(least=pairs, most=pairs, patience=math.inf)
         measured = session.measure(case, shape, GATED_MODES, repeats)
         checks = checks_of(case, shape, measured, against, session.floor(case, shape))
-        if not any(check.verdict == "unmeasurable" for check in checks):
+        verdicts = {check.verdict for check in checks}
+        if "failed" in verdicts or "unmeasurable" not in verdicts:
             break
     return checks
 
@@ -314,12 +344,34 @@ def refuse_where_blind(session: Session) -> None:
 
 def against_records(records: Path, session: Session, published: Sequence[Published]) -> Against:
     """Return what a folder records for this GPU, model and dtype. Raises ResultFileError."""
-    path = record_path(records, session.device_name)
-    record = read_result(path) if path.exists() else None
-    if record is not None and not _same_model(record, session):
-        record = None
-    fitting = [p for p in published if p.applies_to(session.device_name, session.name)]
-    return Against(record, tuple(fitting))
+    path, now = record_path(records, session.device_name), session.result([])
+    fitting = tuple(p for p in published if p.applies_to(session.device_name, session.name))
+    if not path.exists():
+        return Against(None, fitting, f"{path} does not exist")
+    record = read_result(path)
+    if (record.model, record.dtype) != (now.model, now.dtype):
+        which = f"({record.model or 'unnamed'}, {record.dtype or 'unnamed'})"
+        return Against(None, fitting, f"{path} is for another model or dtype {which}")
+    if refused := _differences(now, record):
+        return Against(None, fitting, f"{path} is of another device or other versions", refused)
+    return Against(record, fitting)
+
+
+DEPENDS_ON = ("torch", "triton")
+"""Versions that the time of `paged` depends on: its kernels come from these two."""
+
+
+def _differences(now: Result, record: Result) -> tuple[Check, ...]:
+    """Return a failed check for the device and for each named version that differs."""
+    pairs = {"device": (now.device, record.device)}
+    for name in DEPENDS_ON:
+        if name in record.versions:
+            pairs[name] = (now.versions.get(name, "not installed"), record.versions[name])
+    return tuple(
+        Check("record", f"{name} as recorded", here, there, "failed")
+        for name, (here, there) in pairs.items()
+        if here != there
+    )
 
 
 def record_path(records: Path, device: str) -> Path:
@@ -327,17 +379,10 @@ def record_path(records: Path, device: str) -> Path:
     return records / f"{slug(device)}.json"
 
 
-def how_to_record(records: Path, session: Session) -> str:
-    """Return advice for a GPU and model without a record."""
-    path = record_path(records, session.device_name)
-    state = f"{path} is for another model or dtype" if path.exists() else f"{path} does not exist"
+def how_to_record(unused: str) -> str:
+    """Return advice for a run without a record; `unused` is the reason."""
     return (
-        f"paged was compared with default only, not with a record: {state}. "
+        f"paged was compared with default only, not with a record: {unused}. "
         "In a clone of the repository, record this GPU with `nox -s perf_record`, "
         "read the difference and commit it."
     )
-
-
-def _same_model(record: Result, session: Session) -> bool:
-    now = session.result([])
-    return (record.model, record.dtype) == (now.model, now.dtype)

@@ -36,7 +36,8 @@ def gate(choice: ModelChoice, records: Path, json_file: str | None) -> int:
     Runs `paged` and `default` (transformers' SDPA) in interleaved pairs. Compares the time of
     `paged`, divided by the shortest time that this GPU's bandwidth and arithmetic allow, with the
     time recorded for this GPU and model, and peak memory with the recorded bytes. Without a
-    record, checks only that `paged` is not slower than `default` and takes no more memory.
+    record, checks only that `paged` is not slower than `default` and takes no more memory. A
+    record that lacks a shape, or that another device, torch or triton made, fails by name.
 
     Exits with 1 when a check fails, or when noise leaves one undecided after three tries. Exits
     with 2 when there is nothing to judge: no GPU, or a fallback to a slower path.
@@ -61,7 +62,7 @@ def gate(choice: ModelChoice, records: Path, json_file: str | None) -> int:
     if note := mamba_note():
         console.print(note, soft_wrap=True)
     if against.record is None:
-        console.print(gates.how_to_record(records, session), soft_wrap=True)
+        console.print(gates.how_to_record(against.unused), soft_wrap=True)
     write_json(json_file, report.to_json())
     return OK if report.passed else FAILED
 
