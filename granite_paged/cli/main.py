@@ -1,7 +1,7 @@
 """The command line: `granite-paged verify | generate | bench | eval` and more.
 
 Exit status: 0 for success, 1 when a check failed, 2 for wrong usage or environment (explained in
-one line), 130 when interrupted.
+one line), 130 when interrupted, 141 when the reader of standard output is gone (as after `| head`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,7 @@ from granite_paged.cli.bench import bench, coldstart
 from granite_paged.cli.evaluate import evaluate
 from granite_paged.cli.gate import gate
 from granite_paged.cli.generate import generate
-from granite_paged.cli.options import (
-    FAILED,
-    INTERRUPTED,
-    OK,
-    SETTINGS,
-    USAGE,
-)
+from granite_paged.cli.options import CLOSED_PIPE, INTERRUPTED, OK, SETTINGS, USAGE
 from granite_paged.cli.profiling import profile
 from granite_paged.cli.report import plot, report
 from granite_paged.cli.tune import tune
@@ -50,9 +44,9 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo(f"\n{PROGRAM}: interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output is gone, as after `| head`
+    except SystemExit:  # here, click and rich exit only when the reader of our output is gone
         _discard_output()
-        return FAILED
+        return CLOSED_PIPE
     except OSError as error:  # standard output is full
         _discard_output()
         return _complain(f"cannot write {error.filename or 'standard output'}: {error.strerror}")

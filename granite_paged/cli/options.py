@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from granite_paged.geometry import PagedConfig
     from granite_paged.models import LoadedModel
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 

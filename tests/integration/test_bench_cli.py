@@ -19,8 +19,8 @@ from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Samples
 from granite_paged.bench.session import Measured, Session
 from granite_paged.bench.tune import Group, TunedShape
-from granite_paged.cli.main import FAILED, INTERRUPTED, OK, USAGE, run
-from granite_paged.cli.options import ModelChoice
+from granite_paged.cli.main import run
+from granite_paged.cli.options import FAILED, INTERRUPTED, OK, USAGE, ModelChoice
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.tuning import PATH, TUNED, read_tuned
 from granite_paged.report.bench_results import Result, Row, read_result

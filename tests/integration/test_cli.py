@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from granite_paged import __version__, models, verify
 from granite_paged.checkpoints.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
-from granite_paged.cli.main import INTERRUPTED, OK, USAGE, run
+from granite_paged.cli.main import CLOSED_PIPE, INTERRUPTED, OK, USAGE, run
 from granite_paged.runner.runner import Runner
 from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.tiny_models import tiny_model
@@ -189,6 +190,32 @@ def test_a_full_disk_is_reported_in_one_line() -> None:
     assert done.stderr.splitlines() == [
         "granite-paged: error: cannot write standard output: No space left on device"
     ]
+
+
+TABLE = """
+import sys, click
+from granite_paged.cli import main, options
+show = click.Command("show", callback=lambda: options.report_console(None).print("a table"))
+main.cli.add_command(show)
+sys.exit(main.run(["show"]))
+"""
+
+
+@pytest.mark.parametrize("command", [["-m", "granite_paged", "--help"], ["-c", TABLE]])
+def test_a_closed_pipe_is_not_reported_as_a_failed_check(command: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            check=False,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
 
 
 def test_a_missing_tokenizer_is_refused_with_advice(tmp_path: Path, capsys: Capture) -> None:

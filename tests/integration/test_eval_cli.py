@@ -12,7 +12,8 @@ import pytest
 
 from granite_paged import models
 from granite_paged.cli import evaluate as command
-from granite_paged.cli.main import FAILED, OK, USAGE, run
+from granite_paged.cli.main import run
+from granite_paged.cli.options import FAILED, OK, USAGE
 from granite_paged.evaluate import run as evaluation_run
 from granite_paged.report.eval_results import Difference
 from tests.helpers.command_line import Capture, assert_one_line

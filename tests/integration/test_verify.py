@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from granite_paged import PagedConfig, verify
-from granite_paged.cli.main import FAILED, OK, run
+from granite_paged.cli.main import run
+from granite_paged.cli.options import FAILED, OK
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import LoadedModel, load
 from tests.helpers import faults
