@@ -41,6 +41,7 @@ class RunningJobs:
 
     Attributes:
         short: pages ran out in this step, so no waiting job comes in.
+        forks: number of rows that continuations have in this step.
         swapped_bytes: host memory of preempted jobs.
     """
 
@@ -58,6 +59,7 @@ class RunningJobs:
         self.rows = RowPool(device, limits.rows)
         self.counts = Counts()
         self.short = False
+        self.forks = 0
         self.swapped_bytes = 0
         self._device = device
         self._allocator = allocator
@@ -82,14 +84,18 @@ class RunningJobs:
     # -- coming and going -----------------------------------------------------------------------
 
     def has_row_for(self, job: Job) -> bool:
-        """Return whether a row is free that no context needs for its forks.
+        """Return whether a row is free that no context needs for its forks."""
+        return self.rows.free > self.rows_kept(job)
 
-        Contexts keep as many rows as the one with the most continuations needs, but at most half
-        of all. With fewer, every context would wait for the others' forks.
+    def rows_kept(self, job: Job) -> int:
+        """Return the number of free rows that contexts keep for their forks, `job` included.
+
+        Their rows are what the context with the most continuations needs, but at most half of all.
+        With fewer, every context would wait for the others' forks.
         """
         asking = (job, *self.scoring, *self.prefilling)
         forks = max(other.rows_for_forks for other in asking)
-        return self.rows.free > min(forks, self._limits.rows // 2)
+        return max(0, min(forks, self._limits.rows // 2) - self.forks)
 
     def place(self, job: Job, hit: Hit) -> bool:
         """Give a waiting job a row and the pages of its prompt. Return False if pages are short."""

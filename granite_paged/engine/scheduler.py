@@ -299,6 +299,9 @@ class Scheduler:
 
     def _plan_scores(self, step: StepPlan, budget: int) -> int:
         """Plan continuations of the contexts that are computed. Return their number of tokens."""
+        others = len(self.queue) > 0 or self.running.prefilling
+        if others and budget > self._limits.alignment:
+            budget -= self._limits.alignment  # a chunk for prompts
         spent = 0
         planned: list[list[ScoreChunk]] = []
         for job in sorted(self.running.scoring, key=by_rank):

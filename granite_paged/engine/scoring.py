@@ -41,9 +41,10 @@ class ScorePlanner:
 
         The last of all takes the context's own row.
         """
-        numbers = self._affordable(job, budget)
+        rows = self._rows_for(job)
+        numbers = self._affordable(job, budget, rows)
         is_last = len(numbers) == len(job.pending)
-        forks = self._fork(job, numbers[:-1] if is_last else numbers)
+        forks = self._fork(job, numbers[:-1] if is_last else numbers[:rows])
         planned = [
             self._chunks(job, number, row, sequence)
             for number, (sequence, row) in zip(numbers, forks, strict=False)
@@ -90,11 +91,22 @@ class ScorePlanner:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _affordable(self, job: ScoringJob, budget: int) -> list[int]:
-        """Return the next continuations: one, and more as long as rows and the budget last."""
+    def _rows_for(self, job: ScoringJob) -> int:
+        """Return the number of rows to fork into.
+
+        A context that needs more than one step anyway leaves rows to waiting jobs, as far as
+        contexts need not keep them.
+        """
+        free = self._rows.free
+        if job.rows_for_forks <= free:
+            return free
+        return max(min(free, self._running.rows_kept(job)), free - len(self._queue))
+
+    def _affordable(self, job: ScoringJob, budget: int, rows: int) -> list[int]:
+        """Return the next continuations: one, and more as long as `rows` and the budget last."""
         numbers = job.pending[:1]
         budget -= len(job.continuation(numbers[0]))
-        for number in job.pending[1 : self._rows.free + 1]:
+        for number in job.pending[1 : rows + 1]:
             budget -= len(job.continuation(number))
             if budget < 0:
                 break
@@ -120,9 +132,10 @@ class ScorePlanner:
         """
         place = job.placed
         growth: dict[int, int] = {}
-        for number in numbers[: self._rows.free]:
+        for number in numbers:
             sequence = self._allocator.fork(place.sequence)
             self._forks[sequence] = self._rows.take()
+            self._running.forks += 1
             growth[sequence] = len(job.continuation(number))
         while growth and not self._make_room(job, growth, needed=len(growth) == 1):
             self._end_fork(growth.popitem()[0])
@@ -135,6 +148,7 @@ class ScorePlanner:
 
     def _end_fork(self, sequence: int) -> None:
         self._rows.give(self._forks.pop(sequence))
+        self._running.forks -= 1
         self._running.release(sequence)
 
     def _grow_own(self, job: ScoringJob, tokens: int) -> bool:

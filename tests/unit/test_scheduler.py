@@ -271,6 +271,36 @@ def test_a_long_continuation_is_scored_in_chunks() -> None:
     assert harness.runner.calls["score"] >= 5
 
 
+@pytest.mark.parametrize(("count", "length"), [(100, 2), (400, 2), (100, 60)])
+def test_a_context_with_many_continuations_lets_a_later_prompt_in_at_once(
+    count: int, length: int
+) -> None:
+    harness = make_harness({"state_bytes": 0}, pages=400, rows=8, chunk_tokens=64)
+    harness.score([5, 6, 7, 8], [[3 + n % 90, n // 90] * (length // 2) for n in range(count)])
+    for _ in range(3):
+        harness.step()
+    later = [ask(harness, [9, 10, n], new=2) for n in range(3)]
+    for _ in range(3):
+        harness.step()
+    assert all(tokens_of(request) for request in later)
+    harness.drain()
+    assert harness.met["scored"] == count
+
+
+def test_later_prompts_leave_half_the_rows_to_a_context_with_many_continuations() -> None:
+    harness = make_harness({"state_bytes": 0}, pages=400, rows=8, chunk_tokens=64)
+    harness.score([5, 6, 7, 8], [[n, n + 1] for n in range(90)])
+    for _ in range(3):
+        harness.step()
+    for number in range(30):
+        ask(harness, [9, 10, number], new=40)
+    steps = 0
+    while not harness.met["scored"]:
+        harness.step()
+        steps += 1
+    assert steps <= 90 / (8 // 2) + 3
+
+
 # -- cost ---------------------------------------------------------------------------------------
 
 
