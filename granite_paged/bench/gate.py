@@ -29,6 +29,10 @@ Consequences:
   changes.
 - A measurement too noisy to judge is reported as such and does not pass.
 
+These claims hold for pairs that are independent of each other. Noise that lasts over many pairs,
+or for a whole run (a clock that changes, a neighbour on the machine), makes the interval too
+narrow: unchanged programs then fail, and slower ones pass, more often than is stated here.
+
 The rule that holds without a record, "not slower than default", must see five per cent; its limit
 also lies half way. Peak memory repeats to the byte, so it is compared directly, with 1 % for the
 allocator's rounding.
