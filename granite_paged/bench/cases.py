@@ -63,6 +63,10 @@ class BenchCase:
     quick: tuple[Shape, ...]
     small: tuple[Shape, ...]
 
+    def able(self, modes: Sequence[str]) -> list[str]:
+        """Return which of these modes can run the case, in the case's order."""
+        return [mode for mode in self.modes if mode in modes]
+
     def work(self, sizes: ModelSizes, shape: Shape) -> Work | None:
         """Return the minimum work of one step; None for a case without model steps."""
         if self.kind == "prefill":

@@ -144,12 +144,7 @@ class Clock:
             begin = time.perf_counter()
             step()
             return time.perf_counter() - begin
-        first, last = _events()
-        first.record()
-        step()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
+        return _between_events(step)
 
     def kernel_seconds(self, step: Callable[[], Any], flush: torch.Tensor | None) -> float:
         """Time one call on the device alone: the device sleeps while the host queues the work.
@@ -160,15 +155,10 @@ class Clock:
         if not self.gpu:
             return self.seconds(step)
         self.wait()
-        first, last = _events()
         if flush is not None:
             flush.zero_()
         torch.cuda._sleep(_HIDING_CYCLES)  # type: ignore[no-untyped-call]
-        first.record()
-        step()
-        last.record()
-        last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3
+        return _between_events(step)
 
     def graph_seconds(self, calls: Sequence[Callable[[], Any]]) -> float:
         """Return the median time of one call, when a CUDA graph makes all calls in turn.
@@ -212,9 +202,14 @@ _REPLAYS = 15
 _HIDING_CYCLES = 2_000_000  # about a millisecond: longer than the host needs for any call
 
 
-def _events() -> tuple[Any, Any]:
-    make: Any = torch.cuda.Event
-    return make(enable_timing=True), make(enable_timing=True)
+def _between_events(step: Callable[[], Any]) -> float:
+    event: Any = torch.cuda.Event
+    first, last = event(enable_timing=True), event(enable_timing=True)
+    first.record()
+    step()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

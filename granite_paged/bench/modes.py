@@ -67,8 +67,7 @@ class Default:
     """transformers' default: SDPA, a DynamicCache, no compilation."""
 
     def __init__(self, model: Any, seed: int) -> None:
-        self._model = model
-        self._seed = seed
+        self._model, self._seed = model, seed
 
     def prepare(self, kind: Kind, shape: Shape) -> Prepared:
         """See `Mode.prepare`."""
@@ -105,8 +104,7 @@ class Static:
     """transformers' fastest mode: a StaticCache, and decode steps under torch.compile."""
 
     def __init__(self, model: Any, seed: int) -> None:
-        self._model = model
-        self._seed = seed
+        self._model, self._seed = model, seed
 
     def prepare(self, kind: Kind, shape: Shape) -> Prepared:
         """See `Mode.prepare`."""
@@ -180,9 +178,7 @@ class Paged:
     """Ours: a `Runner` whose pools and rows are sized exactly for the shape."""
 
     def __init__(self, model: Any, config: PagedConfig, seed: int) -> None:
-        self._model = model
-        self._config = config
-        self._seed = seed
+        self._model, self._config, self._seed = model, config, seed
 
     def prepare(self, kind: Kind, shape: Shape) -> Prepared:
         """See `Mode.prepare`."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from granite_paged.bench.measure import Clock
 from granite_paged.geometry import CacheGeometry
 from granite_paged.layers.mamba import MambaSizes, mixers
 from granite_paged.report.bench_results import Rates
@@ -131,28 +132,24 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     count, side = (2**30, 8192) if gpu else (2**24, 384)
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = _best_seconds(lambda: target.copy_(source), device)
+    clock = Clock(device)
+    copy = _best_seconds(lambda: target.copy_(source), clock)
     factor = torch.randn(side, side, device=device).to(dtype)
     product = torch.empty_like(factor)
-    multiply = _best_seconds(lambda: torch.mm(factor, factor, out=product), device)
+    multiply = _best_seconds(lambda: torch.mm(factor, factor, out=product), clock)
     return Rates(bytes_per_second=2 * count / copy, flops_per_second=2 * side**3 / multiply)
 
 
 _TRIES, _CALLS = 5, 4
 
 
-def _best_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def _best_seconds(call: Callable[[], Any], clock: Clock) -> float:
     times = []
     for _ in range(1 + _TRIES):  # the first one warms up
-        _wait(device)
+        clock.wait()
         begin = time.perf_counter()
         for _ in range(_CALLS):
             call()
-        _wait(device)
+        clock.wait()
         times.append((time.perf_counter() - begin) / _CALLS)
     return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -103,11 +103,6 @@ class TuningTarget:
             self.model.config, page_size=self.config.page_size, dtype=self.model.dtype
         )
 
-    @property
-    def multiprocessors(self) -> int:
-        """Number of multiprocessors of the device; 1 on the CPU."""
-        return multiprocessors(self.clock.device)
-
     def random(self, *shape: int) -> Tensor:
         """Return random numbers in the model's dtype, on its device."""
         draw = torch.Generator(self.clock.device).manual_seed(self.seed)
@@ -287,9 +282,10 @@ def _plain_columns(layer: Any) -> Iterator[int]:
 
 def product_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
     """Yield a group for each tile of rows and each kind of product."""
+    processors = multiprocessors(target.clock.device)
     for rows in (1, *ROW_TILES):
         steps = DecodeSteps(target, rows)
-        for gated, few in product_kinds(target.model, rows, target.multiprocessors):
+        for gated, few in product_kinds(target.model, rows, processors):
             if rows == 1:
                 one = TUNED.for_one_row(gated=gated, few_columns=few)
                 choices = candidates(one, ONE_ROW_CHOICES, quick)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,8 +85,8 @@ class RequestTrace:
     """Tokens of one request, and when each came, in seconds since the run started."""
 
     arrival: Arrival
-    tokens: list[int]
-    times: list[float]
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
 
 def compare(
@@ -136,7 +136,7 @@ def serve(
 ) -> list[RequestTrace]:
     """Submit each request when it arrives, and step the engine until all are done."""
     started = time.perf_counter()
-    traces = [RequestTrace(arrival, [], []) for arrival in coming]
+    traces = [RequestTrace(arrival) for arrival in coming]
     requests: list[Request] = []
     while len(requests) < len(traces) or not engine.idle:
         now = time.perf_counter() - started
@@ -171,12 +171,12 @@ class Batches:
     def warm_up(self) -> None:
         """Run one batch with two tokens per answer, outside the timed region."""
         few = [replace(arrival, at=0.0, new_tokens=2) for arrival in self._coming[: self._batch]]
-        self._generate([RequestTrace(arrival, [], []) for arrival in few], 0.0)
+        self._generate([RequestTrace(arrival) for arrival in few], 0.0)
 
     def serve(self, mode: str, progress: Progress = silent) -> list[RequestTrace]:
         """Run each batch as soon as its last request has arrived."""
         started = time.perf_counter()
-        traces = [RequestTrace(arrival, [], []) for arrival in self._coming]
+        traces = [RequestTrace(arrival) for arrival in self._coming]
         for start in range(0, len(traces), self._batch):
             together = traces[start : start + self._batch]
             last = max(trace.arrival.at for trace in together)

@@ -111,7 +111,7 @@ class Session:
 
     def rows(self, case: BenchCase, shape: Shape, modes: Sequence[str]) -> list[Row]:
         """Measure one shape of a case in each of `modes` that can run it."""
-        chosen = [mode for mode in case.modes if mode in modes]
+        chosen = case.able(modes)
         if case.kind == "kernel":
             return [self._kernel_row(case, shape) for _ in chosen]
         if case.kind == "memory":
@@ -122,23 +122,22 @@ class Session:
         return [self._row(case, shape, mode, part) for mode, part in measured.items()]
 
     def _row(self, case: BenchCase, shape: Shape, mode: str, part: Measured) -> Row:
-        base = Row(case.name, mode, shape.batch, shape.context, error=part.samples.error)
         floor = self.floor(case, shape)
         floor_ms = None if floor is None else 1e3 * floor
+        base = Row(case.name, mode, *shape[:2], floor_ms=floor_ms, error=part.samples.error)
         if base.error:
-            return replace(base, floor_ms=floor_ms)
+            return base
         latency = part.samples.latency()
         return replace(
             base,
             latency_ms=latency,
             tokens_per_second=1e3 * case.step_tokens(shape) / latency.median,
             peak_bytes=part.peak_bytes,
-            floor_ms=floor_ms,
             note=part.note,
         )
 
     def _kernel_row(self, case: BenchCase, shape: Shape) -> Row:
-        base = Row(case.name, "paged", shape.batch, shape.context, variant=shape.variant)
+        base = Row(case.name, "paged", *shape[:2], variant=shape.variant)
         before = self.clock.allocated()
         try:
             kernels = KernelCase(self.model, self.config, shape, self.seed, self.clock.device)
@@ -159,8 +158,10 @@ class Session:
         )
 
     def _capacity_row(self, case: BenchCase, shape: Shape, mode: str) -> Row:
-        budget = self._capacity_budget()
-        longest = shape.context
+        budget, longest = _CPU_BUDGET, shape.context
+        if self.clock.gpu:
+            total = torch.cuda.get_device_properties(self.clock.device).total_memory
+            budget = int(_BUDGET_FRACTION * total)
         if mode == "paged":
             geometry = CacheGeometry.from_config(
                 self.model.config, page_size=self.config.page_size, dtype=self.model.dtype
@@ -178,14 +179,8 @@ class Session:
             note=f"sequences that fit {budget / 1e9:.1f} GB, Mamba states included; counted",
         )
 
-    def _capacity_budget(self) -> int:
-        if not self.clock.gpu:
-            return _CPU_BUDGET
-        total = torch.cuda.get_device_properties(self.clock.device).total_memory
-        return int(_BUDGET_FRACTION * total)
-
     def _coldstart_rows(self, case: BenchCase, shape: Shape) -> list[Row]:
-        base = Row(case.name, "paged", shape.batch, shape.context)
+        base = Row(case.name, "paged", *shape[:2])
         context = ("--context", str(shape.context))
         try:
             stages = list(in_fresh_processes((*self._fresh_arguments, *context)))
@@ -232,7 +227,7 @@ class Session:
     def _ready(self, case: BenchCase, shape: Shape, mode: str, measured: Measured) -> Prepared:
         """Prepare a step, warm it up, and record its peak without what other modes hold."""
         others = self.clock.allocated() - self._weights
-        prepared = make_mode(mode, self.model, self.config, self.seed).prepare(case.kind, shape)
+        prepared = self._prepared(case.kind, shape, mode)
         try:
             for _ in range(_WARM_UP):
                 prepared.step()
@@ -309,7 +304,7 @@ def make_plan(
     """
     chosen = tuple(modes or MODES)
     for case in chosen_cases(cases) if cases else ():
-        if not set(case.modes) & set(chosen):
+        if not case.able(chosen):
             able, got = ", ".join(case.modes), ", ".join(chosen)
             raise InvalidArgument(f"case {case.name} runs in mode {able} only, got {got}")
     shapes = [
@@ -332,7 +327,9 @@ def run(session: Session, plan: BenchPlan, progress: Progress = silent) -> Itera
         progress(describe(case, shape), done, len(plan.shapes))
         spent = time.perf_counter() - begin
         if plan.budget is not None and spent > plan.budget:
-            yield from _unmeasured(case, shape, plan)
+            error = f"not measured: the budget of {plan.budget:g} s was spent"
+            for mode in case.able(plan.modes):
+                yield Row(case.name, mode, *shape[:2], variant=shape.variant, error=error)
         else:
             yield from session.rows(case, shape, plan.modes)
 
@@ -343,19 +340,7 @@ def first_steps(plan: BenchPlan) -> Iterator[tuple[BenchCase, Shape, str]]:
     for case, shape in plan.shapes:
         if case.kind in ("prefill", "decode", "kernel") and case.name not in seen:
             seen.add(case.name)
-            yield from ((case, shape, mode) for mode in case.modes if mode in plan.modes)
-
-
-def _unmeasured(case: BenchCase, shape: Shape, plan: BenchPlan) -> Iterator[Row]:
-    for mode in (mode for mode in case.modes if mode in plan.modes):
-        yield Row(
-            case.name,
-            mode,
-            shape.batch,
-            shape.context,
-            variant=shape.variant,
-            error=f"not measured: the budget of {plan.budget:g} s was spent",
-        )
+            yield from ((case, shape, mode) for mode in case.able(plan.modes))
 
 
 def describe(case: BenchCase, shape: Shape) -> str:

@@ -155,26 +155,15 @@ def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, st
     """
     for outcome in outcomes:
         tuned = tuned.having(outcome.candidates[outcome.chosen])
-    microseconds = {**_kept(tuned, environment), **_microseconds(outcomes)}
-    where: dict[str, Any] = {**environment, "microseconds": microseconds}
-    return replace(tuned, **where)
-
-
-def _kept(tuned: Tuned, environment: dict[str, str]) -> dict[str, float]:
-    """Return the earlier times, if device and versions are the same."""
     same = all(getattr(tuned, name) == value for name, value in environment.items())
-    return tuned.microseconds if same else {}
-
-
-def _microseconds(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Return the times of the chosen constants by shape."""
-    found = {}
+    microseconds = dict(tuned.microseconds) if same else {}
     for outcome in outcomes:
         for shape, line in outcome.trials.items():
             time = line[outcome.chosen].microseconds
             assert time is not None
-            found[shape] = round(time, 2)
-    return found
+            microseconds[shape] = round(time, 2)
+    where: dict[str, Any] = {**environment, "microseconds": microseconds}
+    return replace(tuned, **where)
 
 
 # -- a sweep ------------------------------------------------------------------------------------
