@@ -235,7 +235,7 @@ class TokenizerError(ModelError, ValueError):
 
 
 class AlreadyPatched(ModelError):
-    """`patch` was called on a model that is patched."""
+    """`patch`, or a change of its attention implementation, was called on a patched model."""
 
 
 class NotPatched(ModelError):

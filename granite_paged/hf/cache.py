@@ -259,6 +259,16 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """Return the number of columns so far, by which `generate()` slices its inputs."""
         return self._columns.count
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Return a Mamba layer's last inputs. Raises NotPatched in a step, where ours has them."""
+        if self.in_step:
+            raise NotPatched(
+                f"Mamba layer {layer_idx} has lost the forward that patch() gave it: "
+                "call unpatch(model) and patch(model)"
+            )
+        conv: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        return conv
+
     def reset(self) -> None:
         """Release every sequence and keep the pools."""
         self._close_rows()

@@ -3,13 +3,18 @@
 No other module touches transformers' registries, hooks and instances. `patch` changes this on one
 model, and `unpatch` restores it:
 
-- The model gets its own copy of its config, which names our attention implementation.
+- Attention layers get a copy of the config that names our attention implementation.
 - A pre-hook and a hook on the decoder open and close a step of a `PagedCache`.
 - Mamba layers run in inference form (`mamba_forward`) while a step is open.
 - `generate()` makes a `PagedCache` instead of a `DynamicCache`.
+- `set_attn_implementation()` refuses to run.
 
-Weights, module classes and every other model stay as they are. The first `patch` adds our names to
-two registries of transformers. They stay there, because copies of a patched model use them too.
+All of these are attributes of instances, and each is put back to the object that was there. What
+the user puts on top of ours while the model is patched stays; ours, below it, then does nothing.
+
+Weights, module classes, the model's config and every other model stay as they are. The first
+`patch` adds our names to a registry of transformers. They stay there, because copies of a patched
+model use them too.
 """
 
 from __future__ import annotations
@@ -19,16 +24,14 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import GraniteMoeHybridForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import eager_attention_forward
 
 from granite_paged.errors import (
     AlreadyPatched,
@@ -50,20 +53,46 @@ from granite_paged.layers.mamba import MambaRows, MambaSizes, mamba_forward, mix
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _PATCH = "_granite_paged"
-_PREPARE_CACHE = "_prepare_cache_for_generation"
+_PLAIN_ATTENTION = "_granite_paged_plain_attention"
 
 FIRST_RESERVE = 2048
 """Most new tokens per row that `generate()` reserves pages for before its first step."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Patch:
-    """State of a patched model, for `unpatch`."""
+    """State of a patched model, for `unpatch`.
 
-    paged_config: PagedConfig
-    model_config: Any
-    own_config: Any
-    hooks: tuple[Any, ...]
+    Attributes:
+        config: how to page.
+        attention: the model's own attention implementation.
+        hooks: handles of our hooks on the decoder.
+        replaced: (instance, attribute, our value, {attribute: value before} or {} if absent).
+    """
+
+    config: PagedConfig
+    attention: str
+    hooks: list[Any] = field(default_factory=list)
+    replaced: list[tuple[Any, str, Any, dict[str, Any]]] = field(default_factory=list)
+
+    def put(self, owner: Any, name: str, ours: Any) -> None:
+        """Set an attribute of one instance, and remember what the instance itself had there."""
+        before = {key: value for key, value in vars(owner).items() if key == name}
+        self.replaced.append((owner, name, ours, before))
+        vars(owner)[name] = ours
+
+    def undo(self) -> None:
+        """Put back what was there, except below what was put on top of ours."""
+        for hook in self.hooks:
+            hook.remove()
+        for owner, name, ours, before in self.replaced:
+            if vars(owner).get(name) is ours:
+                del vars(owner)[name]
+                vars(owner).update(before)
+
+    def is_active(self, model: Any) -> bool:
+        """Return whether the model, or its decoder, is still patched by this."""
+        return vars(model.base_model).get(_PATCH) is self
 
 
 def patch(model: Any, config: PagedConfig | None = None) -> None:
@@ -84,38 +113,39 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
         raise AlreadyPatched("this model is patched already; call unpatch(model) first")
     CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)
     _register()
-    shared = model.config
-    own = copy.deepcopy(shared)
-    own._attn_implementation = _implementation(config.backend)
-    _share_config(model, shared, own)
-    hooks = (
-        model.base_model.register_forward_pre_hook(_open_step, with_kwargs=True),
-        model.base_model.register_forward_hook(_close_step, with_kwargs=True, always_call=True),
+    decoder, state = model.base_model, _Patch(config, model.config._attn_implementation)
+    state.put(decoder, _PATCH, state)
+    state.hooks.append(decoder.register_forward_pre_hook(_open_step, with_kwargs=True))
+    state.hooks.append(
+        decoder.register_forward_hook(_close_step, with_kwargs=True, always_call=True)
     )
-    state = _Patch(config, shared, own, hooks)
-    setattr(model.base_model, _PATCH, state)
-    prepare = functools.partial(_prepare_cache, model, getattr(model, _PREPARE_CACHE), config)
-    setattr(model, _PREPARE_CACHE, prepare)
+    paged_config = copy.copy(model.config)
+    paged_config._attn_implementation = _implementation(config.backend)
+    setattr(paged_config, _PLAIN_ATTENTION, state.attention)
+    for layer in decoder.layers:
+        if layer.self_attn is not None:
+            state.put(layer.self_attn, "config", paged_config)
     for mixer in mixers(model).values():
-        mixer.forward = functools.partial(_forward_mamba, mixer, mixer.forward)
+        state.put(mixer, "forward", functools.partial(_forward_mamba, mixer, mixer.forward))
+    for owner, name, ours in (
+        (model, "_prepare_cache_for_generation", _prepare_cache),
+        (model, "set_attn_implementation", _set_attention),
+        (decoder, "set_attn_implementation", _set_attention),
+    ):
+        state.put(owner, name, functools.partial(ours, owner, getattr(owner, name), state))
 
 
 def unpatch(model: Any) -> None:
-    """Undo `patch(model)`. The model's logits are bit-identical to those before.
+    """Undo `patch(model)`, and nothing else: the user's own changes stay.
+
+    Where there are none, the model's logits are bit-identical to those before.
 
     Raises:
         NotPatched: if the model is not patched.
     """
     if not is_patched(model):
         raise NotPatched("this model is not patched (or was unpatched already)")
-    state: _Patch = getattr(model.base_model, _PATCH)
-    for hook in state.hooks:
-        hook.remove()
-    _share_config(model, state.own_config, state.model_config)
-    delattr(model, _PREPARE_CACHE)  # of the instance, which hid the method of the class
-    delattr(model.base_model, _PATCH)
-    for mixer in mixers(model).values():
-        del mixer.forward
+    getattr(model.base_model, _PATCH).undo()
 
 
 @contextlib.contextmanager
@@ -147,34 +177,39 @@ def paged_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
+    attention_mask: Tensor | CacheStep | None,
     scaling: float,
     dropout: float = 0.0,
     *,
     backend: Backend = "auto",
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend over a pool in a paged step, with SDPA in any other; transformers calls this.
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over a pool in a paged step, as the model otherwise does in any other.
+
+    transformers calls this.
 
     Args:
         module: the attention layer.
         query: [B, Hq, S, D].
         key, value: [1, Hkv, slots, D] in a paged step; original what another cache returned.
-        attention_mask: a BlockMask in a paged step.
+        attention_mask: the step, if it is a paged one.
         scaling: of the scores.
-        dropout: for SDPA.
+        dropout: for a step that is not paged.
         backend: how FlexAttention runs.
 
     Returns:
         [B, S, Hq, D], and None for the attention weights.
     """
-    if not isinstance(attention_mask, BlockMask):
-        out: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return out
-    attended = paged_attention(query, key, value, attention_mask, scale=scaling, backend=backend)
-    return attended.transpose(1, 2), None
+    if isinstance(attention_mask, CacheStep):
+        mask = attention_mask.block_mask
+        attended = paged_attention(query, key, value, mask, scale=scaling, backend=backend)
+        return attended.transpose(1, 2), None
+    plain = getattr(module.config, _PLAIN_ATTENTION)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager_attention_forward)
+    out: tuple[Tensor, Tensor | None] = attend(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return out
 
 
 def _forward_mamba(
@@ -210,11 +245,17 @@ def _open_step(
     rename_cache(kwargs)
     _check_inference(decoder)
     state: _Patch = getattr(decoder, _PATCH)
+    _check_attention(state.attention, decoder.config._attn_implementation)
     cache = kwargs.get(CACHE)
-    if cache is None and _wants_cache(decoder, kwargs):
-        cache = kwargs[CACHE] = PagedCache.for_model(decoder, state.paged_config)
+    if cache is None and _option(decoder, kwargs, "use_cache"):
+        cache = kwargs[CACHE] = PagedCache.for_model(decoder, state.config)
     if isinstance(cache, PagedCache):
         _check_same_model(decoder, cache)
+        if _option(decoder, kwargs, "output_attentions"):
+            raise InvalidRequest(
+                "a paged step computes no attention weights: leave out output_attentions, "
+                "or unpatch the model"
+            )
         batch, columns = _check_tokens(decoder, kwargs, cache)
         step = cache.begin_step(batch, columns, _plain_mask(kwargs))
         kwargs["attention_mask"] = _by_layer_kind(decoder, step)
@@ -235,7 +276,7 @@ def _close_step(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
 def _prepare_cache(
     model: Any,
     original: Any,
-    config: PagedConfig,
+    state: _Patch,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -245,14 +286,24 @@ def _prepare_cache(
     """Replace `generate()`'s method: make a PagedCache unless the user chose another cache."""
     user_cache = model_kwargs.get(CACHE) is not None
     dynamic = generation_config.cache_implementation in (None, "dynamic")
-    if user_cache or not dynamic or generation_config.use_cache is False:
+    uncached = not dynamic or generation_config.use_cache is False
+    if user_cache or uncached or not state.is_active(model):
         original(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     else:
-        model_kwargs[CACHE] = PagedCache.for_model(model, config)
+        model_kwargs[CACHE] = PagedCache.for_model(model, state.config)
     cache = model_kwargs.get(CACHE)
     if isinstance(cache, PagedCache):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache.reserve(_tokens_expected(model_kwargs, batch_size * copies, max_cache_length))
+
+
+def _set_attention(
+    model: Any, original: Any, state: _Patch, attn_implementation: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Replace `set_attn_implementation`: refuse another implementation while patched."""
+    if state.is_active(model):
+        _check_attention(state.attention, attn_implementation)
+    original(attn_implementation, *args, **kwargs)
 
 
 # -- details ------------------------------------------------------------------------------------
@@ -265,18 +316,8 @@ def _implementation(backend: Backend) -> str:
 
 def _register() -> None:
     for backend in BACKENDS:
-        name = _implementation(backend)
-        AttentionInterface.register(
-            name, functools.partial(paged_attention_forward, backend=backend)
-        )
-        # Steps that are not paged need a mask function: without one, padding is lost silently.
-        AttentionMaskInterface.register(name, sdpa_mask)
-
-
-def _share_config(model: Any, old: Any, new: Any) -> None:
-    for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+        forward = functools.partial(paged_attention_forward, backend=backend)
+        AttentionInterface.register(_implementation(backend), forward)
 
 
 @functools.cache
@@ -284,9 +325,18 @@ def _parameters(decoder_class: type) -> tuple[str, ...]:
     return tuple(inspect.signature(decoder_class.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
-def _wants_cache(decoder: Any, kwargs: dict[str, Any]) -> bool:
-    use_cache = kwargs.get("use_cache")
-    return bool(decoder.config.use_cache if use_cache is None else use_cache)
+def _option(decoder: Any, kwargs: dict[str, Any], name: str) -> bool:
+    """Return an option of a call, or the config's where the call does not say."""
+    value = kwargs.get(name)
+    return bool(getattr(decoder.config, name, False) if value is None else value)
+
+
+def _check_attention(own: str, asked: Any) -> None:
+    if asked != own:
+        raise AlreadyPatched(
+            f"the attention implementation of a patched model cannot become {asked!r}: "
+            f"call unpatch(model) first, or keep {own!r}"
+        )
 
 
 def _check_supported(model: Any) -> None:
@@ -349,11 +399,10 @@ def _plain_mask(kwargs: dict[str, Any]) -> Tensor | None:
     raise InvalidRequest("a paged step takes a 2-D attention_mask of zeros and ones, or None")
 
 
-def _by_layer_kind(decoder: Any, step: CacheStep) -> dict[str, BlockMask | None]:
-    """Return the step's masks as the model takes them; Mamba layers get theirs from the cache."""
+def _by_layer_kind(decoder: Any, step: CacheStep) -> dict[str, CacheStep | None]:
+    """Return the step in place of masks; Mamba layers get it from the cache."""
     return {
-        kind: step.block_mask if kind in ATTENTION_KINDS else None
-        for kind in decoder.config.layers_block_type
+        kind: step if kind in ATTENTION_KINDS else None for kind in decoder.config.layers_block_type
     }
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -21,11 +25,12 @@ from granite_paged.errors import (
     AlreadyPatched,
     GeometryError,
     InferenceOnly,
+    InvalidRequest,
     NotPatched,
     UnsupportedModel,
 )
 from granite_paged.hf.compat import with_cache
-from tests.helpers.tiny_models import cache_of, prompts, tiny_model
+from tests.helpers.tiny_models import PAD, VOCABULARY, cache_of, prompts, tiny_model
 
 PAGES = PagedConfig(page_size=4)
 
@@ -48,30 +53,186 @@ def test_unpatched_logits_are_bit_identical(model: Any) -> None:
     assert torch.equal(logits(model), before)
 
 
-def test_unpatching_restores_configs_and_hooks(model: Any) -> None:
-    def state() -> tuple[Any, ...]:
-        modules = [(name, id(module.config)) for name, module in model.named_modules()
-                   if hasattr(module, "config")]  # fmt: skip
-        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-        return (
-            modules,
-            hooks,
-            sorted(vars(model)),
-            sorted(vars(model.model)),
-        )
+def put(owner: str, name: str) -> Callable[[Any], Any]:
+    """Put a method on one instance, over the one that is there, as accelerate does."""
 
-    before = state()
+    def add(model: Any) -> None:
+        module = model.get_submodule(owner)
+        inner = getattr(module, name)
+
+        @functools.wraps(inner)
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs)
+
+        setattr(module, name, outer)
+
+    return add
+
+
+def hook(owner: str, register: str) -> Callable[[Any], Any]:
+    return lambda model: getattr(model.get_submodule(owner), register)(lambda *args: None)
+
+
+def edit_configs(model: Any) -> None:
+    model.config.edited = object()
+    model.generation_config.edited = object()
+
+
+def replace_mamba_layer(model: Any) -> None:
+    old, layer = model.model.layers[2].mamba, model.model.layers[2]
+    layer.mamba = type(old)(model.config, 2).requires_grad_(False).eval()
+    layer.mamba.load_state_dict(old.state_dict())
+
+
+ADDITIONS: dict[str, Callable[[Any], Any]] = {
+    "cache method": put("", "_prepare_cache_for_generation"),
+    "attention method": put("", "set_attn_implementation"),
+    "attention method of the decoder": put("model", "set_attn_implementation"),
+    "forward of the model": put("", "forward"),
+    "forward of the decoder": put("model", "forward"),
+    "forward of a layer": put("model.layers.2", "forward"),
+    "forward of a Mamba layer": put("model.layers.0.mamba", "forward"),
+    "forward of an attention layer": put("model.layers.1.self_attn", "forward"),
+    "hook of the decoder": hook("model", "register_forward_hook"),
+    "pre-hook of the decoder": hook("model", "register_forward_pre_hook"),
+    "pre-hook of a Mamba layer": hook("model.layers.0.mamba", "register_forward_pre_hook"),
+    "config edits": edit_configs,
+    "resized embeddings": lambda model: model.resize_token_embeddings(VOCABULARY + 8),
+    "another Mamba layer": replace_mamba_layer,
+}
+
+
+def contents(model: Any) -> dict[tuple[str, Any], Any]:
+    """Return every attribute, submodule and hook of every module, and every setting."""
+    members: dict[str, dict[Any, Any]] = {
+        "config": vars(model.config),
+        "generation_config": vars(model.generation_config),
+    }
+    for path, module in model.named_modules():
+        hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+        members[path] = {**vars(module), **module._modules, **hooks}
+    return {(path, name): value for path, own in members.items() for name, value in own.items()}
+
+
+@settings(max_examples=15)
+@given(
+    before=st.lists(st.sampled_from(list(ADDITIONS)), max_size=4),
+    during=st.lists(st.sampled_from(list(ADDITIONS)), max_size=4),
+)
+@example(before=list(ADDITIONS), during=[])
+@example(before=[], during=list(ADDITIONS))
+@example(before=list(ADDITIONS), during=list(ADDITIONS))
+def test_unpatching_restores_the_same_objects(before: list[str], during: list[str]) -> None:
+    """What was there before is there after, and what the user added while patched stays."""
+    model, ids = tiny_model().requires_grad_(False), prompts((9,))[0]
+
+    def answer() -> Any:
+        return model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, pad_token_id=PAD)
+
+    for kind in before:
+        ADDITIONS[kind](model)
+    answer()
+    untouched = contents(model)
     patch(model, PAGES)
-    assert state() != before
+    assert isinstance(cache_of(answer()), PagedCache)
+    patched = contents(model)
+    for kind in during:
+        ADDITIONS[kind](model)
+    edited = contents(model)
     unpatch(model)
-    assert state() == before
+    actual = contents(model)
+    expected = {place: untouched[place] for place in untouched if place in edited} | {
+        place: value
+        for place, value in edited.items()
+        if place not in patched or patched[place] is not value
+    }
+    assert set(actual) == set(expected)
+    assert [place for place, value in actual.items() if value is not expected[place]] == []
+    plain = answer()
+    assert type(cache_of(plain)) is DynamicCache
+    with paged(model, PAGES):
+        again = answer()
+    assert isinstance(cache_of(again), PagedCache)
+    assert again.sequences.tolist() == plain.sequences.tolist()
 
 
-def test_unpatching_restores_the_forward_of_mamba_layers(model: Any) -> None:
-    mixers = [layer.mamba for layer in model.model.layers if layer.mamba is not None]
-    with paged(model):
-        assert all("forward" in vars(mixer) for mixer in mixers)
-    assert not any("forward" in vars(mixer) for mixer in mixers)
+def test_hooks_of_accelerate_run_again_after_unpatching(model: Any) -> None:
+    """accelerate PR #1971: its hooks replace the forward of the instance."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    calls = []
+
+    class Count(hooks.ModelHook):  # type: ignore[misc, name-defined]
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return args, kwargs
+
+    mixer = model.model.layers[0].mamba
+    hooks.add_hook_to_module(mixer, Count())
+    with paged(model, PAGES):
+        logits(model)
+    logits(model)
+    assert calls == [mixer]
+
+
+def test_a_mamba_layer_that_lost_its_paged_forward_is_refused(model: Any) -> None:
+    """Its own forward would read our states in another layout."""
+    model.requires_grad_(False)
+    with paged(model, PAGES):
+        del model.model.layers[0].mamba.forward
+        with pytest.raises(NotPatched, match="layer 0"):
+            logits(model)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_another_attention_is_refused_while_patched(model: Any, part: str) -> None:
+    owner, expected = model if part == "model" else model.model, logits(model)
+    with paged(model, PAGES):
+        with pytest.raises(AlreadyPatched, match=r"'eager'.*unpatch\(model\)"):
+            owner.set_attn_implementation("eager")
+        torch.testing.assert_close(logits(model), expected)
+    owner.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_edited_attention_is_refused_while_patched(model: Any) -> None:
+    with paged(model, PAGES):
+        model.config._attn_implementation = "eager"
+        with pytest.raises(AlreadyPatched, match="'eager'"):
+            logits(model)
+        model.config._attn_implementation = "sdpa"
+        logits(model)
+        model.config._attn_implementation = "eager"
+    assert model.config._attn_implementation == "eager", "an edit by the user must survive"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=["paged", "without a cache"])
+def test_every_attention_of_transformers_can_be_patched(attention: str, options: Any) -> None:
+    model = tiny_model().requires_grad_(False)
+    model.set_attn_implementation(attention)
+    token = prompts()[1].bool()
+    expected = logits(model, use_cache=False)[token]
+    with paged(model, PAGES):
+        torch.testing.assert_close(logits(model, **options)[token], expected)
+        assert model.config._attn_implementation == attention
+    assert torch.equal(logits(model, use_cache=False)[token], expected)
+
+
+def test_attention_weights_are_refused(model: Any) -> None:
+    model.set_attn_implementation("eager")
+    with paged(model, PAGES), pytest.raises(InvalidRequest, match="attention weights"):
+        logits(model, output_attentions=True)
+
+
+def test_unpatching_a_copy_leaves_the_model_patched(model: Any) -> None:
+    untouched = {place for place, _ in contents(model).items()}
+    with paged(model, PAGES):
+        twin = copy.deepcopy(model)
+        unpatch(twin)
+        assert is_patched(model)
+        assert set(contents(twin)) == untouched
+        out = twin.generate(prompts((9,))[0], max_new_tokens=2, return_dict_in_generate=True)
+        assert type(cache_of(out)) is DynamicCache
 
 
 def test_weights_are_untouched(model: Any) -> None:
