@@ -48,11 +48,11 @@ class PromptEncoder:
             PromptError: if there are no tokens, one is outside the vocabulary, or `prompt` is none
                 of the above.
         """
+        if isinstance(prompt, str):
+            return self.encode(self._encoded(prompt, what), what)
         rows = as_prompts(prompt)
         one = rows[0] if len(rows) == 1 else prompt
-        if isinstance(one, str):
-            one = self._encoded(one, what)
-        elif isinstance(one, list) and one and all(map(_is_message, one)):
+        if isinstance(one, list) and one and all(map(_is_message, one)):
             one = self._chat(one, what)
         return check_tokens(one, self._vocabulary, what)
 

@@ -96,6 +96,7 @@ WRONG: dict[str, Any] = {
     "bytes": b"45",
     "set": {4, 5},
     "words": ["a", "b"],
+    "a word": ["4"],
     "nested": [[4], [5]],
     "floats": [1.5, 2.5],
     "nan": [float("nan"), 3],
