@@ -178,14 +178,9 @@ def checks_of(
     against: Against,
     floor: float | None = None,
 ) -> list[Check]:
-    """Return every check of one shape.
+    """Return every check of one shape, from what was measured of `paged` and `default`.
 
-    Args:
-        case: the case.
-        shape: its shape.
-        measured: by mode; `paged` and `default`.
-        against: the record and the published figures.
-        floor: shortest possible time of a step in seconds; None if unknown.
+    `floor` is the shortest possible time of a step in seconds; None if unknown.
     """
     what, ours, default = describe(case, shape), measured["paged"], measured["default"]
     if ours.samples.error:

@@ -90,17 +90,10 @@ class KernelCase:
 
     def paged(self) -> Tensor:
         """Attend over pages as a runner's decode step does: [B, Hq, 1, D]."""
+        query, pools, mask = self._query, (self._keys, self._values), self._block_mask
         if self._plan is not None:
-            pools, mask = (self._keys, self._values), self._block_mask
             return self._split_call(self._plan, pools, mask)()[:, :, None]
-        return paged_attention(
-            self._query,
-            self._keys,
-            self._values,
-            self._block_mask,
-            scale=self._scale,
-            backend=self._backend,
-        )
+        return paged_attention(query, *pools, mask, scale=self._scale, backend=self._backend)
 
     def split_calls(self, plan: DecodePlan, pools: Sequence[Pools]) -> list[Callable[[], Tensor]]:
         """Return the paged call with this plan, once for each pair of pools."""
@@ -143,19 +136,16 @@ class KernelCase:
         )
         last = (lengths[:, None] - 1).int().to(self._device)
         self._newest = last[:, 0]
-        self._plan = self._split_plan(*store.table.physical.shape)
+        table = store.table
+        self._plan = self._split_plan(*table.physical.shape)
         if self._plan is None:
             self._block_mask = paged_block_mask(
-                store.table.physical,
-                store.table.logical,
-                last,
-                page_size=g.page_size,
-                group=g.group,
+                table.physical, table.logical, last, page_size=g.page_size, group=g.group
             )
         else:
             self._block_mask = self._split_mask(self._plan)
         tokens = torch.arange(int(lengths.max()), device=self._device).expand(len(lengths), -1)
-        self._slots = store.table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
+        self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
 
     def _split_plan(self, rows: int, width: int) -> DecodePlan | None:
         """Return how a runner would split the rows; None if it would not."""

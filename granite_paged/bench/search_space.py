@@ -126,10 +126,8 @@ def groups_of(
 ) -> list[Group]:
     """Return the groups of constants that this model's kernels use.
 
-    Args:
-        target: the model.
-        subjects: names from `SUBJECTS`; none for all.
-        quick: return fewer candidates and shapes.
+    No subjects, which are names from `SUBJECTS`, mean all. `quick` returns fewer candidates and
+    shapes.
 
     Raises:
         CannotJudge: the kernels do not run here.
@@ -221,16 +219,13 @@ def _prefill_call(target: TuningTarget, tokens: int, past: int) -> Callable[[Lay
     pages = g.pages_for(past + tokens)
     one_layer = replace(g, attention_layers=g.attention_layers[:1])
     store = PageStore(one_layer, pages + 1, device, width=pages)
+    table = store.table
     for logical_page, page in enumerate(torch.randperm(pages, device=device).tolist()):
-        store.table.write(0, logical_page, 1 + page)
-    store.table.settle()
-    positions = past + torch.arange(tokens, device=device)[None]
+        table.write(0, logical_page, 1 + page)
+    table.settle()
+    positions = (past + torch.arange(tokens, device=device)[None]).int()
     mask = paged_block_mask(
-        store.table.physical,
-        store.table.logical,
-        positions.int(),
-        page_size=g.page_size,
-        group=g.group,
+        table.physical, table.logical, positions, page_size=g.page_size, group=g.group
     )
     query = target.random(1, g.query_heads, tokens, g.head_dim)
     (pool,) = store.pools.values()

@@ -102,12 +102,11 @@ def compare(
     """Serve the requests with the engine, then with transformers.
 
     Args:
-        engine: what serves `paged`; its compiled shapes should be warm.
-        model: the model for transformers' modes; not patched.
+        engine: serves `paged`; its compiled shapes should be warm.
+        model: for transformers' modes; not patched.
         coming: the requests, in order of arrival.
-        modes: names from `names.BASELINES`.
-        batch: batch size of transformers' modes.
-        limit: serve only this many requests, the first ones, in transformers' modes.
+        modes, batch: names from `names.BASELINES`, and their batch size.
+        limit: number of requests that these modes serve, from the first on; None for all.
         progress: called as requests finish.
     """
     engine.generate([(FIRST_TOKEN,) * 8], SamplingParams(max_new_tokens=2))  # warms up, untimed

@@ -288,16 +288,10 @@ def make_plan(
     contexts: Sequence[int] = (),
     budget: float | None = None,
 ) -> BenchPlan:
-    """Choose the shapes of a run for the session's device.
+    """Choose the shapes of a run for the session's device; `quick` chooses fewer.
 
-    Args:
-        session: where the plan will run.
-        cases: names of cases; none for all.
-        modes: names of modes; none for all.
-        quick: choose fewer shapes.
-        batches: replace the cases' own batch sizes.
-        contexts: replace the cases' own lengths, in tokens per sequence.
-        budget: seconds after which no shape starts.
+    No names of cases, or of modes, mean all. `batches` and `contexts` (tokens per sequence)
+    replace the cases' own. No shape starts after `budget` seconds.
 
     Raises:
         InvalidArgument: a case is unknown, or none of the named modes can run it.
@@ -307,12 +301,11 @@ def make_plan(
         if not case.able(chosen):
             able, got = ", ".join(case.modes), ", ".join(chosen)
             raise InvalidArgument(f"case {case.name} runs in mode {able} only, got {got}")
+    how = {"gpu": session.clock.gpu, "quick": quick}
     shapes = [
         (case, shape)
         for case in chosen_cases(cases)
-        for shape in case.choose(
-            gpu=session.clock.gpu, quick=quick, batches=batches, contexts=contexts
-        )
+        for shape in case.choose(**how, batches=batches, contexts=contexts)
     ]
     return BenchPlan(shapes, chosen, budget)
 

@@ -146,12 +146,9 @@ def choose(trials: Iterable[Sequence[Trial]], noise: float = NOISE) -> int:
 
 
 def retuned(tuned: Tuned, outcomes: Sequence[Outcome], environment: dict[str, str]) -> Tuned:
-    """Return the constants with the chosen ones in place; others stay unchanged.
+    """Return `tuned` with the chosen constants in place; others stay unchanged.
 
-    Args:
-        tuned: the constants in use.
-        outcomes: what the sweeps chose.
-        environment: names of device, torch and triton, as in `Tuned`.
+    `environment` names device, torch and triton, as in `Tuned`. Times of others are dropped.
     """
     for outcome in outcomes:
         tuned = tuned.having(outcome.candidates[outcome.chosen])

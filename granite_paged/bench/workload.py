@@ -36,10 +36,8 @@ class Workload:
     long_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, (least, most) in (
-            ("prompt tokens", self.prompt_tokens),
-            ("new tokens", self.new_tokens),
-        ):
+        ranges = {"prompt tokens": self.prompt_tokens, "new tokens": self.new_tokens}
+        for name, (least, most) in ranges.items():
             if not 1 <= least <= most:
                 raise InvalidArgument(
                     f"the range of {name} must start at 1 or more and not descend, "
@@ -53,9 +51,8 @@ class Workload:
     @property
     def longest(self) -> int:
         """Maximum tokens of one request, prompt and answer."""
-        return (
-            max(self.shared_tokens + self.prompt_tokens[1], self.long_tokens) + self.new_tokens[1]
-        )
+        prompt = max(self.shared_tokens + self.prompt_tokens[1], self.long_tokens)
+        return prompt + self.new_tokens[1]
 
 
 @dataclass(frozen=True, slots=True)

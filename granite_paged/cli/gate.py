@@ -71,8 +71,7 @@ def _table(report: GateReport) -> Table:
     table = Table("shape", "check", title=f"{report.model}, {report.device}", box=SIMPLE)
     for name in ("found", "allowed", ""):
         table.add_column(name, justify="right")
-    colours = {"passed": "green", "failed": "red", "unmeasurable": "red"}
     for check in report.checks:
-        verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
+        verdict = f"[{'green' if check.verdict == 'passed' else 'red'}]{check.verdict}[/]"
         table.add_row(check.what, check.law, check.found, check.bound, verdict)
     return table

@@ -111,9 +111,12 @@ class ModelChoice:
 
     def load(self) -> LoadedModel:
         """Load the model; see `granite_paged.models.load` for the errors."""
+        from transformers.utils import logging
+
         from granite_paged.models import load
 
-        _silence_transformers()
+        logging.set_verbosity_error()  # leaves standard error to our own progress and errors
+        logging.disable_progress_bar()
         return load(
             self.model,
             random_weights=self.random_weights,
@@ -212,14 +215,6 @@ def model_options(command: Command) -> Command:
         return command(choice=choice, **others)
 
     return with_choice
-
-
-def _silence_transformers() -> None:
-    """Leave standard error to our own progress and errors."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 # -- output -------------------------------------------------------------------------------------

@@ -148,19 +148,12 @@ def serve(
 def sized(config: PagedConfig, model: Any, *, rows: int, tokens: int) -> PagedConfig:
     """Return the config with rows and pages for the work, where the user left them open.
 
-    Args:
-        config: from the model options.
-        model: limits the length of a sequence.
-        rows: sequences that run at once.
-        tokens: length of the longest sequence.
+    `rows` sequences run at once, the longest with `tokens` tokens, or as many as the model takes.
     """
     page, tokens = config.page_size, min(tokens, model.config.max_position_embeddings)
-    needed = rows * -(-tokens // page) * page
-    return dataclasses.replace(
-        config,
-        max_sequences=config.max_sequences or rows,
-        max_tokens=config.max_tokens or needed,
-    )
+    tokens = config.max_tokens or rows * -(-tokens // page) * page
+    rows = config.max_sequences or rows
+    return dataclasses.replace(config, max_sequences=rows, max_tokens=tokens)
 
 
 def _table(report: ServingReport, model: str) -> Table:
