@@ -181,9 +181,9 @@ def _write_rows(
     json_file: str | None,
     markdown_file: str | None,
 ) -> None:
+    from granite_paged.files import write_file
     from granite_paged.report.bench_results import updated
     from granite_paged.report.bench_tables import tables
-    from granite_paged.report.markdown import write_text
 
     if not rows:
         return
@@ -192,7 +192,7 @@ def _write_rows(
         result = updated(earlier, result)
     write_json(json_file, result.to_json())
     if markdown_file:
-        write_text(Path(markdown_file), tables([result]))
+        write_file(markdown_file, tables([result]))
 
 
 # -- tables -------------------------------------------------------------------------------------

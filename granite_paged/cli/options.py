@@ -6,7 +6,6 @@ Imports neither torch nor transformers, so that `--help` is quick.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from granite_paged.errors import writing
+from granite_paged import files
 from granite_paged.progress import Progress
 
 if TYPE_CHECKING:
@@ -250,12 +249,10 @@ def write_json(path: str | None, report: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if path == "-":
-        click.echo(text, nl=False)
-        return
-    with writing(path):
-        Path(path).write_text(text)
+        click.echo(files.json_text(report, "standard output"), nl=False)
+    else:
+        files.write_json(path, report)
 
 
 def table_of(text: Sequence[str], numbers: Sequence[str], **settings: Any) -> Table:

@@ -102,8 +102,9 @@ def _kernel_table(found: Profile) -> Table:
 def profile_first_shapes(session: Session, plan: BenchPlan, folder: Path) -> None:
     """Write a trace for each case's first shape in each mode, and one table of their kernels."""
     from granite_paged.bench.session import first_steps
+    from granite_paged.files import write_file
     from granite_paged.report.bench_results import writable_folder
-    from granite_paged.report.markdown import table, write_text
+    from granite_paged.report.markdown import table
 
     lines = []
     for case, shape, mode in first_steps(plan):
@@ -112,4 +113,4 @@ def profile_first_shapes(session: Session, plan: BenchPlan, folder: Path) -> Non
             cost = (kernel.kind, kernel.name, str(kernel.calls), f"{kernel.microseconds:.1f}")
             lines.append((f"{case.name}, {mode}", *cost))
     header = ("case", "kind", "kernel", "calls", "µs per step")
-    write_text(writable_folder(folder) / "kernels.md", table(header, lines, left=3))
+    write_file(writable_folder(folder) / "kernels.md", table(header, lines, left=3))

@@ -60,10 +60,11 @@ def plot(
     granite-paged plot decode.json --markdown decode.md
     granite-paged plot golden/perf/nvidia-h200.json --out golden/figures --page docs/benchmarks.md
     """  # noqa: D301
+    from granite_paged.files import write_file
     from granite_paged.report.bench_figures import draw_all
     from granite_paged.report.bench_results import read_result, writable_folder
     from granite_paged.report.bench_tables import page_part, tables
-    from granite_paged.report.markdown import image_links, put_between, split_at, write_text
+    from granite_paged.report.markdown import image_links, put_between, split_at
     from granite_paged.report.published import read_published
 
     if out is None and markdown_file is None:
@@ -74,7 +75,7 @@ def plot(
         split_at(page, "bench")  # refuses a page without a place before anything is drawn
     read = [read_result(path) for path in results]
     if markdown_file is not None:
-        write_text(Path(markdown_file), tables(read))
+        write_file(markdown_file, tables(read))
         click.echo(markdown_file)
     drawn = []
     if out is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from granite_paged.errors import CannotWrite
+from granite_paged.files import write_file, write_json
 from granite_paged.report import bench_figures, eval_figures
 from granite_paged.report.bench_results import Result, writable_folder
 from granite_paged.report.bench_tables import study_tables
@@ -22,7 +22,7 @@ from granite_paged.report.eval_results import (
     entries,
 )
 from granite_paged.report.formatting import gigabytes
-from granite_paged.report.markdown import image_links, put_between, table, write_text
+from granite_paged.report.markdown import image_links, put_between, table
 from granite_paged.report.plotting import check_matplotlib
 from granite_paged.report.published import PublishedTask, original_study
 
@@ -48,8 +48,8 @@ def write_report(
     if bench:
         figures += bench_figures.draw_all(bench, [original_study()], path)
     results = {"evaluations": [evaluation.to_json() for evaluation in evaluations]}
-    write_text(path / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_text(path / "report.md", _page(evaluations, bench, figures))
+    write_json(path / "results.json", results)
+    write_file(path / "report.md", _page(evaluations, bench, figures))
     return figures
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import FileError, writing
+from granite_paged.errors import FileError
+from granite_paged.files import write_file
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> str:
@@ -25,12 +26,6 @@ def image_links(page: str | Path, images: Iterable[Path]) -> list[str]:
     return [f"![{image.stem}]({os.path.relpath(image.resolve(), at)})" for image in images]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file. Raises CannotWrite."""
-    with writing(path):
-        path.write_text(text, encoding="utf-8")
-
-
 def put_between(page: str | Path, part: str, text: str) -> None:
     """Replace the text between `<!-- PART: start -->` and `<!-- PART: end -->` of a page.
 
@@ -39,7 +34,7 @@ def put_between(page: str | Path, part: str, text: str) -> None:
         CannotWrite: if the page cannot be written.
     """
     before, after = split_at(page, part)
-    write_text(Path(page), f"{before}\n{text}\n{after}")
+    write_file(page, f"{before}\n{text}\n{after}")
 
 
 def split_at(page: str | Path, part: str) -> tuple[str, str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from granite_paged.errors import MissingExtra, writing
+from granite_paged.errors import MissingExtra
+from granite_paged.files import write_file
 from granite_paged.report.bench_results import Result
 from granite_paged.report.eval_results import Evaluation
 from granite_paged.report.formatting import short_count
@@ -61,8 +63,9 @@ def save(figures: Mapping[str, Any], folder: Path, form: str = "png") -> list[Pa
     for name, figure in figures.items():
         if figure is not None:
             files.append(folder / f"{name}.{form}")
-            with writing(files[-1]):
-                figure.savefig(files[-1], dpi=120, metadata=_METADATA[form])
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=form, dpi=120, metadata=_METADATA[form])
+            write_file(files[-1], drawn.getvalue())
     return files
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from granite_paged.errors import CannotWrite, InvalidArgument, MissingExtra
+from granite_paged.files import write_file
 from granite_paged.names import FIGURE_FORMATS
 from granite_paged.report import bench_figures, bench_tables, markdown
 from granite_paged.report.bench_figures import draw_all
 from granite_paged.report.bench_results import Latency, Result, Row
 from granite_paged.report.bench_tables import table, tables
-from granite_paged.report.markdown import write_text
 from granite_paged.report.plotting import default_style
 from granite_paged.report.published import original_study
 
@@ -116,7 +116,7 @@ def test_a_case_without_rows_has_no_table() -> None:
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CannotWrite, match="cannot write"):
-        write_text(tmp_path, "x")
+        write_file(tmp_path, "x")
 
 
 # -- figures ------------------------------------------------------------------------------------

@@ -9,7 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "granite_paged"
 LAYERS = (
-    *("errors", "typed_json", "tolerances", "geometry", "device", "progress", "names", "__init__"),
+    *(
+        "errors",
+        "files",
+        "typed_json",
+        "tolerances",
+        "geometry",
+        "device",
+        "progress",
+        "names",
+        "__init__",
+    ),
     *("environment", "paging", "layers", "hf", "runner", "engine", "checkpoints", "models"),
     *("report", "verify", "evaluate", "bench", "cli", "__main__"),
 )
