@@ -44,14 +44,14 @@ def read_json(kind: Any, path: str | Path, error: type[FileError]) -> Any:
         raise fail("", "is nested too deeply") from None
     except ValueError as problem:
         raise fail("", f"is not JSON: {problem}") from None
-    return _checked(kind, data, fail, "")
+    return checked(kind, data, fail, "")
 
 
-def _checked(kind: Any, data: Any, fail: Fail, place: str) -> Any:
+def checked(kind: Any, data: Any, fail: Fail, place: str) -> Any:
     """Return `data` as a value of `kind`: a dataclass, collection, optional or plain type."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return None if data is None else _checked(inner[0], data, fail, place)
+        return None if data is None else checked(inner[0], data, fail, place)
     if origin is Annotated:
         return _number(inner[0], inner[1], data, fail, place)
     if kind in (int, float):
@@ -64,10 +64,10 @@ def _checked(kind: Any, data: Any, fail: Fail, place: str) -> Any:
         if len(items) != len(kinds):
             raise fail(place, f"must have {len(kinds)} items, got {len(items)}")
         pairs = enumerate(zip(kinds, items, strict=True))
-        return origin(_checked(kind, item, fail, f"{place}[{i}]") for i, (kind, item) in pairs)
+        return origin(checked(kind, item, fail, f"{place}[{i}]") for i, (kind, item) in pairs)
     if origin is dict:
         values = _typed(dict, data, fail, place).items()
-        return {name: _checked(inner[1], value, fail, _at(place, name)) for name, value in values}
+        return {name: checked(inner[1], value, fail, _at(place, name)) for name, value in values}
     return _typed(kind, data, fail, place)
 
 
@@ -78,7 +78,7 @@ def _dataclass(kind: Any, data: dict[str, Any], fail: Fail, place: str) -> Any:
         raise fail(_at(place, unknown[0]), "is not a field of this format")
     for f in fields(kind):
         if f.name in data:
-            values[f.name] = _checked(hints[f.name], data[f.name], fail, _at(place, f.name))
+            values[f.name] = checked(hints[f.name], data[f.name], fail, _at(place, f.name))
         elif f.default is MISSING and f.default_factory is MISSING:
             raise fail(_at(place, f.name), "is missing")
     return kind(**values)

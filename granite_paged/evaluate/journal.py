@@ -1,12 +1,14 @@
 """Keep finished answers on disk, so that a run that was killed can resume.
 
 The file has one JSON object per line, and every append is forced to disk. The first line identifies
-the run, and each other line is a `JournalEntry`. If a crash cut the last line short, the next start
-drops it and asks its question again.
+the run, and each other line is a `JournalEntry`. A crash can leave a tail that is no JSON: the next
+start removes it and asks its questions again. A broken line before a whole one is refused. While a
+journal is open, it holds a lock on its file, where the platform and the file system have locks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -14,7 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from granite_paged.errors import CannotWrite, DataError, writing
+from granite_paged.errors import CannotWrite, DataError, FileError, writing
+from granite_paged.typed_json import Signed, checked
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 
@@ -41,7 +49,7 @@ class JournalEntry:
     mode: str
     task: str
     key: str
-    logprobs: tuple[float, ...] = ()
+    logprobs: tuple[Signed, ...] = ()
     greedy: tuple[bool, ...] = ()
     seconds: float = 0.0
     tokens: int = 0
@@ -66,7 +74,7 @@ class Journal:
 
     Raises:
         DataError: if the file is broken or belongs to another run.
-        CannotWrite: if the file cannot be written.
+        CannotWrite: if the file cannot be written, or another run has it open.
     """
 
     def __init__(self, path: str | None, run: dict[str, Any]) -> None:
@@ -74,7 +82,11 @@ class Journal:
         self.entries: dict[EntryKey, JournalEntry] = {}
         self._file: BinaryIO | None = None
         if path is not None:
-            self._open(Path(path), json.loads(json.dumps(run)))
+            try:
+                self._open(path, json.loads(json.dumps(run)))
+            except BaseException:
+                self.close()
+                raise
 
     def append(self, entries: Iterable[JournalEntry]) -> None:
         """Store entries. Raises CannotWrite if the disk fails; earlier entries are kept."""
@@ -83,31 +95,45 @@ class Journal:
         self._write(lines.encode())
         self.entries.update({entry.place: entry for entry in entries})
 
+    @property
+    def kept(self) -> str:
+        """What is kept of an interrupted run, and how to resume."""
+        if self.path is None:
+            return "answers were not kept: name a file with --output to keep them"
+        return f"{len(self.entries)} answers kept in {self.path}; run the same command to resume"
+
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, which releases its lock."""
         if self._file is not None:
             self._file.close()
 
     # -- details --------------------------------------------------------------------------------
 
-    def _open(self, path: Path, run: dict[str, Any]) -> None:
+    def _open(self, path: str, run: dict[str, Any]) -> None:
         with writing(path):
-            path.touch()
-            self._file = path.open("r+b", buffering=0)
-            content = self._file.readall()
-        whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode(errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
-            row = _parsed(path, number, line)
+            Path(path).touch()
+            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
+            _lock(self._file, path)
+            content = self._file.read()
+        lines = content.split(b"\n")
+        rows = [_parsed(line) for line in lines]
+        while rows and rows[-1] is None:  # the tail
+            rows.pop()
+        if not rows and not _cut_head(content):
+            raise DataError(path, "not a JSON object; name another --output", line=1)
+        for number, row in enumerate(rows, start=1):
+            if row is None:
+                problem = "not a JSON object; name another --output, or remove this line"
+                raise DataError(path, problem, line=number)
             if number == 1:
                 _check_same_run(path, row, run)
             else:
                 entry = _entry(path, number, row)
                 self.entries[entry.place] = entry
-        self._file.seek(len(whole))
-        self._file.truncate()
-        if not lines:
-            self._write((json.dumps({"format": FORMAT, "run": run}) + "\n").encode())
+        whole = b"".join(line + b"\n" for line in lines[: len(rows)])
+        self._file.truncate(min(len(whole), len(content)))
+        self._file.seek(0, os.SEEK_END)
+        self._write(whole[len(content) :] if rows else _head(run))
 
     def _write(self, content: bytes) -> None:
         if self._file is None:
@@ -123,8 +149,7 @@ class Journal:
             self._file.truncate()
             raise CannotWrite(
                 str(self.path),
-                f"{error.strerror}; its {len(self.entries)} finished answers are kept: "
-                "run the same command again to resume",
+                f"{error.strerror}; {self.kept}",
             ) from None
 
 
@@ -139,33 +164,55 @@ def held_run(path: str | None) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+def _lock(file: BinaryIO, path: str) -> None:
+    """Lock an open file until it is closed. Raises CannotWrite if another run has the lock."""
+    if fcntl is None:
+        return
     try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "another run keeps its answers there; wait for it, or name another --output"
+        raise CannotWrite(path, problem) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _head(run: dict[str, Any]) -> bytes:
+    return (json.dumps({"format": FORMAT, "run": run}) + "\n").encode()
+
+
+def _cut_head(content: bytes) -> bool:
+    """Whether a crash may have left this of the first line; other content is someone's file."""
+    head = b'{"format": '
+    left = content.rstrip(b"\0")
+    return b"\n" not in left and head.startswith(left[: len(head)])
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return a line's JSON object, or None."""
+    with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line)
-    except json.JSONDecodeError:
-        row = None
-    if not isinstance(row, dict):
-        raise DataError(str(path), "not a JSON object; name another --output", line=number)
-    return row
+        return row if isinstance(row, dict) else None
+    return None
 
 
-def _check_same_run(path: Path, row: dict[str, Any], run: dict[str, Any]) -> None:
+def _check_same_run(path: str, row: dict[str, Any], run: dict[str, Any]) -> None:
     if row.get("format") != FORMAT or not isinstance(row.get("run"), dict):
-        raise DataError(str(path), "holds no answers of this program; name another --output")
+        raise DataError(path, "holds no answers of this program; name another --output")
     held: dict[str, Any] = row["run"]
     for name in {**held, **run}:
         if held.get(name) != run.get(name):
             raise DataError(
-                str(path),
-                f"holds answers of another run: {name} was {held.get(name)}, now "
-                f"{run.get(name)}; name another --output, or remove the file",
+                path,
+                f"holds answers of another run: {name} was {held.get(name, 'not recorded')}, now "
+                f"{run.get(name, 'not recorded')}; name another --output, or remove the file",
             )
 
 
-def _entry(path: Path, number: int, row: dict[str, Any]) -> JournalEntry:
-    try:
-        logprobs, greedy = tuple(row.pop("logprobs")), tuple(row.pop("greedy"))
-        return JournalEntry(logprobs=logprobs, greedy=greedy, **row)
-    except (KeyError, TypeError) as error:
-        problem = f"no answer ({error}); name another --output, or remove the file"
-        raise DataError(str(path), problem, line=number) from None
+def _entry(path: str, number: int, row: dict[str, Any]) -> JournalEntry:
+    def fail(field: str, problem: str) -> FileError:
+        advice = "name another --output, or remove this line"
+        return DataError(path, f"no answer: {field} {problem}; {advice}", line=number)
+
+    entry: JournalEntry = checked(JournalEntry, row, fail, "")
+    return entry

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,8 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path: Path, batch: int) -> 
     whole = Journal(None, {})
     expected = tiny_evaluation(journal=whole, batch=batch)
     path = str(tmp_path / "answers.jsonl")
-    with pytest.raises(Killed):
-        tiny_evaluation(journal=Journal(path, {}), batch=batch, progress=stop_after(5))
+    with closing(Journal(path, {})) as journal, pytest.raises(Killed):
+        tiny_evaluation(journal=journal, batch=batch, progress=stop_after(5))
     kept = Journal(path, {})
     assert 0 < len(kept.entries) < len(whole.entries)
     resumed = tiny_evaluation(journal=kept, batch=batch)
@@ -261,7 +262,8 @@ def accuracies(evaluation: Any) -> dict[str, Any]:
 
 def test_a_finished_run_is_repeated_without_a_model(tmp_path: Path) -> None:
     path = str(tmp_path / "answers.jsonl")
-    first = tiny_evaluation(journal=Journal(path, {}))
+    with closing(Journal(path, {})) as journal:
+        first = tiny_evaluation(journal=journal)
     loaded = tiny_loaded()
     loaded.model.forward = None  # type: ignore[method-assign]
     assert tiny_evaluation(loaded, journal=Journal(path, {})) == first
@@ -279,8 +281,8 @@ def test_an_interrupt_keeps_finished_answers(
         append(self, records)
 
     monkeypatch.setattr(Journal, "append", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        tiny_evaluation(journal=Journal(path, {}))
+    with closing(Journal(path, {})) as journal, pytest.raises(KeyboardInterrupt):
+        tiny_evaluation(journal=journal)
     assert len(Journal(path, {}).entries) == 6
 
 

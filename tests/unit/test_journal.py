@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ def record(key: str, mode: str = "default") -> JournalEntry:
     return JournalEntry(
         mode, "mmlu", key, logprobs=(-1.0, -2.5), greedy=(True, False), seconds=0.25
     )
+
+
+LINE = json.dumps(asdict(record("a"))) + "\n"
 
 
 @pytest.fixture
@@ -50,6 +54,51 @@ def test_a_truncated_last_line_is_dropped(path: str) -> None:
     assert Path(path).read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "tail",
+    [b'{"mode": "pa', b"\0" * 40, b"\0" * 40 + b"\n", b"\xff\xfe\n", '{"key": "é'.encode()[:-1]],
+)
+def test_a_broken_tail_is_removed(path: str, tail: bytes) -> None:
+    written(path, "a")
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole + tail)
+    journal = Journal(path, RUN)
+    assert [key for _, _, key in journal.entries] == ["a"]
+    assert Path(path).read_bytes() == whole
+
+
+def test_a_missing_last_newline_is_added(path: str) -> None:
+    written(path, "a", "b")
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:-1])
+    assert len(Journal(path, RUN).entries) == 2
+    assert Path(path).read_bytes() == whole
+
+
+@pytest.mark.parametrize("length", range(0, len(HEAD), 7))
+def test_a_first_line_cut_short_is_written_again(path: str, length: int) -> None:
+    Path(path).write_text(HEAD[:length])
+    written(path)
+    assert Path(path).read_text() == HEAD
+
+
+def test_a_second_run_on_an_open_journal_is_refused(path: str) -> None:
+    pytest.importorskip("fcntl")
+    first = Journal(path, RUN)
+    with pytest.raises(CannotWrite, match="another run keeps its answers there"):
+        Journal(path, RUN)
+    first.append([record("a")])
+    first.close()
+    assert len(Journal(path, RUN).entries) == 1
+
+
+def test_a_refused_journal_is_unlocked(path: str) -> None:
+    written(path)
+    with pytest.raises(DataError):
+        Journal(path, {})
+    Journal(path, RUN).close()
+
+
 def test_every_append_reaches_the_disk(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
@@ -67,11 +116,12 @@ def test_a_full_disk_keeps_finished_answers(path: str, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", full)
-        with pytest.raises(CannotWrite, match=r"No space left on device; its 1 finished answers"):
+        with pytest.raises(CannotWrite, match=r"No space left on device; 1 answers kept in"):
             journal.append([record("b")])
     assert Path(path).read_bytes() == before
     assert len(journal.entries) == 1
     journal.append([record("b")])
+    journal.close()
     assert len(Journal(path, RUN).entries) == 2
 
 
@@ -79,7 +129,7 @@ def test_a_full_disk_keeps_finished_answers(path: str, monkeypatch: pytest.Monke
     ("change", "reason"),
     [
         ({"model": "other"}, "model was tiny, now other"),
-        ({"seed": 3}, "seed was None, now 3"),
+        ({"seed": 3}, "seed was not recorded, now 3"),
         ({"batch size": 8}, "batch size was 4, now 8"),
     ],
 )
@@ -99,8 +149,11 @@ def test_a_journal_of_another_run_is_refused(
         ("dear diary\n", "line 1: not a JSON object"),
         ("[1]\n", "line 1: not a JSON object"),
         ("{}\n", "holds no answers of this program"),
-        (f"{HEAD}nonsense\n", "line 2: not a JSON object"),
-        (f'{HEAD}{{"mode": "x"}}\n', "line 2: no answer"),
+        ("a diary without a newline", "line 1: not a JSON object"),
+        (f"{HEAD}nonsense\n{LINE}", "line 2: not a JSON object"),
+        (f"{HEAD}{LINE}\0\0\n{LINE}", "line 3: not a JSON object"),
+        (f'{HEAD}{{"mode": "x"}}\n', "line 2: no answer: task is missing"),
+        (f"{HEAD}{LINE.replace('-2.5', 'NaN')}", r"line 2: no answer: logprobs\[1\] must be"),
     ],
 )
 def test_a_file_that_is_not_a_journal_is_refused(path: str, content: str, reason: str) -> None:
