@@ -11,54 +11,84 @@ From Python, `import granite_paged.evaluate.lm` before you call `lm_eval.simple_
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
+import logging
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
-from granite_paged.errors import InvalidArgument, MissingExtra, TokenizerError, UnknownName
+from granite_paged.errors import (
+    GranitePagedError,
+    InvalidArgument,
+    MissingExtra,
+    TokenizerError,
+    UnknownName,
+)
 from granite_paged.evaluate.encoding import common_tokens
 from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.scorer import Answer, Needs, Scorer, ScoreRequest, chunked
+from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.geometry import PagedConfig
 from granite_paged.hf.patching import paged
 from granite_paged.models import load, load_tokenizer
 from granite_paged.names import MODES
 
 try:
-    from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError:
     raise MissingExtra("lm-eval", extra="eval") from None
 
 NAME = "granite_paged"
 
-_NEW_TOKENS = 256  # limit for a generation that sets none
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names for the limit of new tokens; of several, the first counts."""
 
-Pair = tuple[tuple[str, str], list[int], list[int]]
-"""Context and continuation: as text, and each as token ids."""
+_SIZES = frozenset(field.name for field in dataclasses.fields(PagedConfig))
+_TAKEN = frozenset(  # arguments that HFLM itself handles
+    {"max_length", "truncation", "add_bos_token", "prefix_token_id", "logits_cache"}
+    | {"think_end_token", "enable_thinking", "chat_template_args"}
+)
+_HFLM = {name: one.default for name, one in inspect.signature(HFLM.__init__).parameters.items()}
+
+_AUTO_ROWS = 64  # rows of batch_size=auto, as HFLM's max_batch_size
+_NO_TOKENS = (0.0, True)  # score of a continuation without tokens
+
+Pair = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Context and continuation: as text, which windows of a document lack, and each as token ids."""
+
+log = logging.getLogger(__name__)
 
 
 @register_model(NAME)
-class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
-    """An lm-eval model that runs each context once, and each shared prefix once.
+class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
+    """lm-eval's `HFLM`, except that it runs each context once, and each shared prefix once.
+
+    A request that the pool cannot hold runs without pages, so that it never ends the run.
 
     Args:
         pretrained, random_weights, device, dtype, seed: see `granite_paged.models.load`;
             `pretrained` may also be a loaded model, which needs `tokenizer`.
         tokenizer: a tokenizer, or where to load it from, if the model has none.
-        mode: a name in `granite_paged.names.MODES`.
-        batch_size: rows per forward pass.
-        page_size, memory_fraction, max_tokens: see `PagedConfig`.
+        mode: a name in `granite_paged.names.MODES`; only `paged` generates with pages.
+        batch_size: rows per forward pass, or `auto`: up to `max_batch_size`.
+        options: sizes of `PagedConfig`, and what docs/evaluation.md lists of `HFLM`'s arguments.
 
     Raises:
-        InvalidArgument: if `mode` or `batch_size` is not valid.
+        InvalidArgument: if an argument is unknown, not valid or not supported.
         TokenizerError: if there is no tokenizer.
     """
-
-    tokenizer: Any
 
     def __init__(
         self,
@@ -67,36 +97,39 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         random_weights: str | None = None,
         tokenizer: Any = None,
         device: str | None = None,
-        dtype: str = "auto",
+        dtype: Any = "auto",
         mode: str = "paged",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         seed: int = 0,
-        **sizes: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
         if mode not in MODES:
             raise UnknownName("mode", mode, tuple(MODES))
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise InvalidArgument(f"batch_size must be a whole number from 1, got {batch_size!r}")
-        self._config = PagedConfig(**sizes)
-        self._mode, self._batch = mode, int(batch_size)
+        self._mode, self._rows = mode, _rows(batch_size, max_batch_size)
+        self._paged = PagedConfig(**{name: options.pop(name) for name in _SIZES & {*options}})
+        _check_arguments(options)
+        model, name = pretrained, getattr(pretrained, "name_or_path", pretrained)
         if pretrained is None or isinstance(pretrained, str):
             loaded = load(
                 pretrained,
                 random_weights=random_weights,
                 device=device or "auto",
-                dtype=dtype,
+                dtype=str(dtype or "auto").removeprefix("torch."),
                 seed=seed,
             )
-            self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        else:
-            self.model = pretrained
-        if tokenizer is not None:
-            self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-        if self.tokenizer is None:
+            model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer)
+        if tokenizer is None:
             raise TokenizerError("the model has no tokenizer: pass tokenizer=ID_OR_PATH")
-        self._device = self.model.device
+        if options.get("add_bos_token") is not None:
+            tokenizer.add_bos_token = options["add_bos_token"]
+        taken = {key: options[key] for key in _TAKEN & {*options}}
+        super().__init__(
+            model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, **taken
+        )
+        self.pretrained = name
         self._scorer: Scorer | None = None
         self._needs = Needs(longest=0)
 
@@ -104,71 +137,115 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """The token that ends a text: the tokenizer's, or else the model's."""
         known = (self.tokenizer.eos_token_id, self.model.config.eos_token_id)
         return next(int(token) for token in known if token is not None)
 
     @property
     def prefix_token_id(self) -> int:
         """The token that replaces an empty context."""
-        start = self.tokenizer.bos_token_id
-        return self.eot_token_id if start is None else int(start)
+        token = super().prefix_token_id
+        return self.eot_token_id if token is None else int(token)
 
-    @property
-    def tokenizer_name(self) -> str:
-        """Name under which lm-eval caches results."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
+    def tok_batch_encode(self, strings: list[str], **options: Any) -> tuple[Tensor, Tensor]:
+        """Return token ids and mask [rows, longest]; an empty text becomes `prefix_token_id`."""
+        ids, mask = super().tok_batch_encode(strings, **options)
+        if not ids.shape[1]:
+            ids = mask = torch.zeros(len(strings), 1, dtype=torch.long)
+        empty = mask.sum(dim=1) == 0
+        last = torch.arange(ids.shape[1]) == ids.shape[1] - 1
+        filled = empty[:, None] & last
+        return ids.masked_fill(filled, self.prefix_token_id), mask.masked_fill(filled, 1)
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
-    ) -> list[int]:
-        """Return token ids.
-
-        Without `add_special_tokens`, the tokenizer adds its special tokens unless `string` starts
-        with one.
-        """
-        start = self.tokenizer.bos_token
-        if add_special_tokens is None and start and string.startswith(start):
-            add_special_tokens = False
-        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, **chosen)
-        return ids
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return each continuation's log-likelihood, and whether greedy decoding writes it."""
+        scored = [
+            bool(context or self.tok_encode(continuation, add_special_tokens=False))
+            for context, continuation in (request.args for request in requests)
+        ]
+        asked = list(itertools.compress(requests, scored))
+        found = iter(super().loglikelihood(asked, disable_tqdm=disable_tqdm))
+        return [next(found) if has_tokens else _NO_TOKENS for has_tokens in scored]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each whole text, computed in one piece."""
-        texts = [request.args[0] for request in requests]
-        start = [self.prefix_token_id]
-        rolling = [
-            ScoreRequest(start, [self.tok_encode(text, add_special_tokens=False)]) for text in texts
-        ]
-        return [answer.logprobs[0] for answer in self._score(rolling, disable_tqdm)]
+        """Return each document's log-likelihood, in disjoint windows of `max_length` tokens."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        scores = iter(self._loglikelihood_tokens([*itertools.chain(*windows)], disable_tqdm))
+        sums = [sum((next(scores)[0] for _ in each), 0.0) for each in windows]
+        for request, found in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found)
+        return sums
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return greedy continuations up to the first stop text, generated with paged attention."""
-        with paged(self.model, self._config), torch.inference_mode():
-            return [
-                self._generate(*request.args) for request in tqdm(requests, disable=disable_tqdm)
-            ]
+        """Return continuations up to the first stop text.
+
+        Raises:
+            InvalidArgument: before anything is generated, if an option is not valid.
+        """
+        checked = [
+            SimpleNamespace(args=(context, self._checked(options)))
+            for context, options in (request.args for request in requests)
+        ]
+        texts: list[str] = super().generate_until(checked, disable_tqdm=disable_tqdm)
+        return texts
+
+    # -- what HFLM calls ------------------------------------------------------------------------
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        return self._rows
+
+    def _model_generate(self, context: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        """Return tokens [rows, longest]; halve a batch that does not fit, down to one row."""
+        generate = super()._model_generate
+        pages = paged(self.model, self._paged) if self._mode == "paged" else nullcontext()
+        try:
+            with pages:
+                return generate(context, attention_mask=attention_mask, **options)
+        except (GranitePagedError, torch.OutOfMemoryError) as refusal:
+            if len(context) == 1:
+                log.warning("a request is generated without pages: %s", refusal)
+                return generate(context, attention_mask=attention_mask, **options)
+        halves = zip(context.tensor_split(2), attention_mask.tensor_split(2), strict=True)
+        rows = [row for half in halves for row in self._model_generate(*half, **options)]
+        return pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         by_context: dict[tuple[int, ...], list[int]] = {}
-        for place, (_, context, _) in enumerate(requests):
-            by_context.setdefault(tuple(context), []).append(place)
+        for place, (_, context, continuation) in enumerate(requests):
+            if continuation:
+                by_context.setdefault(self._fitting(context, continuation), []).append(place)
         asked = [
             ScoreRequest(context, [requests[place][2] for place in by_context[context]])
             for context in sorted(by_context)
         ]
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        found = [_NO_TOKENS] * len(requests)
         for request, answer in zip(asked, self._score(asked, disable_tqdm), strict=True):
             scores = zip(answer.logprobs, answer.greedy, strict=True)
             for place, score in zip(by_context[tuple(request.context)], scores, strict=True):
                 found[place] = score
-                self.cache_hook.add_partial("loglikelihood", requests[place][0], found[place])
+                if (texts := requests[place][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, score)
         return found
 
     # -- details --------------------------------------------------------------------------------
+
+    def _windows(self, text: str) -> list[Pair]:
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [(None, *make_disjoint_window(window)) for window in windows]
+
+    def _fitting(self, context: list[int], continuation: list[int]) -> tuple[int, ...]:
+        """Return the end of a context that fits with its continuation; at least one token."""
+        kept = max(1, self.max_length + 1 - len(continuation))
+        if len(context) > kept:
+            log.warning("a context of %d tokens is cut to its last %d", len(context), kept)
+        return tuple(context[-kept:]) or (self.prefix_token_id,)
 
     def _score(self, requests: Sequence[ScoreRequest], disable_tqdm: bool) -> Iterator[Answer]:
         if not requests:
@@ -176,9 +253,19 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
         scorer = self._scorer_for(requests)
         with tqdm(total=len(requests), desc="Scoring contexts", disable=disable_tqdm) as bar:
             for chunk in chunked(requests, scorer.batch, request=lambda one: one):
-                for answer in scorer.score(chunk):
+                for answer in self._answers(scorer, chunk):
                     yield answer
                     bar.update(1)
+
+    def _answers(self, scorer: Scorer, chunk: list[ScoreRequest]) -> list[Answer]:
+        """Score a chunk; if it is refused, score each request alone, and at last without pages."""
+        try:
+            return scorer.score(chunk)
+        except GranitePagedError as refusal:
+            if len(chunk) > 1:
+                return [answer for one in chunk for answer in self._answers(scorer, [one])]
+            log.warning("a request is scored without pages: %s", refusal)
+            return DefaultScorer(self.model).score(chunk)
 
     def _scorer_for(self, requests: Sequence[ScoreRequest]) -> Scorer:
         """Return one scorer for all calls; make a larger one if the requests need it."""
@@ -188,23 +275,46 @@ class GranitePagedLM(TemplateLM):  # type: ignore[misc]  # lm-eval is untyped
             self._scorer = None
         if self._scorer is None:
             self._needs = needs
-            self._scorer = make_scorer(self._mode, self.model, self._config, needs, self._batch)
+            self._scorer = make_scorer(self._mode, self.model, self._paged, needs, self._rows)
         return self._scorer
 
-    def _generate(self, context: str, options: dict[str, Any]) -> str:
-        stops = options.get("until") or []
-        stops = [stops] if isinstance(stops, str) else list(stops)
-        ids = torch.tensor([self.tok_encode(context)], device=self.model.device)
-        tokens = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=options.get("max_gen_toks", _NEW_TOKENS),
-            do_sample=False,
-            pad_token_id=self.eot_token_id,
-            **({"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}),
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a generation, with `until` as a list. Raises InvalidArgument."""
+        if unknown := {*options} - {"until", *LIMITS, *GenerationConfig().to_dict()}:
+            raise InvalidArgument(f"unknown generation option {min(unknown)!r}")
+        until = options.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        if not all(isinstance(stop, str) for stop in until):
+            raise InvalidArgument(f"until must be text or a list of texts, got {until!r}")
+        given = (options[name] for name in LIMITS if options.get(name) is not None)
+        new = int(next(given, self.max_gen_toks))
+        if not 0 < new < self.max_length:
+            raise InvalidArgument(
+                f"max_gen_toks must be from 1 to {self.max_length - 1}, got {new}: "
+                "max_length counts the new tokens too"
+            )
+        return {**options, "until": until}
+
+
+def _rows(batch_size: int | str, largest: int | None) -> int:
+    if str(batch_size).partition(":")[0] == "auto":
+        return largest or _AUTO_ROWS
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise InvalidArgument(
+            f"batch_size must be auto or a whole number from 1, got {batch_size!r}"
         )
-        text: str = self.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
-        return min((text.split(stop, 1)[0] for stop in stops if stop), key=len, default=text)
+    return int(batch_size)
+
+
+def _check_arguments(options: dict[str, Any]) -> None:
+    """Raise InvalidArgument for arguments that `HFLM` does not have, or only `HFLM` supports."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InvalidArgument(f"{NAME} does not support accelerate launch: run one process")
+    for name, value in options.items():
+        if name not in _HFLM:
+            raise UnknownName("model argument", name, sorted(_TAKEN | _SIZES))
+        if name not in _TAKEN and value not in (None, _HFLM[name]):
+            raise InvalidArgument(f"{NAME} does not support {name}={value!r}: leave it out")
 
 
 def _shared(requests: Sequence[ScoreRequest]) -> int:
