@@ -125,6 +125,16 @@ class QueueFull(RequestError):
         )
 
 
+class EngineLost(RequestError):
+    """An engine of a group failed, and another one failed at the same work; see `__cause__`."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(
+            f"two engines failed at this work, the last one with {type(cause).__name__}: {cause}"
+        )
+        self.__cause__ = cause
+
+
 class EngineClosed(RequestError):
     """The engine was closed before the call, or while the request ran."""
 

@@ -6,9 +6,10 @@ that it was submitted to.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from granite_paged.device import resolve_device
@@ -16,11 +17,17 @@ from granite_paged.engine.engine import Engine
 from granite_paged.engine.prompts import Prompt, as_prompts, matched
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
-from granite_paged.errors import InvalidArgument
+from granite_paged.errors import (
+    BrokenInvariant,
+    EngineClosed,
+    EngineLost,
+    GranitePagedError,
+    InvalidArgument,
+)
 from granite_paged.geometry import PagedConfig
 
 _Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
+_Work = Callable[[Engine, "list[Any]"], "list[Any]"]
 
 
 class EngineGroup:
@@ -54,12 +61,14 @@ class EngineGroup:
         Raises:
             DeviceError: if a device is absent.
         """
-        engines = []
-        for name in devices:
-            device = resolve_device(name)
-            replica = model if device == model.device else copy.deepcopy(model).to(device)
-            engines.append(Engine(replica, config, **options))
-        return cls(engines)
+        with contextlib.ExitStack() as made:  # those that are made close if a later one fails
+            engines = []
+            for device in map(resolve_device, devices):
+                replica = model if device == model.device else copy.deepcopy(model).to(device)
+                engines.append(made.enter_context(Engine(replica, config, **options)))
+            group = cls(engines)
+            made.pop_all()
+            return group
 
     def submit(
         self,
@@ -68,13 +77,13 @@ class EngineGroup:
         *,
         on_token: OnToken | None = None,
     ) -> Request:
-        """Submit to the engine with the lowest load. Raises as `Engine.submit` does."""
-        least = min(self.engines, key=lambda engine: engine.load)
+        """Submit to the open engine with the lowest load. Raises as `Engine.submit` does."""
+        least = min(self._open(), key=lambda engine: engine.load)
         return least.submit(prompt, params, on_token=on_token)
 
     def step(self) -> bool:
-        """Run one step of each engine. Return whether any had something to do."""
-        busy = [engine.step() for engine in self.engines]
+        """Run one step of each open engine. Return whether any had something to do."""
+        busy = [engine.step() for engine in self.engines if not engine.closed]
         return any(busy)
 
     def generate(
@@ -82,7 +91,11 @@ class EngineGroup:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Output]:
-        """Answer as `Engine.generate` does. Each engine gets a share of the prompts."""
+        """Answer as `Engine.generate` does. Each engine gets a share of the prompts.
+
+        The share of an engine that fails is answered by another one. If that fails too, the
+        outputs of the share have an `EngineLost` as their error.
+        """
         listed = as_prompts(prompts)
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
         costs = [_size(prompt) + params.n * params.max_new_tokens for prompt, params in pairs]
@@ -93,21 +106,36 @@ class EngineGroup:
             outputs = iter(engine.generate([p for p, _ in share], [w for _, w in share]))
             return [[next(outputs) for _ in range(params.n)] for _, params in share]
 
-        return [output for samples in self._spread(pairs, costs, answer) for output in samples]
+        outputs: list[Output] = []
+        answers = self._spread(pairs, costs, answer)
+        for (_, params), samples in zip(pairs, answers, strict=True):
+            lost = isinstance(samples, EngineLost)
+            refused = [Output(-1, 0, (), finish="error", error=samples)] * params.n if lost else []
+            outputs += refused or samples
+        return outputs
 
     def score(self, items: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[list[Score]]:
-        """Score as `Engine.score` does. Each engine gets a share of the contexts."""
+        """Score as `Engine.score` does. Each engine gets a share of the contexts.
+
+        Raises:
+            EngineLost: if an engine failed and another one failed at the same share.
+        """
         costs = [_size(context) + sum(map(_size, each)) for context, each in items]
-        return self._spread(list(items), costs, lambda engine, share: engine.score(share))
+        found = self._spread(list(items), costs, lambda engine, share: engine.score(share))
+        for scores in found:
+            if isinstance(scores, EngineLost):
+                raise scores
+        return [scores for scores in found if not isinstance(scores, EngineLost)]
 
     def stats(self) -> list[EngineStats]:
         """Return the stats of each engine."""
         return [engine.stats() for engine in self.engines]
 
     def close(self) -> None:
-        """Close every engine."""
-        for engine in self.engines:
-            engine.close()
+        """Close every engine, whatever closing another one raises."""
+        with contextlib.ExitStack() as engines:
+            for engine in self.engines:
+                engines.callback(engine.close)
 
     def __enter__(self) -> EngineGroup:
         return self
@@ -115,29 +143,73 @@ class EngineGroup:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _spread(
+    def _open(self) -> list[Engine]:
+        engines = [engine for engine in self.engines if not engine.closed]
+        if not engines:
+            raise EngineClosed("every engine of the group is closed: make another group")
+        return engines
+
+    def _spread(self, items: list[_Item], costs: Sequence[int], work: _Work) -> list[Any]:
+        """Give every item to an engine, and return the results in order.
+
+        An item gets an EngineLost if the engine that it was given to failed, and another one did.
+        """
+        found: dict[int, Any] = {}
+        engines, left = self._open(), list(range(len(items)))
+        for attempt in range(2):
+            lost: list[Engine] = []
+            for engine, share, result in self._run(engines, items, costs, left, work):
+                if not isinstance(result, Exception):
+                    found.update(zip(share, result, strict=True))
+                elif isinstance(result, GranitePagedError) and not _is_failure(result):
+                    raise result  # a refusal of the work, not a fault of the engine
+                else:
+                    lost.append(engine)
+                    found.update(dict.fromkeys(share, EngineLost(result)))
+            left = [number for number in left if isinstance(found[number], EngineLost)]
+            engines = [engine for engine in engines if engine not in lost] or engines
+            if not left or attempt:
+                break
+        return [found[number] for number in range(len(items))]
+
+    def _run(
         self,
+        engines: Sequence[Engine],
         items: list[_Item],
         costs: Sequence[int],
-        work: Callable[[Engine, list[_Item]], list[_Result]],
-    ) -> list[_Result]:
-        """Give every item to an engine, run the engines in threads, and return the results."""
-        loads = [engine.load for engine in self.engines]
-        shares: list[list[int]] = [[] for _ in self.engines]
-        for number, cost in enumerate(costs):
+        numbers: Sequence[int],
+        work: _Work,
+    ) -> list[tuple[Engine, list[int], Any]]:
+        """Run a share of the numbered items in each engine's thread.
+
+        Returns:
+            For each engine, the numbers of its items, and their results or what it raised.
+        """
+        loads = [engine.load for engine in engines]
+        shares: list[list[int]] = [[] for _ in engines]
+        for number in numbers:
             least = loads.index(min(loads))
-            loads[least] += cost
+            loads[least] += costs[number]
             shares[least].append(number)
-        with ThreadPoolExecutor(len(self.engines)) as pool:
+        with ThreadPoolExecutor(len(engines)) as pool:
             running = [
                 pool.submit(work, engine, [items[number] for number in share])
-                for engine, share in zip(self.engines, shares, strict=True)
+                for engine, share in zip(engines, shares, strict=True)
             ]
-            by_engine = [each.result() for each in running]
-        found: dict[int, _Result] = {}
-        for share, results in zip(shares, by_engine, strict=True):
-            found.update(zip(share, results, strict=True))
-        return [found[number] for number in range(len(items))]
+            try:
+                wait(running)
+            except BaseException:  # an interrupt of the caller stops every engine
+                while wait(running, timeout=0.05).not_done:
+                    for engine in engines:
+                        engine.cancel_all()
+                raise
+        results = [each.exception() or each.result() for each in running]
+        return list(zip(engines, shares, results, strict=True))
+
+
+def _is_failure(error: GranitePagedError) -> bool:
+    """Whether an error is about the engine, and not about a request."""
+    return isinstance(error, (BrokenInvariant, EngineClosed))
 
 
 def _size(prompt: Any) -> int:

@@ -113,6 +113,11 @@ class Job:
         return self.placement.stored if self.placement else 0
 
     @property
+    def remaining(self) -> int:
+        """Number of tokens that it has yet to compute, at most."""
+        return self.max_stored - self.stored
+
+    @property
     def prefill_tokens(self) -> int:
         """Number of tokens to store before the first draw or the first continuation."""
         return len(self.tokens)
@@ -242,6 +247,12 @@ class ScoringJob(Job):
         """Number of tokens to store before the first continuation."""
         # a continuation's call begins with the context's last token: its logits score the first
         return len(self.tokens) if self.single else len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        """Number of tokens of its context and continuations that are not computed, at most."""
+        continuations = sum(len(self.continuation(number)) for number in self.pending)
+        return max(0, len(self.tokens) - self.stored) + continuations
 
     @property
     def rows_for_forks(self) -> int:

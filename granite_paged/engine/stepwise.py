@@ -168,7 +168,18 @@ class StepwiseEngine:
         """Number of tokens that open requests have yet to compute, at most."""
         with self._lock:
             jobs = (job for request in self._core.open for job in request.jobs)
-            return sum(job.max_stored - job.stored for job in jobs)
+            return sum(job.remaining for job in jobs)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def cancel_all(self) -> None:
+        """End every open request."""
+        with self._lock:
+            for request in self._core.open:
+                self.cancel(request)
 
     def stats(self) -> EngineStats:
         """Return counts, sizes and times of the engine."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged.engine import group as groups
 from granite_paged.engine.group import EngineGroup
-from granite_paged.errors import DeviceError, InvalidArgument
+from granite_paged.errors import DeviceError, EngineClosed, EngineLost, InvalidArgument
 from tests.helpers.tiny_models import tiny_model
 
 SIZES = PagedConfig(page_size=8, max_tokens=160, max_sequences=4, chunk_tokens=32)
@@ -62,3 +64,103 @@ def test_replicas_run_on_the_given_devices() -> None:
 def test_an_empty_group_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="at least one"):
         EngineGroup([])
+
+
+# -- when an engine fails -----------------------------------------------------------------------
+
+
+def fail(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step() -> bool:
+        raise RuntimeError("the device fell off the bus")
+
+    monkeypatch.setattr(engine, "step", step)
+
+
+def test_the_work_of_a_lost_engine_is_done_by_another(
+    group: EngineGroup, one: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(group.engines[0], monkeypatch)
+    params = SamplingParams(max_new_tokens=4, stop_tokens=())
+    answers = group.generate(PROMPTS, params)
+    assert [o.tokens for o in answers] == [o.tokens for o in one.generate(PROMPTS, params)]
+    items = [(prompt, [[4], [5, 6]]) for prompt in PROMPTS]
+    assert len(group.score(items)) == len(items)
+
+
+def test_work_that_two_engines_fail_at_is_reported_by_name(
+    group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in group.engines:
+        fail(engine, monkeypatch)
+    outputs = group.generate(PROMPTS[:3], SamplingParams(max_new_tokens=2, n=2))
+    assert len(outputs) == 6
+    assert all(isinstance(output.error, EngineLost) for output in outputs)
+    assert "fell off the bus" in str(outputs[0].error)
+    with pytest.raises(EngineLost):
+        group.score([(PROMPTS[0], [[4]])])
+
+
+def test_a_closed_engine_gets_no_work(group: EngineGroup) -> None:
+    group.engines[0].close()
+    outputs = group.generate(PROMPTS, SamplingParams(max_new_tokens=2))
+    assert [output.error for output in outputs] == [None] * len(PROMPTS)
+    request = group.submit(PROMPTS[0], SamplingParams(max_new_tokens=2))
+    while group.step():
+        pass
+    assert request.finished
+    group.engines[1].close()
+    with pytest.raises(EngineClosed, match="every engine"):
+        group.submit(PROMPTS[0])
+
+
+def test_an_interrupt_ends_the_work_of_every_engine(
+    group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, calls = groups.wait, []
+
+    def interrupted(running: Any, **options: Any) -> Any:
+        calls.append(options)
+        if len(calls) == 1:
+            waiting(running, timeout=0.2)
+            raise KeyboardInterrupt
+        return waiting(running, **options)
+
+    monkeypatch.setattr(groups, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        group.generate(PROMPTS * 20, SamplingParams(max_new_tokens=100, stop_tokens=()))
+    assert sum(stats.tokens for stats in group.stats()) < 20 * len(PROMPTS) * 100
+    assert all(engine.idle or not engine.load for engine in group.engines)
+
+
+def test_replicas_that_were_made_close_if_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = []
+
+    def close(engine: Engine) -> None:
+        closed.append(engine)
+
+    monkeypatch.setattr(Engine, "close", close)
+    with pytest.raises(DeviceError, match="cuda:99"):
+        EngineGroup.replicas(tiny_model(), ["cpu", "cuda:99"], SIZES)
+    assert len(closed) == 1
+
+
+def test_close_closes_every_engine_whatever_one_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = EngineGroup([Engine(tiny_model(), SIZES) for _ in range(3)])
+    close = Engine.close
+
+    def closing(engine: Engine) -> None:
+        close(engine)
+        if engine is group.engines[1]:
+            raise RuntimeError("stuck")
+
+    monkeypatch.setattr(Engine, "close", closing)
+    with pytest.raises(RuntimeError, match="stuck"):
+        group.close()
+    assert all(engine.closed for engine in group.engines)
+
+
+def test_the_load_counts_every_continuation(one: Engine) -> None:
+    one.submit_scoring([5, 6, 7], [[4, 5]] * 50)
+    assert one.load == 3 + 2 * 50
