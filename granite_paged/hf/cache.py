@@ -76,10 +76,21 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
     is_sliding = False
     supports_early_init = False
 
+    is_initialized = False  # of the tensors that transformers would offload or zero
+
     def __init__(self, cache: PagedCache, layer: int) -> None:
-        super().__init__()
         self._cache = cache
         self._layer = layer
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A copy of the keys, [B, Hkv, columns, D], zero at padding; None before the first step."""
+        return self._cache.gather(self._cache.store.pools[self._layer].keys)
+
+    @property
+    def values(self) -> Tensor | None:
+        """A copy of the values; see `keys`."""
+        return self._cache.gather(self._cache.store.pools[self._layer].values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -260,14 +271,25 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         return self._columns.count
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return a Mamba layer's last inputs. Raises NotPatched in a step, where ours has them."""
+        """Return a Mamba layer's last inputs, [B, channels, width], the newest last.
+
+        `layers[i].conv_states[0]` holds them as a ring, see `layers.mamba`.
+
+        Raises:
+            NotPatched: in a step, whose Mamba layers must run ours and not transformers' forward.
+        """
         if self.in_step:
             raise NotPatched(
                 f"Mamba layer {layer_idx} has lost the forward that patch() gave it: "
                 "call unpatch(model) and patch(model)"
             )
-        conv: Tensor | None = super().get_conv_state(layer_idx, state_idx)
-        return conv
+        ring: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        if ring is None:
+            return None
+        started = self._columns.stored(len(self._rows), ring.device).cumsum(dim=1).bool()
+        oldest = started.sum(dim=1)[:, None, None]  # the next input's position, modulo the width
+        slot = (oldest + torch.arange(ring.shape[2], device=ring.device)) % ring.shape[2]
+        return ring.gather(2, slot.expand_as(ring))
 
     def reset(self) -> None:
         """Release every sequence and keep the pools."""
@@ -324,6 +346,16 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     def sequences(self) -> tuple[int, ...]:
         """The allocator's sequence of each row."""
         return tuple(self._rows)
+
+    def gather(self, pool: Tensor) -> Tensor | None:
+        """Copy the rows' K or V out of a pool, [1, Hkv, slots, D]; see `PagedLayer.keys`."""
+        if not self._rows:
+            return None
+        stored = self._columns.stored(len(self._rows), self.device)
+        positions = (stored.cumsum(dim=1) - 1).where(stored, PADDING)
+        self.store.table.settle()
+        gathered = pool[0][:, self.store.table.slots(positions, self.config.page_size)]
+        return gathered.transpose(0, 1).where(stored[:, None, :, None], 0)
 
     def reserve(self, tokens: Sequence[int]) -> None:
         """Size the pools for rows of these lengths, up to the budget."""

@@ -129,6 +129,12 @@ class PaddedBatch:
         if self._stored is not None:
             self._stored = self._stored.index_select(0, rows)
 
+    def stored(self, batch: int, device: torch.device) -> Tensor:
+        """Return which columns so far were tokens when they were run, [B, count] bool."""
+        if self._stored is None:
+            return torch.ones(batch, self.count, dtype=torch.bool, device=device)
+        return self._stored
+
     def visible(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
         """Whether the mask shows each stored token, as [rows, positions] bool.
 

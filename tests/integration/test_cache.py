@@ -65,6 +65,30 @@ def more(mask: Tensor, columns: int = 1) -> Tensor:
     return torch.nn.functional.pad(mask, (0, columns), value=1)
 
 
+def test_layers_show_what_those_of_dynamic_cache_show(model: Any, sdpa: Any) -> None:
+    own, plain = fresh(model), DynamicCache(config=sdpa.config)
+    assert own.layers[1].keys is None
+    assert own.get_conv_state(0) is None
+    ids, mask = prompts(LENGTHS)
+    for _ in range(3):
+        run(model, own, ids, mask)
+        run(sdpa, plain, ids, mask)
+        for layer in own.geometry.attention_layers:
+            token = mask.bool()[:, None, :, None]
+            for name in ("keys", "values"):
+                actual = getattr(own.layers[layer], name)
+                assert_same_logits(actual, getattr(plain.layers[layer], name).where(token, 0))
+        for layer in own.geometry.mamba_layers:
+            assert_same_logits(own.get_conv_state(layer), plain.get_conv_state(layer))
+            assert_same_logits(own.get_recurrent_state(layer), plain.get_recurrent_state(layer))
+        for each in (own, plain):
+            each.reorder_cache(torch.tensor([2, 0, 1]))
+        ids, mask = NEXT, more(mask[[2, 0, 1]])
+    own.reset()
+    assert own.layers[1].values is None
+    assert own.get_conv_state(0) is None
+
+
 def pool_bytes(own: PagedCache) -> int:
     return sum(pool.nbytes for pool in own.store.pools.values())
 
