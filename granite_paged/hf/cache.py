@@ -15,15 +15,13 @@ pages hold tokens: see `padding.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from granite_paged.device import available_bytes, to_device
+from granite_paged.device import available_bytes
 from granite_paged.errors import (
     CacheReleased,
     GeometryError,
@@ -37,36 +35,14 @@ from granite_paged.errors import (
 )
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.hf.padding import PaddedBatch, PaddedStep
+from granite_paged.hf.step import CacheStep, make_step
 from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.mamba import MambaRows
 from granite_paged.paging.allocator import PageAllocator
-from granite_paged.paging.masks import PADDING, paged_block_mask
+from granite_paged.paging.masks import PADDING
 from granite_paged.paging.store import PageStore
 
 _GROWTH = 1.5  # a pool that is too small grows by half, so a long decode reallocates rarely
-
-
-@dataclass(slots=True)
-class CacheStep:
-    """What the layers of one forward pass share.
-
-    Attributes:
-        columns: the new columns of the batch, padding included.
-        slots: [B * S] int64, where each new token's K and V go.
-        block_mask: for every attention layer.
-        rows: [B] int64, 0 to B - 1: the rows of Mamba states.
-        since_start: [B, S] int64, columns since the row's first token, -1 before it. Mamba layers
-            take these as positions, since in transformers a state decays over padding inside a
-            sequence.
-        finite: layer -> [] bool on the device, whether its K and V were finite.
-    """
-
-    columns: PaddedStep
-    slots: Tensor
-    block_mask: BlockMask
-    rows: Tensor
-    since_start: Tensor
-    finite: dict[int, Tensor] = field(default_factory=dict)
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -392,7 +368,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         row_of = {sequence: row for row, sequence in enumerate(self._rows)}
         self.store.apply(self.allocator.append(growth), row_of)
         self.store.table.settle()
-        return _make_step(self.store, self._columns, new, positions, compiled=self._compiled)
+        return make_step(self.store, self._columns, new, positions, compiled=self._compiled)
 
     def _make_room(self, growth: dict[int, int]) -> None:
         allocator = self.allocator
@@ -461,46 +437,6 @@ def _check_selection(rows: Sequence[int], held: int) -> None:
             f"{f'row {wrong[0]}' if wrong else 'no row'} cannot be kept: "
             f"name some of the {held} rows by 0 to {held - 1}, or reset() the cache"
         )
-
-
-def _make_step(
-    store: PageStore,
-    record: PaddedBatch,
-    new: PaddedStep,
-    host_positions: Tensor,
-    *,
-    compiled: bool,
-) -> CacheStep:
-    """Make the tensors of a step whose pages are in the page table.
-
-    Args:
-        store: page table and pools.
-        record: of the columns before the step.
-        new: the step's columns.
-        host_positions: [B, S] int64, of its tokens.
-        compiled: pad to shapes for which a kernel may have been compiled already.
-    """
-    (batch, columns), table, page_size = host_positions.shape, store.table, store.geometry.page_size
-    (flat,) = to_device(table.physical.device, host_positions.flatten())
-    positions = flat.view(batch, columns)
-    rows, more = (bucket(batch), bucket(columns, steps=2) - columns) if compiled else (batch, 0)
-    physical, visible = table.physical[:rows], None
-    if new.hidden_by is not None:
-        visible = record.visible(new.hidden_by, (rows, physical.shape[1] * page_size))
-    return CacheStep(
-        columns=new,
-        slots=table.slots(positions, page_size).flatten(),
-        block_mask=paged_block_mask(
-            physical,
-            table.logical,
-            torch.nn.functional.pad(positions.int(), (0, more, 0, rows - batch), value=PADDING),
-            page_size=page_size,
-            group=store.geometry.group,
-            visible=visible,
-        ),
-        rows=torch.arange(batch, device=positions.device),
-        since_start=new.since_start(batch, positions.device),
-    )
 
 
 def _page_limit(geometry: CacheGeometry, config: PagedConfig, device: torch.device) -> int:

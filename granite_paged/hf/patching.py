@@ -44,8 +44,9 @@ from granite_paged.errors import (
     check_token_range,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
-from granite_paged.hf.cache import CacheStep, PagedCache
+from granite_paged.hf.cache import PagedCache
 from granite_paged.hf.compat import CACHE, rename_cache
+from granite_paged.hf.step import CacheStep
 from granite_paged.layers.attention import paged_attention
 from granite_paged.layers.backend import kernel_refusal
 from granite_paged.layers.mamba import MambaRows, MambaSizes, mamba_forward, mixers

@@ -18,7 +18,7 @@ from transformers import GraniteMoeHybridConfig
 
 from granite_paged import PagedCache, PagedConfig
 from granite_paged.errors import GranitePagedError
-from granite_paged.hf.cache import CacheStep
+from granite_paged.hf.step import CacheStep
 from granite_paged.paging.allocator import NULL_PAGE, AppendPlan, PageAllocator
 from granite_paged.paging.page_table import UNHELD, PageTable
 from granite_paged.paging.store import PageStore
