@@ -186,8 +186,10 @@ class EngineCore:
             BrokenInvariant: if requests are open, but step after step has no work.
         """
         started = time.perf_counter()
-        busy = self._step()
-        self._close_ended()
+        try:
+            busy = self._step()
+        finally:
+            self._close_ended()
         self._stalled = 0 if busy or not self._open else self._stalled + 1
         require(self._stalled < _STALLED, "requests are open, but no step has work")
         self._seconds += (time.perf_counter() - started) if busy else 0.0
@@ -220,7 +222,7 @@ class EngineCore:
     def check_valid(self) -> None:
         """Prove every invariant between two steps; BrokenInvariant says what broke."""
         self._scheduler.check_valid()
-        for request in self._open:
+        for request in () if self.stepping else self._open:  # a step closes them at its end
             require(not request.finished, "a finished request is open")
 
     def stats(self) -> EngineStats:

@@ -242,6 +242,7 @@ def test_an_interrupt_in_a_callback_changes_no_answer(
     assert asked.outputs[0].text == text_of(answer)
     assert other.outputs[0].tokens == expected(PROMPTS[1])
     assert harness.engine.stats().restarted == 0
+    assert harness.engine.idle
 
 
 # -- early ends ---------------------------------------------------------------------------------

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.request import Output, SamplingParams
+from granite_paged.errors import BrokenInvariant
 from granite_paged.geometry import PagedConfig
 from granite_paged.runner.runner import Runner
-from tests.helpers.engine_harness import EngineHarness, random_walk
+from tests.helpers.engine_harness import EngineHarness, Interrupted, random_walk
 from tests.helpers.simulated_runner import HashOracle, ModelOracle, SimulatedRunner
 from tests.helpers.tiny_models import tiny_model
 
@@ -59,6 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def start(self, preemption: str, state_bytes: int, **sizes: int) -> None:
         options = {"preemption": preemption, "state_bytes": state_bytes}
+        self.broken: list[BrokenInvariant] = []
         self.harness = EngineHarness(model_oracle(), options, self.runner(**sizes))
 
     def runner(self, **sizes: int) -> Any:
@@ -85,6 +88,55 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.harness.step()
 
+    @rule(
+        prompt=PROMPTS,
+        params=PARAMS,
+        at=st.integers(1, 4),
+        does=st.sampled_from(["raise", "interrupt", "step", "cancel", "submit"]),
+    )
+    def submit_with_callback(
+        self, prompt: list[int], params: SamplingParams, at: int, does: str
+    ) -> None:
+        def on_token(output: Output, token: int, text: str) -> None:
+            if len(output.tokens) == at:
+                event(f"callback: {does}")
+                self.call_back(does)
+
+        self.harness.submit(prompt, params, on_token)
+
+    def call_back(self, does: str) -> None:
+        engine = self.harness.engine
+        try:
+            engine.check_valid()
+        except BrokenInvariant as error:
+            self.broken.append(error)
+        if does == "raise":
+            raise ValueError("in a callback")
+        if does == "interrupt":
+            raise Interrupted
+        if does == "step":
+            engine.step()  # refused by name
+        if does == "cancel":
+            engine.cancel(self.harness.open[0])
+        if does == "submit":
+            self.harness.submit([5, 6], SamplingParams(max_new_tokens=2, stop_tokens=()))
+
+    @rule(pick=st.integers(0, 7), call=st.sampled_from(["decode", "prefill", "write_pages"]))
+    def cancel_in_the_middle_of_a_step(self, pick: int, call: str) -> None:
+        """The garbage collector may close an abandoned stream anywhere."""
+        runner, asked = self.harness.runner, self.harness.open
+        if not asked or not hasattr(runner, "fault"):
+            return
+        request = asked[pick % len(asked)]
+
+        def cancel_once(made: str, rows: Sequence[int]) -> None:
+            if made == call:
+                runner.fault = lambda made, rows: None
+                event("cancel in a step")
+                self.harness.engine.cancel(request)
+
+        runner.fault = cancel_once
+
     @rule(pick=st.integers(0, 7))
     def cancel(self, pick: int) -> None:
         self.harness.cancel(pick)
@@ -96,6 +148,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "harness"):
             self.harness.drain()
+            assert not self.broken
 
 
 class LiveMachine(EngineMachine):
