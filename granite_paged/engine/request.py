@@ -147,7 +147,11 @@ class Score:
 
 
 OnToken = Callable[[Output, int, str], None]
-"""Callback for each new token: (the sample so far, the token, the text that it added)."""
+"""Callback for each new token: (the sample so far, the token, the text that it added).
+
+It runs when the state of the step is complete. It may submit, cancel and close, and look at
+statistics; methods that run a step raise EngineBusy. What it raises ends its own sample.
+"""
 
 
 @dataclass(slots=True, eq=False)
