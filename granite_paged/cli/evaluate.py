@@ -179,6 +179,7 @@ def evaluate(
     names = outputs.check(tasks)
     loaded = choice.load()
     curves = [read_result(path) for path in bench]
+    loaded = _with_tokenizer(loaded, about_tasks.pop("tokenizer"))
     made = _make_tasks(names, loaded, choice, **about_tasks)
     found = _run(loaded, made, choice, _MODES[mode], batch, outputs.journal)
     evaluation = replace(found, command=_command_line())
@@ -239,20 +240,19 @@ class _Outputs:
             log_to_tensorboard(self.tensorboard, evaluation, figures)
 
 
-def _make_tasks(
-    names: tuple[str, ...],
-    loaded: LoadedModel,
-    choice: ModelChoice,
-    *,
-    tokenizer: str | None,
-    **chosen: Any,
-) -> list[Task]:
-    from granite_paged.evaluate.tasks import TaskOptions, make_task
+def _with_tokenizer(loaded: LoadedModel, tokenizer: str | None) -> LoadedModel:
     from granite_paged.models import load_tokenizer
 
-    encoder = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
+    return replace(loaded, tokenizer=load_tokenizer(tokenizer)) if tokenizer else loaded
+
+
+def _make_tasks(
+    names: tuple[str, ...], loaded: LoadedModel, choice: ModelChoice, **chosen: Any
+) -> list[Task]:
+    from granite_paged.evaluate.tasks import TaskOptions, make_task
+
     options = TaskOptions(**chosen, smallest=choice.config.page_size, seed=choice.seed)
-    return [make_task(name, options, loaded, encoder) for name in names]
+    return [make_task(name, options, loaded, loaded.tokenizer) for name in names]
 
 
 def _run(
@@ -267,7 +267,9 @@ def _run(
     from granite_paged.evaluate.run import evaluate, identity
 
     if batch is None:
-        batch = held_run(path).get("batch size") or _find_batch(loaded, tasks, choice.seed)
+        batch = held_run(path).get("batch size")
+        if type(batch) is not int or batch < 1:
+            batch = _find_batch(loaded, tasks, choice.seed)
     journal = Journal(path, identity(loaded, tasks, modes, choice.config, batch))
     try:
         with progress(time_left=True) as report_progress:
@@ -281,6 +283,9 @@ def _run(
                 seed=choice.seed,
                 progress=report_progress,
             )
+    except KeyboardInterrupt:
+        click.echo(f"\n{journal.kept}", err=True)
+        raise
     finally:
         journal.close()
 

@@ -28,7 +28,7 @@ from granite_paged.evaluate.near_ties import judge_near_ties
 from granite_paged.evaluate.peak_memory import PeakMemory
 from granite_paged.evaluate.scorer import Answer, Needs, ScoreRequest, choice
 from granite_paged.evaluate.tasks import Question, Task, TaskOptions, make_task
-from granite_paged.models import LoadedModel, load, load_tokenizer
+from granite_paged.models import TINY_RECALL, LoadedModel, load, load_tokenizer
 from granite_paged.paging.page_table import UNHELD, PageTable
 from tests.helpers import faults
 from tests.helpers.evaluation import (
@@ -291,6 +291,52 @@ def test_the_identity_of_a_run_covers_its_questions() -> None:
     same = run.identity(loaded, [task], ("default",), SMALL_PAGES, 1)
     assert same == run.identity(loaded, [tiny_task()], ("default",), SMALL_PAGES, 1)
     assert same != run.identity(loaded, [tiny_task(seed=9)], ("default",), SMALL_PAGES, 1)
+
+
+def identity(loaded: Any) -> dict[str, Any]:
+    return run.identity(loaded, [tiny_task()], ("default",), SMALL_PAGES, 1)
+
+
+def test_a_journal_of_other_weights_is_refused(tmp_path: Path) -> None:
+    path, loaded = str(tmp_path / "answers.jsonl"), tiny_loaded()
+    Journal(path, identity(loaded)).close()
+    with torch.no_grad():  # the last bit of one number
+        weight = next(p for p in loaded.model.parameters() if p.dtype == torch.float32)
+        weight.view(-1).view(torch.int32)[-1] ^= 1
+    with pytest.raises(DataError, match="another run: weights was"):
+        Journal(path, identity(loaded))
+
+
+def test_weights_that_changed_places_have_another_digest() -> None:
+    tensor = torch.randn(3, 5)
+    assert run._tensor_digest(tensor) == run._tensor_digest(tensor.clone())
+    assert run._tensor_digest(tensor) != run._tensor_digest(tensor.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_tensors_of_every_width_have_a_digest(dtype: torch.dtype) -> None:
+    for tensor in (torch.ones(3, 4).to(dtype).T, torch.ones(()).to(dtype), torch.ones(0).to(dtype)):
+        assert run._tensor_digest(tensor)[0] == str(dtype)
+
+
+def test_a_journal_of_another_config_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    path, loaded = str(tmp_path / "answers.jsonl"), tiny_loaded()
+    Journal(path, identity(loaded)).close()
+    with pytest.raises(DataError, match="another run: tokenizer was none, now"):
+        Journal(
+            path, identity(dataclasses.replace(loaded, tokenizer=load_tokenizer(str(TINY_RECALL))))
+        )
+    loaded.model.config.logits_scaling *= 2
+    with pytest.raises(DataError, match="another run: config was"):
+        Journal(path, identity(loaded))
+
+
+def test_a_journal_without_digests_is_refused(tmp_path: Path) -> None:
+    path, loaded = str(tmp_path / "answers.jsonl"), tiny_loaded()
+    old = {name: value for name, value in identity(loaded).items() if name != "weights"}
+    Journal(path, old).close()
+    with pytest.raises(DataError, match="weights was not recorded, now"):
+        Journal(path, identity(loaded))
 
 
 def test_a_journal_of_other_questions_is_refused(tmp_path: Path) -> None:
