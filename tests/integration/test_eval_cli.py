@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import subprocess
 import sys
+import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +18,9 @@ import pytest
 from granite_paged import models
 from granite_paged.cli import evaluate as command
 from granite_paged.cli.main import run
-from granite_paged.cli.options import FAILED, OK, USAGE
+from granite_paged.cli.options import FAILED, INTERRUPTED, OK, USAGE
 from granite_paged.evaluate import run as evaluation_run
+from granite_paged.evaluate.journal import Journal, held_run
 from granite_paged.report.eval_results import Difference
 from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.evaluation import MMLU, tiny_evaluation, write
@@ -125,6 +131,87 @@ def test_a_difference_beyond_a_near_tie_exits_1(
     monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, **options: broken)
     assert evaluate() == FAILED
     assert "FAILED" in capsys.readouterr().out
+
+
+# -- interrupted runs ---------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short_recall")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_interrupted_eval_says_what_was_kept(
+    keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    append = Journal.append
+
+    def interrupted(self: Journal, entries: Any) -> None:
+        if len(self.entries) >= 3:
+            raise KeyboardInterrupt
+        append(self, entries)
+
+    monkeypatch.setattr(Journal, "append", interrupted)
+    path = str(tmp_path / "answers.jsonl")
+    assert evaluate(*(["--output", path] if keeps else [])) == INTERRUPTED
+    kept = f"3 answers kept in {path}; run the same command to resume"
+    lost = "answers were not kept: name a file with --output to keep them"
+    assert (kept if keeps else lost) in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("short_recall")
+def test_a_second_eval_on_one_output_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    path = str(tmp_path / "answers.jsonl")
+    assert evaluate("--output", path) == OK
+    capsys.readouterr()
+    with closing(Journal(path, held_run(path))):
+        assert evaluate("--output", path) == USAGE
+    assert_one_line(capsys, f"cannot write {path}: another run keeps its answers there")
+
+
+KILLS = int(os.environ.get("GRANITE_PAGED_KILLS", "1"))  # runs, each of which is killed twice
+
+SCRIPT = """
+from granite_paged.cli import main
+from granite_paged.evaluate import tasks
+tasks.RECALL_LONGEST = 32
+main.main()
+"""
+
+
+def kill_soon(options: list[str], journal: Path, draw: random.Random) -> None:
+    """Start an eval and kill it some time after its first new answer, unless it ends before."""
+    before = journal.stat().st_size if journal.exists() else 0
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, "eval", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and (not journal.exists() or journal.stat().st_size <= before):
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.1))
+    process.kill()
+    process.wait()
+
+
+def without_times(value: Any) -> Any:
+    """Return a result without its command and without all that is measured."""
+    measured = ("latency", "seconds", "per_second", "command", "peak")
+    if not isinstance(value, dict):
+        return value
+    names = [name for name in value if not any(word in name for word in measured)]
+    return {name: without_times(value[name]) for name in names}
+
+
+@pytest.mark.usefixtures("short_recall")
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_a_run_killed_twice_resumes_to_the_same_result(seed: int, tmp_path: Path) -> None:
+    draw, journal, result = random.Random(seed), tmp_path / "answers.jsonl", tmp_path / "result"
+    options = ["--device", "cpu", "--limit", "12", "--json", str(result)]
+    assert run(["eval", *options]) == OK
+    expected = without_times(json.loads(result.read_text()))
+    options += ["--output", str(journal)]
+    for _ in range(2):
+        kill_soon(options, journal, draw)
+    assert run(["eval", *options]) == OK
+    assert without_times(json.loads(result.read_text())) == expected
 
 
 # -- refusals -----------------------------------------------------------------------------------
