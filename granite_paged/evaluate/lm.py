@@ -61,6 +61,7 @@ _TAKEN = frozenset(  # arguments that HFLM itself handles
     | {"think_end_token", "enable_thinking", "chat_template_args"}
 )
 _HFLM = {name: one.default for name, one in inspect.signature(HFLM.__init__).parameters.items()}
+_ALWAYS = {"softmax_dtype": "float32"}  # what holds without being asked for
 
 _AUTO_ROWS = 64  # rows of batch_size=auto, as HFLM's max_batch_size
 _NO_TOKENS = (0.0, True)  # score of a continuation without tokens
@@ -313,7 +314,7 @@ def _check_arguments(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if name not in _HFLM:
             raise UnknownName("model argument", name, sorted(_TAKEN | _SIZES))
-        if name not in _TAKEN and value not in (None, _HFLM[name]):
+        if name not in _TAKEN and value not in (None, _HFLM[name], _ALWAYS.get(name)):
             raise InvalidArgument(f"{NAME} does not support {name}={value!r}: leave it out")
 
 

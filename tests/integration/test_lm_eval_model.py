@@ -167,6 +167,24 @@ def test_requests_beyond_the_pool_score_as_hflm(mode: str, checkpoint: Checkpoin
     assert not is_patched(small.model)
 
 
+def test_a_batch_beyond_the_pool_is_halved(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    small = ours(checkpoint, batch_size=3, max_tokens=32)
+    generate = type(small)._model_generate
+
+    def counted(self: Any, context: Any, attention_mask: Any, **options: Any) -> Any:
+        rows.append(len(context))
+        return generate(self, context, attention_mask, **options)
+
+    monkeypatch.setattr(type(small), "_model_generate", counted)
+    options = {"max_gen_toks": 4}
+    asked = [(text, options) for text in (checkpoint.text, "and", "while")]
+    assert_same_texts(small, theirs(checkpoint, batch_size=3), *asked)
+    assert rows[:2] == [3, 2]
+
+
 def test_rolling_windows_and_empty_documents_equal_those_of_hflm(
     checkpoint: Checkpoint, model: Any, hflm: Any
 ) -> None:
@@ -359,7 +377,7 @@ def test_arguments_that_change_nothing_are_taken(checkpoint: Checkpoint) -> None
         trust_remote_code=False,
         parallelize=False,
         dtype=torch.float32,
-        softmax_dtype=None,
+        softmax_dtype="float32",
         logits_cache=True,
         truncation=False,
     )
