@@ -254,18 +254,21 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         Raises:
             NotPatched: in a step, whose Mamba layers must run ours and not transformers' forward.
         """
-        if self.in_step:
-            raise NotPatched(
-                f"Mamba layer {layer_idx} has lost the forward that patch() gave it: "
-                "call unpatch(model) and patch(model)"
-            )
-        ring: Tensor | None = super().get_conv_state(layer_idx, state_idx)
+        self._refuse_plain_mamba(layer_idx)
+        ring: Tensor | None = self.layers[layer_idx].conv_states[state_idx]
         if ring is None:
             return None
         started = self._columns.stored(len(self._rows), ring.device).cumsum(dim=1).bool()
         oldest = started.sum(dim=1)[:, None, None]  # the next input's position, modulo the width
         slot = (oldest + torch.arange(ring.shape[2], device=ring.device)) % ring.shape[2]
         return ring.gather(2, slot.expand_as(ring))
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Return whether Mamba layers have states. Raises NotPatched in a step."""
+        self._refuse_plain_mamba(layer_idx)  # whose forward asks this up to transformers 5.23
+        return bool(super().has_previous_state(layer_idx, state_idx))
 
     def reset(self) -> None:
         """Release every sequence and keep the pools."""
@@ -355,6 +358,13 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             self.fail_step("a step of this cache was interrupted")
         if self._failure:
             raise CacheReleased(f"{self._failure}; call reset() and start over")
+
+    def _refuse_plain_mamba(self, layer: int | None) -> None:
+        if self.in_step:
+            raise NotPatched(
+                f"Mamba layer {layer} has lost the forward that patch() gave it: "
+                "call unpatch(model) and patch(model)"
+            )
 
     def _check_rows(self, needed: int) -> None:
         if self.config.max_sequences is not None and needed > self.config.max_sequences:

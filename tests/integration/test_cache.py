@@ -79,8 +79,9 @@ def test_layers_show_what_those_of_dynamic_cache_show(model: Any, sdpa: Any) -> 
                 actual = getattr(own.layers[layer], name)
                 assert_same_logits(actual, getattr(plain.layers[layer], name).where(token, 0))
         for layer in own.geometry.mamba_layers:
-            assert_same_logits(own.get_conv_state(layer), plain.get_conv_state(layer))
-            assert_same_logits(own.get_recurrent_state(layer), plain.get_recurrent_state(layer))
+            ours, theirs = own.layers[layer], plain.layers[layer]
+            assert_same_logits(own.get_conv_state(layer), theirs.conv_states[0])
+            assert_same_logits(ours.recurrent_states[0], theirs.recurrent_states[0])
         for each in (own, plain):
             each.reorder_cache(torch.tensor([2, 0, 1]))
         ids, mask = NEXT, more(mask[[2, 0, 1]])
