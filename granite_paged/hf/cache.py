@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 from granite_paged.device import available_bytes
 from granite_paged.errors import (
@@ -34,6 +34,7 @@ from granite_paged.errors import (
     require,
 )
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
+from granite_paged.hf.layer_views import LayerViews
 from granite_paged.hf.padding import PaddedBatch, PaddedStep
 from granite_paged.hf.step import CacheStep, make_step
 from granite_paged.layers.backend import attention_backend
@@ -91,7 +92,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         raise _not_patched()
 
 
-class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+class PagedCache(LayerViews):
     """K and V in pages, Mamba states in rows.
 
     Args:
@@ -113,8 +114,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     is_compileable = False  # `generate()` must neither build masks nor compile around this cache
     is_croppable = False
     checked_for: tuple[Any, torch.dtype | None] = (None, None)
-    _rows: list[int]  # row -> sequence of the allocator
-    _columns: PaddedBatch
     _step: CacheStep | None
     _failure: str
 
@@ -246,30 +245,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """Return the number of columns so far, by which `generate()` slices its inputs."""
         return self._columns.count
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return a Mamba layer's last inputs, [B, channels, width], the newest last.
-
-        `layers[i].conv_states[0]` holds them as a ring, see `layers.mamba`.
-
-        Raises:
-            NotPatched: in a step, whose Mamba layers must run ours and not transformers' forward.
-        """
-        self._refuse_plain_mamba(layer_idx)
-        ring: Tensor | None = self.layers[layer_idx].conv_states[state_idx]
-        if ring is None:
-            return None
-        started = self._columns.stored(len(self._rows), ring.device).cumsum(dim=1).bool()
-        oldest = started.sum(dim=1)[:, None, None]  # the next input's position, modulo the width
-        slot = (oldest + torch.arange(ring.shape[2], device=ring.device)) % ring.shape[2]
-        return ring.gather(2, slot.expand_as(ring))
-
-    def has_previous_state(
-        self, layer_idx: int | None = None, state_idx: int | None = None
-    ) -> bool:
-        """Return whether Mamba layers have states. Raises NotPatched in a step."""
-        self._refuse_plain_mamba(layer_idx)  # whose forward asks this up to transformers 5.23
-        return bool(super().has_previous_state(layer_idx, state_idx))
-
     def reset(self) -> None:
         """Release every sequence and keep the pools."""
         self._close_rows()
@@ -326,16 +301,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
         """The allocator's sequence of each row."""
         return tuple(self._rows)
 
-    def gather(self, pool: Tensor) -> Tensor | None:
-        """Copy the rows' K or V out of a pool, [1, Hkv, slots, D]; see `PagedLayer.keys`."""
-        if not self._rows:
-            return None
-        stored = self._columns.stored(len(self._rows), self.device)
-        positions = (stored.cumsum(dim=1) - 1).where(stored, PADDING)
-        self.store.table.settle()
-        gathered = pool[0][:, self.store.table.slots(positions, self.config.page_size)]
-        return gathered.transpose(0, 1).where(stored[:, None, :, None], 0)
-
     def reserve(self, tokens: Sequence[int]) -> None:
         """Size the pools for rows of these lengths, up to the budget."""
         pages = [self.geometry.pages_for(n) for n in tokens]
@@ -358,13 +323,6 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
             self.fail_step("a step of this cache was interrupted")
         if self._failure:
             raise CacheReleased(f"{self._failure}; call reset() and start over")
-
-    def _refuse_plain_mamba(self, layer: int | None) -> None:
-        if self.in_step:
-            raise NotPatched(
-                f"Mamba layer {layer} has lost the forward that patch() gave it: "
-                "call unpatch(model) and patch(model)"
-            )
 
     def _check_rows(self, needed: int) -> None:
         if self.config.max_sequences is not None and needed > self.config.max_sequences:
