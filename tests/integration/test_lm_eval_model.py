@@ -285,7 +285,7 @@ def test_an_empty_prompt_starts_at_the_prefix_token(batch: int, checkpoint: Chec
     [
         ({"max_gen_toks": LENGTH}, "max_gen_toks must be from 1 to 31, got 32"),
         ({"max_tokens": 0}, "max_gen_toks must be from 1 to 31, got 0"),
-        ({"max_gen_toks": 3, "temprature": 1.0}, "unknown generation option 'temprature'"),
+        ({"max_gen_toks": 3, "temp": 1.0}, "unknown generation option 'temp'"),
         ({"max_gen_toks": 3, "until": [4]}, "until must be text or a list of texts"),
     ],
 )
