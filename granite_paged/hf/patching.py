@@ -29,7 +29,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import GraniteMoeHybridForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import eager_attention_forward
 
@@ -40,7 +39,6 @@ from granite_paged.errors import (
     InvalidRequest,
     NotPatched,
     PromptError,
-    UnsupportedModel,
     check_token_range,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
@@ -50,6 +48,7 @@ from granite_paged.hf.step import CacheStep
 from granite_paged.layers.attention import paged_attention
 from granite_paged.layers.backend import kernel_refusal
 from granite_paged.layers.mamba import MambaRows, MambaSizes, mamba_forward, mixers
+from granite_paged.layers.modules import check_supported
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -109,7 +108,7 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
         AlreadyPatched: if the model is patched.
     """
     config = config or PagedConfig()
-    _check_supported(model)
+    check_supported(model)
     if is_patched(model):
         raise AlreadyPatched("this model is patched already; call unpatch(model) first")
     CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)
@@ -338,14 +337,6 @@ def _check_attention(own: str, asked: Any) -> None:
             f"the attention implementation of a patched model cannot become {asked!r}: "
             f"call unpatch(model) first, or keep {own!r}"
         )
-
-
-def _check_supported(model: Any) -> None:
-    if not isinstance(model, GraniteMoeHybridForCausalLM):
-        raise UnsupportedModel(type(model).__name__)
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise UnsupportedModel(f"a model on {', '.join(sorted(devices))} instead of one device")
 
 
 def _check_inference(decoder: Any) -> None:

@@ -18,17 +18,22 @@ from granite_paged.errors import UnsupportedModel
 _OWN = ("torch.nn.modules.", "transformers.")
 
 
-def check_model(model: Any) -> None:
-    """Raise UnsupportedModel for a model that a runner would compute wrongly.
-
-    That is another class, weights on several devices, or a changed frame of a decoder layer.
-    """
+def check_supported(model: Any) -> None:
+    """Raise UnsupportedModel for another class, or for weights that are not on one device."""
     if not isinstance(model, GraniteMoeHybridForCausalLM):
         advice = "pass the transformers model itself (PEFT: model.get_base_model())"
         raise UnsupportedModel(type(model).__name__, advice)
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedModel(f"a model on {', '.join(sorted(devices))} instead of one device")
+
+
+def check_model(model: Any) -> None:
+    """Raise UnsupportedModel for a model that a runner would compute wrongly.
+
+    That is one that is not supported, or one with a changed frame of a decoder layer.
+    """
+    check_supported(model)
     for name, module in _frames(model):
         if change := _change(module):
             advice = "it would not run in an engine; use paged(model) and generate()"
