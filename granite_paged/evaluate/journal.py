@@ -13,16 +13,11 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from granite_paged.errors import CannotWrite, DataError, FileError, writing
+from granite_paged.append_file import AppendFile
+from granite_paged.errors import DataError, FileError
 from granite_paged.typed_json import Signed, checked
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 
@@ -80,7 +75,7 @@ class Journal:
     def __init__(self, path: str | None, run: dict[str, Any]) -> None:
         self.path = path
         self.entries: dict[EntryKey, JournalEntry] = {}
-        self._file: BinaryIO | None = None
+        self._file: AppendFile | None = None
         if path is not None:
             try:
                 self._open(path, json.loads(json.dumps(run)))
@@ -110,11 +105,8 @@ class Journal:
     # -- details --------------------------------------------------------------------------------
 
     def _open(self, path: str, run: dict[str, Any]) -> None:
-        with writing(path):
-            Path(path).touch()
-            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115
-            _lock(self._file, path)
-            content = self._file.read()
+        self._file = AppendFile(path, "--output")
+        content = self._file.content()
         lines = content.split(b"\n")
         rows = [_parsed(line) for line in lines]
         while rows and rows[-1] is None:  # the tail
@@ -131,26 +123,12 @@ class Journal:
                 entry = _entry(path, number, row)
                 self.entries[entry.place] = entry
         whole = b"".join(line + b"\n" for line in lines[: len(rows)])
-        self._file.truncate(min(len(whole), len(content)))
-        self._file.seek(0, os.SEEK_END)
+        self._file.cut(min(len(whole), len(content)))
         self._write(whole[len(content) :] if rows else _head(run))
 
     def _write(self, content: bytes) -> None:
-        if self._file is None:
-            return
-        end = self._file.tell()
-        try:
-            written = self._file.write(content)
-            if written != len(content):  # a full disk may take only a part
-                written += self._file.write(content[written:])
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self._file.seek(end)
-            self._file.truncate()
-            raise CannotWrite(
-                str(self.path),
-                f"{error.strerror}; {self.kept}",
-            ) from None
+        if self._file is not None:
+            self._file.append(content, kept=self.kept)
 
 
 def held_run(path: str | None) -> dict[str, Any]:
@@ -162,19 +140,6 @@ def held_run(path: str | None) -> dict[str, Any]:
         return {}
     run = head.get("run") if isinstance(head, dict) else None
     return run if isinstance(run, dict) else {}
-
-
-def _lock(file: BinaryIO, path: str) -> None:
-    """Lock an open file until it is closed. Raises CannotWrite if another run has the lock."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        problem = "another run keeps its answers there; wait for it, or name another --output"
-        raise CannotWrite(path, problem) from None
-    except OSError:  # a file system without locks
-        return
 
 
 def _head(run: dict[str, Any]) -> bytes:

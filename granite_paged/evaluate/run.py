@@ -6,8 +6,6 @@ the same for all modes. Answers are in the journal before the next batch begins.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from granite_paged.device import device_name, dtype_name
+from granite_paged.digests import config_digest, sha256, tokenizer_digest, weights_digest
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.evaluate.journal import Journal, JournalEntry
@@ -97,9 +96,9 @@ def identity(
     """
     return {
         "model": loaded.name,
-        "weights": _weights_digest(loaded.model),
-        "config": _config_digest(loaded.model.config),
-        "tokenizer": _tokenizer_digest(loaded.tokenizer),
+        "weights": weights_digest(loaded.model),
+        "config": config_digest(loaded.model.config),
+        "tokenizer": tokenizer_digest(loaded.tokenizer),
         "device": device_name(loaded.model.device),
         "dtype": dtype_name(loaded.model.dtype),
         "modes": list(modes),
@@ -277,58 +276,10 @@ def _ordered(questions: Iterable[Question], batch: int) -> list[Question]:
     return [question for group in groups.values() for question in group]
 
 
-# -- digests ------------------------------------------------------------------------------------
-
-_SAMPLE = 4096  # elements of a tensor whose bytes are hashed
-_CHUNK = 1 << 24  # elements that are summed at once; bounds the memory
-
-
-def _sha256(plain: Any) -> str:
-    text = json.dumps(plain, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def _digest(task: Task) -> str:
     """Hash the key, tokens and labels of every question."""
     asked = [[q.key, q.request.context, q.request.continuations, q.labels] for q in task.questions]
-    return _sha256(asked)
-
-
-def _weights_digest(model: Any) -> str:
-    """Hash every tensor's name, dtype and shape, the sum of its bits, and evenly spaced elements.
-
-    The sum is over each element's bits as an integer, on the model's own device: it covers all
-    elements, so that any single change is noticed. The sample notices elements that changed places.
-    """
-    return _sha256([[name, *_tensor_digest(t)] for name, t in sorted(model.state_dict().items())])
-
-
-def _tensor_digest(tensor: torch.Tensor) -> list[Any]:
-    flat = tensor.detach().flatten()
-    widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = flat.view(widths[flat.element_size()])
-    total = sum(int(part.sum(dtype=torch.int64)) for part in torch.split(bits, _CHUNK))
-    sample = bits[:: max(1, len(bits) // _SAMPLE)].tolist()
-    return [str(tensor.dtype), list(tensor.shape), total, sample]
-
-
-def _config_digest(config: Any) -> str:
-    """Hash a model's config, but not where it was loaded from and by which version."""
-    plain = config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        plain.pop(name, None)
-    return _sha256(plain)
-
-
-def _tokenizer_digest(tokenizer: Any | None) -> str:
-    """Hash a tokenizer's vocabulary, rules and special tokens; "none" without a tokenizer."""
-    if tokenizer is None:
-        return "none"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    for changed_by_calls in ("padding", "truncation"):
-        rules.pop(changed_by_calls, None)
-    return _sha256([rules, tokenizer.get_vocab(), tokenizer.special_tokens_map])
+    return sha256(asked)
 
 
 # -- judging ------------------------------------------------------------------------------------

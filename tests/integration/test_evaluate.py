@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from granite_paged import PagedConfig
+from granite_paged.digests import tensor_digest
 from granite_paged.errors import DataError, RequestError
 from granite_paged.evaluate import peak_memory, run
 from granite_paged.evaluate.journal import Journal, JournalEntry
@@ -309,14 +310,14 @@ def test_a_journal_of_other_weights_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_changed_places_have_another_digest() -> None:
     tensor = torch.randn(3, 5)
-    assert run._tensor_digest(tensor) == run._tensor_digest(tensor.clone())
-    assert run._tensor_digest(tensor) != run._tensor_digest(tensor.flip(0))
+    assert tensor_digest(tensor) == tensor_digest(tensor.clone())
+    assert tensor_digest(tensor) != tensor_digest(tensor.flip(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int64, torch.float8_e4m3fn])
 def test_tensors_of_every_width_have_a_digest(dtype: torch.dtype) -> None:
     for tensor in (torch.ones(3, 4).to(dtype).T, torch.ones(()).to(dtype), torch.ones(0).to(dtype)):
-        assert run._tensor_digest(tensor)[0] == str(dtype)
+        assert tensor_digest(tensor)[0] == str(dtype)
 
 
 def test_a_journal_of_another_config_or_tokenizer_is_refused(tmp_path: Path) -> None:

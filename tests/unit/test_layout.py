@@ -12,6 +12,7 @@ LAYERS = (
     *(
         "errors",
         "files",
+        "append_file",
         "typed_json",
         "tolerances",
         "geometry",
@@ -20,8 +21,9 @@ LAYERS = (
         "names",
         "__init__",
     ),
-    *("environment", "paging", "layers", "hf", "runner", "engine", "checkpoints", "models"),
-    *("report", "verify", "evaluate", "bench", "cli", "__main__"),
+    *("environment", "digests", "paging", "layers", "hf", "runner", "engine"),
+    *("checkpoints", "models"),
+    *("report", "verify", "batch", "evaluate", "bench", "ray", "cli", "__main__"),
 )
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
