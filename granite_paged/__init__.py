@@ -22,9 +22,10 @@ Names::
     is_patched               whether a model is paged now
     PagedConfig              page size, memory, number of sequences, backend
     PagedCache               the cache behind generate(), to pass to several calls
-    Engine                   many requests at once: generate, stream, score, search
+    Engine                   many requests at once: generate, chat, stream, score, search
     EngineGroup              several engines, one per device
     SamplingParams           how tokens are chosen, and when to stop
+    Chat                     a conversation as a prompt, with arguments for its template
     Output, Score            what Engine.generate and Engine.score return
     load, LoadedModel        a checkpoint, or the embedded one, with its tokenizer
     GranitePagedError        base of every error, with four families below it by cause:
@@ -44,6 +45,7 @@ from granite_paged import errors as _errors
 if TYPE_CHECKING:
     from granite_paged.engine.engine import Engine
     from granite_paged.engine.group import EngineGroup
+    from granite_paged.engine.prompts import Chat
     from granite_paged.engine.request import Output, SamplingParams, Score
     from granite_paged.errors import *  # noqa: F403
     from granite_paged.geometry import PagedConfig
@@ -60,6 +62,7 @@ _ERRORS = [
 ]
 
 __all__ = [  # noqa: PLE0604  # the errors are strings too
+    "Chat",
     "Engine",
     "EngineGroup",
     "LoadedModel",
@@ -78,6 +81,7 @@ __all__ = [  # noqa: PLE0604  # the errors are strings too
 ]
 
 _HOME = {
+    "Chat": "engine.prompts",
     "Engine": "engine.engine",
     "EngineGroup": "engine.group",
     "LoadedModel": "models",

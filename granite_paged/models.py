@@ -5,6 +5,7 @@ Weights come from safetensors only, and code inside a checkpoint is never run.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,22 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.device import resolve_device
+from granite_paged.engine.defaults import end_of_text
+from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import (
     CheckpointError,
     DeviceError,
     InvalidArgument,
+    InvalidSampling,
     UnknownName,
     UnsupportedModel,
 )
@@ -128,6 +134,7 @@ def _from_checkpoint(model: str | None, dtype: torch.dtype | None) -> LoadedMode
     if model is not None and _looks_like_a_folder(model) and not Path(model).is_dir():
         raise CheckpointError(f"no checkpoint at {model}: the folder does not exist")
     config = _read_config(path)
+    _check_generation_config(path)
     options: dict[str, Any] = {
         "dtype": dtype or config.dtype or torch.float32,
         "ignore_mismatched_sizes": True,  # _check_complete refuses them by name
@@ -160,6 +167,19 @@ def _read_config(path: str) -> Any:
     if config.model_type != MODEL_TYPE:
         raise UnsupportedModel(f"model type {config.model_type!r}")
     return config
+
+
+def _check_generation_config(path: str) -> None:
+    """Refuse a generation config that transformers would drop silently, or fail on later."""
+    file = Path(path) / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return
+    try:
+        config = GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        end_of_text(config)
+        SamplingParams.from_generation_config(config)
+    except (OSError, ValueError, TypeError, AttributeError, InvalidSampling) as error:
+        raise CheckpointError(f"{file} cannot be used: {_first_line(error)}") from None
 
 
 def _check_complete(path: str, report: dict[str, Any]) -> None:

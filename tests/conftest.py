@@ -30,6 +30,16 @@ settings.register_profile("wide", settings.get_profile("deep"), max_examples=300
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+@pytest.fixture(scope="session")
+def sharded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a checkpoint folder as authors publish one. Tests only read it."""
+    from tests.helpers.sharded_checkpoint import write_checkpoint  # noqa: PLC0415  # after the above
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder)
+    return folder
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # workers share the cores: one thread each is faster, and fixes the order of sums
     torch.set_num_threads(1)

@@ -6,9 +6,17 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from granite_paged.engine.prompts import Prompt, as_prompts, matched
+from granite_paged.engine.prompts import (
+    Chat,
+    Message,
+    Prompt,
+    as_prompts,
+    conversations,
+    matched,
+    samples_of,
+)
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score, Scoring
 from granite_paged.engine.stepwise import StepwiseEngine
 from granite_paged.errors import GranitePagedError, QueueFull
@@ -55,7 +63,7 @@ class Engine(StepwiseEngine):
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         progress: Progress = silent,
     ) -> list[Output]:
@@ -63,7 +71,8 @@ class Engine(StepwiseEngine):
 
         Args:
             prompts: one or several; see `granite_paged.engine.prompts` for what a prompt may be.
-            params: for all prompts, or one for each.
+            params: for all prompts, or one for each. None takes the defaults of the model's
+                generation config, as transformers' `generate()` does; see `default_params`.
             progress: called as answers are finished.
 
         Returns:
@@ -79,8 +88,39 @@ class Engine(StepwiseEngine):
                 outputs += asked.outputs
             else:
                 refused = partial(Output, -1, prompt=(), finish="error", error=asked)
-                outputs += [refused(index=index) for index in range(params[number].n)]
+                outputs += [refused(index=index) for index in range(samples_of(params[number]))]
         return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        progress: Progress = silent,
+        **template: Any,
+    ) -> list[Output]:
+        """Answer conversations, each as the tokenizer's chat template writes it.
+
+        The template adds the generation prompt and all special tokens; no others are added.
+
+        Args:
+            messages: one conversation or several: lists of {"role": ..., "content": ...}.
+            params: as in `generate`.
+            progress: called as answers are finished.
+            template: passed to the template, for example `tools`.
+
+        Returns:
+            As `generate` does. A conversation that the template refuses has its `error` in its
+            outputs.
+
+        Raises:
+            TokenizerError: if there is no tokenizer.
+            PromptError: if it has no chat template, or `messages` is neither a conversation nor
+                several.
+        """
+        self._encoder.check_chat()
+        chats = [Chat(tuple(each), template) for each in conversations(messages)]
+        return self.generate(chats, params, progress=progress)
 
     def score(
         self,

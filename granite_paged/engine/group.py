@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from granite_paged.device import resolve_device
 from granite_paged.engine.engine import Engine
-from granite_paged.engine.prompts import Prompt, as_prompts, matched
+from granite_paged.engine.prompts import Prompt, as_prompts, matched, samples_of
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
 from granite_paged.errors import (
@@ -89,7 +89,7 @@ class EngineGroup:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
     ) -> list[Output]:
         """Answer as `Engine.generate` does. Each engine gets a share of the prompts.
 
@@ -98,20 +98,20 @@ class EngineGroup:
         """
         listed = as_prompts(prompts)
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
-        costs = [_size(prompt) + params.n * params.max_new_tokens for prompt, params in pairs]
+        costs = [_size(prompt) + _most_tokens(params) for prompt, params in pairs]
 
         def answer(
-            engine: Engine, share: list[tuple[Prompt, SamplingParams]]
+            engine: Engine, share: list[tuple[Prompt, SamplingParams | None]]
         ) -> list[list[Output]]:
             outputs = iter(engine.generate([p for p, _ in share], [w for _, w in share]))
-            return [[next(outputs) for _ in range(params.n)] for _, params in share]
+            return [[next(outputs) for _ in range(samples_of(params))] for _, params in share]
 
         outputs: list[Output] = []
         answers = self._spread(pairs, costs, answer)
         for (_, params), samples in zip(pairs, answers, strict=True):
             lost = isinstance(samples, EngineLost)
-            refused = [Output(-1, 0, (), finish="error", error=samples)] * params.n if lost else []
-            outputs += refused or samples
+            refused = [Output(-1, 0, (), finish="error", error=samples)] * samples_of(params)
+            outputs += refused if lost else samples
         return outputs
 
     def score(self, items: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[list[Score]]:
@@ -210,6 +210,12 @@ class EngineGroup:
 def _is_failure(error: GranitePagedError) -> bool:
     """Whether an error is about the engine, and not about a request."""
     return isinstance(error, (BrokenInvariant, EngineClosed))
+
+
+def _most_tokens(params: SamplingParams | None) -> int:
+    """Return how many tokens an answer may have, about: a model's own limit is not looked up."""
+    params = params or SamplingParams()
+    return params.n * params.max_new_tokens
 
 
 def _size(prompt: Any) -> int:

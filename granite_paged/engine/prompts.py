@@ -6,6 +6,7 @@ One prompt is one of::
     [5, 17, 8]                               token ids; also numpy, torch, or a matrix of one row
     tokenizer("text")                        its `input_ids`, without padding
     [{"role": "user", "content": "text"}]    chat messages, by the tokenizer's chat template
+    Chat(messages, {"tools": [...]})         the same, with arguments for the template
 
 Anything else is refused by name, before any work.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from numbers import Integral, Number
 from typing import Any, Protocol
 
@@ -29,7 +31,19 @@ class Array(Protocol):
         ...
 
 
-Prompt = str | Sequence[int] | Array | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Message = Mapping[str, Any]
+"""One message of a chat: {"role": ..., "content": ...}, and what else the template reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation, and named arguments for the chat template that writes it as a prompt."""
+
+    messages: tuple[Message, ...]
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+
+Prompt = str | Sequence[int] | Array | Mapping[str, Any] | Sequence[Message] | Chat
 """A text, token ids, a tokenizer's output, or chat messages."""
 
 
@@ -45,16 +59,26 @@ class PromptEncoder:
 
         Raises:
             TokenizerError: for text or messages, without a tokenizer.
-            PromptError: if there are no tokens, one is outside the vocabulary, or `prompt` is none
-                of the above.
+            PromptError: if there are no tokens, one is outside the vocabulary, the chat template
+                is missing or raises, or `prompt` is none of the above.
         """
         if isinstance(prompt, str):
             return self.encode(self._encoded(prompt, what), what)
+        if isinstance(prompt, Chat):
+            return self.encode(self._chat(prompt, what), what)
         rows = as_prompts(prompt)
         one = rows[0] if len(rows) == 1 else prompt
         if isinstance(one, list) and one and all(map(_is_message, one)):
-            one = self._chat(one, what)
+            one = self._chat(Chat(tuple(one)), what)
         return check_tokens(one, self._vocabulary, what)
+
+    def check_chat(self, what: str = "prompt") -> None:
+        """Raise TokenizerError without a tokenizer, and PromptError if it has no chat template."""
+        if not getattr(self._tokenizer_for(what), "chat_template", None):
+            raise PromptError(
+                f"the {what} is chat messages, but the tokenizer has no chat template: "
+                "set tokenizer.chat_template, or pass text"
+            )
 
     def _encoded(self, text: str, what: str) -> list[int]:
         tokenizer = self._tokenizer_for(what)
@@ -63,15 +87,13 @@ class PromptEncoder:
         except Exception as error:
             raise PromptError(f"the tokenizer cannot encode the {what}: {error!r}") from error
 
-    def _chat(self, messages: list[Mapping[str, Any]], what: str) -> list[int]:
-        tokenizer = self._tokenizer_for(what)
-        if not getattr(tokenizer, "chat_template", None):
-            raise PromptError(
-                f"the {what} is chat messages, but the tokenizer has no chat template"
-            )
+    def _chat(self, chat: Chat, what: str) -> list[int]:
+        self.check_chat(what)
+        options = {"add_generation_prompt": True, **chat.template}
+        options |= {"tokenize": True, "return_dict": False}
         try:
-            tokens: list[int] = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            tokens: list[int] = self._tokenizer_for(what).apply_chat_template(
+                list(chat.messages), **options
             )
         except Exception as error:
             raise PromptError(f"the chat template refuses the {what}: {error!r}") from error
@@ -94,6 +116,19 @@ def as_prompts(prompts: Any) -> list[Any]:
     return [listed] if listed and _is_part(listed[0]) else listed
 
 
+def conversations(messages: Any) -> list[Sequence[Message]]:
+    """Return one conversation or several as a list. Raises PromptError for anything else."""
+    if isinstance(messages, Sequence) and not isinstance(messages, str) and messages:
+        one = list(messages)
+        several = [one] if isinstance(one[0], Mapping) else one
+        if all(map(_is_conversation, several)):
+            return several
+    raise PromptError(
+        'messages must be a list of {"role": ..., "content": ...}, or several such lists, '
+        f"got {reprlib.repr(messages)}"
+    )
+
+
 def check_tokens(tokens: Any, vocabulary: int, what: str) -> tuple[int, ...]:
     """Return token ids as a tuple of int.
 
@@ -113,17 +148,17 @@ def check_tokens(tokens: Any, vocabulary: int, what: str) -> tuple[int, ...]:
     return checked
 
 
-def checked_params(params: SamplingParams | None) -> SamplingParams:
-    """Return the params, or their defaults. Raises InvalidSampling for another type."""
+def checked_params(params: SamplingParams | None) -> SamplingParams | None:
+    """Return the params. Raises InvalidSampling for another type."""
     if params is None or isinstance(params, SamplingParams):
-        return params or SamplingParams()
+        return params
     raise InvalidSampling(f"params must be SamplingParams, got {reprlib.repr(params)}")
 
 
 def matched(
-    params: SamplingParams | Sequence[SamplingParams] | None, prompts: int
-) -> list[SamplingParams]:
-    """Return the params of each prompt.
+    params: SamplingParams | Sequence[SamplingParams | None] | None, prompts: int
+) -> list[SamplingParams | None]:
+    """Return the params of each prompt; None stands for the model's defaults.
 
     Raises:
         InvalidSampling: if there are more or fewer than prompts, or one is of another type.
@@ -133,6 +168,11 @@ def matched(
     if len(params) != prompts:
         raise InvalidSampling(f"{len(params)} params for {prompts} prompts: give one, or one each")
     return [checked_params(one) for one in params]
+
+
+def samples_of(params: SamplingParams | None) -> int:
+    """Return the number of answers to a prompt with these params."""
+    return params.n if params else 1
 
 
 def _plain(value: Any) -> Any:
@@ -156,6 +196,10 @@ def _is_part(value: Any) -> bool:
     """Return whether a list that begins with `value` is one prompt, not several."""
     is_number = isinstance(value, Number) or getattr(value, "ndim", None) == 0
     return is_number or _is_message(value)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(value: Any) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
+from granite_paged.engine.defaults import sampling_fields
 from granite_paged.errors import InvalidSampling
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ COLDEST = 1e-8
 class SamplingParams:
     """How tokens are chosen, and when an answer ends.
 
+    An object made here stands alone: what it leaves out has the value below, and of the model's
+    generation config only the stop tokens apply. `from_generation_config` takes the rest as well.
+
     Attributes:
         max_new_tokens: most tokens of an answer.
         temperature: divides the logits before sampling. 0, or less than 1e-8, takes the most likely
@@ -45,7 +49,8 @@ class SamplingParams:
         seed: a sample depends on the seed and on its prompt, not on other requests.
         logprobs: report the log-probability of each token, and of the `logprobs` most likely ones.
             None: report neither.
-        stop_tokens: end after one of these tokens. None: the model's end of text; (): never.
+        stop_tokens: end after one of these tokens. None: every `eos_token_id` of the model's
+            generation config, or else of its config; (): never.
         stop_strings: end before one of these appears in the text. Needs a tokenizer.
         n: number of samples of the prompt, which is computed once.
         priority: a request goes before those of lower priority that arrived up to 1,000 requests
@@ -79,6 +84,29 @@ class SamplingParams:
         if self.stop_tokens is not None:
             convert("stop_tokens", _stop_tokens(self.stop_tokens))
         convert("stop_strings", _stop_strings(self.stop_strings))
+
+    @classmethod
+    def from_generation_config(
+        cls, config: Any | None, *, prompt_tokens: int = 0, **overrides: Any
+    ) -> SamplingParams:
+        """Return the params that transformers' `generate()` takes from a generation config.
+
+        Without `do_sample` the temperature is 0; with it, `top_k` is 50 unless it is set. The
+        fields taken are max_new_tokens, max_length, temperature, top_k, top_p, repetition_penalty
+        and stop_strings. What neither the config nor `overrides` set has the defaults above.
+
+        Args:
+            config: a `GenerationConfig` of transformers, or None.
+            prompt_tokens: tokens of the prompt, which `max_length` includes.
+            overrides: fields that win over the config's. None stands for "not set".
+
+        Raises:
+            InvalidSampling: for a value of the wrong type or out of range.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if "max_new_tokens" in given:
+            prompt_tokens = 0
+        return cls(**{**sampling_fields(config, prompt_tokens), **given})
 
     @property
     def samples(self) -> bool:

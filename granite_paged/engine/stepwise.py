@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ import torch
 from granite_paged.device import on_device
 from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
+from granite_paged.engine.defaults import end_of_text, ignored_fields
 from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption
 from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params
 from granite_paged.engine.request import OnToken, Request, SamplingParams, Scoring
@@ -57,7 +59,8 @@ class StepwiseEngine:
             swap_bytes=swap_bytes,
             preemption=preemption,
         )
-        stop_tokens = _end_of_text(model)
+        self._generation_config = getattr(model, "generation_config", None)
+        stop_tokens = end_of_text(self._generation_config, getattr(model, "config", None))
         self._core = EngineCore(self.runner, tokenizer, limits, state_bytes, stop_tokens)
         self._encoder = PromptEncoder(tokenizer, self.runner.vocabulary)
         self._lock = threading.RLock()
@@ -74,6 +77,11 @@ class StepwiseEngine:
     ) -> Request:
         """Let a request wait. Its outputs fill as the engine steps.
 
+        Args:
+            prompt: see `granite_paged.engine.prompts` for what a prompt may be.
+            params: None takes the defaults of the model's generation config.
+            on_token: called with each new token.
+
         Raises:
             PromptError: if the prompt has no tokens, or one outside the vocabulary.
             InvalidSampling: for stop strings without a tokenizer.
@@ -83,6 +91,7 @@ class StepwiseEngine:
         """
         params = checked_params(params)
         tokens = self._encoder.encode(prompt)
+        params = params or self._defaults(len(tokens))
         if params.stop_strings and self.tokenizer is None:
             raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
         with self._opening():
@@ -107,6 +116,8 @@ class StepwiseEngine:
         """Let a beam search wait. Raises as `submit` does."""
         params = checked_params(params)
         tokens = self._encoder.encode(prompt)
+        if params is None:
+            params = SamplingParams(max_new_tokens=self._defaults(len(tokens)).max_new_tokens)
         with self._opening():
             return self._core.open_search(tokens, params, beams, length_penalty)
 
@@ -154,6 +165,18 @@ class StepwiseEngine:
     # -- numbers --------------------------------------------------------------------------------
 
     @property
+    def default_params(self) -> SamplingParams:
+        """Params of requests that bring none: what the model's generation config says.
+
+        `dataclasses.replace(engine.default_params, seed=1)` overrides a field. A `max_length` of
+        the config is counted without a prompt here.
+
+        Raises:
+            InvalidSampling: if the config has a value that cannot be used.
+        """
+        return self._defaults(0)
+
+    @property
     def plan(self) -> MemoryPlan:
         """Memory by use: the runner's, and what the prefix cache may keep besides."""
         return self._core.plan
@@ -197,6 +220,13 @@ class StepwiseEngine:
 
     # -- details --------------------------------------------------------------------------------
 
+    def _defaults(self, prompt_tokens: int) -> SamplingParams:
+        config = self._generation_config
+        if ignored := ignored_fields(config):
+            names = ", ".join(ignored)
+            warnings.warn(f"the engine ignores {names} of the generation config", stacklevel=3)
+        return SamplingParams.from_generation_config(config, prompt_tokens=prompt_tokens)
+
     def _shut_down(self) -> None:
         """Close, unless it is done already."""
         if not self._is_shut:
@@ -214,12 +244,3 @@ class StepwiseEngine:
             if self._closed:
                 raise EngineClosed("the engine is closed: make another one")
             yield
-
-
-def _end_of_text(model: Any) -> frozenset[int]:
-    """Return the tokens that end an answer, by the model's own configuration."""
-    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-        tokens = getattr(config, "eos_token_id", None)
-        if tokens is not None:
-            return frozenset([tokens] if isinstance(tokens, int) else tokens)
-    return frozenset()

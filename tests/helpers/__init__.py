@@ -2,6 +2,8 @@
 
 Models and data
     tiny_models       small random models of every kind, and prompts for them
+    sharded_checkpoint  a folder as authors publish one: shards, byte-level BPE, chat template,
+                      generation config; use the fixture of the same name
     golden_models     models and inputs that are the same to the bit everywhere (golden logits)
     mamba_layers      one Mamba-2 layer of transformers, for tests of operators
     evaluation        small tasks, requests and evaluations; the folder of real data

@@ -200,6 +200,25 @@ def test_a_broken_checkpoint_is_refused_in_one_line(checkpoint: Path, broken: st
     assert kind is UnsupportedModel or str(checkpoint) in str(caught.value)
 
 
+BROKEN_GENERATION = {
+    "corrupt": "{",
+    "a list": "[]",
+    "null among end of text": '{"eos_token_id": [null, 5]}',
+    "text as end of text": '{"eos_token_id": "5"}',
+    "negative temperature": '{"do_sample": true, "temperature": -1.0}',
+    "top_p above 1": '{"do_sample": true, "top_p": 1.5}',
+    "text as a limit": '{"max_new_tokens": "20"}',
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_GENERATION)
+def test_a_broken_generation_config_is_refused_by_file_name(checkpoint: Path, broken: str) -> None:
+    (checkpoint / "generation_config.json").write_text(BROKEN_GENERATION[broken])
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be used: ") as info:
+        load(str(checkpoint), device="cpu")
+    assert "\n" not in str(info.value)
+
+
 @pytest.mark.parametrize("name", ["missing", "./missing", "/missing/folder", "a/b/c"])
 def test_a_missing_folder_is_refused_without_asking_the_hub(name: str) -> None:
     message = f"no checkpoint at {name}: the folder does not exist"

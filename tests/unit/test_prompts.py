@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from granite_paged.engine.prompts import PromptEncoder, as_prompts, matched
+from granite_paged.engine.prompts import Chat, PromptEncoder, as_prompts, conversations, matched
 from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import InvalidSampling, PromptError, TokenizerError
 
@@ -127,6 +127,23 @@ def test_a_chat_needs_a_template() -> None:
     for prompt in (CHAT, "4 5"):
         with pytest.raises(TokenizerError, match="tokenizer"):
             PromptEncoder(None, VOCABULARY).encode(prompt)
+
+
+def test_a_chat_passes_arguments_to_the_template() -> None:
+    class Tools(Numbers):
+        def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
+            assert options.pop("tools") == ["clock"]
+            assert options.pop("add_generation_prompt") is False
+            return super().apply_chat_template(messages, add_generation_prompt=True, **options)
+
+    chat = Chat(tuple(CHAT), {"tools": ["clock"], "add_generation_prompt": False})
+    assert encode(chat, Tools()) == (1, 4, 5, 2)
+
+
+@pytest.mark.parametrize("wrong", ["hi", [], [[]], [{"content": "x"}], [CHAT, "hi"], None, {}])
+def test_messages_of_another_form_are_refused(wrong: Any) -> None:
+    with pytest.raises(PromptError, match="messages must be a list of"):
+        conversations(wrong)
 
 
 @pytest.mark.parametrize("params", [{"n": 2}, [SamplingParams(), "greedy"], 5])
