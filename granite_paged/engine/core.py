@@ -16,31 +16,25 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from granite_paged.device import allocated_bytes
-from granite_paged.engine.beams import BeamKeeper, BeamRequest, beam_params
+from granite_paged.engine.beams import BeamKeeper, BeamRequest
 from granite_paged.engine.executor import Executor, PendingResult
-from granite_paged.engine.job import BeamJob, SampleJob, ScoringJob
+from granite_paged.engine.intake import Intake
 from granite_paged.engine.limits import Limits
 from granite_paged.engine.outputs import OutputProcessor
 from granite_paged.engine.prefix_cache import PrefixCache
-from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Scoring
+from granite_paged.engine.request import Request, Scoring
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.step import StepPlan
-from granite_paged.errors import EngineBusy, GranitePagedError, require
+from granite_paged.errors import EngineBusy, EngineClosed, GranitePagedError, require
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
 
 _STALLED = 3  # steps without work while requests are open: a bug, better raised than waited out
-
-
-SAMPLE_STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of two samples of a request: 2**64 divided by the golden ratio, made odd."""
-
-_Asked = TypeVar("_Asked", bound=Request | Scoring)
 
 
 class Inspection(NamedTuple):
@@ -57,6 +51,9 @@ class EngineCore:
     Args:
         state_bytes: memory for Mamba states that prompts share; 0 turns prefix sharing off.
         stop_tokens: end answers where a request names no others.
+
+    Attributes:
+        intake: where requests and cancellations come in, without the lock.
     """
 
     def __init__(
@@ -68,7 +65,6 @@ class EngineCore:
         stop_tokens: frozenset[int],
     ) -> None:
         self._runner = runner
-        self._stop_tokens = stop_tokens
         self._allocator = PageAllocator(runner.pages, runner.config.page_size)
         self._prefix = PrefixCache(
             self._allocator,
@@ -79,14 +75,14 @@ class EngineCore:
         self._scheduler = Scheduler(runner, self._allocator, self._prefix, limits)
         self._executor = Executor(runner, self._scheduler)
         self._beams = BeamKeeper(self._scheduler, self._executor)
+        self.intake = Intake(self._scheduler, runner.vocabulary, stop_tokens)
         self._outputs = OutputProcessor(tokenizer, self._scheduler, self._beams)
         self._pending: list[PendingResult] = []
         self._open: dict[Request | Scoring, None] = {}
         self._searches: set[BeamRequest] = set()
-        self._cancelled: list[tuple[Request | Scoring, GranitePagedError]] = []
-        self._phase: Literal["", "step", "deliver"] = ""
-        self._numbers = 0
+        self._phase: Literal["", "take in", "step", "deliver"] = ""
         self._stalled = 0
+        self._closed = False
         self._seconds = self._schedule_seconds = 0.0
 
     @property
@@ -102,81 +98,28 @@ class EngineCore:
         return bool(self._phase)
 
     @property
+    def busy(self) -> bool:
+        """Whether state is half updated: code that runs now must not change it."""
+        return self._phase in ("take in", "step")
+
+    @property
     def idle(self) -> bool:
-        """Whether no request is open and no result is unread."""
-        return not self._open and not self._pending
+        """Whether no request is open or about to be, and no result is unread."""
+        return not (self._open or self._pending or len(self.intake))
 
     @property
     def open(self) -> list[Request | Scoring]:
-        """Return the requests that are not finished."""
-        return list(self._open)
+        """Return the requests that are not finished, those that are about to open included."""
+        return [*list(self._open), *self.intake.requests]
 
     # -- requests -------------------------------------------------------------------------------
-
-    def open_samples(
-        self,
-        prompt: tuple[int, ...],
-        params: SamplingParams,
-        on_token: OnToken | None,
-    ) -> Request:
-        """Let the samples of a prompt wait. Raises RequestTooLarge, QueueFull."""
-        self._scheduler.queue.check_room(params.n)
-        longest = self._check_fits(len(prompt) + params.max_new_tokens - 1)
-        request = Request(self._numbers, prompt, params, self._stops(params), on_token)
-        request.jobs = [
-            SampleJob(
-                request=request,
-                rank=self._scheduler.queue.rank(params.priority),
-                tokens=list(prompt),
-                max_stored=longest,
-                index=index,
-                limit=params.max_new_tokens,
-                seed=(params.seed + index * SAMPLE_STRIDE) % 2**63,
-                greedy=params.greedy,
-            )
-            for index in range(params.n)
-        ]
-        request.jobs[0].followers = request.jobs[1:]
-        return self._opened(request, outputs=params.n)
-
-    def open_scoring(
-        self, context: tuple[int, ...], continuations: tuple[tuple[int, ...], ...]
-    ) -> Scoring:
-        """Let continuations of a context wait. Raises RequestTooLarge, QueueFull."""
-        longest = self._check_fits(len(context) - 1 + max(map(len, continuations), default=0))
-        scoring = Scoring(self._numbers, context, continuations, [None] * len(continuations))
-        rank = self._scheduler.queue.rank(0)
-        scoring.jobs = [
-            ScoringJob(request=scoring, rank=rank, tokens=list(context), max_stored=longest)
-        ]
-        return self._opened(scoring)
-
-    def open_search(
-        self,
-        prompt: tuple[int, ...],
-        params: SamplingParams,
-        width: int,
-        length_penalty: float,
-    ) -> BeamRequest:
-        """Let a beam search wait. Raises InvalidSampling, RequestTooLarge, QueueFull."""
-        stops = self._stops(params)
-        params = beam_params(params, width, len(stops), self._runner.vocabulary)
-        longest = self._check_fits(len(prompt) + params.max_new_tokens - 1)
-        request = BeamRequest(
-            self._numbers, prompt, params, stops, width=width, length_penalty=length_penalty
-        )
-        rank = self._scheduler.queue.rank(params.priority)
-        beam = BeamJob(request=request, rank=rank, tokens=list(prompt), max_stored=longest, limit=1)
-        request.jobs, request.scores = [beam], {beam: 0.0}
-        self._searches.add(self._opened(request, outputs=width))
-        return request
 
     def check_idle(self, method: str, *, may_deliver: bool = False) -> None:
         """Raise EngineBusy if `method` was called by code that a step runs.
 
         may_deliver: whether callbacks may call it, when the state of the step is complete.
         """
-        if self._phase == "step" or (self._phase and not may_deliver):
+        if self.busy or (self.stepping and not may_deliver):
             raise EngineBusy(method)
 
     def step(self) -> bool:
@@ -195,14 +138,21 @@ class EngineCore:
         self._seconds += (time.perf_counter() - started) if busy else 0.0
         return busy
 
-    def end(self, request: Request | Scoring, error: GranitePagedError) -> None:
-        """End a request as it is, unless it is finished. In the middle of a step: with the next."""
-        if self._phase == "step":
-            self._cancelled.append((request, error))
-            return
-        if not request.finished:
-            self._outputs.end(request, "cancelled", error)
-        self._close_request(request)
+    def take_in(self) -> bool:
+        """Open and end what was handed in. Return False, and do nothing, in the middle of a step.
+
+        A callback counts as between two steps: the state of its step is complete.
+        """
+        if self.busy:
+            return False
+        phase, self._phase = self._phase, "take in"
+        try:
+            while arrival := self.intake.first():
+                self._take_in(*arrival)
+                self.intake.drop_first()
+        finally:
+            self._phase = phase
+        return True
 
     # -- looking --------------------------------------------------------------------------------
 
@@ -211,7 +161,12 @@ class EngineCore:
         self._scheduler.running.forget(self._prefix.clear())
 
     def close(self) -> None:
-        """Drop unread results and prefixes."""
+        """End every request, and drop unread results and prefixes."""
+        self.intake.close()
+        for request in self.open:
+            self.intake.end(request, EngineClosed("the engine was closed while the request ran"))
+        self._closed = True
+        self.take_in()
         self._pending = []
         self.forget_prefixes()
 
@@ -221,6 +176,7 @@ class EngineCore:
 
     def check_valid(self) -> None:
         """Prove every invariant between two steps; BrokenInvariant says what broke."""
+        self.check_idle("check_valid", may_deliver=True)
         self._scheduler.check_valid()
         for request in () if self.stepping else self._open:  # a step closes them at its end
             require(not request.finished, "a finished request is open")
@@ -257,26 +213,27 @@ class EngineCore:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _check_fits(self, tokens: int) -> int:
-        self._scheduler.check_fits(tokens)
-        return tokens
+    def _take_in(self, request: Request | Scoring, error: GranitePagedError | None) -> None:
+        if error is None and self._closed:
+            error = EngineClosed("the engine was closed before the request ran")
+        if error is None:
+            self._open_request(request)
+        elif not request.finished:
+            self._outputs.end(request, "cancelled", error)
+            self._close_request(request)
 
-    def _stops(self, params: SamplingParams) -> frozenset[int]:
-        stops = params.stop_tokens
-        return self._stop_tokens if stops is None else frozenset(stops)
-
-    def _opened(self, request: _Asked, outputs: int = 0) -> _Asked:
+    def _open_request(self, request: Request | Scoring) -> None:
         """Let the first job of a request wait, and with it its followers."""
-        if isinstance(request, Request):
-            request.outputs = [Output(request.number, i, request.prompt) for i in range(outputs)]
-        if not request.finished:
-            self._scheduler.submit(request.jobs[0])
-            self._open[request] = None
-        self._numbers += 1
-        return request
+        priority = request.params.priority if isinstance(request, Request) else 0
+        for job in request.jobs:
+            job.rank = self._scheduler.queue.rank(priority)
+        self._scheduler.queue.add(request.jobs[0])
+        self._open[request] = None
+        if isinstance(request, BeamRequest):
+            self._searches.add(request)
 
     def _step(self) -> bool:
-        self._end_cancelled()
+        self.take_in()
         try:
             self._phase = "step"
             step = self._plan()
@@ -295,11 +252,6 @@ class EngineCore:
             return self._outputs.deliver() or bool(step or landing)
         finally:
             self._phase = ""
-
-    def _end_cancelled(self) -> None:
-        cancelled, self._cancelled = self._cancelled, []
-        for request, error in cancelled:
-            self.end(request, error)
 
     def _plan(self) -> StepPlan:
         started = time.perf_counter()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from granite_paged.engine.prompts import (
     Chat,
@@ -17,20 +16,13 @@ from granite_paged.engine.prompts import (
     matched,
     samples_of,
 )
-from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score, Scoring
+from granite_paged.engine.request import Output, Request, SamplingParams, Score, Scoring
 from granite_paged.engine.stepwise import StepwiseEngine
+from granite_paged.engine.streams import AsyncStream, StreamedToken, TokenBuffer
 from granite_paged.errors import GranitePagedError, QueueFull
 from granite_paged.progress import Progress, silent
 
 _Asked = TypeVar("_Asked", bound=Request | Scoring)
-
-
-class StreamedToken(NamedTuple):
-    """One token of one sample, and the text that it completed."""
-
-    sample: int
-    token: int
-    text: str
 
 
 class Engine(StepwiseEngine):
@@ -182,13 +174,12 @@ class Engine(StepwiseEngine):
         Raises:
             GranitePagedError: what ended the request early.
         """
-        tokens: deque[StreamedToken] = deque()
-        request = self.submit(prompt, params, on_token=_collect(tokens))
+        tokens = TokenBuffer()
+        request = self.submit(prompt, params, on_token=tokens.on_token)
         try:
             while not request.finished:
                 self.step()
-                while tokens:
-                    yield tokens.popleft()
+                yield from tokens
             yield from tokens
         finally:
             self.cancel(request)
@@ -197,20 +188,20 @@ class Engine(StepwiseEngine):
     async def astream(
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncIterator[StreamedToken]:
-        """Answer one prompt token by token, for asyncio. Steps run in a thread.
+        """Answer one prompt token by token, for asyncio. Leaving the loop cancels the request.
+
+        One thread steps the engine for all such streams. Nothing waits for a step on the event
+        loop, but text is encoded there: of long texts, pass the token ids.
 
         Raises:
             GranitePagedError: what ended the request early.
         """
-        tokens: deque[StreamedToken] = deque()
-        request = self.submit(prompt, params, on_token=_collect(tokens))
+        stream = AsyncStream(asyncio.get_running_loop())
+        request = self.submit(prompt, params, on_token=stream.on_token)
         try:
-            while not request.finished:
-                await asyncio.to_thread(self.step)
-                while tokens:
-                    yield tokens.popleft()
-            while tokens:
-                yield tokens.popleft()
+            self._streams.follow(stream, request)
+            async for token in stream.tokens():
+                yield token
         finally:
             self.cancel(request)
         _sound(request)
@@ -225,8 +216,7 @@ class Engine(StepwiseEngine):
         Returns:
             For each, the finished request, or the error that refused it.
         """
-        with self._lock:
-            self._core.check_idle(method)
+        self._check_reentry(method)
         asked: list[_Asked | GranitePagedError] = []
         try:
             asked += (self._submitted(submit) for submit in submits)
@@ -251,10 +241,6 @@ class Engine(StepwiseEngine):
                 self.step()
             except GranitePagedError as refusal:
                 return refusal
-
-
-def _collect(tokens: deque[StreamedToken]) -> OnToken:
-    return lambda output, token, text: tokens.append(StreamedToken(output.index, token, text))
 
 
 def _sound(asked: _Asked | GranitePagedError) -> _Asked:

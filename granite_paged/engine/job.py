@@ -74,9 +74,9 @@ class Job:
 
     Attributes:
         request: the request that this job belongs to.
-        rank: jobs of lower rank go first and are preempted last.
         tokens: the prompt, and the sampled tokens that the host has read.
         max_stored: most tokens that it will ever store.
+        rank: jobs of lower rank go first and are preempted last. Given when its request opens.
         generation: number of restarts. Results launched before a restart are dropped.
         isolated: it shared a call that raised, so it runs in calls of its own.
         followers: other samples of the same prompt, forked when its prefill is done.
@@ -87,9 +87,9 @@ class Job:
     """
 
     request: Request | Scoring
-    rank: int
     tokens: list[int]
     max_stored: int
+    rank: int = 0
     state: State = State.NEW
     placement: Placement | None = None
     generation: int = 0
@@ -110,7 +110,8 @@ class Job:
     @property
     def stored(self) -> int:
         """Number of tokens in pages; 0 while it has none."""
-        return self.placement.stored if self.placement else 0
+        place = self.placement  # once: another thread may be asking for the load
+        return place.stored if place else 0
 
     @property
     def remaining(self) -> int:

@@ -1,16 +1,15 @@
 """An engine that its callers drive step by step, under one lock.
 
-The caller who waits for an answer calls `step`; the engine has no thread of its own. What a step
-does is in `core.py`.
+The caller who waits for an answer calls `step`. What a step does is in `core.py`. A table in
+`docs/architecture.md` says which method may be called when.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -19,10 +18,12 @@ from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
 from granite_paged.engine.defaults import end_of_text, ignored_fields
 from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption
+from granite_paged.engine.lock import FairLock
 from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params
 from granite_paged.engine.request import OnToken, Request, SamplingParams, Scoring
 from granite_paged.engine.stats import EngineStats
-from granite_paged.errors import EngineClosed, InvalidSampling, RequestCancelled
+from granite_paged.engine.streams import StreamThread
+from granite_paged.errors import InvalidSampling, RequestCancelled
 from granite_paged.geometry import PagedConfig
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
@@ -30,6 +31,8 @@ from granite_paged.runner.runner import Runner
 STATE_BYTES = 1 << 30
 SWAP_BYTES = 4 << 30
 QUEUE = 4096
+
+_Asked = TypeVar("_Asked", bound=Request | Scoring)
 
 
 class StepwiseEngine:
@@ -63,7 +66,8 @@ class StepwiseEngine:
         stop_tokens = end_of_text(self._generation_config, getattr(model, "config", None))
         self._core = EngineCore(self.runner, tokenizer, limits, state_bytes, stop_tokens)
         self._encoder = PromptEncoder(tokenizer, self.runner.vocabulary)
-        self._lock = threading.RLock()
+        self._lock = FairLock()
+        self._streams = StreamThread(self.step, self.cancel)
         self._closed = self._is_shut = False
 
     # -- requests -------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ class StepwiseEngine:
         *,
         on_token: OnToken | None = None,
     ) -> Request:
-        """Let a request wait. Its outputs fill as the engine steps.
+        """Let a request wait. Its outputs fill as the engine steps. Never waits for a step.
 
         Args:
             prompt: see `granite_paged.engine.prompts` for what a prompt may be.
@@ -94,16 +98,14 @@ class StepwiseEngine:
         params = params or self._defaults(len(tokens))
         if params.stop_strings and self.tokenizer is None:
             raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
-        with self._opening():
-            return self._core.open_samples(tokens, params, on_token)
+        return self._handed_in(self._core.intake.samples(tokens, params, on_token))
 
     def submit_scoring(self, context: Prompt, continuations: Sequence[Prompt]) -> Scoring:
         """Let continuations of a context wait to be scored. Raises as `submit` does."""
         tokens = self._encoder.encode(context, "context")
         listed = as_prompts(continuations)
         encoded = tuple(self._encoder.encode(one, "continuation") for one in listed)
-        with self._opening():
-            return self._core.open_scoring(tokens, encoded)
+        return self._handed_in(self._core.intake.scoring(tokens, encoded))
 
     def submit_search(
         self,
@@ -118,13 +120,12 @@ class StepwiseEngine:
         tokens = self._encoder.encode(prompt)
         if params is None:
             params = SamplingParams(max_new_tokens=self._defaults(len(tokens)).max_new_tokens)
-        with self._opening():
-            return self._core.open_search(tokens, params, beams, length_penalty)
+        search = self._core.intake.search(tokens, params, beams, length_penalty)
+        return self._handed_in(search)
 
     def step(self) -> bool:
         """Run one step and deliver the one before. Return whether there was anything to do."""
-        with self._lock:
-            self._core.check_idle("step")
+        with self._locked("step"):
             try:
                 with torch.inference_mode(), on_device(self.runner.device):
                     return self._core.step()
@@ -135,15 +136,19 @@ class StepwiseEngine:
     def cancel(self, request: Request | Scoring) -> None:
         """End a request, unless it is finished. Its outputs keep what they have.
 
-        In the middle of a step, the request ends with the next one.
+        Never waits for a step: while one runs, the request ends when it is over.
         """
-        with self._lock:
-            self._core.end(request, RequestCancelled(request.number))
+        self._core.intake.end(request, RequestCancelled(request.number))
+        self._settle()
+
+    def cancel_all(self) -> None:
+        """End every open request, as `cancel` does."""
+        for request in self._core.open:
+            self.cancel(request)
 
     def forget_prefixes(self) -> None:
         """Drop the pages and states that are kept for prompts with a common beginning."""
-        with self._lock:
-            self._core.check_idle("forget_prefixes", may_deliver=True)
+        with self._locked("forget_prefixes", may_deliver=True):
             self._core.forget_prefixes()
 
     def close(self) -> None:
@@ -151,8 +156,9 @@ class StepwiseEngine:
 
         From a callback, the engine closes when the step is over.
         """
-        with self._lock:
-            self._closed = True
+        self._closed = True
+        self._core.intake.close()
+        with self._locked():
             if not self._core.stepping:  # else the step that runs closes it at its end
                 self._shut_down()
 
@@ -189,25 +195,16 @@ class StepwiseEngine:
     @property
     def load(self) -> int:
         """Number of tokens that open requests have yet to compute, at most."""
-        with self._lock:
-            jobs = (job for request in self._core.open for job in request.jobs)
-            return sum(job.remaining for job in jobs)
+        return sum(job.remaining for request in self._core.open for job in list(request.jobs))
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
 
-    def cancel_all(self) -> None:
-        """End every open request."""
-        with self._lock:
-            for request in self._core.open:
-                self.cancel(request)
-
     def stats(self) -> EngineStats:
-        """Return counts, sizes and times of the engine."""
-        with self._lock:
-            return self._core.stats()
+        """Return counts, sizes and times of the engine. Never waits for a step."""
+        return self._core.stats()
 
     def inspect(self) -> Inspection:
         """Return the allocator, the prefix cache and the scheduler, to look at."""
@@ -215,7 +212,7 @@ class StepwiseEngine:
 
     def check_valid(self) -> None:
         """Prove every invariant between two steps; BrokenInvariant says what broke."""
-        with self._lock:
+        with self._locked("check_valid", may_deliver=True):
             self._core.check_valid()
 
     # -- details --------------------------------------------------------------------------------
@@ -227,20 +224,40 @@ class StepwiseEngine:
             warnings.warn(f"the engine ignores {names} of the generation config", stacklevel=3)
         return SamplingParams.from_generation_config(config, prompt_tokens=prompt_tokens)
 
+    def _check_reentry(self, method: str, *, may_deliver: bool = False) -> None:
+        """Raise EngineBusy if code that a step of this thread runs must not call `method`."""
+        if self._lock.is_mine:
+            self._core.check_idle(method, may_deliver=may_deliver)
+
+    @contextlib.contextmanager
+    def _locked(self, method: str = "", *, may_deliver: bool = False) -> Iterator[None]:
+        """Hold the lock, then take in what was handed in while it was held."""
+        if method:
+            self._check_reentry(method, may_deliver=may_deliver)
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._settle()
+
+    def _handed_in(self, request: _Asked) -> _Asked:
+        self._settle()
+        return request
+
+    def _settle(self) -> None:
+        """Take in what was handed in, unless the lock is held: its holder settles afterwards."""
+        while len(self._core.intake) and self._lock.acquire_now():
+            try:
+                if not self._core.take_in():
+                    break
+                if self._closed and not self._core.stepping:
+                    self._shut_down()
+            finally:
+                self._lock.release()
+
     def _shut_down(self) -> None:
         """Close, unless it is done already."""
         if not self._is_shut:
             self._is_shut = True
-            for request in self._core.open:
-                error = EngineClosed("the engine was closed while the request ran")
-                self._core.end(request, error)
             self._core.close()
             self.runner.close()
-
-    @contextlib.contextmanager
-    def _opening(self) -> Iterator[None]:
-        with self._lock:
-            self._core.check_idle("submit", may_deliver=True)
-            if self._closed:
-                raise EngineClosed("the engine is closed: make another one")
-            yield

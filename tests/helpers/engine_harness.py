@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from granite_paged.engine.beams import BeamRequest
-from granite_paged.engine.core import SAMPLE_STRIDE
 from granite_paged.engine.engine import Engine
+from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Scoring
 from granite_paged.engine.sampling import Draw, draw, seen_tokens
 from granite_paged.errors import CallbackFailed, GranitePagedError
