@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged import Engine, PagedConfig, SamplingParams, paged
 from granite_paged.errors import UnsupportedModel
 from granite_paged.layers.backend import triton_refusal
 from granite_paged.layers.modules import changed_part
@@ -113,6 +113,44 @@ def test_peft_adapters_are_called_as_modules() -> None:
     assert expected(adapted) != before
     assert answered(adapted) == expected(adapted)
     assert "in_proj is a Linear" in triton_refusal(adapted, "auto")
+
+
+def quantise_with_torchao(model: Any) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="the weights are torchao's")
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+
+
+def quantise_with_bitsandbytes(model: Any) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the layers are bitsandbytes'")
+    linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+    for name, linear in linears:
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        quantised = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        quantised.load_state_dict(linear.state_dict())
+        model.set_submodule(name, quantised.to("cpu"))  # moving it quantises
+
+
+def logprobs_of(model: Any, tokens: list[int]) -> Tensor:
+    """Return the log-probability of each token after the first, by transformers."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("quantise", [quantise_with_torchao, quantise_with_bitsandbytes])
+def test_quantised_weights_are_called_as_modules(quantise: Callable[[Any], None]) -> None:
+    model = tiny_model()
+    plain = logprobs_of(model, PROMPT)
+    quantise(model)
+    expected_logprobs, tokens = logprobs_of(model, PROMPT), expected(model)
+    assert (expected_logprobs - plain).abs().max() > 1e-4
+    assert "input_linear" in changed_part(model)
+    assert answered(model) == tokens
+    with Engine(model, SIZES) as engine:
+        ((score,),) = engine.score([(PROMPT[:1], [PROMPT[1:]])])
+    torch.testing.assert_close(torch.tensor(score.tokens), expected_logprobs, atol=2e-5, rtol=2e-5)
+    with paged(model, SIZES):
+        assert expected(model) == tokens
 
 
 def test_an_unchanged_model_has_no_changed_part() -> None:
