@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import click
 
 from granite_paged import __version__
+from granite_paged.cli.batch import batch
 from granite_paged.cli.bench import bench, coldstart
 from granite_paged.cli.evaluate import evaluate
 from granite_paged.cli.gate import gate
@@ -83,5 +84,17 @@ def cli() -> None:
     """
 
 
-for command in (verify, generate, bench, coldstart, gate, tune, profile, plot, evaluate, report):
+for command in (
+    verify,
+    generate,
+    batch,
+    bench,
+    coldstart,
+    gate,
+    tune,
+    profile,
+    plot,
+    evaluate,
+    report,
+):
     cli.add_command(command)

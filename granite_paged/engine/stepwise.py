@@ -198,6 +198,11 @@ class StepwiseEngine:
         return sum(job.remaining for request in self._core.open for job in list(request.jobs))
 
     @property
+    def waiting(self) -> int:
+        """Number of sequences that wait for a row."""
+        return len(self._core.inspect().scheduler.queue)
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed

@@ -30,6 +30,7 @@ Runners and engines
 
 Commands
     command_line      checks of what a command prints
+    batch_files       files of requests for `granite-paged batch`, and their answers
 
 Faults
     faults            bugs of paging injected on purpose; a new check must detect one

@@ -1,0 +1,1 @@
+"""Files of requests: JSON lines in, one answer per line out, in the same order."""
