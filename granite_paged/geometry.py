@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from granite_paged.arguments import instance, integer, number, one_of
 from granite_paged.errors import GeometryError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -56,22 +57,37 @@ class PagedConfig:
     check_finite: bool = True
 
     def __post_init__(self) -> None:
-        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+        for name, least, optional in (
+            ("page_size", 1, False),
+            ("max_tokens", 1, True),
+            ("max_sequences", 1, True),
+            ("chunk_tokens", 1, False),
+        ):
+            if not (optional and getattr(self, name) is None):
+                checked = integer(name, getattr(self, name), least, error=GeometryError)
+                object.__setattr__(self, name, checked)
+        if self.page_size & (self.page_size - 1):
             raise GeometryError(f"page_size must be a power of two, got {self.page_size}")
-        if not 0 < self.memory_fraction <= 1:
-            raise GeometryError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
+        share = "be a number in (0, 1]"
+        fraction = number(
+            "memory_fraction", self.memory_fraction, _is_share, share, error=GeometryError
+        )
+        object.__setattr__(self, "memory_fraction", fraction)
         if self.max_tokens is not None and self.max_tokens < self.page_size:
             raise GeometryError(
                 f"max_tokens must be at least page_size {self.page_size}, got {self.max_tokens}"
             )
-        if self.max_sequences is not None and self.max_sequences < 1:
-            raise GeometryError(f"max_sequences must be positive, got {self.max_sequences}")
         if self.chunk_tokens < 16 or self.chunk_tokens & (self.chunk_tokens - 1):
             raise GeometryError(
                 f"chunk_tokens must be a power of two of at least 16, got {self.chunk_tokens}"
             )
-        if self.backend not in ("auto", "eager", "compiled"):
-            raise GeometryError(f"backend must be auto, eager or compiled, got {self.backend!r}")
+        one_of("backend", self.backend, ("auto", "eager", "compiled"), error=GeometryError)
+        instance("check_finite", self.check_finite, bool, error=GeometryError)
+
+    @classmethod
+    def checked(cls, config: PagedConfig | None) -> PagedConfig:
+        """Return the config, or the default one. Raises GeometryError for another type."""
+        return cls() if config is None else instance("config", config, cls, error=GeometryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +166,10 @@ class CacheGeometry:
     def pages_for(self, tokens: int) -> int:
         """Return the pages that `tokens` tokens of one sequence take."""
         return pages_for(tokens, self.page_size)
+
+
+def _is_share(value: float) -> bool:
+    return 0 < value <= 1
 
 
 def pages_for(tokens: int, page_size: int) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from granite_paged.arguments import integer
 from granite_paged.engine.executor import Executor
 from granite_paged.engine.job import BeamJob, State
 from granite_paged.engine.request import Request, SamplingParams
@@ -152,11 +153,10 @@ def beam_params(params: SamplingParams, width: int, stops: int, vocabulary: int)
         InvalidSampling: if `width` is below 1 or above the vocabulary, or if `params` asks for
             what a search does not do.
     """
-    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-        raise InvalidSampling(f"beams must be an integer of at least 1, got {width!r}")
+    integer("beams", width, 1, error=InvalidSampling)
     if width > vocabulary:
         raise InvalidSampling(f"beams must be at most {vocabulary}, one per token, got {width}")
-    honoured = ("max_new_tokens", "stop_tokens", "priority")
+    honoured = ("max_new_tokens", "stop_tokens", "priority", "namespace")
     kept = {name: getattr(params, name) for name in honoured}
     if SamplingParams(**kept) != params:
         raise InvalidSampling(f"beam search does not sample: only {', '.join(honoured)} may be set")

@@ -112,6 +112,11 @@ class EngineCore:
         """Return the requests that are not finished, those that are about to open included."""
         return [*list(self._open), *self.intake.requests]
 
+    def knows(self, request: Request | Scoring) -> bool:
+        """Whether a request is open here, about to be, or finished."""
+        in_line = request in self.intake.requests  # first: it opens before it leaves the line
+        return in_line or request in self._open or request.finished
+
     # -- requests -------------------------------------------------------------------------------
 
     def check_idle(self, method: str, *, may_deliver: bool = False) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from granite_paged.arguments import function
 from granite_paged.engine.prompts import (
     Chat,
     Message,
     Prompt,
     as_prompts,
+    context_and_continuations,
     conversations,
     matched,
     samples_of,
+    scoring_items,
 )
 from granite_paged.engine.request import Output, Request, SamplingParams, Score, Scoring
 from granite_paged.engine.stepwise import StepwiseEngine
@@ -79,8 +83,7 @@ class Engine(StepwiseEngine):
             if isinstance(asked, Request):
                 outputs += asked.outputs
             else:
-                refused = partial(Output, -1, prompt=(), finish="error", error=asked)
-                outputs += [refused(index=index) for index in range(samples_of(params[number]))]
+                outputs += self._refused(listed[number], params[number], asked)
         return outputs
 
     def chat(
@@ -118,12 +121,14 @@ class Engine(StepwiseEngine):
         self,
         items: Sequence[tuple[Prompt, Sequence[Prompt]]],
         *,
+        namespace: str = "",
         progress: Progress = silent,
     ) -> list[list[Score]]:
         """Compute log-likelihoods of continuations. Each context is computed once.
 
         Args:
             items: (context, its continuations), as text or token ids.
+            namespace: as `SamplingParams.namespace`.
             progress: called as contexts are finished.
 
         Returns:
@@ -132,7 +137,7 @@ class Engine(StepwiseEngine):
         Raises:
             GranitePagedError: the first refusal or failure, after the others are done.
         """
-        submits = [partial(self.submit_scoring, *item) for item in items]
+        submits = [partial(self._submit_item, item, namespace) for item in scoring_items(items)]
         done = [_sound(asked) for asked in self._run(submits, "score", progress)]
         return [[score for score in asked.scores if score is not None] for asked in done]
 
@@ -216,6 +221,7 @@ class Engine(StepwiseEngine):
         Returns:
             For each, the finished request, or the error that refused it.
         """
+        function("progress", progress)
         self._check_reentry(method)
         asked: list[_Asked | GranitePagedError] = []
         try:
@@ -230,6 +236,26 @@ class Engine(StepwiseEngine):
                 if not isinstance(one, GranitePagedError):
                     self.cancel(one)
         return asked
+
+    def _submit_item(self, item: Any, namespace: str) -> Scoring:
+        return self.submit_scoring(*context_and_continuations(item), namespace=namespace)
+
+    def _refused(
+        self, prompt: Prompt, params: SamplingParams | None, error: GranitePagedError
+    ) -> list[Output]:
+        """Return the outputs of a request that was refused: one per sample it asked for."""
+        tokens: tuple[int, ...] = ()
+        with contextlib.suppress(GranitePagedError):
+            tokens = self._encoder.encode(prompt)
+        refused = partial(
+            Output,
+            self._core.intake.number(),
+            prompt=tokens,
+            finish="error",
+            error=error,
+            refused=prompt,
+        )
+        return [refused(index=index) for index in range(samples_of(params))]
 
     def _submitted(self, submit: Callable[[], _Asked]) -> _Asked | GranitePagedError:
         while True:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
 
+from granite_paged.arguments import instance
 from granite_paged.device import resolve_device
 from granite_paged.engine.engine import Engine
-from granite_paged.engine.prompts import Prompt, as_prompts, matched, samples_of
+from granite_paged.engine.prompts import (
+    Prompt,
+    as_prompts,
+    context_and_continuations,
+    matched,
+    samples_of,
+    scoring_items,
+)
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
 from granite_paged.errors import (
@@ -37,13 +46,15 @@ class EngineGroup:
         engines: engines on different devices, with the same weights.
 
     Raises:
-        InvalidArgument: if there is no engine.
+        InvalidArgument: if there is no engine, one is listed twice, or one is something else.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
-        if not engines:
-            raise InvalidArgument("a group needs at least one engine")
-        self.engines = list(engines)
+        self.engines = [instance("each of engines", each, Engine) for each in _listed(engines)]
+        if not self.engines:
+            raise InvalidArgument("engines must hold at least one Engine, got []")
+        if len(set(self.engines)) < len(self.engines):
+            raise InvalidArgument("an engine is in the group twice: list each once")
 
     @classmethod
     def replicas(
@@ -60,7 +71,10 @@ class EngineGroup:
 
         Raises:
             DeviceError: if a device is absent.
+            InvalidArgument: if `devices` is not a list of names.
         """
+        if isinstance(devices, str) or not isinstance(devices, Sequence):
+            raise InvalidArgument(f"devices must be a list of names, got {devices!r}")
         with contextlib.ExitStack() as made:  # those that are made close if a later one fails
             engines = []
             for device in map(resolve_device, devices):
@@ -108,10 +122,9 @@ class EngineGroup:
 
         outputs: list[Output] = []
         answers = self._spread(pairs, costs, answer)
-        for (_, params), samples in zip(pairs, answers, strict=True):
+        for (prompt, params), samples in zip(pairs, answers, strict=True):
             lost = isinstance(samples, EngineLost)
-            refused = [Output(-1, 0, (), finish="error", error=samples)] * samples_of(params)
-            outputs += refused if lost else samples
+            outputs += _lost(prompt, params, samples) if lost else samples
         return outputs
 
     def score(self, items: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> list[list[Score]]:
@@ -120,8 +133,12 @@ class EngineGroup:
         Raises:
             EngineLost: if an engine failed and another one failed at the same share.
         """
-        costs = [_size(context) + sum(map(_size, each)) for context, each in items]
-        found = self._spread(list(items), costs, lambda engine, share: engine.score(share))
+        items = scoring_items(items)
+        costs = [
+            _size(context) + sum(map(_size, as_prompts(each)))
+            for context, each in map(context_and_continuations, items)
+        ]
+        found = self._spread(items, costs, lambda engine, share: engine.score(share))
         for scores in found:
             if isinstance(scores, EngineLost):
                 raise scores
@@ -205,6 +222,18 @@ class EngineGroup:
                 raise
         results = [each.exception() or each.result() for each in running]
         return list(zip(engines, shares, results, strict=True))
+
+
+def _listed(engines: Any) -> list[Any]:
+    if isinstance(engines, str) or not isinstance(engines, Iterable):
+        raise InvalidArgument(f"engines must be a list of Engine, got {engines!r:.80}")
+    return list(engines)
+
+
+def _lost(prompt: Prompt, params: SamplingParams | None, error: EngineLost) -> list[Output]:
+    """Return the outputs of a prompt that no engine answered. It has no number."""
+    lost = partial(Output, -1, prompt=(), finish="error", error=error, refused=prompt)
+    return [lost(index=index) for index in range(samples_of(params))]
 
 
 def _is_failure(error: GranitePagedError) -> bool:

@@ -8,15 +8,17 @@ their rank and wait for a row and pages.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import deque
 from typing import NamedTuple, TypeVar
 
+from granite_paged.arguments import number
 from granite_paged.engine.beams import BeamRequest, beam_params
 from granite_paged.engine.job import BeamJob, SampleJob, ScoringJob
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Scoring
 from granite_paged.engine.scheduler import Scheduler
-from granite_paged.errors import EngineClosed, GranitePagedError
+from granite_paged.errors import EngineClosed, GranitePagedError, InvalidSampling
 
 SAMPLE_STRIDE = 0x9E3779B97F4A7C15
 """Between the seeds of two samples of a request: 2**64 divided by the golden ratio, made odd."""
@@ -88,11 +90,15 @@ class Intake:
         return self._handed_in(request, outputs=params.n)
 
     def scoring(
-        self, context: tuple[int, ...], continuations: tuple[tuple[int, ...], ...]
+        self,
+        context: tuple[int, ...],
+        continuations: tuple[tuple[int, ...], ...],
+        namespace: str,
     ) -> Scoring:
         """Hand in continuations to score. Raises RequestTooLarge, QueueFull, EngineClosed."""
         longest = self._fitting(len(context) - 1 + max(map(len, continuations), default=0))
         scoring = Scoring(self.number(), context, continuations, [None] * len(continuations))
+        scoring.namespace = namespace
         scoring.jobs = [ScoringJob(request=scoring, tokens=list(context), max_stored=longest)]
         return self._handed_in(scoring)
 
@@ -100,6 +106,8 @@ class Intake:
         self, prompt: tuple[int, ...], params: SamplingParams, width: int, length_penalty: float
     ) -> BeamRequest:
         """Hand in a beam search. Raises InvalidSampling, and as `scoring` does."""
+        finite = "be a finite number"
+        number("length_penalty", length_penalty, math.isfinite, finite, error=InvalidSampling)
         stops = self._stops(params)
         params = beam_params(params, width, len(stops), self._vocabulary)
         longest = self._fitting(len(prompt) + params.max_new_tokens - 1)

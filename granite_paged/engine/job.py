@@ -108,6 +108,11 @@ class Job:
         return self.placement
 
     @property
+    def namespace(self) -> str:
+        """Namespace of the prefixes that it may use."""
+        return self.request.namespace
+
+    @property
     def stored(self) -> int:
         """Number of tokens in pages; 0 while it has none."""
         place = self.placement  # once: another thread may be asking for the load

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
+from granite_paged.arguments import integer, number, one_of
 from granite_paged.geometry import pages_for
 from granite_paged.runner.shapes import Shapes
 
@@ -38,6 +39,25 @@ token (50 ms instead of 13 ms on an H200)."""
 SMALLEST_CHUNK = 256
 """Smallest prefill chunk worth a call. Applies to attention-only models, whose prompts can be split
 anywhere; hybrids split at the Mamba chunk size (256 for Granite)."""
+
+
+def check_options(
+    *,
+    step_tokens: int | None,
+    longest_step: float,
+    queue: int,
+    state_bytes: int,
+    swap_bytes: int,
+    preemption: Preemption,
+) -> None:
+    """Raise InvalidArgument for an engine's option of the wrong type or out of range."""
+    if step_tokens is not None:
+        integer("step_tokens", step_tokens, 1)
+    number("longest_step", longest_step, lambda value: value >= 1, "be a number of at least 1")
+    integer("queue", queue, 1)
+    integer("state_bytes", state_bytes, 0)
+    integer("swap_bytes", swap_bytes, 0)
+    one_of("preemption", preemption, get_args(Preemption))
 
 
 @dataclass(frozen=True, slots=True)

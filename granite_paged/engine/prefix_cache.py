@@ -1,8 +1,9 @@
 """Prompts with a common beginning compute it once.
 
 The cache is a tree of token blocks. A node is one block after all those above it. Lookup compares
-every token, so no hash decides. A block is a multiple of the page size and of the model's
-alignment, where a Mamba state can be saved and restored exactly.
+every token, so no hash decides. Prompts of different namespaces differ from their first block on. A
+block is a multiple of the page size and of the model's alignment, where a Mamba state can be saved
+and restored exactly.
 
 ::
 
@@ -28,6 +29,9 @@ from typing import Protocol
 from granite_paged.errors import require
 from granite_paged.paging.allocator import PageAllocator
 
+Block = tuple[int | str, ...]
+"""Token ids, after the name of a namespace in the first block of its prompts."""
+
 
 class Snapshot(Protocol):
     """Copy of one row's Mamba state."""
@@ -49,10 +53,10 @@ class Node:
         sequence: sequence of the allocator that holds the block's pages, if it has any.
     """
 
-    tokens: tuple[int, ...]
+    tokens: Block
     parent: Node | None
     end: int
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[Block, Node] = field(default_factory=dict)
     interest: int = 0
     pending_states: int = 0
     sequence: int | None = None
@@ -130,14 +134,14 @@ class PrefixCache:
 
     # -- before a prompt runs -------------------------------------------------------------------
 
-    def announce(self, tokens: Sequence[int]) -> list[Node]:
-        """Note that a prompt waits. Return its path.
+    def announce(self, tokens: Sequence[int], namespace: str = "") -> list[Node]:
+        """Note that a prompt waits. Return its path, which no other namespace shares.
 
         The last token is left out, because it must be computed for its logits.
         """
         node, path = self._root, []
         for start in range(0, len(tokens) - self.block if self.enabled else 0, self.block):
-            block = tuple(tokens[start : start + self.block])
+            block = self._key(tokens, start, namespace)
             child = node.children.get(block)
             if child is None:
                 child = node.children[block] = Node(block, node, start + self.block)
@@ -200,7 +204,11 @@ class PrefixCache:
     # -- after it ran ---------------------------------------------------------------------------
 
     def keep(
-        self, tokens: Sequence[int], pages: Sequence[int], state: Snapshot | None = None
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        state: Snapshot | None = None,
+        namespace: str = "",
     ) -> None:
         """Keep the whole blocks of `tokens`, which are stored in `pages`.
 
@@ -208,10 +216,11 @@ class PrefixCache:
 
         Args:
             state: Mamba state after the last block.
+            namespace: of the prompt that they begin.
         """
         node, per_block = self._root, self.block // self._allocator.page_size
         for number in range(len(tokens) // self.block if self.enabled else 0):
-            block = tuple(tokens[number * self.block : (number + 1) * self.block])
+            block = self._key(tokens, number * self.block, namespace)
             own = pages[number * per_block : (number + 1) * per_block]
             node = self._keep_block(node, block, own)
         if node.end:
@@ -266,7 +275,12 @@ class PrefixCache:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _keep_block(self, parent: Node, tokens: tuple[int, ...], pages: Sequence[int]) -> Node:
+    def _key(self, tokens: Sequence[int], start: int, namespace: str) -> Block:
+        """Return a block's key. The first block of a namespace begins with its name."""
+        block = tuple(tokens[start : start + self.block])
+        return block if start or not namespace else (namespace, *block)
+
+    def _keep_block(self, parent: Node, tokens: Block, pages: Sequence[int]) -> Node:
         node = parent.children.get(tokens)
         if node is None or node.sequence is None:
             sequence = self._allocator.open(pages)  # first: a refusal must leave no empty node

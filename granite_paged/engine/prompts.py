@@ -20,7 +20,13 @@ from numbers import Integral, Number
 from typing import Any, Protocol
 
 from granite_paged.engine.request import SamplingParams
-from granite_paged.errors import InvalidSampling, PromptError, TokenizerError, check_token_range
+from granite_paged.errors import (
+    InvalidRequest,
+    InvalidSampling,
+    PromptError,
+    TokenizerError,
+    check_token_range,
+)
 
 
 class Array(Protocol):
@@ -127,6 +133,25 @@ def conversations(messages: Any) -> list[Sequence[Message]]:
         'messages must be a list of {"role": ..., "content": ...}, or several such lists, '
         f"got {reprlib.repr(messages)}"
     )
+
+
+def scoring_items(items: Any) -> list[Any]:
+    """Return (context, continuations) pairs as a list. Raises InvalidRequest for anything else."""
+    if isinstance(items, str | bytes | Mapping | Set) or not isinstance(items, Iterable):
+        raise InvalidRequest(
+            f"items must be a list of (context, continuations), got {reprlib.repr(items)}"
+        )
+    return list(items)
+
+
+def context_and_continuations(item: Any) -> tuple[Any, Any]:
+    """Return the two parts of an item to score. Raises InvalidRequest for anything else."""
+    if not isinstance(item, Sequence) or isinstance(item, str | bytes) or len(item) != 2:
+        raise InvalidRequest(
+            f"an item must be a pair (context, continuations), got {reprlib.repr(item)}"
+        )
+    context, continuations = item
+    return context, continuations
 
 
 def check_tokens(tokens: Any, vocabulary: int, what: str) -> tuple[int, ...]:

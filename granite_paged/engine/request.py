@@ -14,9 +14,9 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
+from granite_paged.arguments import instance, integer, number
 from granite_paged.engine.defaults import sampling_fields
 from granite_paged.errors import InvalidSampling
 
@@ -55,6 +55,8 @@ class SamplingParams:
         n: number of samples of the prompt, which is computed once.
         priority: a request goes before those of lower priority that arrived up to 1,000 requests
             earlier per step of priority.
+        namespace: prompts share cached beginnings with prompts of the same namespace only. One per
+            tenant keeps timings from telling one tenant what another one asked.
 
     Raises:
         InvalidSampling: for a value of the wrong type or out of range. numpy numbers, lists and a
@@ -72,18 +74,20 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     n: int = 1
     priority: int = 0
+    namespace: str = ""
 
     def __post_init__(self) -> None:
         convert = functools.partial(object.__setattr__, self)
         for name, (least, below) in _INTEGERS.items():
-            convert(name, _integer(name, getattr(self, name), least, below))
+            convert(name, integer(name, getattr(self, name), least, below, error=InvalidSampling))
         for name, (holds, must) in _NUMBERS.items():
-            convert(name, _number(name, getattr(self, name), holds, must))
+            convert(name, number(name, getattr(self, name), holds, must, error=InvalidSampling))
         if self.logprobs is not None:
-            convert("logprobs", _integer("logprobs", self.logprobs, 0))
+            convert("logprobs", integer("logprobs", self.logprobs, 0, error=InvalidSampling))
         if self.stop_tokens is not None:
             convert("stop_tokens", _stop_tokens(self.stop_tokens))
         convert("stop_strings", _stop_strings(self.stop_strings))
+        instance("namespace", self.namespace, str, error=InvalidSampling)
 
     @classmethod
     def from_generation_config(
@@ -137,15 +141,16 @@ class Output:
     """One sample of one request.
 
     Attributes:
-        request: number of the request; -1 if it was refused.
+        request: number of the request in its engine; -1 if a group lost every engine.
         index: which of the request's samples, from 0.
-        prompt: token ids of the prompt.
+        prompt: token ids of the prompt; () if it was refused before it had any.
         tokens: sampled token ids, a stop token included.
         text: decoded tokens, up to a stop string. Empty without a tokenizer.
         logprobs: one entry per token, if `SamplingParams.logprobs` is set.
         score: of a beam: its log-probability, divided by length ** length_penalty.
         finish: why it ended; None while it runs.
         error: what ended it, if `finish` is "error" or "cancelled".
+        refused: the prompt as the caller gave it, if the request was refused; else None.
     """
 
     request: int
@@ -157,6 +162,7 @@ class Output:
     score: float | None = None
     finish: Finish | None = None
     error: Exception | None = None
+    refused: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +201,11 @@ class Request:
     jobs: list[SampleJob] = field(default_factory=list)
 
     @property
+    def namespace(self) -> str:
+        """Namespace of the prefixes that it may use."""
+        return self.params.namespace
+
+    @property
     def finished(self) -> bool:
         """Whether every sample ended."""
         return all(output.finish for output in self.outputs)
@@ -209,6 +220,7 @@ class Scoring:
     continuations: tuple[tuple[int, ...], ...]
     scores: list[Score | None] = field(default_factory=list)
     error: Exception | None = None
+    namespace: str = ""
     jobs: list[ScoringJob] = field(default_factory=list)
 
     @property
@@ -231,25 +243,11 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def _integer(name: str, value: Any, least: float, below: float = math.inf) -> int:
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if is_integer and least <= int(value) < below:
-        return int(value)
-    least_text = f" of at least {least}" if least > -math.inf else ""
-    below_text = " and below 2**63" if below < math.inf else ""
-    raise InvalidSampling(f"{name} must be an integer{least_text}{below_text}, got {value!r}")
-
-
-def _number(name: str, value: Any, holds: Callable[[float], bool], must: str) -> float:
-    if isinstance(value, Real) and not isinstance(value, bool) and holds(float(value)):
-        return float(value)
-    raise InvalidSampling(f"{name} must {must}, got {value!r}")
-
-
 def _stop_tokens(tokens: Any) -> tuple[int, ...]:
     if not isinstance(tokens, Iterable) or isinstance(tokens, str):
         raise InvalidSampling(f"stop_tokens must be token ids or None, got {tokens!r}")
-    return tuple(_integer("stop_tokens must hold token ids: each", t, 0) for t in tokens)
+    each = "stop_tokens must hold token ids: each"
+    return tuple(integer(each, token, 0, error=InvalidSampling) for token in tokens)
 
 
 def _stop_strings(strings: Any) -> tuple[str, ...]:

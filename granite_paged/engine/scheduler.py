@@ -222,7 +222,7 @@ class Scheduler:
         job = chunk.job
         if chunk.last or chunk.end in job.checkpoints:
             pages = self._allocator.pages_of(job.placed.sequence)
-            self._prefix.keep(job.tokens[: chunk.end], pages, state)
+            self._prefix.keep(job.tokens[: chunk.end], pages, state, job.namespace)
         if chunk.end in job.checkpoints:
             self._prefix.unpromise([job.checkpoints.pop(chunk.end)])
 

@@ -13,17 +13,18 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from granite_paged.arguments import function, instance
 from granite_paged.device import on_device
 from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
 from granite_paged.engine.defaults import end_of_text, ignored_fields
-from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption
+from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption, check_options
 from granite_paged.engine.lock import FairLock
 from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params
 from granite_paged.engine.request import OnToken, Request, SamplingParams, Scoring
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.streams import StreamThread
-from granite_paged.errors import InvalidSampling, RequestCancelled
+from granite_paged.errors import InvalidArgument, InvalidSampling, RequestCancelled, TokenizerError
 from granite_paged.geometry import PagedConfig
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
@@ -52,6 +53,15 @@ class StepwiseEngine:
         swap_bytes: int = SWAP_BYTES,
         preemption: Preemption = "auto",
     ) -> None:
+        check_options(
+            step_tokens=step_tokens,
+            longest_step=longest_step,
+            queue=queue,
+            state_bytes=state_bytes,
+            swap_bytes=swap_bytes,
+            preemption=preemption,
+        )
+        _check_parts(tokenizer, runner)
         self.runner = runner or Runner.for_model(model, config)
         self.tokenizer = tokenizer
         limits = Limits.of(
@@ -94,18 +104,26 @@ class StepwiseEngine:
             EngineClosed: after `close`.
         """
         params = checked_params(params)
+        if on_token is not None:
+            function("on_token", on_token)
         tokens = self._encoder.encode(prompt)
         params = params or self._defaults(len(tokens))
         if params.stop_strings and self.tokenizer is None:
             raise InvalidSampling("stop_strings need a tokenizer: pass Engine(tokenizer=...)")
         return self._handed_in(self._core.intake.samples(tokens, params, on_token))
 
-    def submit_scoring(self, context: Prompt, continuations: Sequence[Prompt]) -> Scoring:
-        """Let continuations of a context wait to be scored. Raises as `submit` does."""
+    def submit_scoring(
+        self, context: Prompt, continuations: Sequence[Prompt], *, namespace: str = ""
+    ) -> Scoring:
+        """Let continuations of a context wait to be scored. Raises as `submit` does.
+
+        namespace: as `SamplingParams.namespace`.
+        """
+        instance("namespace", namespace, str)
         tokens = self._encoder.encode(context, "context")
         listed = as_prompts(continuations)
         encoded = tuple(self._encoder.encode(one, "continuation") for one in listed)
-        return self._handed_in(self._core.intake.scoring(tokens, encoded))
+        return self._handed_in(self._core.intake.scoring(tokens, encoded, namespace))
 
     def submit_search(
         self,
@@ -137,7 +155,12 @@ class StepwiseEngine:
         """End a request, unless it is finished. Its outputs keep what they have.
 
         Never waits for a step: while one runs, the request ends when it is over.
+
+        Raises:
+            InvalidArgument: for anything but a request of this engine.
         """
+        if not isinstance(request, Request | Scoring) or not self._core.knows(request):
+            raise InvalidArgument(f"cancel takes a request of this engine, got {request!r:.80}")
         self._core.intake.end(request, RequestCancelled(request.number))
         self._settle()
 
@@ -266,3 +289,10 @@ class StepwiseEngine:
             self._is_shut = True
             self._core.close()
             self.runner.close()
+
+
+def _check_parts(tokenizer: Any, runner: Any) -> None:
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TokenizerError(f"tokenizer must encode and decode text, got {tokenizer!r:.80}")
+    if runner is not None and not hasattr(runner, "prefill"):
+        raise InvalidArgument(f"runner must be a Runner, got {runner!r:.80}")

@@ -52,7 +52,7 @@ class WaitingQueue:
     def add(self, job: Job) -> None:
         """Let a job wait, whatever the limit."""
         job.state = State.WAITING
-        job.path = [] if job.swapped else self._prefix.announce(job.tokens)
+        job.path = [] if job.swapped else self._prefix.announce(job.tokens, job.namespace)
         self._waiting += 1
         self._push(job)
 

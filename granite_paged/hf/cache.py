@@ -125,7 +125,7 @@ class PagedCache(LayerViews):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.config = config or PagedConfig()
+        self.config = PagedConfig.checked(config)
         self.geometry = CacheGeometry.from_config(
             model_config, page_size=self.config.page_size, dtype=dtype
         )

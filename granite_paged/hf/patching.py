@@ -107,7 +107,7 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
         GeometryError: for sizes that cannot be paged.
         AlreadyPatched: if the model is patched.
     """
-    config = config or PagedConfig()
+    config = PagedConfig.checked(config)
     check_supported(model)
     if is_patched(model):
         raise AlreadyPatched("this model is patched already; call unpatch(model) first")

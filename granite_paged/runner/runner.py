@@ -125,7 +125,7 @@ class Runner:
             UnsupportedModel, GeometryError: see `check_model` and `CacheGeometry.from_config`.
         """
         check_model(model)
-        config = config or PagedConfig()
+        config = PagedConfig.checked(config)
         geometry = CacheGeometry.from_config(
             model.config, page_size=config.page_size, dtype=model.dtype
         )

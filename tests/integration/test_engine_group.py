@@ -96,6 +96,11 @@ def test_work_that_two_engines_fail_at_is_reported_by_name(
     assert len(outputs) == 6
     assert all(isinstance(output.error, EngineLost) for output in outputs)
     assert "fell off the bus" in str(outputs[0].error)
+    assert [(output.index, output.refused) for output in outputs[:3]] == [
+        (0, PROMPTS[0]),
+        (1, PROMPTS[0]),
+        (0, PROMPTS[1]),
+    ]
     with pytest.raises(EngineLost):
         group.score([(PROMPTS[0], [[4]])])
 

@@ -120,6 +120,32 @@ def test_a_prompt_of_the_wrong_type_is_refused_alone(bad: Any) -> None:
     assert engine.idle
 
 
+REFUSED: dict[str, tuple[Any, SamplingParams, tuple[int, ...]]] = {
+    "text": ("BAD w1", PARAMS, ()),
+    "type": (None, PARAMS, ()),
+    "token": ([4, 10**6], PARAMS, ()),
+    "size": ([4, 5], SamplingParams(max_new_tokens=10**6), (4, 5)),
+    "samples": ("w4 w5", SamplingParams(n=5000), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_prompt_keeps_its_place_and_says_what_it_was(kind: str) -> None:
+    prompt, params, tokens = REFUSED[kind]
+    engine = make_engine().engine
+    first, *refused, last = engine.generate(
+        [PROMPTS[0], prompt, PROMPTS[1]], [PARAMS, params, PARAMS]
+    )
+    assert [first.prompt, last.prompt] == [tuple(PROMPTS[0]), tuple(PROMPTS[1])]
+    assert first.refused is None
+    assert [output.index for output in refused] == list(range(params.n))
+    for output in refused:
+        assert (output.refused, output.prompt) == (prompt, tokens)
+        assert output.finish == "error"
+    assert len({first.request, refused[0].request, last.request}) == 3
+    assert min(first.request, refused[0].request, last.request) == 0
+
+
 def test_prompts_in_tensors_share_their_prefix() -> None:
     engine = make_engine(pages=80).engine
     prompt = torch.arange(3, 43)

@@ -15,6 +15,7 @@ LAYERS = (
         "append_file",
         "typed_json",
         "tolerances",
+        "arguments",
         "geometry",
         "device",
         "progress",

@@ -1,0 +1,77 @@
+"""Checks of arguments. Each refuses a wrong type or value by the argument's name."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+from granite_paged.errors import GranitePagedError, InvalidArgument
+
+_Kind = TypeVar("_Kind")
+
+
+def integer(
+    name: str,
+    value: Any,
+    least: float = -math.inf,
+    below: float = math.inf,
+    *,
+    error: type[GranitePagedError] = InvalidArgument,
+) -> int:
+    """Return an integer of any library as an int, if it is at least `least` and below `below`."""
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_integer and least <= int(value) < below:
+        return int(value)
+    least_text = f" of at least {least}" if least > -math.inf else ""
+    below_text = f" and below 2**{int(math.log2(below))}" if below < math.inf else ""
+    raise error(f"{name} must be an integer{least_text}{below_text}, got {reprlib.repr(value)}")
+
+
+def number(
+    name: str,
+    value: Any,
+    holds: Callable[[float], bool],
+    must: str,
+    *,
+    error: type[GranitePagedError] = InvalidArgument,
+) -> float:
+    """Return a real number as a float, if `holds` says so of it."""
+    if isinstance(value, Real) and not isinstance(value, bool) and holds(float(value)):
+        return float(value)
+    raise error(f"{name} must {must}, got {reprlib.repr(value)}")
+
+
+def one_of(
+    name: str,
+    value: Any,
+    known: Sequence[str],
+    *,
+    error: type[GranitePagedError] = InvalidArgument,
+) -> None:
+    """Refuse what is not one of these words."""
+    if not isinstance(value, str) or value not in known:
+        listed = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise error(f"{name} must be {listed}, got {reprlib.repr(value)}")
+
+
+def function(name: str, value: Any) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise InvalidArgument(f"{name} must be a function, got {reprlib.repr(value)}")
+
+
+def instance(
+    name: str,
+    value: Any,
+    kind: type[_Kind],
+    *,
+    error: type[GranitePagedError] = InvalidArgument,
+) -> _Kind:
+    """Return a value of this class."""
+    if isinstance(value, kind):
+        return value
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise error(f"{name} must be {article} {kind.__name__}, got {reprlib.repr(value)}")
