@@ -227,15 +227,17 @@ def geometry_config(name: str) -> GraniteMoeHybridConfig:
         pad_token_id=100256,
         bos_token_id=100257,
         eos_token_id=100257,
-        max_position_embeddings=131072,
         embedding_multiplier=12,
-        residual_multiplier=0.22,
         attention_multiplier=heads / hidden,
         logits_scaling=hidden / 256,
-        **{**_NO_EXPERTS, **_MAMBA, **sizes},
+        rms_norm_eps=1e-5,
+        initializer_range=0.1,
+        **{**_COMMON, **_NO_EXPERTS, **_MAMBA, **sizes},
     )
 
 
+_COMMON = {"max_position_embeddings": 131072, "residual_multiplier": 0.22}
+_SMALLEST = {"max_position_embeddings": 32768}  # what both models of 350 M parameters differ in
 _NO_EXPERTS = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _MAMBA = {
     "mamba_n_groups": 1,
@@ -273,7 +275,9 @@ def _experts(count: int, top: int, size: int) -> dict[str, Any]:
     return {"num_local_experts": count, "num_experts_per_tok": top, "intermediate_size": size}
 
 
-def _dense(layers: int, hidden: int, heads: tuple[int, int], shared: int) -> dict[str, Any]:
+def _dense(
+    layers: int, hidden: int, heads: tuple[int, int], shared: int, **more: Any
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -282,16 +286,27 @@ def _dense(layers: int, hidden: int, heads: tuple[int, int], shared: int) -> dic
         "num_key_value_heads": heads[1],
         "shared_intermediate_size": shared,
         "position_embedding_type": "rope",
+        "rope_theta": 1e7,
+        **more,
     }
 
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
-    "granite-4.0-h-350m": _hybrid(768, (12, 4), 48, 2048, layers=32, attention=(10, 13, 17, 27)),
+    "granite-4.0-h-350m": _hybrid(
+        768,
+        (12, 4),
+        48,
+        2048,
+        layers=32,
+        attention=(10, 13, 17, 27),
+        residual_multiplier=0.246,
+        **_SMALLEST,
+    ),
     "granite-4.0-h-1b": _hybrid(1536, (12, 4), 48, 4096),
     "granite-4.0-h-micro": _hybrid(2048, (32, 8), 64, 8192),
     "granite-4.0-h-tiny": _hybrid(1536, (12, 4), 48, 1024, **_experts(64, 6, 512)),
     "granite-4.0-h-small": _hybrid(4096, (32, 8), 128, 1536, **_experts(72, 10, 768)),
-    "granite-4.0-350m": _dense(28, 1024, (16, 4), 2048),
+    "granite-4.0-350m": _dense(28, 1024, (16, 4), 2048, residual_multiplier=0.263, **_SMALLEST),
     "granite-4.0-1b": _dense(40, 2048, (16, 4), 4096),
     "granite-4.0-micro": _dense(40, 2560, (40, 8), 8192),
     "study-24l": _hybrid(
@@ -304,6 +319,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         position_embedding_type="rope",
     ),
 }
-"""Published sizes of the Granite-4.0 family. Two values follow a rule that fits the published ones:
-attention_multiplier = 1 / head_dim and logits_scaling = hidden / 256. `study-24l` has the sizes
-that the original study reports (24 layers, 16 heads, rotary) and the proportions of h-1b."""
+"""Published configurations of the Granite-4.0 family (`config.json` of ibm-granite's checkpoints).
+Two values follow a rule that fits the published ones: attention_multiplier = 1 / head_dim and
+logits_scaling = hidden / 256 (not confirmed for h-small, where it gives 16). `study-24l` has the
+sizes that the original study reports (24 layers, 16 heads, rotary) and the proportions of h-1b."""

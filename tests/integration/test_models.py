@@ -303,6 +303,33 @@ def test_a_geometry_has_the_published_size_and_layers(name: str) -> None:
     assert tuple(i for i, is_attention in enumerate(kinds) if is_attention) == attention
 
 
+# longest context, residual multiplier, rotary base, logits scaling
+PUBLISHED_VALUES = {
+    "granite-4.0-h-350m": (32768, 0.246, 1e4, 3),
+    "granite-4.0-h-1b": (131072, 0.22, 1e4, 6),
+    "granite-4.0-h-micro": (131072, 0.22, 1e4, 8),
+    "granite-4.0-h-tiny": (131072, 0.22, 1e4, 6),
+    "granite-4.0-h-small": (131072, 0.22, 1e4, 16),
+    "granite-4.0-350m": (32768, 0.263, 1e7, 4),
+    "granite-4.0-1b": (131072, 0.22, 1e7, 8),
+    "granite-4.0-micro": (131072, 0.22, 1e7, 10),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_VALUES)
+def test_a_geometry_has_the_published_constants(name: str) -> None:
+    config = geometry_config(name)
+    assert PUBLISHED_VALUES[name] == (
+        config.max_position_embeddings,
+        config.residual_multiplier,
+        config.rope_parameters["rope_theta"],
+        config.logits_scaling,
+    )
+    assert config.rms_norm_eps == 1e-5
+    assert config.initializer_range == 0.1
+    assert config.embedding_multiplier == 12
+
+
 def test_granite_h_1b_has_the_published_number_of_parameters() -> None:
     assert on_meta("granite-4.0-h-1b").num_parameters() == 1_461_538_368
 
