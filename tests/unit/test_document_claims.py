@@ -1,0 +1,472 @@
+"""Sentences of the documents equal what they describe: records, constants and settings."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from granite_paged import SamplingParams, errors, verify
+from granite_paged.bench import gate
+from granite_paged.bench.workload import Workload
+from granite_paged.checkpoints import TINY_RECALL
+from granite_paged.cli import options
+from granite_paged.cli.main import cli
+from granite_paged.engine import waiting
+from granite_paged.evaluate import near_ties
+from granite_paged.geometry import CacheGeometry
+from granite_paged.models import GraniteMoeHybridForCausalLM, geometry_config, load
+from granite_paged.report.bench_results import Result, Row, read_result, slug
+from granite_paged.report.eval_results import Evaluation, read_evaluation
+from granite_paged.runner.memory_plan import row_bytes
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "granite_paged"
+H200, H100 = "nvidia-h200", "nvidia-h100-80gb-hbm3"
+
+
+def text_of(page: str) -> str:
+    """Return a page without emphasis, each run of white space as one space."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return " ".join(text.replace("**", "").split())
+
+
+def assert_states(page: str, *sentences: str) -> None:
+    text = text_of(page)
+    missing = [sentence for sentence in sentences if sentence not in text]
+    assert not missing, f"{page} must state what was measured or is configured"
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+# -- speed and memory, from golden/perf ---------------------------------------------------------
+
+
+def record(gpu: str = H200) -> Result:
+    return read_result(ROOT / "golden" / "perf" / f"{gpu}.json")
+
+
+def row(case: str, mode: str, batch: int, context: int) -> Row:
+    found = record().find(case, mode, batch, context)
+    assert found is not None
+    return found
+
+
+def ms(case: str, mode: str, batch: int, context: int) -> float:
+    found = row(case, mode, batch, context).latency_ms
+    assert found is not None
+    return found.median
+
+
+def gb(case: str, mode: str, batch: int, context: int) -> str:
+    return f"{(row(case, mode, batch, context).peak_bytes or 0) / 1e9:.1f} GB"
+
+
+def three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratios(top: str, bottom: str, case: str, *, batch: int = 0, context: int = 0) -> list[float]:
+    """Return ratios of two numbers of the paged rows of a case."""
+    rows = [row for row in record().measured(case) if row.mode == "paged" and not row.variant]
+    chosen = [row for row in rows if batch in (0, row.batch) and context in (0, row.context)]
+    return [number(row, top) / number(row, bottom) for row in chosen]
+
+
+def number(row: Row, name: str) -> float:
+    return row.latency_ms.median if name == "median" else getattr(row, name)  # type: ignore[union-attr]
+
+
+def span(values: list[float], digits: int) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+README_ROWS = [
+    ("prefill 1 × 512", "context", 1, 512, False),
+    ("prefill 32 × 512", "batch", 32, 512, True),
+    ("prefill 1 × 32,768", "context", 1, 32768, True),
+    ("decode step 1 × 512", "decode", 1, 512, False),
+    ("decode step 128 × 1,024", "decode", 128, 1024, True),
+]
+
+
+@pytest.mark.parametrize(("name", "case", "batch", "context", "memory"), README_ROWS)
+def test_the_readme_shows_recorded_times(
+    name: str, case: str, batch: int, context: int, memory: bool
+) -> None:
+    def cell(mode: str) -> str:
+        found = record().find(case, mode, batch, context)
+        if found is None:
+            return "not measured" if case == "decode" else "decode only"
+        time = ms(case, mode, batch, context)
+        digits = "{:.1f}" if mode == "paged" and 2 <= time < 10 else "{}"
+        shown = digits.format(time if digits != "{}" else three_digits(time))
+        return f"{shown} ms" + f", {gb(case, mode, batch, context)}" * memory
+
+    cells = " | ".join(cell(mode) for mode in ("default", "static", "paged"))
+    assert_states("README.md", f"| {name} | {cells} |")
+
+
+def test_no_record_had_kernels_of_mamba_ssm() -> None:
+    versions = [record(gpu).versions for gpu in (H200, H100)]
+    versions += [run.versions for run in evaluations().values()]
+    assert not any({"mamba_ssm", "causal_conv1d"} & set(found) for found in versions)
+
+
+def test_conclusions_about_decode_follow_from_the_record() -> None:
+    static, ours = ms("decode", "static", 1, 512), ms("decode", "paged", 1, 512)
+    many = ms("decode", "paged", 128, 1024)
+    eager = [r for r in record().measured("decode", "default") if r.batch <= 32]
+    times = [number(r, "median") for r in eager]
+    assert_states(
+        "docs/benchmarks.md",
+        f"takes {ours:.2f} ms at batch 1 and {many:.1f} ms at batch 128 (context 1,024)",
+        f"takes {static:.2f} ms at batch 1, {static / ours:.1f} times as long",
+        f"takes {min(times):.0f} to {max(times):.0f} ms at every batch up to 32",
+    )
+    assert len(record().measured("decode", "static")) == 1
+    assert_states("README.md", f"the fair comparison there: {static / ours:.1f} times")
+
+
+def test_conclusions_about_the_floor_follow_from_the_record() -> None:
+    one, many = (ratios("median", "floor_ms", "decode", batch=batch) for batch in (1, 32))
+    prefill = ratios("median", "floor_ms", "batch") + ratios(
+        "median", "floor_ms", "context", context=512
+    )
+    assert_states(
+        "docs/benchmarks.md",
+        f"{span(one, 1)} times the time for decode at batch 1, {span(many, 1)} times at batch 32, "
+        f"and {span(prefill, 1)} times for prefill of 512 tokens",
+    )
+
+
+def test_conclusions_about_attention_follow_from_the_record() -> None:
+    kernel = [r for r in record().measured("kernel") if r.paged_us and r.sdpa_us]
+    even = [number(r, "paged_us") / number(r, "sdpa_us") for r in kernel if not r.variant]
+    (ragged,) = (number(r, "paged_us") / number(r, "sdpa_us") for r in kernel if r.variant)
+    assert_states(
+        "docs/benchmarks.md",
+        f"takes {span(even, 2)} times as long as contiguous SDPA in even batches",
+        f"and {ragged:.2f} times as long in a ragged batch",
+    )
+
+
+def test_conclusions_about_memory_follow_from_the_record() -> None:
+    def pair(batch: int, context: int, case: str) -> str:
+        ours, theirs = (gb(case, mode, batch, context) for mode in ("paged", "default"))
+        return f"{ours} instead of {theirs}"
+
+    assert_states(
+        "docs/benchmarks.md",
+        f"at 32 × 512 tokens prefill peaks at {pair(32, 512, 'batch')}",
+        f"at one prompt of 32,768 tokens at {pair(1, 32768, 'context')}",
+    )
+
+
+@pytest.mark.parametrize("gpu", [H200, H100])
+def test_no_recorded_peak_is_over_one_per_cent_above_default(gpu: str) -> None:
+    for ours in record(gpu).measured("decode", "paged") + record(gpu).measured("batch", "paged"):
+        theirs = record(gpu).find(ours.case, "default", ours.batch, ours.context)
+        if theirs and theirs.peak_bytes and ours.peak_bytes:
+            assert ours.peak_bytes <= gate.MEMORY * theirs.peak_bytes, ours
+
+
+def test_limits_state_the_recorded_cold_start() -> None:
+    seconds = {r.variant: number(r, "median") / 1e3 for r in record().measured("coldstart")}
+    empty, warm = (
+        [seconds[f"{event}, {state} cache"] for event in ("first token", "every bucket")]
+        for state in ("empty", "warm")
+    )
+    assert_states(
+        "docs/limits.md",
+        f"{empty[0]:.0f} s until the first token and {empty[1]:.0f} s until every shape is "
+        f"compiled ({warm[0]:.0f} and {warm[1]:.0f} s with warm caches)",
+    )
+
+
+def test_readme_and_benchmarks_show_the_same_figures_of_vllm() -> None:
+    (section,) = re.findall(r"\*\*vLLM .*?(?=\n\nvLLM)", readme(), flags=re.DOTALL)
+    figures = set(re.findall(r"\d[\d,.]* (?:ms|s)\b|\d+,\d{3}", section))
+    assert len(figures) >= 13
+    page = text_of("docs/benchmarks.md")
+    assert not [figure for figure in figures if figure not in page]
+
+
+# -- evaluation, from golden/results ------------------------------------------------------------
+
+
+def evaluations() -> dict[str, Evaluation]:
+    files = sorted((ROOT / "golden" / "results").glob("*.json"))
+    return {path.stem: read_evaluation(path) for path in files}
+
+
+def test_conclusions_of_the_evaluation_follow_from_the_results() -> None:
+    found = [
+        task.agreement["paged"] for run in evaluations().values() for task in run.tasks.values()
+    ]
+    same = [100 * task.same / task.questions for task in found]
+    latency = [100 * task.latency_ratio for task in found]
+    assert_states(
+        "docs/evaluation.md",
+        f"for {min(same):.0f} to {max(same):.1f} % of the questions in bfloat16",
+        f"Latency per question was {min(latency):.0f} to {max(latency):.0f} % of `default`'s",
+    )
+    assert all(len(task.differing) == task.near_ties for task in found)
+    assert {run.dtype for run in evaluations().values()} == {"bfloat16"}
+    assert all(run.random_weights for run in evaluations().values())
+
+
+def test_conclusions_about_memory_and_prefixes_follow_from_the_results() -> None:
+    runs = evaluations()
+
+    def modes(name: str, task: str) -> Any:
+        return runs[f"{name}.{H100}"].tasks[task].modes
+
+    batched, alone = modes("mmlu-5shot-batched", "mmlu"), modes("truthfulqa-mc1", "truthfulqa_mc1")
+    peaks = [batched[mode].peak_bytes / 1e9 for mode in ("paged", "default")]
+    more = (alone["paged"].peak_bytes - alone["default"].peak_bytes) / 1e9
+    hits = modes("mmlu-5shot", "mmlu")["paged"].hit_rate
+    assert_states(
+        "docs/evaluation.md",
+        f"({peaks[0]:.1f} GB instead of {peaks[1]:.1f} GB at 5-shot MMLU on the H100)",
+        f"TruthfulQA's paged peak is {more:.2f} GB higher",
+        f"{hits:.0%} of the context tokens".replace("%", " %"),
+    )
+
+
+# -- the embedded checkpoint --------------------------------------------------------------------
+
+
+def test_the_checkpoint_page_shows_its_record() -> None:
+    found = json.loads((TINY_RECALL / "record.json").read_text(encoding="utf-8"))
+    recall = {int(length): share for length, share in found["recall"].items()}
+    lost = {name: part["affected"] for name, part in found["substituted"].items()}
+    assert {share for length, share in recall.items() if length >= 128} == {1.0}
+    assert_states(
+        "docs/checkpoint.md",
+        f"| accuracy at 128 to {max(recall):,} tokens | 1.0 ",
+        f"| accuracy at 32 and 64 tokens | {recall[32]:.3f} and {recall[64]:.3f} |",
+        f"first attention layer's history replaced | {lost['first attention layer']:.3f} on",
+        f"second attention layer's history replaced | {lost['second attention layer']:.3f} on",
+        f"with the SSM state replaced | {lost['SSM state']:.1f} on",
+        f"with the convolution state replaced | {lost['conv state']:.3f} |",
+    )
+
+
+def test_the_checkpoint_page_states_sizes_and_layers() -> None:
+    loaded = load(device="cpu")
+    config = loaded.model.config
+    assert [layer.mamba is None for layer in loaded.model.model.layers] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert config.num_attention_heads == 3 * config.num_key_value_heads
+    parameters = sum(weights.numel() for weights in loaded.model.parameters())
+    assert_states(
+        "docs/checkpoint.md",
+        f"It has {parameters:,} parameters in four layers (Mamba, attention, Mamba, attention)",
+        f"its own tokenizer of {len(loaded.tokenizer)} words",
+    )
+
+
+# -- constants ----------------------------------------------------------------------------------
+
+
+def test_the_glossary_states_the_size_of_a_mamba_state() -> None:
+    config = geometry_config("granite-4.0-h-1b")
+    with torch.device("meta"):
+        model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
+    geometry = CacheGeometry.from_config(config, page_size=128, dtype=torch.bfloat16)
+    state = row_bytes(model)
+    tokens = round(state / geometry.bytes_per_token, -3)
+    assert_states(
+        "docs/glossary.md",
+        f"it is {state / 1e6:.1f} MB per sequence, "
+        f"as much as K and V of about {tokens:,.0f} tokens",
+        f"size ({config.mamba_chunk_size} for Granite-4.0)",
+    )
+
+
+def test_documents_state_constants_of_the_gate() -> None:
+    words = {3: "three", 5: "five"}
+    tries, shapes = words[gate.TRIES], words[len(gate.GATED)]
+    assert_states(
+        "docs/golden.md", f"in interleaved pairs for {shapes} shapes", f"after {tries} tries"
+    )
+    assert_states("docs/glossary.md", f"fails after {tries} tries")
+    assert_states("docs/guides/gate.md", f"each of the {shapes} shapes", f"after {tries} tries")
+    assert_states("docs/guides/record.md", slug("NVIDIA A100-SXM4-80GB"))
+
+
+def test_the_glossary_states_how_many_questions_measure_sdpas_error() -> None:
+    assert_states("docs/glossary.md", f"on the differing questions and {near_ties.MEASURED} others")
+
+
+def test_help_states_constants() -> None:
+    def shown(command: str) -> str:
+        found: Any = cli
+        for name in command.split():
+            found = found.commands[name]
+        parts = [found.help, *(getattr(option, "help", None) or "" for option in found.params)]
+        return " ".join(" ".join(parts).split())
+
+    assert f"{verify.DECODE_STEPS} decode steps" in shown("verify")
+    assert {4: "one of four shared prefixes"}[Workload().kinds] in shown("bench serve")
+    assert {3: "three tries"}[gate.TRIES] in shown("gate")
+
+
+def test_a_docstring_states_what_a_step_of_priority_is_worth() -> None:
+    assert f"up to {waiting.PRIORITY_WORTH:,} requests" in " ".join(
+        (SamplingParams.__doc__ or "").split()
+    )
+
+
+def test_the_command_reference_lists_every_exit_status() -> None:
+    named = {
+        options.OK: "passed",
+        options.FAILED: "a check failed",
+        options.USAGE: "wrong usage or environment",
+        options.INTERRUPTED: "interrupted",
+        options.CLOSED_PIPE: "the reader of a pipe is gone",
+    }
+    text = text_of("docs/reference/commands.md")
+    assert all(f"{status} {meaning}" in text for status, meaning in named.items())
+
+
+# -- settings -----------------------------------------------------------------------------------
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_states_the_lower_bounds_of_versions() -> None:
+    settings = project()["project"]
+    bounds = dict(
+        re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(settings["dependencies"]), re.MULTILINE)
+    )
+    python = settings["requires-python"].removeprefix(">=")
+    rows = dict(
+        re.findall(r"^\| (Python|torch|transformers) \| (.*?) or newer ", readme(), re.MULTILINE)
+    )
+    assert rows == {
+        "Python": python,
+        "torch": bounds["torch"],
+        "transformers": bounds["transformers"].removesuffix(".0"),
+    }
+
+
+def test_the_readme_lists_every_extra() -> None:
+    listed = re.findall(r"`\[(\w+)\]`", readme())
+    assert set(listed) == set(project()["project"]["optional-dependencies"])
+
+
+def test_the_readme_names_every_example() -> None:
+    files = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert not [name for name in files if name not in readme()]
+
+
+def test_a_wheel_holds_the_checkpoint_and_the_command_line() -> None:
+    """All files of the package's folder go into the wheel, tracked ones without exception."""
+    settings = project()
+    assert settings["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["granite_paged"]}
+    assert settings["project"]["scripts"] == {"granite-paged": "granite_paged.cli.main:main"}
+    assert (TINY_RECALL / "model.safetensors").is_relative_to(PACKAGE)
+
+
+def test_the_guide_shows_the_job_of_the_workflow() -> None:
+    guide = (ROOT / "docs" / "guides" / "gate.md").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```yaml\n(.*?)```", guide, flags=re.DOTALL)
+    lines = {line.strip() for line in workflow.splitlines()}
+    assert not [line for line in shown.splitlines() if line.strip() not in lines]
+
+
+def test_the_session_records_the_model_that_the_guide_names() -> None:
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    assert (
+        'MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")'
+        in noxfile
+    )
+    assert_states(
+        "docs/guides/record.md",
+        "The session measures `granite-4.0-h-1b` with random weights in bfloat16",
+    )
+
+
+# -- structure ----------------------------------------------------------------------------------
+
+
+def imports(path: Path) -> set[str]:
+    """Return the first part of the name of every module that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_only_the_command_line_imports_click_and_rich() -> None:
+    """docs/architecture.md says so."""
+    users = [path for path in PACKAGE.rglob("*.py") if {"click", "rich"} & imports(path)]
+    folders = {path.relative_to(PACKAGE).parts[0] for path in users}
+    assert folders == {"cli"}
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "granite_paged.paging.allocator",
+        "granite_paged.engine.scheduler, granite_paged.engine.prefix_cache",
+        "granite_paged.report.bench_tables, granite_paged.report.eval_report",
+    ],
+)
+def test_modules_without_torch_import_none(modules: str) -> None:
+    """docs/architecture.md lists what depends on torch."""
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_the_oracle_imports_nothing_of_the_package() -> None:
+    assert "granite_paged" not in imports(ROOT / "tests" / "helpers" / "reference.py")
+
+
+def test_every_error_is_raised_somewhere() -> None:
+    """An error that nothing raises is a promise that nothing keeps."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    families = {base for error in error_types() for base in error.__mro__[1:]}
+    unused = [
+        e.__name__
+        for e in error_types() - families
+        if f"{e.__name__}(" not in without_classes(source)
+    ]
+    assert not unused
+
+
+def error_types() -> set[type]:
+    types = {value for value in vars(errors).values() if isinstance(value, type)}
+    return {kind for kind in types if issubclass(kind, errors.GranitePagedError)}
+
+
+def without_classes(source: str) -> str:
+    return re.sub(r"^class .*$", "", source, flags=re.MULTILINE)
+
+
+def test_the_guide_to_transformers_names_what_exists() -> None:
+    guide = (ROOT / "docs" / "guides" / "transformers.md").read_text(encoding="utf-8")
+    for name, file in re.findall(r"`(_\w+)` in `([\w/]+\.py)`", guide):
+        assert f"def {name}(" in (PACKAGE / file).read_text(encoding="utf-8")
