@@ -83,6 +83,7 @@ class EngineCore:
         self._phase: Literal["", "take in", "step", "deliver"] = ""
         self._stalled = 0
         self._closed = False
+        self._has_new = False  # whether requests opened since the model was looked at
         self._seconds = self._schedule_seconds = 0.0
 
     @property
@@ -162,7 +163,9 @@ class EngineCore:
     # -- looking --------------------------------------------------------------------------------
 
     def forget_prefixes(self) -> None:
-        """Drop everything in the prefix cache."""
+        """Drop everything in the prefix cache, and keep nothing of what runs."""
+        for job in self._scheduler.running.jobs():
+            job.placed.is_shareable = False
         self._scheduler.running.forget(self._prefix.clear())
 
     def close(self) -> None:
@@ -234,11 +237,14 @@ class EngineCore:
             job.rank = self._scheduler.queue.rank(priority)
         self._scheduler.queue.add(request.jobs[0])
         self._open[request] = None
+        self._has_new = True
         if isinstance(request, BeamRequest):
             self._searches.add(request)
 
     def _step(self) -> bool:
         self.take_in()
+        if self._has_new:
+            self._look_at_model()
         try:
             self._phase = "step"
             step = self._plan()
@@ -257,6 +263,17 @@ class EngineCore:
             return self._outputs.deliver() or bool(step or landing)
         finally:
             self._phase = ""
+
+    def _look_at_model(self) -> None:
+        """Forget prefixes if weights changed; end every request if the model cannot run."""
+        self._has_new = False
+        idle = not len(self._scheduler.running) and not self._pending
+        try:
+            if self._runner.notice_changes(idle=idle):
+                self.forget_prefixes()
+        except GranitePagedError as error:
+            for request in list(self._open):
+                self._outputs.end(request, "error", error)
 
     def _plan(self) -> StepPlan:
         started = time.perf_counter()

@@ -49,6 +49,7 @@ class Placement:
         target: number of tokens that prefill stores.
         stored: number of tokens in pages.
         reserved: number of tokens that pages were taken for.
+        is_shareable: whether other prompts may use its pages; not after weights changed.
     """
 
     row: int
@@ -56,6 +57,7 @@ class Placement:
     target: int = 0
     stored: int = 0
     reserved: int = 0
+    is_shareable: bool = True
 
 
 @dataclass(frozen=True, slots=True)

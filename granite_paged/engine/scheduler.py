@@ -220,7 +220,7 @@ class Scheduler:
 
     def _keep(self, chunk: PrefillChunk, state: Snapshot | None) -> None:
         job = chunk.job
-        if chunk.last or chunk.end in job.checkpoints:
+        if job.placed.is_shareable and (chunk.last or chunk.end in job.checkpoints):
             pages = self._allocator.pages_of(job.placed.sequence)
             self._prefix.keep(job.tokens[: chunk.end], pages, state, job.namespace)
         if chunk.end in job.checkpoints:

@@ -50,6 +50,11 @@ def changed_part(model: Any) -> str:
     return ""
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether a module's class is torch's or transformers'."""
+    return f"{type(module).__module__}.".startswith(_OWN)
+
+
 def _frames(model: Any) -> Iterator[tuple[str, nn.Module]]:
     for index, layer in enumerate(model.base_model.layers):
         name = f"model.layers.{index}"
@@ -69,7 +74,7 @@ def _change(module: nn.Module) -> str:
         return "has a forward of its own"
     if hasattr(module, "parametrizations"):
         return "is parametrized"
-    if not f"{type(module).__module__}.".startswith(_OWN):
+    if not is_own(module):
         return f"is a {type(module).__name__}"
     for parameter in module.parameters(recurse=False):
         if type(parameter) is not nn.Parameter:

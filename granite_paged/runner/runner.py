@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from granite_paged.device import available_bytes, to_device
-from granite_paged.errors import InvalidRequest, PromptError
+from granite_paged.errors import InvalidRequest, PromptError, UnsupportedModel
 from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.hf.patching import is_patched
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
 from granite_paged.layers.mamba import mixers
@@ -49,6 +50,7 @@ from granite_paged.runner.memory_plan import (
 from granite_paged.runner.model import EagerModel
 from granite_paged.runner.shapes import Batch, Shapes
 from granite_paged.runner.storage import NULL_ROW, RowSnapshot, Storage, make_storage
+from granite_paged.runner.watch import Look
 
 
 class Chunk(NamedTuple):
@@ -111,6 +113,7 @@ class Runner:
             pages = PageStore(geometry, self.pages, self.device, rows=self.rows + 1, width=width)
             self._storage = make_storage(pages, layers, self.rows, self.dtype, self.device)
         self.tokens, self.nonfinite = self._storage.tokens, self._storage.nonfinite
+        self._live, self._look = model, Look(model)
         self._model = _model(model, self._storage, fallback, config)
         self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
         self._graphs = None if fallback else torch.cuda.graph_pool_handle()
@@ -189,7 +192,7 @@ class Runner:
             wanted = [target for member in members for target in targets[member]]
             at, after = to_device(self.device, torch.tensor(places), torch.tensor(wanted))
             hidden = self._run_chunks(chunks, step).hidden
-            scores = self._scored(hidden.flatten(0, 1).index_select(0, at), after)
+            scores = _scored(self._model, hidden.flatten(0, 1).index_select(0, at), after)
             by_chunk = (torch.split(part, counts) for part in scores)
             found.update(zip(members, map(Scores, *by_chunk), strict=True))
         in_order = [found[i] for i in range(len(chunks))]
@@ -245,6 +248,32 @@ class Runner:
     def forget_captured_steps(self) -> None:
         """Discard the captured steps. Each is captured again at its next use."""
         self._captured.clear()
+
+    def notice_changes(self, *, idle: bool) -> bool:
+        """Return whether the live model changed since the last call, and run what it is now.
+
+        Args:
+            idle: whether no step runs on the device, so that waiting for it costs nothing.
+
+        Raises:
+            UnsupportedModel: if it cannot be run any more, or has another dtype or device.
+        """
+        model, idle = self._live, idle or self.device.type == "cpu"
+        has_moved = self._look.has_moved()
+        if not has_moved and not self._look.was_written(compare=idle):
+            return False
+        if has_moved:
+            if not is_patched(model):  # patches do not concern a runner
+                check_model(model)
+            if (model.dtype, model.device) != (self.dtype, self.device):
+                what = f"a model that became {model.dtype} on {model.device}"
+                raise UnsupportedModel(what, "make another engine for it")
+            self.forget_captured_steps()  # they read the old places
+            self.fallback = self.fallback or triton_refusal(model, self.config.backend)
+            self._model = _model(model, self._storage, self.fallback, self.config)
+            self._stream = None if self.fallback else self._stream
+        self._look = Look(model)
+        return True
 
     def close(self) -> None:
         """Free the memory. The runner cannot be used afterwards."""
@@ -304,25 +333,11 @@ class Runner:
         if min(rows) <= NULL_ROW or max(rows) > self.rows:
             raise InvalidRequest(f"rows must be 1 to {self.rows}, got {min(rows)} to {max(rows)}")
 
-    def _check_chunk(self, chunk: Chunk) -> None:
-        if not chunk.tokens:
-            raise PromptError("empty chunk: give every row at least one token")
-        if len(chunk.tokens) > self.chunk_tokens or chunk.start < 0:
-            raise InvalidRequest(
-                f"a chunk must start at 0 or later and have at most {self.chunk_tokens} tokens "
-                f"(PagedConfig.chunk_tokens), got {len(chunk.tokens)} tokens from {chunk.start}"
-            )
-        if chunk.start + len(chunk.tokens) > self.longest:
-            raise InvalidRequest(
-                f"a sequence must have at most {self.longest} tokens, got "
-                f"{chunk.start + len(chunk.tokens)} in row {chunk.row}"
-            )
-
     def _arranged(self, chunks: Sequence[Chunk], *, cut: bool) -> Sequence[Batch]:
         """Check chunks, and arrange them in steps."""
         self._check_rows([chunk.row for chunk in chunks] or [NULL_ROW])
         for chunk in chunks:
-            self._check_chunk(chunk)
+            _check_chunk(chunk, self.chunk_tokens, self.longest)
         return self.shapes.arrange([len(chunk.tokens) for chunk in chunks], cut=cut)
 
     def _run_chunks(self, chunks: Sequence[Chunk], batch: Batch) -> CapturedStep:
@@ -359,17 +374,33 @@ class Runner:
         pages = self._storage.pages.table.physical.shape[1]
         return DecodePlan.choose(self.geometry, batch, pages, self.device)
 
-    @torch.inference_mode()
-    def _scored(self, hidden: Tensor, targets: Tensor) -> Scores:
-        """Score targets [n] after hidden states [n, hidden], a part at a time."""
-        logprobs, greedy = [], []
-        for part, wanted in zip(
-            torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True
-        ):
-            scores = scores_of(self._model.logits(part), wanted)
-            logprobs.append(scores.logprobs)
-            greedy.append(scores.greedy)
-        return Scores(torch.cat(logprobs), torch.cat(greedy))
+
+@torch.inference_mode()
+def _scored(model: EagerModel, hidden: Tensor, targets: Tensor) -> Scores:
+    """Score targets [n] after hidden states [n, hidden], a part at a time."""
+    logprobs, greedy = [], []
+    for part, wanted in zip(
+        torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True
+    ):
+        scores = scores_of(model.logits(part), wanted)
+        logprobs.append(scores.logprobs)
+        greedy.append(scores.greedy)
+    return Scores(torch.cat(logprobs), torch.cat(greedy))
+
+
+def _check_chunk(chunk: Chunk, chunk_tokens: int, longest: int) -> None:
+    if not chunk.tokens:
+        raise PromptError("empty chunk: give every row at least one token")
+    if len(chunk.tokens) > chunk_tokens or chunk.start < 0:
+        raise InvalidRequest(
+            f"a chunk must start at 0 or later and have at most {chunk_tokens} tokens "
+            f"(PagedConfig.chunk_tokens), got {len(chunk.tokens)} tokens from {chunk.start}"
+        )
+    if chunk.start + len(chunk.tokens) > longest:
+        raise InvalidRequest(
+            f"a sequence must have at most {longest} tokens, got "
+            f"{chunk.start + len(chunk.tokens)} in row {chunk.row}"
+        )
 
 
 def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Scores:

@@ -99,6 +99,10 @@ class RecordingRunner:
             self._fill(row, position, position + 1)
         return torch.zeros(len(rows), self.vocabulary)
 
+    def notice_changes(self, *, idle: bool) -> bool:
+        """Return False: there is no model to change."""
+        return False
+
     def close(self) -> None:
         self.closed = True
 

@@ -242,6 +242,10 @@ class SimulatedRunner:
 
     def warm_up(self, progress: Any = None) -> None: ...
 
+    def notice_changes(self, *, idle: bool) -> bool:
+        """Return False: there is no model to change."""
+        return False
+
     def close(self) -> None:
         self.closed = True
 
