@@ -29,11 +29,12 @@ REQUIRE_GPU = """
 import sys, torch
 torch.cuda.is_available() or sys.exit("this session needs a CUDA device; nothing was run")
 """
-PRINT_SLUG = """
+PRINT_RECORD = """
 import torch
-from granite_paged.report.bench_results import slug
-print(slug(torch.cuda.get_device_name()))
+from granite_paged.report.bench_results import record_name
+print(record_name(torch.cuda.get_device_name(), "granite-4.0-h-1b", "bfloat16"))
 """
+RECORDS = Path("granite_paged/records")
 
 
 def install(session: nox.Session, *groups: str, package: bool = True) -> None:
@@ -132,7 +133,7 @@ def report(session: nox.Session) -> None:
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
         session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
-    files = Path("golden/perf").glob("*.json")
+    files = RECORDS.glob("*.json")
     records = sorted(str(path) for path in files if ".published." not in path.name)
     curves = [part for record in records for part in ("--bench", record)]
     pages = ("--out", "golden/figures/evaluation", "--page", "docs/evaluation.md")
@@ -150,16 +151,19 @@ def gpu_tests(session: nox.Session) -> None:
 
 @nox.session
 def perf_record(session: nox.Session) -> None:
-    """Record this GPU in golden/perf, with figures. Arguments go to bench. Needs a GPU."""
+    """Record this GPU, calibrate its gate, draw figures. Arguments go to bench. Needs a GPU."""
     install(session, "tests")
     session.run("python", "-c", REQUIRE_GPU)
-    name = session.run("python", "-c", PRINT_SLUG, silent=True).strip()
-    record, tables = f"golden/perf/{name}.json", f"golden/perf/{name}.md"
+    name = session.run("python", "-c", PRINT_RECORD, silent=True).strip()
+    record, tables = str(RECORDS / name), f"golden/perf/{name.removesuffix('.json')}.md"
     session.run("granite-paged", "bench", *MEASURED_MODEL, "--json", record, *session.posargs)
+    calibrate = ("--calibrate", "20", "--records", str(RECORDS))
+    session.run("granite-paged", "gate", *MEASURED_MODEL, *calibrate)
     page = ("--page", "docs/benchmarks.md")
     figures = ("--out", "golden/figures", "--markdown", tables, *page)
     session.run("granite-paged", "plot", record, *figures)
-    session.run("git", "status", "--short", "--", "golden", "docs", external=True)
+    changed = ("golden", "docs", str(RECORDS))
+    session.run("git", "status", "--short", "--", *changed, external=True)
 
 
 @nox.session

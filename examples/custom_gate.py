@@ -6,23 +6,22 @@ Exit status 0: both hold. 1: one does not, or the machine was too noisy to tell.
 """
 
 import argparse
-import math
 import sys
 
 import torch
 
 from granite_paged import Engine, PagedConfig, SamplingParams, load
-from granite_paged.bench.cases import CASES, Shape
-from granite_paged.bench.gate import judge_ratio, paired_ratio
-from granite_paged.bench.measure import Repeats
+from granite_paged.bench.cases import Shape
+from granite_paged.bench.judge import Gated, judge_ratio, visit_ratio
 from granite_paged.bench.session import Session
+from granite_paged.bench.visits import visited
 
 PROMPTS = (
     "<bos> <plain> red-fox copper-bell and green-wolf iron-boat while red-fox <ask>",
     "<bos> <plain> red-fox copper-bell and green-wolf iron-boat while green-wolf <ask>",
 )
-SHAPE = Shape(batch=1, context=64)
-PAIRS = 20
+GATED = Gated("context", Shape(batch=1, context=64))
+VISITS = 5  # blocks of steps of each mode, which take turns
 SEEN = 1.10  # a time this much above the limit must not pass
 
 
@@ -51,11 +50,8 @@ def main() -> int:
     equal = same_tokens(loaded, config)
     print(f"tokens: {'as SDPA' if equal else 'DIFFERENT'}")
 
-    session = Session(loaded, config)
-    repeats = Repeats(least=PAIRS, most=PAIRS, patience=math.inf)
-    measured = session.measure(CASES["context"], SHAPE, ("default", "paged"), repeats)
-    seconds = [measured[mode].samples.seconds for mode in ("paged", "default")]
-    ratio = paired_ratio(*seconds)
+    seen = visited(Session(loaded, config), GATED, VISITS)
+    ratio = visit_ratio(seen.paged, seen.default)
     verdict = judge_ratio(ratio, base=limit, seen=SEEN)
     print(f"time: {ratio.estimate:.2f} x default ({ratio.low:.2f} to {ratio.high:.2f}), {verdict}")
     return 0 if equal and verdict == "passed" else 1

@@ -10,8 +10,10 @@ import torch
 import transformers
 
 from granite_paged import __version__
+from granite_paged.names import MAMBA_PACKAGES
 
-_MAMBA_KERNELS = ("mamba_ssm", "causal_conv1d")
+MAMBA_REFERENCE = "reference code"
+"""What transformers runs Mamba layers with where neither package is installed."""
 
 
 def versions() -> dict[str, str]:
@@ -21,7 +23,7 @@ def versions() -> dict[str, str]:
     mamba_ssm and causal_conv1d where they are installed; `paged` never uses them.
     """
     optional = {}
-    for name in ("triton", *_MAMBA_KERNELS):
+    for name in ("triton", *MAMBA_PACKAGES):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             optional[name] = importlib.metadata.version(name)
     return {
@@ -33,9 +35,16 @@ def versions() -> dict[str, str]:
     }
 
 
+def mamba_kernels() -> str:
+    """Return what transformers' modes run Mamba layers with: packages, or its reference code."""
+    found = versions()
+    present = [f"{name} {found[name]}" for name in MAMBA_PACKAGES if name in found]
+    return ", ".join(present) or MAMBA_REFERENCE
+
+
 def mamba_note() -> str:
     """Return a warning if transformers' modes run Mamba layers on its slow reference code."""
-    missing = [name for name in _MAMBA_KERNELS if name not in versions()]
+    missing = [name for name in MAMBA_PACKAGES if name not in versions()]
     if not missing:
         return ""
     return (

@@ -6,8 +6,11 @@ BASELINES = ("default", "static")
 MODES = (*BASELINES, "paged")
 """All modes that are compared; `paged` is ours."""
 
-CASE_NAMES = ("batch", "context", "decode", "kernel", "memory", "coldstart")
+CASE_NAMES = ("batch", "context", "decode", "kernel", "memory", "coldstart", "serve")
 """What `granite-paged bench` measures."""
+
+MAMBA_PACKAGES = ("mamba_ssm", "causal_conv1d")
+"""Packages that transformers' modes run Mamba layers with, where they are installed."""
 
 SUBJECT_NAMES = ("decode", "prefill", "products")
 """What `granite-paged tune` searches constants for."""

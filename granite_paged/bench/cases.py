@@ -8,6 +8,7 @@
     kernel     paged FlexAttention alone, compared with contiguous SDPA and the bandwidth bound
     memory     number of ragged sequences that fit a budget, in pages and padded
     coldstart  time from a loaded model to its first token, and to every shape compiled
+    serve      a seeded workload of requests, all sent at once: the engine, and batches
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from granite_paged.bench.roofline import ModelSizes, Work
+from granite_paged.bench.workload import Workload
 from granite_paged.errors import UnknownName
 from granite_paged.names import MODES
 
-Kind = Literal["prefill", "decode", "kernel", "memory", "coldstart"]
+Kind = Literal["prefill", "decode", "kernel", "memory", "coldstart", "serve"]
 
 
 class Shape(NamedTuple):
@@ -54,6 +56,7 @@ class BenchCase:
         shapes: for a GPU.
         quick: for a GPU with `--quick`.
         small: for the CPU.
+        on_request: modes that run only where they are named, since they compile for minutes.
     """
 
     name: str
@@ -62,10 +65,15 @@ class BenchCase:
     shapes: tuple[Shape, ...]
     quick: tuple[Shape, ...]
     small: tuple[Shape, ...]
+    on_request: tuple[str, ...] = ()
 
-    def able(self, modes: Sequence[str]) -> list[str]:
-        """Return which of these modes can run the case, in the case's order."""
-        return [mode for mode in self.modes if mode in modes]
+    def able(self, modes: Sequence[str] = ()) -> list[str]:
+        """Return which of these modes can run the case, in the case's order.
+
+        No modes mean all but those that run on request.
+        """
+        chosen = modes or [mode for mode in self.modes if mode not in self.on_request]
+        return [mode for mode in self.modes if mode in chosen]
 
     def work(self, sizes: ModelSizes, shape: Shape) -> Work | None:
         """Return the minimum work of one step; None for a case without model steps."""
@@ -73,10 +81,14 @@ class BenchCase:
             return sizes.prefill(shape.batch, shape.context)
         if self.kind == "decode":
             return sizes.decode(shape.batch, shape.context)
+        if self.kind == "serve":
+            return sizes.serve(workload_of(shape))
         return None
 
     def step_tokens(self, shape: Shape) -> int:
-        """Return the number of tokens that one step processes."""
+        """Return the tokens that one step processes; in `serve`, the expected new ones."""
+        if self.kind == "serve":
+            return round(workload_of(shape).expected_new)
         return shape.batch * shape.context if self.kind == "prefill" else shape.batch
 
     def choose(
@@ -102,18 +114,20 @@ CASES = {
         BenchCase(
             "batch",
             "prefill",
-            ("default", "paged"),
+            MODES,
             _shapes((1, 2, 4, 8, 16, 32), (512,)),
             quick=_shapes((1, 8, 32), (512,)),
             small=_shapes((1, 2, 4), (64,)),
+            on_request=("static",),
         ),
         BenchCase(
             "context",
             "prefill",
-            ("default", "paged"),
+            MODES,
             _shapes((1,), (128, 256, 512, 1024, 2048, 4096, 16384, 32768, 131072)),
             quick=_shapes((1,), (128, 512, 2048, 4096, 16384)),
             small=_shapes((1,), (32, 128, 256)),
+            on_request=("static",),
         ),
         BenchCase(
             "decode",
@@ -150,8 +164,31 @@ CASES = {
             quick=_shapes((1,), (512,)),
             small=_shapes((1,), (64,)),
         ),
+        BenchCase(
+            "serve",
+            "serve",
+            MODES,
+            (Shape(64, 96), Shape(256, 192)),
+            quick=(Shape(64, 96),),
+            small=(Shape(4, 24),),
+            on_request=("static",),
+        ),
     )
 }
+
+
+def workload_of(shape: Shape) -> Workload:
+    """Return the workload of a `serve` shape: `batch` requests of at most `context` tokens.
+
+    Two thirds of a request's tokens at most are its prompt; the rest is its answer.
+    """
+    prompt = max(1, 2 * shape.context // 3)
+    answer = max(1, shape.context - prompt)
+    return Workload(
+        requests=shape.batch,
+        prompt_tokens=(min(8, prompt), prompt),
+        new_tokens=(min(8, answer), answer),
+    )
 
 
 def chosen_cases(names: Sequence[str]) -> list[BenchCase]:

@@ -146,8 +146,12 @@ class Clock:
             return time.perf_counter() - begin
         return _between_events(step)
 
-    def kernel_seconds(self, step: Callable[[], Any], flush: torch.Tensor | None) -> float:
+    def kernel_seconds(
+        self, step: Callable[[], Any], flush: torch.Tensor | None, cycles: int = 0
+    ) -> float:
         """Time one call on the device alone: the device sleeps while the host queues the work.
+
+        It sleeps for `cycles`, and for about a millisecond at least.
 
         First overwrites `flush`, which is larger than the device's cache, so that inputs come from
         memory. In a model they do too, because its weights pass through the cache in between.
@@ -157,7 +161,7 @@ class Clock:
         self.wait()
         if flush is not None:
             flush.zero_()
-        torch.cuda._sleep(_HIDING_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(max(_HIDING_CYCLES, cycles))  # type: ignore[no-untyped-call]
         return _between_events(step)
 
     def graph_seconds(self, calls: Sequence[Callable[[], Any]]) -> float:

@@ -7,7 +7,7 @@ a prefix is run, and its K, V and Mamba states are repeated, which does not chan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
@@ -101,35 +101,48 @@ class Default:
 
 
 class Static:
-    """transformers' fastest mode: a StaticCache, and decode steps under torch.compile."""
+    """transformers' fastest mode: a StaticCache, and each step under torch.compile."""
 
     def __init__(self, model: Any, seed: int) -> None:
         self._model, self._seed = model, seed
 
     def prepare(self, kind: Kind, shape: Shape) -> Prepared:
         """See `Mode.prepare`."""
-        if kind != "decode":
-            raise Unsupported(f"static compiles decode steps only, not {kind}")
         model, context = self._model, shape.context
         ids = token_ids(model, shape.batch, context, self._seed)
-        cache, token = StaticCache(config=model.config, max_cache_len=context + _SPARE), ids[:, :1]
-        note = _fill(model, cache, ids)
-        compiled = torch.compile(_next_token, mode="reduce-overhead", dynamic=False)
-
-        @torch.no_grad()
-        def step() -> Any:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            return compiled(model, token, cache)
+        cache = StaticCache(config=model.config, max_cache_len=context + _SPARE)
+        if kind == "prefill":
+            return _static_prefill(model, cache, ids)
+        token, note = ids[:, :1], _fill(model, cache, ids)
 
         def reset() -> None:
             for layer in _attention_layers(cache):
                 layer.cumulative_length.fill_(context)
 
-        return Prepared(step, reset, _forget_compiled_step, note)
+        return Prepared(_compiled(model, token, cache), reset, _forget_compiled_step, note)
+
+
+@torch.no_grad()
+def _static_prefill(model: Any, cache: Any, ids: Tensor) -> Prepared:
+    model(ids[:, :1], **with_cache(cache), logits_to_keep=1)  # allocates the cache, uncompiled
+    cache.reset()
+    return Prepared(_compiled(model, ids, cache), cache.reset, _forget_compiled_step)
+
+
+def _compiled(model: Any, tokens: Tensor, cache: Any) -> Callable[[], Any]:
+    """Return a step that feeds these tokens, [B, S], under torch.compile with CUDA graphs."""
+    compiled = torch.compile(_next_token, mode="reduce-overhead", dynamic=False)
+
+    @torch.no_grad()
+    def step() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return compiled(model, tokens, cache)
+
+    return step
 
 
 def _next_token(model: Any, token: Tensor, cache: Any) -> Tensor:
-    """Feed one token per sequence, [B, 1]; return the most likely next tokens, [B]."""
+    """Feed the tokens of each sequence, [B, S]; return the most likely next ones, [B]."""
     logits: Tensor = model(token, **with_cache(cache), logits_to_keep=1).logits
     return logits[:, -1].argmax(dim=-1)
 

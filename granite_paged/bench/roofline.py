@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from granite_paged.bench.measure import Clock
+from granite_paged.bench.workload import Workload
 from granite_paged.geometry import CacheGeometry
 from granite_paged.layers.mamba import MambaSizes, mixers
 from granite_paged.report.bench_results import Rates
@@ -100,6 +101,21 @@ class ModelSizes:
         return Work(
             bytes=self._weight_bytes(batch) + cache,
             flops=batch * (self._token_flops() + 2 * self.head) + attention,
+        )
+
+    def serve(self, workload: Workload) -> Work:
+        """Return the expected work to serve a workload that arrives at once.
+
+        The weights are read once per token of the longest answer, K, V and states at least once,
+        and the states twice per new token.
+        """
+        prompt, new = workload.expected_prompt, workload.expected_new
+        states = (workload.requests + 2 * new) * self.state_bytes
+        return Work(
+            bytes=workload.new_tokens[1] * self._weight_bytes(workload.requests)
+            + (prompt + new) * self.kv_bytes
+            + states,
+            flops=(prompt + new) * self._token_flops() + 2 * new * self.head,
         )
 
     def _weight_bytes(self, tokens: int) -> float:

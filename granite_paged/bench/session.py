@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
 from granite_paged.bench.cases import BenchCase, Kind, Shape, chosen_cases
 from granite_paged.bench.coldstart import in_fresh_processes
+from granite_paged.bench.conditions import read_conditions
 from granite_paged.bench.kernel import KernelCase, time_kernels
 from granite_paged.bench.measure import (
     FAILURES,
@@ -28,29 +29,32 @@ from granite_paged.bench.measure import (
 from granite_paged.bench.modes import make_mode
 from granite_paged.bench.profiler import Profile, profile_step
 from granite_paged.bench.roofline import ModelSizes, measure_rates
+from granite_paged.bench.served import prepare_batches, prepare_engine
 from granite_paged.device import device_name, dtype_name
-from granite_paged.environment import versions
+from granite_paged.environment import MAMBA_REFERENCE, mamba_kernels, versions
 from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
-from granite_paged.names import MODES
+from granite_paged.names import BASELINES
 from granite_paged.progress import Progress, silent
-from granite_paged.report.bench_results import Latency, Result, Row
+from granite_paged.report.bench_results import WITH_MAMBA_SSM, Latency, Result, Row
 
 _WARM_UP = 3  # torch.compile records CUDA graphs in the second call, replays from the third
 _CPU_BUDGET = 2**30  # bytes to fill in the memory case, without a GPU
 _BUDGET_FRACTION = 0.5  # part of a GPU's memory to fill in the memory case
 
+_SKIPPED = "not measured: the budget"
 _ALONE = "timed alone: it did not fit with the other modes"
 
 
 @dataclass(slots=True)
 class Measured:
-    """What was measured of one mode in one shape."""
+    """What was measured of one mode in one shape; `held` is what its step keeps allocated."""
 
     samples: Samples = field(default_factory=Samples)
     peak_bytes: int | None = None
     note: str = ""
+    held: int = 0
 
 
 class Session:
@@ -62,6 +66,8 @@ class Session:
         seed: draws prompts and lengths.
         repeats: how often each step is timed.
         fresh_arguments: command line options that load the same model in another process.
+
+    `weights` and `workspace` are the bytes of the model and of the matrix library's workspace.
     """
 
     def __init__(
@@ -79,11 +85,15 @@ class Session:
         self.seed = seed
         self.repeats = repeats or Repeats()
         self.clock = Clock(torch.device(self.model.device))
-        self.rates = measure_rates(self.clock.device, self.model.dtype)
+        self.measure_rates()
         self.sizes = ModelSizes.of(self.model)
         self._fresh_arguments = tuple(fresh_arguments)
-        self._workspace = level_workspaces(self.clock.device)
-        self._weights = self.clock.allocated() - self._workspace
+        self.workspace = level_workspaces(self.clock.device)
+        self.weights = self.clock.allocated() - self.workspace
+
+    def measure_rates(self) -> None:
+        """Measure the device's rates again, which set the floor."""
+        self.rates = measure_rates(self.clock.device, self.model.dtype)
 
     @property
     def device_name(self) -> str:
@@ -119,12 +129,17 @@ class Session:
         if case.kind == "coldstart":
             return self._coldstart_rows(case, shape) if chosen else []
         measured = self.measure(case, shape, chosen)
-        return [self._row(case, shape, mode, part) for mode, part in measured.items()]
+        seen = asdict(read_conditions(self.clock.device))
+        rows = (self.row(case, shape, mode, part) for mode, part in measured.items())
+        return [row if row.error else replace(row, **seen) for row in rows]
 
-    def _row(self, case: BenchCase, shape: Shape, mode: str, part: Measured) -> Row:
+    def row(self, case: BenchCase, shape: Shape, mode: str, part: Measured) -> Row:
+        """Return a measured mode as a row; transformers' modes say what ran the Mamba layers."""
         floor = self.floor(case, shape)
         floor_ms = None if floor is None else 1e3 * floor
         base = Row(case.name, mode, *shape[:2], floor_ms=floor_ms, error=part.samples.error)
+        if mode in BASELINES and self.sizes.state_bytes:
+            base = replace(base, mamba=mamba_kernels(), variant=self._mamba_variant(mode))
         if base.error:
             return base
         latency = part.samples.latency()
@@ -134,6 +149,22 @@ class Session:
             tokens_per_second=1e3 * case.step_tokens(shape) / latency.median,
             peak_bytes=part.peak_bytes,
             note=part.note,
+        )
+
+    def _mamba_variant(self, mode: str) -> str:
+        """Return the variant of the rows of a mode that runs model steps here."""
+        reference = mamba_kernels() == MAMBA_REFERENCE or not self.sizes.state_bytes
+        return "" if reference or mode not in BASELINES else WITH_MAMBA_SSM
+
+    def has_row(self, result: Result, case: BenchCase, shape: Shape, mode: str) -> bool:
+        """Whether the result has what this session would measure; a skipped shape is missing."""
+        variants = {shape.variant} if case.kind == "kernel" else {self._mamba_variant(mode)}
+        return any(
+            (row.case, row.mode, row.context) == (case.name, mode, shape.context)
+            and not row.error.startswith(_SKIPPED)
+            and (case.kind in ("memory", "coldstart") or row.variant in variants)
+            and (case.kind == "memory" or row.batch == shape.batch)
+            for row in result.rows
         )
 
     def _kernel_row(self, case: BenchCase, shape: Shape) -> Row:
@@ -216,7 +247,7 @@ class Session:
         with released(steps, self.clock.device):
             for mode in modes:
                 try:
-                    steps[mode] = self._ready(case, shape, mode, measured[mode])
+                    steps[mode] = self.ready(case, shape, mode, measured[mode])
                 except FAILURES as error:
                     measured[mode].samples.error = reason(error)
                 release_cached_memory(self.clock.device)
@@ -224,12 +255,13 @@ class Session:
                 measured[mode].samples = samples
         return measured
 
-    def _ready(self, case: BenchCase, shape: Shape, mode: str, measured: Measured) -> Prepared:
+    def ready(self, case: BenchCase, shape: Shape, mode: str, measured: Measured) -> Prepared:
         """Prepare a step, warm it up, and record its peak without what other modes hold."""
-        others = self.clock.allocated() - self._weights
+        before = self.clock.allocated()
+        others = before - self.weights
         prepared = self._prepared(case.kind, shape, mode)
         try:
-            for _ in range(_WARM_UP):
+            for _ in range(1 if case.kind == "serve" else _WARM_UP):
                 prepared.step()
                 self.clock.wait()
                 prepared.reset()
@@ -238,9 +270,10 @@ class Session:
             prepared.release()
             raise
         if not prepared.own_workspace:
-            others -= self._workspace
+            others -= self.workspace
         measured.peak_bytes = None if peak is None else peak - others
         measured.note = prepared.note
+        measured.held = self.clock.allocated() - before
         return prepared
 
     def profile(
@@ -260,6 +293,10 @@ class Session:
             return profile_step(prepared, self.model, self.clock, folder, name, memory=memory)
 
     def _prepared(self, kind: Kind, shape: Shape, mode: str) -> Prepared:
+        if kind == "serve":
+            if mode == "paged":
+                return prepare_engine(self.model, self.config, shape, self.seed)
+            return prepare_batches(self.model, shape, self.seed, static=mode == "static")
         if kind != "kernel":
             return make_mode(mode, self.model, self.config, self.seed).prepare(kind, shape)
         kernels = KernelCase(self.model, self.config, shape, self.seed, self.clock.device)
@@ -271,7 +308,10 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """Shapes to run, in order; no shape starts after `budget` seconds."""
+    """Shapes to run, in order; no shape starts after `budget` seconds.
+
+    No modes mean those that each case runs without being asked.
+    """
 
     shapes: list[tuple[BenchCase, Shape]]
     modes: tuple[str, ...]
@@ -290,13 +330,13 @@ def make_plan(
 ) -> BenchPlan:
     """Choose the shapes of a run for the session's device; `quick` chooses fewer.
 
-    No names of cases, or of modes, mean all. `batches` and `contexts` (tokens per sequence)
-    replace the cases' own. No shape starts after `budget` seconds.
+    No names of cases mean all; no modes mean those that run without being asked. `batches` and
+    `contexts` (tokens per sequence) replace the cases' own. No shape starts after `budget` seconds.
 
     Raises:
         InvalidArgument: a case is unknown, or none of the named modes can run it.
     """
-    chosen = tuple(modes or MODES)
+    chosen = tuple(modes)
     for case in chosen_cases(cases) if cases else ():
         if not case.able(chosen):
             able, got = ", ".join(case.modes), ", ".join(chosen)
@@ -310,6 +350,16 @@ def make_plan(
     return BenchPlan(shapes, chosen, budget)
 
 
+def missing_from(result: Result, session: Session, plan: BenchPlan) -> BenchPlan:
+    """Return the plan without the shapes that the result has in every mode that can run them."""
+    shapes = [
+        (case, shape)
+        for case, shape in plan.shapes
+        if not all(session.has_row(result, case, shape, mode) for mode in case.able(plan.modes))
+    ]
+    return replace(plan, shapes=shapes)
+
+
 def run(session: Session, plan: BenchPlan, progress: Progress = silent) -> Iterator[Row]:
     """Measure the plan's shapes, and yield each row as soon as it is measured.
 
@@ -320,9 +370,10 @@ def run(session: Session, plan: BenchPlan, progress: Progress = silent) -> Itera
         progress(describe(case, shape), done, len(plan.shapes))
         spent = time.perf_counter() - begin
         if plan.budget is not None and spent > plan.budget:
-            error = f"not measured: the budget of {plan.budget:g} s was spent"
+            skipped = Measured(Samples(error=f"{_SKIPPED} of {plan.budget:g} s was spent"))
             for mode in case.able(plan.modes):
-                yield Row(case.name, mode, *shape[:2], variant=shape.variant, error=error)
+                row = session.row(case, shape, mode, skipped)
+                yield replace(row, variant=row.variant or shape.variant)
         else:
             yield from session.rows(case, shape, plan.modes)
 

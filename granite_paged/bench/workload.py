@@ -49,6 +49,16 @@ class Workload:
             )
 
     @property
+    def expected_prompt(self) -> float:
+        """Mean prompt tokens of all requests, without long and shared ones."""
+        return self.requests * sum(self.prompt_tokens) / 2
+
+    @property
+    def expected_new(self) -> float:
+        """Mean new tokens of all requests."""
+        return self.requests * sum(self.new_tokens) / 2
+
+    @property
     def longest(self) -> int:
         """Maximum tokens of one request, prompt and answer."""
         prompt = max(self.shared_tokens + self.prompt_tokens[1], self.long_tokens)

@@ -45,7 +45,7 @@ _shape_options = options(
     ),
     option(
         "--mode modes",
-        "Measure only this mode; may be repeated.  [default: all]",
+        "Measure only this mode; may be repeated.  [default: all, `static` for decode only]",
         click.Choice(MODES),
         multiple=True,
     ),
@@ -76,6 +76,11 @@ _shape_options = options(
 @_shape_options
 @json_option
 @option("--update", "Keep the rows of the --json file that are not measured again.", is_flag=True)
+@option(
+    "--missing",
+    "Measure only what the --json file has no row for, and keep its rows.",
+    is_flag=True,
+)
 @markdown_option
 @option(
     "--profile profile_dir",
@@ -95,6 +100,7 @@ def bench(
     budget: float | None,
     json_file: str | None,
     update: bool,
+    missing: bool,
     markdown_file: str | None,
     profile_dir: Path | None,
 ) -> int:
@@ -107,26 +113,30 @@ def bench(
     kernel     paged FlexAttention, contiguous SDPA, and the time that memory bandwidth allows
     memory     how many ragged sequences fit a budget, in pages and padded
     coldstart  time to the first token, and until every shape is compiled, in new processes
+    serve      a seeded workload of 64 and of 256 requests, all sent at once
 
     The modes are `default` and `static`, which are transformers' own, and `paged`. They take
-    turns in one run, so that drift of the machine affects all of them. A shape that a mode cannot
-    run is listed with the reason. Shapes are small on the CPU. An interrupted run keeps its rows.
+    turns in one run, so that drift of the machine affects all of them. `static` compiles each
+    shape, for a minute or more, and runs prefill only with --mode static. A shape that a mode
+    cannot run is listed with the reason. Shapes are small on the CPU. An interrupted run keeps its
+    rows; the same command with --missing goes on.
 
     \b
     granite-paged bench --quick
     granite-paged bench --random-weights granite-4.0-h-1b --case decode --json decode.json
     granite-paged bench --case kernel --json all.json --update
+    granite-paged bench --json all.json --missing --budget 300
     granite-paged bench --case batch --batch 8 --context 1024 --mode default --mode paged
     """  # noqa: D301
     if context.invoked_subcommand:
         _refuse_options_before(context)
         return OK
     from granite_paged.bench.measure import QUICK, Repeats
-    from granite_paged.bench.session import Session, make_plan
+    from granite_paged.bench.session import Session, make_plan, missing_from
     from granite_paged.bench.session import run as run_plan
     from granite_paged.report.bench_results import updated
 
-    earlier = _earlier(json_file) if update else None
+    earlier = _earlier(json_file) if update or missing else None
     session = Session(
         choice.load(),
         choice.config,
@@ -138,6 +148,7 @@ def bench(
     plan = make_plan(session, cases, modes, quick=quick, budget=budget, **sizes)
     if earlier is not None:
         updated(earlier, session.result([]))  # refuses results of another model before the work
+        plan = missing_from(earlier, session, plan) if missing else plan
     rows: list[Row] = []
     try:
         try:
@@ -170,7 +181,7 @@ def _earlier(json_file: str | None) -> Result | None:
     from granite_paged.report.bench_results import read_result
 
     if json_file is None or json_file == "-":
-        raise click.UsageError("--update needs a file: pass --json FILE")
+        raise click.UsageError("--update and --missing need a file: pass --json FILE")
     return read_result(json_file) if Path(json_file).exists() else None
 
 

@@ -85,11 +85,15 @@ markdown_option = option(
     metavar="FILE",
 )
 
+RECORDS = Path(__file__).parents[1] / "records"
+"""Records that the package brings along."""
+
 records_option = option(
     "--records",
-    "Folder with the recorded and published results.",
-    click.Path(path_type=Path),
-    default="golden/perf",
+    "Folder with the recorded and published results.  [default: those of the package]",
+    click.Path(path_type=Path, file_okay=False),
+    default=RECORDS,
+    show_default=False,
     metavar="DIR",
 )
 

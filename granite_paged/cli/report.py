@@ -55,10 +55,10 @@ def plot(
     GPU. Several results share the figures.
 
     \b
-    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures
+    granite-paged plot result.json --out golden/figures
     granite-paged plot before.json after.json --out figures --format svg
     granite-paged plot decode.json --markdown decode.md
-    granite-paged plot golden/perf/nvidia-h200.json --out golden/figures --page docs/benchmarks.md
+    granite-paged plot result.json --out golden/figures --page docs/benchmarks.md
     """  # noqa: D301
     from granite_paged.files import write_file
     from granite_paged.report.bench_figures import draw_all

@@ -6,7 +6,11 @@
         {"case", "mode", "batch", "context",
          "latency_ms": {"median", "p10", "p90", "n"} | null,
          "tokens_per_second" | null, "peak_bytes" | null,
-         "variant"?, "floor_ms"?, "floor_us"?, "sdpa_us"?, "paged_us"?, "note"?, "error"?}]}
+         "variant"?, "floor_ms"?, "floor_us"?, "sdpa_us"?, "paged_us"?, "note"?, "error"?,
+         "mamba"?, "clock_mhz"?, "busy"?}],
+     "calibration"?: {"page_size", "backend", "visits", "shapes": [
+        {"case", "batch", "context", "sessions", "floor_ms"?, "peak_bytes"?, "busy"?,
+         "clock_mhz"?}]}}
 
 A row that could not be measured is present, with its `error`. What is read is checked field by
 field, so that tables and figures need no checks.
@@ -22,10 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from granite_paged.errors import InvalidArgument, ResultFileError, writing
-from granite_paged.typed_json import read_json
+from granite_paged.names import MAMBA_PACKAGES
+from granite_paged.typed_json import Share, read_json
 
 Key = tuple[str, str, int, int, str]
 """Case, mode, batch, context and variant, which identify a row of a result."""
+
+
+WITH_MAMBA_SSM = "mamba_ssm"
+"""Variant of rows for which transformers' modes had Mamba kernels of other packages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,10 @@ class Row:
         floor_us, sdpa_us, paged_us: microseconds of one layer's attention, in the `kernel` case.
         note: how the number was obtained, where that is unusual.
         error: why the row has no number.
+        mamba: what transformers' modes ran Mamba layers with: its reference code, or the versions
+            of mamba_ssm and causal_conv1d.
+        clock_mhz: clock of the multiprocessors, read right after the row was measured.
+        busy: share of time in which the GPU ran kernels, as the driver reports it at that moment.
     """
 
     case: str
@@ -69,6 +82,9 @@ class Row:
     paged_us: float | None = None
     note: str = ""
     error: str = ""
+    mamba: str = ""
+    clock_mhz: int | None = None
+    busy: Share | None = None
 
     @property
     def key(self) -> Key:
@@ -85,6 +101,49 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class CalibratedShape:
+    """What suites of identical code found of `paged` in one shape.
+
+    Attributes:
+        case, batch, context: as in `Row`.
+        sessions: time over floor of each suite, session by session; empty where only memory counts.
+        floor_ms: shortest possible time of a step.
+        peak_bytes: most of all suites.
+        busy: time on the device over time of the whole step, from an idle device to its end.
+        clock_mhz: lowest and highest clock of the multiprocessors that was read after a suite.
+    """
+
+    case: str
+    batch: int
+    context: int
+    sessions: list[list[float]]
+    floor_ms: float | None = None
+    peak_bytes: int | None = None
+    busy: float | None = None
+    clock_mhz: list[int] | None = None
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Return case, batch and context."""
+        return (self.case, self.batch, self.context)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the gate compares with, and the settings that it depends on.
+
+    Attributes:
+        page_size, backend: of `PagedConfig`.
+        visits: visits of each shape in a suite.
+    """
+
+    page_size: int
+    backend: str
+    visits: int
+    shapes: list[CalibratedShape]
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Everything one run of the benchmark measured."""
 
@@ -95,6 +154,7 @@ class Result:
     model: str = ""
     dtype: str = ""
     rates: Rates | None = None
+    calibration: Calibration | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain types only; optional fields are left out where they are not set."""
@@ -114,35 +174,63 @@ class Result:
 def updated(old: Result, new: Result) -> Result:
     """Return `old` with its rows replaced where `new` measured them again, and new rows appended.
 
+    Versions of `MAMBA_PACKAGES` may differ: each row says what it was measured with.
+
     Raises:
-        InvalidArgument: if device, model, dtype, versions or seed differ.
+        InvalidArgument: if device, model, dtype, other versions or seed differ.
     """
     for name in ("device", "model", "dtype", "versions", "seed"):
-        if getattr(old, name) != getattr(new, name):
+        before, after = (_comparable(getattr(result, name)) for result in (old, new))
+        if before != after:
             raise InvalidArgument(
-                f"cannot merge results of different {name}: "
-                f"{getattr(old, name)} and {getattr(new, name)}; write to another file"
+                f"cannot merge results of different {name}: {before} and {after}; "
+                "write to another file"
             )
     rows: list[Row] = []
     for row in old.rows:
         rows += [found for found in new.rows if _replaces(found, row)] or [row]
-    return replace(new, rows=list(dict.fromkeys([*rows, *new.rows])))
+    merged = list(dict.fromkeys([*rows, *new.rows]))
+    calibration = new.calibration or old.calibration
+    return replace(new, rows=merged, versions=old.versions, calibration=calibration)
+
+
+def _comparable(value: Any) -> Any:
+    """Return versions without `MAMBA_PACKAGES`, and anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: number for name, number in value.items() if name not in MAMBA_PACKAGES}
 
 
 def _replaces(new: Row, old: Row) -> bool:
     """Whether `new` measures what `old` did.
 
-    In the `memory` case the batch is the measurement. An error stands for all variants of a shape.
+    In the `memory` case the batch is the measurement. An error stands for all variants of a shape,
+    except for those of transformers' modes, which say what ran the Mamba layers.
     """
     if (new.case, new.mode, new.context) != (old.case, old.mode, old.context):
         return False
     same_batch = new.batch == old.batch or new.case == "memory"
-    return same_batch and (new.variant == old.variant or bool(old.error))
+    return same_batch and (new.variant == old.variant or bool(old.error and not old.mamba))
 
 
 def slug(device: str) -> str:
     """Return a device's name as a file name: `NVIDIA H200` becomes `nvidia-h200`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def model_key(model: str) -> str:
+    """Return a model's name as a part of a file name: neither weights nor folder count.
+
+    `granite-4.0-h-1b (random weights, seed 0)` and `ibm-granite/granite-4.0-h-1b` both become
+    `granite-4.0-h-1b`: the time of a step depends on neither.
+    """
+    name = model.partition(" (")[0].rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9.-]+", "-", name).strip("-.") or "unnamed"
+
+
+def record_name(device: str, model: str, dtype: str) -> str:
+    """Return the name of the file that holds a record, which GPU, model and dtype identify."""
+    return f"{slug(device)}.{model_key(model)}.{slug(dtype)}.json"
 
 
 def read_result(path: str | Path) -> Result:

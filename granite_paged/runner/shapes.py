@@ -33,7 +33,7 @@ answers to one question, or for a few prompts that arrive together."""
 
 STEP_TOKENS = 450
 """Fixed cost of a prefill step: its launches and the weights it reads. On an H200, 128 tokens of
-granite-4.0-h-1b take 3.1 ms and 2,048 take 13.3 ms (`golden/perf/nvidia-h200.json`)."""
+granite-4.0-h-1b take 3.1 ms and 2,048 take 13.3 ms (recorded on an H200)."""
 
 DECODE_TOKENS, DECODE_TOKENS_PER_ROW = 290, 7.7
 """Fixed cost of a decode step, and the cost of each of its rows. From the same record: 1.4 ms with

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from granite_paged import models
-from granite_paged.bench import coldstart, gate, search_space, session
+from granite_paged.bench import coldstart, search_space, session
 from granite_paged.bench.cases import Shape
-from granite_paged.bench.measure import Samples
-from granite_paged.bench.session import Measured, Session
+from granite_paged.bench.session import Session
 from granite_paged.bench.tune import Group, TunedShape
 from granite_paged.cli.main import run
 from granite_paged.cli.options import FAILED, INTERRUPTED, OK, USAGE, ModelChoice
@@ -260,85 +259,6 @@ def test_a_gpu_command_refuses_a_cpu_before_loading(
     assert_one_line(capsys, f"{command} needs a CUDA device, and this run has none")
 
 
-def judged(
-    monkeypatch: pytest.MonkeyPatch, records: Path, *options: str, ratio: float = 0.5
-) -> int:
-    """Run the gate on a pretended GPU, where paged takes `ratio` times as long as default."""
-
-    def measure(self: Any, case: Any, shape: Any, modes: Any, repeats: Any) -> Any:
-        times = [1 + 0.001 * (i % 7) for i in range(repeats.least)]
-        return {
-            "default": Measured(Samples(times), 10**9),
-            "paged": Measured(Samples([ratio * t for t in times]), 9 * 10**8),
-        }
-
-    monkeypatch.setattr(ModelChoice, "require_gpu", lambda *args: None)
-    monkeypatch.setattr(gate, "refuse_where_blind", lambda session: None)
-    monkeypatch.setattr(Session, "measure", measure)
-    monkeypatch.setattr(Session, "floor", lambda self, case, shape: 0.1)
-    return run(["gate", "--device", "cpu", "--records", str(records), *options])
-
-
-def test_the_gate_on_an_unrecorded_gpu_says_how_to_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    assert judged(monkeypatch, tmp_path) == OK
-    shown = capsys.readouterr().out
-    assert "nox -s perf_record" in shown
-    assert str(tmp_path / "cpu.json") in shown
-    assert "not slower than default" in shown
-    assert "as recorded" not in shown
-
-
-def test_the_gate_exits_1_if_paged_is_slower_than_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    report = tmp_path / "gate.json"
-    assert judged(monkeypatch, tmp_path, "--json", str(report), ratio=1.2) == FAILED
-    data = json.loads(report.read_text())
-    assert data["passed"] is False
-    assert {c["verdict"] for c in data["checks"] if c["law"] == "not slower than default"} == {
-        "failed"
-    }
-
-
-def recorded(folder: Path, model: str, ratio: float) -> None:
-    rows = [
-        {
-            "case": case,
-            "mode": mode,
-            "batch": batch,
-            "context": context,
-            "latency_ms": {"median": ms},
-            "floor_ms": 10.0,
-            "peak_bytes": 9 * 10**8,
-        }
-        for case, (batch, context, _) in gate.GATED
-        for mode, ms in (("default", 100.0), ("paged", 100.0 * ratio))
-    ]
-    head = {"device": "cpu", "model": model, "dtype": "float32", "versions": {}, "seed": 0}
-    (folder / "cpu.json").write_text(json.dumps({**head, "rows": rows}))
-
-
-@pytest.mark.parametrize(("ratio", "status"), [(0.5, OK), (0.45, FAILED)])
-def test_the_gate_compares_time_over_floor_with_the_record(
-    ratio: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    recorded(tmp_path, "tiny-recall", ratio)
-    assert judged(monkeypatch, tmp_path) == status
-    shown = capsys.readouterr().out
-    assert shown.count("time as recorded") == len(gate.GATED)
-    assert "perf_record" not in shown
-
-
-def test_a_record_of_another_model_is_ignored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    recorded(tmp_path, "granite-4.0-h-1b", 0.1)
-    assert judged(monkeypatch, tmp_path) == OK
-    assert "is for another model or dtype" in " ".join(capsys.readouterr().out.split())
-
-
 # -- tune ---------------------------------------------------------------------------------------
 
 
@@ -473,10 +393,6 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "snapshot of a CPU": (
         ["profile", "decode", "--device", "cpu", "--mode", "default", "--memory"],
         "leave --memory out",
-    ),
-    "static prefill": (
-        ["profile", "prefill", "--device", "cpu", "--mode", "static"],
-        "static compiles decode steps only",
     ),
     "plot of nothing": (["plot"], "Missing argument"),
     "plot to nowhere": (["plot", "README.md"], "pass --out DIR, --markdown FILE or both"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,15 +15,24 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from granite_paged.bench import modes
+from granite_paged.bench import session as sessions
 from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
-from granite_paged.bench.session import BenchPlan, Session, first_steps, make_plan, run
+from granite_paged.bench.session import (
+    BenchPlan,
+    Session,
+    first_steps,
+    make_plan,
+    missing_from,
+    run,
+)
 from granite_paged.errors import InvalidArgument, Unsupported
 from granite_paged.geometry import PagedConfig
 from granite_paged.hf.compat import CACHE, with_cache
 from granite_paged.models import LoadedModel
+from granite_paged.report.bench_results import updated
 from granite_paged.runner.shapes import Shapes
 from tests.helpers import recording_runner
 from tests.helpers.tiny_models import FLAVOURS, tiny_model
@@ -98,9 +108,17 @@ def test_static_gives_the_tokens_of_default(
     prepared.release()
 
 
-def test_static_refuses_prefill() -> None:
-    with pytest.raises(Unsupported, match="decode steps only"):
-        Static(tiny_model(), 0).prepare("prefill", Shape(1, 16))
+def test_static_prefills_an_empty_cache_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    model = tiny_model()
+    default = Default(model, 0).prepare("prefill", Shape(2, 40)).step()[:, -1].argmax(-1)
+    prepared = Static(model, 0).prepare("prefill", Shape(2, 40))
+    seen = seen_by_model(model)
+    for _ in range(2):
+        assert prepared.step().tolist() == default.tolist()
+        prepared.reset()
+    assert [(shape, int(before)) for shape, before in seen] == [((2, 40), 0)] * 2
+    prepared.release()
 
 
 def test_a_released_step_holds_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +233,7 @@ def rows_of(plan: BenchPlan, on: Session) -> list[Any]:
 
 
 def test_every_mode_gets_a_complete_row(runner: Any) -> None:
-    plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ("default", "static", "paged"))
+    plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ())
     rows = rows_of(plan, session())
     assert [(row.mode, row.batch, row.context) for row in rows] == [
         ("default", 2, 32),
@@ -227,6 +245,51 @@ def test_every_mode_gets_a_complete_row(runner: Any) -> None:
         assert row.tokens_per_second == pytest.approx(64e3 / row.latency_ms.median)
         assert row.floor_ms > 0
         assert row.peak_bytes is None
+    assert [row.mamba for row in rows] == ["reference code", ""]
+
+
+def test_the_serve_case_gives_a_row_of_both_modes() -> None:
+    on = session()
+    rows = rows_of(BenchPlan([(CASES["serve"], Shape(2, 6))], ()), on)
+    assert [(row.mode, row.batch, row.context, row.error) for row in rows] == [
+        ("default", 2, 6, ""),
+        ("paged", 2, 6, ""),
+    ]
+    for row in rows:
+        assert row.tokens_per_second == pytest.approx(4e3 / row.latency_ms.median)
+        assert row.floor_ms > 0
+
+
+def test_rows_with_mamba_kernels_of_packages_stand_beside_those_without(
+    runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = BenchPlan([(CASES["batch"], Shape(2, 32))], ("default",))
+    on = session()
+    without = on.result(rows_of(plan, on))
+    monkeypatch.setattr(sessions, "mamba_kernels", lambda: "mamba_ssm 2.3.0")
+    known = {**without.versions, "mamba_ssm": "2.3.0"}
+    monkeypatch.setattr(sessions, "versions", lambda: known)
+    with_kernels = on.result(rows_of(plan, on))
+    both = updated(without, with_kernels)
+    assert [(row.variant, row.mamba) for row in both.rows] == [
+        ("", "reference code"),
+        ("mamba_ssm", "mamba_ssm 2.3.0"),
+    ]
+    assert updated(both, with_kernels).rows == both.rows
+
+
+def test_only_missing_shapes_are_left_to_measure(runner: Any) -> None:
+    on = session()
+    shapes = [(CASES["batch"], Shape(n, 16)) for n in (1, 2)] + [(CASES["kernel"], Shape(2, 32, 8))]
+    plan = BenchPlan(shapes, ("default", "paged"))
+    first = rows_of(BenchPlan(shapes[:1], ("default",)), on)
+    assert missing_from(on.result(first), on, plan).shapes == shapes
+    first = rows_of(BenchPlan(shapes[:1], ()), on)
+    assert missing_from(on.result(first), on, plan).shapes == shapes[1:]
+    skipped = rows_of(replace(plan, budget=-1), on)
+    assert missing_from(on.result(skipped), on, plan).shapes == shapes
+    failed = [replace(row, error="RuntimeError: no kernel") for row in skipped]
+    assert missing_from(on.result(failed), on, plan).shapes == []
 
 
 def test_out_of_memory_is_a_row_with_its_reason(

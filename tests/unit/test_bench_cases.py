@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_paged.bench.cases import CASES, Shape, chosen_cases
-from granite_paged.bench.gate import GATED
+from granite_paged.bench.cases import CASES, Shape, chosen_cases, workload_of
+from granite_paged.bench.judge import GATED
 from granite_paged.bench.search_space import SUBJECTS
+from granite_paged.bench.workload import arrivals
 from granite_paged.errors import UnknownName
 from granite_paged.names import CASE_NAMES, SUBJECT_NAMES
 
@@ -79,5 +80,22 @@ def test_the_command_line_knows_every_case_and_subject() -> None:
 
 
 def test_every_gated_shape_is_benchmarked() -> None:
-    missing = [(case, shape) for case, shape in GATED if shape not in CASES[case].shapes]
+    missing = [gated for gated in GATED if gated.shape not in CASES[gated.case].shapes]
     assert missing == []
+
+
+def test_static_compiles_prefill_only_where_it_is_named() -> None:
+    for name in ("batch", "context", "serve"):
+        assert CASES[name].able() == ["default", "paged"]
+        assert CASES[name].able(["static", "paged"]) == ["static", "paged"]
+    assert CASES["decode"].able() == ["default", "static", "paged"]
+
+
+@pytest.mark.parametrize("shape", [*CASES["serve"].shapes, *CASES["serve"].small, Shape(1, 3)])
+def test_a_served_request_has_at_most_the_shapes_tokens(shape: Shape) -> None:
+    workload = workload_of(shape)
+    assert workload.requests == shape.batch
+    assert workload.longest == shape.context
+    coming = arrivals(workload, 100, seed=0)
+    new = sum(arrival.new_tokens for arrival in coming)
+    assert new == pytest.approx(workload.expected_new, rel=0.2)
