@@ -193,13 +193,19 @@ class StepFailed(RequestError):
 
 
 class NonFinite(RequestError, ArithmeticError):
-    """K or V would have put NaN or infinity into the cache. Names the layers."""
+    """A step of `PagedCache` met NaN or infinity. Names the layers.
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    Attributes:
+        layers: attention layers whose K or V were not finite.
+        part: what was not finite after the last of them, such as a Mamba layer or the logits.
+    """
+
+    def __init__(self, layers: Sequence[int], part: str = "") -> None:
         self.layers = tuple(layers)
+        self.part = part
         names = ", ".join(map(str, self.layers))
         super().__init__(
-            f"NaN or infinity in K or V of attention layer {names}: "
+            f"NaN or infinity in {part or f'K or V of attention layer {names}'}: "
             "the sequences of this cache were released; check the weights and the dtype"
         )
 

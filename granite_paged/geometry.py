@@ -40,12 +40,12 @@ class PagedConfig:
             up to `memory_plan.DEFAULT_SEQUENCES` in a runner, which allocates their rows at once.
         chunk_tokens: most prompt tokens that a runner computes in one step, a power of two.
         backend: see `Backend`.
-        check_finite: raise `NonFinite`, which names the layers, after a step of `PagedCache` with
-            NaN or infinity in K or V. This waits for the device once per step. If False, such
-            numbers count as 0.
+        check_finite: raise `NonFinite`, which names the part, after a step of `PagedCache` with
+            NaN or infinity in K or V, in a later layer, or in the logits. This waits for the device
+            twice per step. If False, such numbers count as 0 in K and V.
 
     Raises:
-        GeometryError: for a value out of range.
+        GeometryError: for a value of the wrong type or out of range.
     """
 
     page_size: int = 128

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from granite_paged.device import Fetch, upload
+from granite_paged.device import Fetch, finite_rows, upload
 from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
 from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan
 from granite_paged.runner.runner import Chunk, Runner, Scores, scores_of
-from granite_paged.runner.storage import RowSnapshot, finite_rows
+from granite_paged.runner.storage import RowSnapshot
 
 
 @dataclass(slots=True)

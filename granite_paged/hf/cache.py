@@ -226,12 +226,11 @@ class PagedCache(LayerViews):
         step, self._step = self._step, None
         if step is None:
             return
-        if step.finite:
-            finite = torch.stack(list(step.finite.values())).tolist()
-            bad = [layer for layer, ok in zip(step.finite, finite, strict=True) if not ok]
-            if bad:
-                self.fail_step("a step met NaN or infinity")
-                raise NonFinite(bad)
+        try:
+            step.check_finite()
+        except NonFinite:
+            self.fail_step("a step met NaN or infinity")
+            raise
         self._columns.extend(step.columns)
 
     def fail_step(self, reason: str) -> None:

@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import eager_attention_forward
 
+from granite_paged.device import finite_rows
 from granite_paged.errors import (
     AlreadyPatched,
     GeometryError,
     InferenceOnly,
     InvalidRequest,
+    NonFinite,
     NotPatched,
     PromptError,
     check_token_range,
@@ -119,6 +121,7 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
     state.hooks.append(
         decoder.register_forward_hook(_close_step, with_kwargs=True, always_call=True)
     )
+    state.hooks.append(model.register_forward_hook(_check_logits, with_kwargs=True))
     paged_config = copy.copy(model.config)
     paged_config._attn_implementation = _implementation(config.backend)
     setattr(paged_config, _PLAIN_ATTENTION, state.attention)
@@ -234,7 +237,10 @@ def _forward_mamba(
         from granite_paged.layers.triton import mamba  # needs Triton
 
         forward, state = mamba.mamba_forward, state._replace(rows=step.rows)
-    return forward(mixer, hidden_states, step.since_start, state, step.columns.mask)
+    mixed: Tensor = forward(mixer, hidden_states, step.since_start, state, step.columns.mask)
+    if mixer.layer_idx > cache.geometry.attention_layers[-1]:  # no K or V will show it
+        _note(cache, f"Mamba layer {mixer.layer_idx}", mixed)
+    return mixed
 
 
 def _open_step(
@@ -270,7 +276,20 @@ def _close_step(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if output is None:
         cache.fail_step("a step of this cache failed before it ended")
     else:
+        _note(cache, "the last norm, after the last layer", output[0])
         cache.end_step()
+
+
+def _check_logits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Refuse logits that are not finite, after a paged step. Waits for the device."""
+    rename_cache(kwargs := dict(kwargs))
+    cache = getattr(output, CACHE, kwargs.get(CACHE))
+    logits = getattr(output, "logits", output[0])
+    if not isinstance(cache, PagedCache) or not cache.config.check_finite:
+        return
+    if not finite_rows(logits.reshape(1, -1)):
+        cache.fail_step("a step met NaN or infinity")
+        raise NonFinite([], "the logits")
 
 
 def _prepare_cache(
@@ -389,6 +408,12 @@ def _plain_mask(kwargs: dict[str, Any]) -> Tensor | None:
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
     raise InvalidRequest("a paged step takes a 2-D attention_mask of zeros and ones, or None")
+
+
+def _note(cache: PagedCache, part: str, numbers: Tensor) -> None:
+    """Let the step refuse NaN and infinity that no K or V shows."""
+    if cache.config.check_finite:
+        cache.step.finite[part] = finite_rows(numbers.reshape(1, -1))[0]
 
 
 def _by_layer_kind(decoder: Any, step: CacheStep) -> dict[str, CacheStep | None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.device import to_device
+from granite_paged.errors import NonFinite
 from granite_paged.geometry import bucket
 from granite_paged.hf.padding import PaddedBatch, PaddedStep
 from granite_paged.paging.masks import PADDING, paged_block_mask
@@ -27,7 +28,8 @@ class CacheStep:
         since_start: [B, S] int64, columns since the row's first token, -1 before it. Mamba layers
             take these as positions, since in transformers a state decays over padding inside a
             sequence.
-        finite: layer -> [] bool on the device, whether its K and V were finite.
+        finite: attention layer, or name of a later part -> [] bool on the device, whether its
+            numbers were finite.
     """
 
     columns: PaddedStep
@@ -35,7 +37,17 @@ class CacheStep:
     block_mask: BlockMask
     rows: Tensor
     since_start: Tensor
-    finite: dict[int, Tensor] = field(default_factory=dict)
+    finite: dict[int | str, Tensor] = field(default_factory=dict)
+
+    def check_finite(self) -> None:
+        """Raise NonFinite, which names what was not finite first. Waits for the device once."""
+        if not self.finite:
+            return
+        sound = torch.stack(list(self.finite.values())).tolist()
+        bad = [part for part, is_sound in zip(self.finite, sound, strict=True) if not is_sound]
+        if bad:
+            layers = [part for part in bad if isinstance(part, int)]
+            raise NonFinite(layers, "" if layers else str(bad[0]))
 
 
 def make_step(

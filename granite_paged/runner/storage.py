@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from granite_paged.device import host_copy, to_device
+from granite_paged.device import finite_rows, host_copy, to_device
 from granite_paged.layers.mamba import MambaSizes, MambaState
 from granite_paged.paging.store import PageStore
 
@@ -121,9 +121,3 @@ def make_storage(
         stacked=stacked,
         states={i: MambaState(c, s, None) for i, c, s in zip(mixers, *stacked, strict=True)},
     )
-
-
-def finite_rows(numbers: Tensor) -> Tensor:
-    """Return which rows of [n, m] are finite throughout, as [n] bool, without a copy of them."""
-    low, high = numbers.aminmax(dim=1)
-    return low * 0 == high * 0  # NaN and infinity times 0 are NaN, which equals nothing

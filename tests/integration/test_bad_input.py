@@ -306,6 +306,49 @@ def test_nan_in_keys_or_values_names_the_layer(
             poisoned(NEXT[:1], **with_cache(own))
 
 
+LATE: dict[str, str] = {
+    "model.layers.2.mamba.out_proj": "Mamba layer 2",
+    "model.layers.3.mamba.in_proj": "Mamba layer 3",
+    "model.layers.2.shared_mlp.output_linear": "Mamba layer 3",
+    "model.layers.3.shared_mlp.input_linear": "the last norm",
+    "model.norm": "the last norm",
+    "lm_head": "the logits",
+}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", LATE)
+def test_nan_after_the_last_attention_layer_names_the_part(name: str, value: float) -> None:
+    kinds = ["mamba", "attention", "mamba", "mamba"]
+    model = tiny_model(layer_types=kinds, tie_word_embeddings=False).requires_grad_(False)
+    weight = model.get_submodule(name).weight
+    healthy = weight.clone()
+    ids = prompts((9,))[0]
+    with paged(model, PAGES):
+        own = fresh(model)
+        answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+        weight[(7, 5)[: weight.ndim]] = value
+        for run in (
+            lambda: model(ids, **with_cache(own)),
+            lambda: model.generate(ids, max_new_tokens=4, do_sample=False),
+        ):
+            with pytest.raises(NonFinite, match=f"in {LATE[name]}") as caught:
+                run()
+            assert not caught.value.layers
+        assert own.allocator.held == 0
+        with pytest.raises(CacheReleased, match=r"reset\(\)"):
+            model(NEXT[:1], **with_cache(own))
+        weight[:] = healthy
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
+
+
+def test_numbers_that_are_not_finite_pass_where_they_are_not_checked() -> None:
+    model = tiny_model().requires_grad_(False)
+    model.model.norm.weight[5] = torch.nan
+    with paged(model, PagedConfig(page_size=PAGE, check_finite=False)):
+        assert model(prompts((9,))[0]).logits.isnan().any()
+
+
 def test_a_cache_reset_after_nan_works_like_a_new_one(poisoned: Any) -> None:
     weight = poisoned.model.layers[1].self_attn.v_proj.weight
     healthy = weight.clone()
