@@ -96,9 +96,19 @@ class EngineGroup:
         return least.submit(prompt, params, on_token=on_token)
 
     def step(self) -> bool:
-        """Run one step of each open engine. Return whether any had something to do."""
-        busy = [engine.step() for engine in self.engines if not engine.closed]
-        return any(busy)
+        """Run one step of each open engine. Return whether any had something to do.
+
+        What one engine raises is raised when the others have made their step.
+        """
+        busy, failure = False, None
+        for engine in self.engines:
+            try:
+                busy |= not engine.closed and engine.step()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return busy
 
     def generate(
         self,
@@ -107,8 +117,8 @@ class EngineGroup:
     ) -> list[Output]:
         """Answer as `Engine.generate` does. Each engine gets a share of the prompts.
 
-        The share of an engine that fails is answered by another one. If that fails too, the
-        outputs of the share have an `EngineLost` as their error.
+        What an engine that fails or is closed leaves unanswered is answered by another one. If that
+        fails too, those outputs have an `EngineLost` as their error.
         """
         listed = as_prompts(prompts)
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
@@ -116,9 +126,10 @@ class EngineGroup:
 
         def answer(
             engine: Engine, share: list[tuple[Prompt, SamplingParams | None]]
-        ) -> list[list[Output]]:
+        ) -> list[list[Output] | EngineLost]:
             outputs = iter(engine.generate([p for p, _ in share], [w for _, w in share]))
-            return [[next(outputs) for _ in range(samples_of(params))] for _, params in share]
+            samples = [[next(outputs) for _ in range(samples_of(params))] for _, params in share]
+            return [_unless_closed(each) for each in samples]
 
         outputs: list[Output] = []
         answers = self._spread(pairs, costs, answer)
@@ -184,7 +195,8 @@ class EngineGroup:
                     lost.append(engine)
                     found.update(dict.fromkeys(share, EngineLost(result)))
             left = [number for number in left if isinstance(found[number], EngineLost)]
-            engines = [engine for engine in engines if engine not in lost] or engines
+            sound = [engine for engine in engines if not (engine in lost or engine.closed)]
+            engines = sound or engines
             if not left or attempt:
                 break
         return [found[number] for number in range(len(items))]
@@ -228,6 +240,14 @@ def _listed(engines: Any) -> list[Any]:
     if isinstance(engines, str) or not isinstance(engines, Iterable):
         raise InvalidArgument(f"engines must be a list of Engine, got {engines!r:.80}")
     return list(engines)
+
+
+def _unless_closed(samples: list[Output]) -> list[Output] | EngineLost:
+    """Return the outputs of a prompt, or the error if its engine was closed under it."""
+    for output in samples:
+        if isinstance(output.error, EngineClosed):
+            return EngineLost(output.error)
+    return samples
 
 
 def _lost(prompt: Prompt, params: SamplingParams | None, error: EngineLost) -> list[Output]:

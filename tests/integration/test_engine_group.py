@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -103,6 +104,48 @@ def test_work_that_two_engines_fail_at_is_reported_by_name(
     ]
     with pytest.raises(EngineLost):
         group.score([(PROMPTS[0], [[4]])])
+
+
+def test_an_engine_that_is_closed_under_its_work_hands_it_over(
+    group: EngineGroup, one: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, steps = group.engines[0], []
+    step = closing.step
+
+    def counted() -> bool:
+        steps.append(1)
+        if len(steps) == 4:
+            closing.close()
+        return step()
+
+    monkeypatch.setattr(closing, "step", counted)
+    params = SamplingParams(max_new_tokens=8, stop_tokens=(), n=2, temperature=0.7)
+    answers = group.generate(PROMPTS, params)
+    assert len(steps) >= 4
+    assert [output.error for output in answers] == [None] * 2 * len(PROMPTS)
+    assert [o.tokens for o in answers] == [o.tokens for o in one.generate(PROMPTS, params)]
+
+
+def test_a_step_that_raises_keeps_the_other_engines_going(
+    group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [group.submit(prompt, SamplingParams(max_new_tokens=2)) for prompt in PROMPTS[:2]]
+    fail(group.engines[0], monkeypatch)
+    for _ in range(8):
+        with pytest.raises(RuntimeError, match="fell off the bus"):
+            group.step()
+    assert [request.finished for request in asked] == [False, True]
+
+
+def test_a_group_is_asked_during_a_step_of_each_engine(group: EngineGroup) -> None:
+    """Finding the least loaded engine waits for no step."""
+    held = [engine._lock for engine in group.engines]
+    with ThreadPoolExecutor(1) as pool, held[0], held[1]:
+        asked = pool.submit(group.submit, PROMPTS[0], SamplingParams(max_new_tokens=2))
+        request = asked.result(timeout=10)
+    while group.step():
+        pass
+    assert request.finished
 
 
 def test_a_closed_engine_gets_no_work(group: EngineGroup) -> None:
