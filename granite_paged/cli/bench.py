@@ -237,15 +237,18 @@ def _row_tables(session: Session, rows: Sequence[Row]) -> list[Table]:
 
 def _table(title: str, columns: Columns, rows: Sequence[Row], caption: str) -> Table:
     table = table_of(["case", "mode"], list(columns), title=title, caption=caption or None)
+    from granite_paged.report.bench_tables import label_of
+
     for row in rows:
+        mode = label_of(row) if columns is _STEP_COLUMNS else row.mode
         cells = [show(row) for show in columns.values()]
-        table.add_row(row.case, row.mode, *cells[:-1], "failed" if row.error else cells[-1])
+        table.add_row(row.case, mode, *cells[:-1], "failed" if row.error else cells[-1])
     return table
 
 
 _STEP_COLUMNS: Columns = {
     "batch": lambda row: str(row.batch),
-    "context": lambda row: row.variant.removeprefix("ragged ") or f"{row.context:,}",
+    "context": lambda row: f"{row.context:,}",
     "ms": lambda row: significant(row.latency_ms.median if row.latency_ms else None),
     "p90 ms": lambda row: significant(row.latency_ms.p90 if row.latency_ms else None),
     "repeats": lambda row: str(row.latency_ms.n) if row.latency_ms else "-",

@@ -6,6 +6,7 @@ A colour is a mode. The original study's curves are grey.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from granite_paged.errors import InvalidArgument
 from granite_paged.names import MODES
-from granite_paged.report.bench_results import Result, Row
+from granite_paged.report.bench_results import WITH_MAMBA_SSM, Result, Row
 from granite_paged.report.formatting import significant
 from granite_paged.report.plotting import (
     COLOURS,
@@ -29,6 +30,7 @@ from granite_paged.report.plotting import (
 from granite_paged.report.published import Published, PublishedRow
 
 _RESULT_STYLES = ("-", "--", "-.")
+_MARKERS = {"": "o", WITH_MAMBA_SSM: "D"}
 _FLOOR_STYLE = {"color": COLOURS["floor"], "linestyle": ":"}
 _STUDY_STYLES: dict[str, dict[str, Any]] = {  # they overlap: a thin line above a wide one
     "default": {"color": "#BBBBBB", "linewidth": 4, "marker": "s", "markersize": 7},
@@ -198,10 +200,11 @@ def _lines(
         if [other.device for other in results].count(result.device) > 1:
             source += f" (file {place + 1})"
         style = {"linestyle": _RESULT_STYLES[place % len(_RESULT_STYLES)], "marker": "o"}
-        for mode in MODES:
-            rows = result.measured(case, mode)
-            look = {**style, "color": COLOURS[mode]}
-            lines += _split((mode, source), rows, axis, value, look)
+        for mode, (variant, marker) in itertools.product(MODES, _MARKERS.items()):
+            rows = [row for row in result.measured(case, mode) if row.variant == variant]
+            look = {**style, "marker": marker, "color": COLOURS[mode]}
+            label = f"{mode}, {variant}" if variant else mode
+            lines += _split((label, source), rows, axis, value, look)
         if floor is not None:
             lines += _split(("floor", source), result.measured(case), axis, floor, _FLOOR_STYLE)
     return lines

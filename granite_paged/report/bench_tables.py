@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from granite_paged.names import MODES
+from granite_paged.names import MAMBA_PACKAGES, MODES
 from granite_paged.report import markdown
 from granite_paged.report.bench_results import Result, Row
 from granite_paged.report.formatting import gigabytes, ratio, significant
@@ -20,6 +20,7 @@ _TITLES = {
     "kernel": "Decode attention alone, one layer",
     "memory": "Ragged sequences that fit a memory budget",
     "coldstart": "Cold start",
+    "serve": "A seeded workload, all requests sent at once",
 }
 
 
@@ -32,9 +33,10 @@ def page_part(result: Result, figures: Sequence[str]) -> str:
     """Return what docs/benchmarks.md shows of a record: tables, then these links to figures."""
     head = (
         f"{result.device}, {result.model}, {result.dtype}. Times are medians; the modes of a row "
-        "took turns in one run."
+        f"took turns in one run. {_mamba_sentence(result)}"
     )
-    found = {case: table(result, case) for case in ("batch", "context", "decode", "kernel")}
+    shown = ("batch", "context", "decode", "kernel", "serve")
+    found = {case: table(result, case) for case in shown}
     parts = [f"{_TITLES[case]}:\n\n{text}" for case, text in found.items() if text]
     return "\n".join([head, "", *parts, *study_tables([result]), "\n\n".join(figures)])
 
@@ -42,8 +44,20 @@ def page_part(result: Result, figures: Sequence[str]) -> str:
 def _sections(result: Result) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     head = [f"**{result.device}** · {result.model}, {result.dtype} · {versions}", ""]
+    head += [_mamba_sentence(result), ""]
     found = {case: table(result, case) for case in _TITLES}
     return head + [f"{_TITLES[case]}\n\n{text}" for case, text in found.items() if text]
+
+
+def _mamba_sentence(result: Result) -> str:
+    """Say what transformers' modes run Mamba layers with, where a column does not say it."""
+    missing = [name for name in MAMBA_PACKAGES if name not in result.versions]
+    if len(missing) < len(MAMBA_PACKAGES):
+        return "Columns say what transformers' modes run Mamba layers with."
+    return (
+        "`default` and `static` run Mamba layers with transformers' reference code, which is slow, "
+        "unless their column names mamba_ssm."
+    )
 
 
 def table(result: Result, case: str) -> str:
@@ -62,34 +76,65 @@ def table(result: Result, case: str) -> str:
 
 
 def _side_by_side(rows: Sequence[Row]) -> str:
-    """Return a line for each shape: time and memory of each mode, speed-up and floor."""
-    modes = [mode for mode in MODES if any(row.mode == mode for row in rows)]
+    """Return a line for each shape: time and memory of each mode, speed-ups and floor."""
+    labels = sorted({label_of(row) for row in rows}, key=_place)
     shapes = sorted({(row.batch, row.context) for row in rows})
-    by_key = {(row.batch, row.context, row.mode): row for row in rows}
-    header = ["batch", "context, tokens", *(f"{mode}, ms" for mode in modes)]
-    header += [*(["default / paged"] if len(modes) > 1 else []), "floor, ms"]
-    header += [*(f"{mode}, GB" for mode in modes), "tokens per second"]
+    by_key = {(row.batch, row.context, label_of(row)): row for row in rows}
+    ours = [label for label in labels if label != "paged"] if "paged" in labels else []
+    names = _SERVED if rows[0].case == "serve" else _STEPS
+    header = [*names[:2], *(f"{label}, ms" for label in labels)]
+    header += [*(f"{label} / paged" for label in ours), "floor, ms"]
+    header += [*(f"{label}, GB" for label in labels), names[2]]
     lines = [
-        _line(batch, context, {mode: by_key.get((batch, context, mode)) for mode in modes})
+        _line(batch, context, {label: by_key.get((batch, context, label)) for label in labels})
         for batch, context in shapes
     ]
-    return markdown.table(header, lines) + _notes(rows)
+    return markdown.table(header, lines) + _notes(rows) + _gaps(shapes, labels, by_key)
 
 
-def _line(batch: int, context: int, by_mode: dict[str, Row | None]) -> list[str]:
-    rows = list(by_mode.values())
+_STEPS = ("batch", "context, tokens", "tokens per second")
+_SERVED = ("requests", "tokens each, at most", "new tokens per second")
+
+
+def label_of(row: Row) -> str:
+    """Return the heading of a row's columns: its mode, and whose Mamba kernels it had."""
+    return f"{row.mode}, {row.variant}" if row.variant else row.mode
+
+
+def _place(label: str) -> tuple[int, str]:
+    return MODES.index(label.partition(",")[0]), label
+
+
+def _line(batch: int, context: int, by_label: dict[str, Row | None]) -> list[str]:
+    rows = list(by_label.values())
     floors = [row.floor_ms for row in rows if row and row.floor_ms]
     cells = [str(batch), f"{context:,}", *map(_milliseconds, rows)]
-    if len(rows) > 1:
-        cells.append(ratio(_median(by_mode.get("default")), _median(by_mode.get("paged"))))
+    if "paged" in by_label:
+        ours = _median(by_label["paged"])
+        others = (row for label, row in by_label.items() if label != "paged")
+        cells += [ratio(_median(row), ours) for row in others]
     cells.append(significant(floors[0] if floors else None))
-    last = by_mode.get("paged") or rows[-1]
+    last = by_label.get("paged") or rows[-1]
     return [*cells, *(_gigabytes(row) for row in rows), _tokens(last)]
+
+
+def _gaps(
+    shapes: Sequence[tuple[int, int]],
+    labels: Sequence[str],
+    by_key: Mapping[tuple[int, int, str], Row],
+) -> str:
+    """Say in which shapes a mode of the table was not measured, since a dash gives no reason."""
+    lines = []
+    for label in labels:
+        gaps = [f"{b} x {c}" for b, c in shapes if (b, c, label) not in by_key]
+        if gaps:
+            lines.append(f"- {label}: not measured at {', '.join(gaps)}")
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _notes(rows: Sequence[Row]) -> str:
     """Return why numbers are missing, which a cell has no room for."""
-    lines = [f"- {r.mode}, {r.batch} x {r.context}: {r.error}" for r in rows if r.error]
+    lines = [f"- {label_of(r)}, {r.batch} x {r.context}: {r.error}" for r in rows if r.error]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -102,6 +147,8 @@ def _median(row: Row | None) -> float | None:
 
 def _milliseconds(row: Row | None) -> str:
     if row is not None and row.error:
+        if row.error.startswith("not measured"):
+            return "-"
         return "out of memory" if "OutOfMemory" in row.error else "failed"
     return significant(_median(row))
 

@@ -137,6 +137,25 @@ def test_an_update_replaces_only_what_is_measured_again(tmp_path: Path) -> None:
     assert changed == ["default"]
 
 
+def test_a_resumed_bench_measures_only_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "result.json"
+    command = ("--case", "batch", "--context", "16", "--json", str(file))
+    bench(*command, "--batch", "2", "--budget", "0")
+    skipped = read_result(file).rows
+    assert {row.error for row in skipped} <= {"", "not measured: the budget of 0 s was spent"}
+    bench(*command, "--batch", "2")
+    first = read_result(file).rows
+    bench(*command, "--batch", "2", "--batch", "3", "--missing")
+    rows = read_result(file).rows
+    assert rows[: len(first)] == first
+    assert [(row.mode, row.batch) for row in rows[len(first) :]] == [("default", 3), ("paged", 3)]
+    monkeypatch.setattr(session.Session, "rows", lambda *args: pytest.fail("measured again"))
+    assert bench(*command, "--batch", "2", "--batch", "3", "--missing") == OK
+    assert read_result(file).rows == rows
+
+
 def test_an_update_of_another_model_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

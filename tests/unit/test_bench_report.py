@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ ROWS = [
     Row("memory", "default", 300, 4096, peak_bytes=10**9, variant="ragged 1-4096", note="1 GB"),
     Row("memory", "paged", 500, 4096, peak_bytes=10**9, variant="ragged 1-4096", note="1 GB"),
     Row("coldstart", "paged", 1, 512, Latency(11e3, n=1), variant="first token, empty cache"),
+    row("serve", "paged", 64, 96, 100.0),
 ]
 
 
@@ -81,9 +83,54 @@ def test_a_failure_has_a_cell_and_a_note() -> None:
     assert "- default, 1 x 4096: OutOfMemoryError: 3 GB asked for" in text
 
 
-def test_a_shape_that_was_not_run_shows_a_dash() -> None:
-    lines = cells(table(result(), "decode"))
-    assert lines[3][:6] == ["1", "4,096", "-", "-", "1.8", "-"]
+def test_a_shape_that_was_not_run_shows_a_dash_and_says_so() -> None:
+    text = table(result(), "decode")
+    assert cells(text)[3][:7] == ["1", "4,096", "-", "-", "1.8", "-", "-"]
+    assert "- default: not measured at 1 x 4096\n" in text
+    assert "- static: not measured at 1 x 4096\n" in text
+    assert "paged: not measured" not in text
+
+
+def test_a_skipped_shape_is_not_called_failed() -> None:
+    skipped = Row("decode", "default", 1, 4096, error="not measured: the budget of 9 s was spent")
+    text = table(result(*ROWS, skipped), "decode")
+    assert cells(text)[3][2] == "-"
+    assert "- default, 1 x 4096: not measured: the budget of 9 s was spent" in text
+
+
+def test_the_compiled_mode_has_a_ratio_of_its_own() -> None:
+    header, _, first, _ = cells(table(result(), "decode"))
+    ratios = dict(zip(header, first, strict=True))
+    assert (ratios["default / paged"], ratios["static / paged"]) == ("44.12", "2.00")
+
+
+def test_rows_with_mamba_kernels_have_columns_of_their_own() -> None:
+    fast = row("batch", "default", 8, 512, 60.0, variant="mamba_ssm", mamba="mamba_ssm 2.3.0")
+    header, _, first, second = cells(table(result(*ROWS, fast), "batch"))
+    assert header[2:5] == ["default, ms", "default, mamba_ssm, ms", "paged, ms"]
+    assert header[5:7] == ["default / paged", "default, mamba_ssm / paged"]
+    assert second[2:7] == ["170", "60", "30", "5.67", "2.00"]
+    assert first[3] == "-"
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"torch": "2.11"}, "with transformers' reference code, which is slow"),
+        ({"torch": "2.11", "mamba_ssm": "2.3.0"}, "Columns say what transformers' modes run"),
+    ],
+)
+def test_the_heading_says_what_ran_the_mamba_layers(versions: dict[str, str], said: str) -> None:
+    found = replace(result(), versions=versions)
+    assert said in tables([found])
+    assert said in bench_tables.page_part(found, [])
+
+
+def test_a_workload_is_named_by_its_requests() -> None:
+    header, _, line = cells(table(result(), "serve"))
+    assert header[:2] == ["requests", "tokens each, at most"]
+    assert header[-1] == "new tokens per second"
+    assert line[:3] == ["64", "96", "100"]
 
 
 def test_the_kernel_table_has_the_ratio_to_sdpa() -> None:
@@ -198,6 +245,14 @@ def test_lines_show_medians_floor_and_published_figures() -> None:
     study = lines["original study: paged,\n24-layer model, NVIDIA A100 80GB"]
     assert list(study.get_xdata()) == [1, 2, 4, 8, 16, 32]
     assert study.get_ydata()[0] == 289.84
+
+
+def test_rows_with_mamba_kernels_have_a_line_of_their_own() -> None:
+    fast = row("batch", "default", 8, 512, 60.0, variant="mamba_ssm")
+    lines = bench_figures._lines([result(*ROWS, fast)], "batch", "batch", bench_figures._ms)
+    points = {line.label: line.points for line in lines}
+    assert points["default, mamba_ssm"] == [(8.0, 60.0)]
+    assert points["default"] == [(1.0, 78.0), (8.0, 170.0)]
 
 
 def test_each_prompt_length_has_its_own_line() -> None:

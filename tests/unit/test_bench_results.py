@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 
 from granite_paged.errors import CannotWrite, InvalidArgument, ResultFileError
 from granite_paged.report.bench_results import (
+    CalibratedShape,
+    Calibration,
     Latency,
     Rates,
     Result,
     Row,
+    model_key,
     read_result,
+    record_name,
     slug,
     updated,
     writable_folder,
@@ -42,6 +46,24 @@ rows = st.builds(
     note=st.text(max_size=5),
     error=st.text(max_size=5),
 )
+shapes = st.builds(
+    CalibratedShape,
+    case=st.just("decode"),
+    batch=st.integers(1, 9),
+    context=st.integers(1, 9),
+    sessions=st.lists(st.lists(positive, max_size=3), max_size=2),
+    floor_ms=maybe,
+    peak_bytes=st.one_of(st.none(), st.integers(0, 2**40)),
+    busy=maybe,
+    clock_mhz=st.one_of(st.none(), st.lists(st.integers(0, 4000), min_size=1, max_size=2)),
+)
+calibrations = st.builds(
+    Calibration,
+    page_size=st.integers(1, 512),
+    backend=st.sampled_from(["auto", "eager"]),
+    visits=st.integers(1, 9),
+    shapes=st.lists(shapes, max_size=3),
+)
 results = st.builds(
     Result,
     device=st.text(min_size=1, max_size=20),
@@ -50,6 +72,7 @@ results = st.builds(
     rows=st.lists(rows, max_size=5, unique_by=lambda row: row.key),
     model=st.text(max_size=5),
     rates=st.one_of(st.none(), st.builds(Rates, positive, positive)),
+    calibration=st.one_of(st.none(), calibrations),
 )
 
 
@@ -192,6 +215,21 @@ def test_a_slug_is_the_gpu_name_in_lower_case(device: str, name: str) -> None:
     assert slug(device) == name
 
 
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ("granite-4.0-h-1b (random weights, seed 0)", "granite-4.0-h-1b"),
+        ("ibm-granite/granite-4.0-h-1b", "granite-4.0-h-1b"),
+        ("/data/My Model/", "my-model"),
+        ("", "unnamed"),
+        ("../..", "unnamed"),
+    ],
+)
+def test_a_record_is_named_by_its_model_without_weights_and_folder(model: str, key: str) -> None:
+    assert model_key(model) == key
+    assert record_name("NVIDIA H200", model, "bfloat16") == f"nvidia-h200.{key}.bfloat16.json"
+
+
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CannotWrite, match="cannot write"):
@@ -272,6 +310,20 @@ def test_updated_rows_keep_their_places() -> None:
     new = [replace(KERNEL, batch=batch, paged_us=3.0) for batch in (64, 8)]
     found = updated(old, replace(old, rows=new)).rows
     assert found == [old.rows[0], new[1], old.rows[2], new[0]]
+
+
+def test_an_update_keeps_the_calibration_and_the_first_versions() -> None:
+    calibration = Calibration(128, "auto", 5, [])
+    old = Result("a", {"torch": "2.14"}, 0, [], calibration=calibration)
+    new = replace(old, versions={"torch": "2.14", "mamba_ssm": "2.3"}, calibration=None)
+    assert updated(old, new) == old
+
+
+def test_an_error_with_mamba_kernels_leaves_the_row_without_them_alone() -> None:
+    plain = Row("batch", "static", 1, 512, error="RuntimeError: x", mamba="reference code")
+    fast = replace(plain, error="", variant="mamba_ssm", mamba="mamba_ssm 2.3")
+    old = Result("a", {}, 0, [plain])
+    assert updated(old, replace(old, rows=[fast])).rows == [plain, fast]
 
 
 @pytest.mark.parametrize("field", ["device", "model", "dtype"])
