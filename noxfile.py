@@ -73,7 +73,7 @@ def typing(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU. Arguments go to pytest: `nox -s tests -- -k fork`."""
-    install(session, "tests")
+    install(session, "tests", "quantised")
     arguments = session.posargs or ["--durations=10"]
     session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *arguments)
 
