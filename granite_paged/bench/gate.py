@@ -82,8 +82,9 @@ def judged(session: Session, gated: Gated, against: Against) -> list[Check]:
 
     A failed check is final: another try could only measure it away.
     """
-    floor = session.floor(CASES[gated.case], gated.shape)
     with ready_subjects(session, gated) as (subjects, seen):
+        session.measure_rates()  # now, on a device as warm as in a calibration
+        floor = session.floor(CASES[gated.case], gated.shape)
         for attempt in range(TRIES):
             look_at(gated, subjects, seen, VISITS * 2**attempt)
             checks = checks_of(gated, seen, against, floor)

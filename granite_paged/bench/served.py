@@ -19,19 +19,15 @@ _BATCH = 32
 def prepare_engine(model: Any, config: PagedConfig, shape: Shape, seed: int) -> Prepared:
     """Prepare to serve the shape's workload with an engine of a row for every request.
 
-    Prefixes are not shared, so that a repeat does what the first run did.
+    Prefixes are not shared, and all requests arrive at once, so that a repeat takes the steps of
+    the first run, which compiled them.
     """
     coming = arrivals(workload_of(shape), model.config.vocab_size, seed)
     tokens = shape.batch * pages_for(shape.context, config.page_size) * config.page_size
     sized = replace(config, max_sequences=shape.batch, max_tokens=tokens)
     engine = Engine(model, sized, queue=shape.batch, state_bytes=0)
-    try:
-        engine.runner.warm_up()
-    except BaseException:
-        engine.close()
-        raise
-    fallback = engine.runner.fallback
-    return Prepared(lambda: serve(engine, coming), close=engine.close, own_workspace=not fallback)
+    own = not engine.runner.fallback
+    return Prepared(lambda: serve(engine, coming), close=engine.close, own_workspace=own)
 
 
 def prepare_batches(model: Any, shape: Shape, seed: int, *, static: bool) -> Prepared:

@@ -395,6 +395,9 @@ class FakeSession:
         self.noises = list(noises)
         self.visits: list[int] = []
 
+    def measure_rates(self) -> None:
+        pass
+
     def floor(self, case: Any, shape: Any) -> float:
         return FLOOR
 

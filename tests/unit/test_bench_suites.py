@@ -1,0 +1,107 @@
+"""Visits and suites on the CPU: what is timed, in which order, and what a loss does to it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from granite_paged.bench import visits
+from granite_paged.bench.cases import Shape
+from granite_paged.bench.judge import Gated, Seen
+from granite_paged.bench.measure import Clock, Prepared
+from granite_paged.bench.session import Measured
+from granite_paged.bench.suites import sleep_of, worsened
+from granite_paged.bench.visits import Subject, look_at
+
+CLOCK = Clock(torch.device("cpu"))
+GATE, SERVED = Gated("decode", Shape(1, 8)), Gated("serve", Shape(1, 8))
+
+
+def subject(log: list[str], name: str, seconds: float = 0.0) -> Subject:
+    def step() -> None:
+        log.append(name)
+        time.sleep(seconds)
+
+    return Subject(Prepared(step, lambda: log.append("reset")), Measured(), CLOCK, steps=2)
+
+
+def test_visits_of_the_modes_take_turns() -> None:
+    log: list[str] = []
+    both = {mode: subject(log, mode) for mode in ("paged", "default")}
+    seen = Seen()
+    look_at(GATE, both, seen, 3)
+    assert [len(part) for part in (seen.times, seen.paged, seen.default)] == [3, 3, 3]
+    one_visit = ["default", "reset"] * 2 + ["paged", "reset"] * 4
+    assert log == 3 * one_visit
+
+
+def test_only_the_record_needs_the_devices_time() -> None:
+    log: list[str] = []
+    seen = Seen()
+    look_at(GATE, {"paged": subject(log, "paged")}, seen, 3, whole=False)
+    assert (len(seen.times), len(seen.paged)) == (3, 0)
+    assert log.count("paged") == 6
+
+
+def test_the_engines_whole_time_is_compared() -> None:
+    seen = Seen()
+    look_at(SERVED, {"paged": subject([], "paged", 1e-3)}, seen, 2, whole=False)
+    assert seen.times == seen.paged
+    assert min(seen.times) >= 1e-3
+
+
+def test_a_shape_for_memory_is_not_visited() -> None:
+    log: list[str] = []
+    look_at(Gated("context", Shape(1, 8), time=False), {"paged": subject(log, "x")}, Seen(), 3)
+    assert log == []
+
+
+def test_a_second_look_replaces_the_first() -> None:
+    seen, both = Seen(), {mode: subject([], mode) for mode in ("paged", "default")}
+    look_at(GATE, both, seen, 2)
+    look_at(GATE, both, seen, 4)
+    assert [len(part) for part in (seen.times, seen.paged, seen.default)] == [4, 4, 4]
+
+
+def test_a_failing_mode_leaves_unequal_visits_and_its_reason() -> None:
+    calls: list[str] = []
+
+    def failing() -> Any:
+        calls.append("step")
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("3 GB")
+
+    bad = Subject(Prepared(failing), Measured(), CLOCK, steps=2)
+    seen = Seen()
+    look_at(GATE, {"default": bad, "paged": subject([], "paged")}, seen, 3)
+    assert (len(seen.default), len(seen.paged)) == (1, 3)
+    assert seen.errors == {"default": "OutOfMemoryError: 3 GB"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(1e-4, visits.STEPS), (0.02, 7), (0.2, visits.FEWEST)]
+)
+def test_a_visit_is_as_long_as_its_steps_allow(seconds: float, steps: int) -> None:
+    looked = subject([], "paged", seconds)
+    looked.look()
+    assert looked.steps == pytest.approx(steps, abs=2 if steps == 7 else 0)
+    assert looked.host >= seconds
+
+
+def test_a_worsened_step_takes_longer_and_holds_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    real = torch.empty
+
+    def empty(size: int, **options: Any) -> Any:
+        held.append(size)
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    calls: list[str] = []
+    slow = worsened(lambda: calls.append("step"), CLOCK, 0.01, 1000)
+    assert CLOCK.seconds(slow) >= 0.01
+    assert (calls, held) == (["step"], [1000])
+    assert CLOCK.seconds(sleep_of(CLOCK, 0.0)) < 0.01
