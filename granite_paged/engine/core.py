@@ -115,8 +115,9 @@ class EngineCore:
 
     def knows(self, request: Request | Scoring) -> bool:
         """Whether a request is open here, about to be, or finished."""
-        in_line = request in self.intake.requests  # first: it opens before it leaves the line
-        return in_line or request in self._open or request.finished
+        is_open = request.finished or request in self._open
+        # and if it opens while this looks
+        return is_open or request in self.intake.requests or request in self._open
 
     # -- requests -------------------------------------------------------------------------------
 

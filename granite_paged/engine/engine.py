@@ -204,9 +204,14 @@ class Engine(StepwiseEngine):
         stream = AsyncStream(asyncio.get_running_loop())
         request = self.submit(prompt, params, on_token=stream.on_token)
         try:
-            self._streams.follow(stream, request)
-            async for token in stream.tokens():
-                yield token
+            self._streams.follow(self, stream, request)
+            more = True
+            while more:
+                more = await stream.wait()
+                for token in stream:
+                    yield token
+            if stream.error is not None:
+                raise stream.error
         finally:
             self.cancel(request)
         _sound(request)

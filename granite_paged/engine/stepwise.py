@@ -77,7 +77,7 @@ class StepwiseEngine:
         self._core = EngineCore(self.runner, tokenizer, limits, state_bytes, stop_tokens)
         self._encoder = PromptEncoder(tokenizer, self.runner.vocabulary)
         self._lock = FairLock()
-        self._streams = StreamThread(self.step, self.cancel)
+        self._streams = StreamThread()
         self._closed = self._is_shut = False
 
     # -- requests -------------------------------------------------------------------------------
@@ -161,8 +161,9 @@ class StepwiseEngine:
         """
         if not isinstance(request, Request | Scoring) or not self._core.knows(request):
             raise InvalidArgument(f"cancel takes a request of this engine, got {request!r:.80}")
-        self._core.intake.end(request, RequestCancelled(request.number))
-        self._settle()
+        if not request.finished:
+            self._core.intake.end(request, RequestCancelled(request.number))
+            self._settle()
 
     def cancel_all(self) -> None:
         """End every open request, as `cancel` does."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from granite_paged.engine.request import Output, Request
 
@@ -59,58 +59,58 @@ class AsyncStream(TokenBuffer):
         """Whether no token comes any more."""
         return self.error is not None or (self.request is not None and self.request.finished)
 
-    async def tokens(self) -> AsyncIterator[StreamedToken]:
-        """Yield every token. Raises what the thread's step raised."""
-        while True:
-            await self.ready.wait()
-            self.ready.clear()
-            over = self.over  # first: a token may come between the two
-            for token in self:
-                yield token
-            if over:
-                break
-        if self.error is not None:
-            raise self.error
+    async def wait(self) -> bool:
+        """Wait for news. Return whether more may come after the tokens that are here now."""
+        await self.ready.wait()
+        self.ready.clear()
+        return not self.over
+
+
+class Steps(Protocol):
+    """An engine, as its thread needs it."""
+
+    def step(self) -> bool:
+        """Run one step."""
+        ...
+
+    def cancel(self, request: Request) -> None:
+        """End a request."""
+        ...
 
 
 class StreamThread:
-    """Steps an engine in a thread while asynchronous streams are open.
+    """Steps an engine in a thread while asynchronous streams are open."""
 
-    Args:
-        step: runs a step.
-        cancel: ends a request.
-    """
-
-    def __init__(self, step: Callable[[], bool], cancel: Callable[[Request], None]) -> None:
-        self._step, self._cancel = step, cancel
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # held for moments only, and never by a finalizer
         self._streams: list[AsyncStream] = []
         self._runs = False
 
-    def follow(self, stream: AsyncStream, request: Request) -> None:
-        """Step until the request of a stream is finished."""
+    def follow(self, engine: Steps, stream: AsyncStream, request: Request) -> None:
+        """Step an engine until the request of a stream is finished."""
         stream.request = request
         with self._lock:
             self._streams.append(stream)
             if not self._runs:
-                threading.Thread(target=self._run, name="granite_paged streams").start()
+                name = "granite_paged streams"
+                threading.Thread(target=self._run, args=(engine,), name=name).start()
                 self._runs = True
 
-    def _run(self) -> None:
+    def _run(self, engine: Steps) -> None:
         is_needed = True
         while is_needed:
             try:
-                self._step()
+                engine.step()
             except BaseException as error:  # it concerns everyone, and no caller is here to see it
                 self._fail(error)
-            is_needed = self._wake()
+            is_needed = self._wake(engine)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             for stream in self._streams:
                 stream.error = error
 
-    def _wake(self) -> bool:
+    def _wake(self, engine: Steps) -> bool:
         """Wake the streams that have news, all of one event loop at once.
 
         Returns:
@@ -130,13 +130,10 @@ class StreamThread:
             try:
                 loop.call_soon_threadsafe(_set_ready, news)
             except RuntimeError:  # the loop is closed, so no one will read these
-                self._abandon(news)
+                for stream in news:
+                    if stream.request is not None:
+                        engine.cancel(stream.request)
         return is_needed
-
-    def _abandon(self, streams: list[AsyncStream]) -> None:
-        for stream in streams:
-            if stream.request is not None:
-                self._cancel(stream.request)
 
 
 def _set_ready(streams: list[AsyncStream]) -> None:
