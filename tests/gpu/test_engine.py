@@ -90,3 +90,49 @@ def test_a_seeded_sample_is_independent_of_other_requests() -> None:
         together = [output.tokens for output in engine.generate(PROMPTS, params)]
         alone = [engine.generate(prompt, params)[0].tokens for prompt in PROMPTS]
     assert together == alone
+
+
+def written(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.25)
+
+
+def written_through_data(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.25)
+
+
+def moved(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.25
+
+
+def hooked(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.shared_mlp.register_forward_hook(lambda module, args, output: -output)
+
+
+@pytest.mark.parametrize("change", [written, written_through_data, moved, hooked])
+def test_captured_steps_follow_a_model_that_changes(change: Any) -> None:
+    """Graphs hold addresses, and the Triton model reads weights: neither may outlive a change."""
+    model = load(random_weights="granite-4.0-h-350m", device="cuda", dtype="bfloat16").model
+    sizes = PagedConfig(max_tokens=4096, max_sequences=4)
+    items = [(text(600, seed=1), [text(24, seed=2)])]
+    params = SamplingParams(max_new_tokens=8, stop_tokens=())
+
+    def numbers(engine: Engine) -> torch.Tensor:
+        (output,) = engine.generate([items[0][0][:40]], params)
+        assert output.error is None
+        return torch.tensor(engine.score(items)[0][0].tokens)
+
+    with Engine(model, sizes) as engine, torch.no_grad():
+        assert not engine.runner.fallback
+        for _ in range(3):
+            before = numbers(engine)
+        change(model)
+        after = numbers(engine)
+        with Engine(model, sizes) as another:
+            expected = numbers(another)
+        assert (after - before).abs().max() > 0.5
+        torch.testing.assert_close(after, expected, atol=0.1, rtol=0)
+        assert engine.runner.fallback == another.runner.fallback
