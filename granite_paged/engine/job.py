@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from granite_paged.engine.rank import FIRST, Rank
 from granite_paged.errors import BrokenInvariant
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Job:
     request: Request | Scoring
     tokens: list[int]
     max_stored: int
-    rank: int = 0
+    rank: Rank = FIRST
     state: State = State.NEW
     placement: Placement | None = None
     generation: int = 0

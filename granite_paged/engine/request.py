@@ -54,7 +54,8 @@ class SamplingParams:
         stop_strings: end before one of these appears in the text. Needs a tokenizer.
         n: number of samples of the prompt, which is computed once.
         priority: a request goes before those of lower priority that arrived up to 1,000 requests
-            earlier per step of priority.
+            earlier per step of priority. It takes rows and pages of running ones of lower
+            priority, if it cannot come in otherwise.
         namespace: prompts share cached beginnings with prompts of the same namespace only. One per
             tenant keeps timings from telling one tenant what another one asked.
 

@@ -13,12 +13,13 @@ and a sequence of pages that no other job has. Host only and without torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from granite_paged.engine.job import Job, Placement, SampleJob, ScoringJob, State, Swapped
 from granite_paged.engine.limits import Limits
 from granite_paged.engine.prefix_cache import Hit, PrefixCache
+from granite_paged.engine.rank import Rank
 from granite_paged.engine.rows import RowPool
 from granite_paged.engine.step import Device
 from granite_paged.engine.waiting import WaitingQueue
@@ -42,6 +43,7 @@ class RunningJobs:
     Attributes:
         short: pages ran out in this step, so no waiting job comes in.
         forks: number of rows that continuations have in this step.
+        moves: number of times that a job came to run or ceased to.
         swapped_bytes: host memory of preempted jobs.
     """
 
@@ -59,7 +61,7 @@ class RunningJobs:
         self.rows = RowPool(device, limits.rows)
         self.counts = Counts()
         self.short = False
-        self.forks = 0
+        self.forks = self.moves = 0
         self.swapped_bytes = 0
         self._device = device
         self._allocator = allocator
@@ -87,27 +89,25 @@ class RunningJobs:
         """Return whether a row is free that no context needs for its forks."""
         return self.rows.free > self.rows_kept(job)
 
-    def rows_kept(self, job: Job) -> int:
+    def rows_kept(self, job: Job, without: Collection[Job] = ()) -> int:
         """Return the number of free rows that contexts keep for their forks, `job` included.
 
         Their rows are what the context with the most continuations needs, but at most half of all.
         With fewer, every context would wait for the others' forks.
         """
         asking = (job, *self.scoring, *self.prefilling)
-        forks = max(other.rows_for_forks for other in asking)
+        forks = max(other.rows_for_forks for other in asking if other not in without)
         return max(0, min(forks, self._limits.rows // 2) - self.forks)
 
     def place(self, job: Job, hit: Hit) -> bool:
         """Give a waiting job a row and the pages of its prompt. Return False if pages are short."""
-        swapped = job.swapped
-        pages = () if swapped else hit.pages
+        swapped, needed = job.swapped, self.pages_to_place(job, hit)
         place = job.placement = Placement(
-            sequence=self._allocator.open(pages),
+            sequence=self._allocator.open(() if swapped else hit.pages),
             row=self.rows.take(),
-            target=swapped.stored if swapped else job.prefill_tokens,
+            target=_target(job),
         )
-        tokens = max(place.target, min(place.target + 1, job.max_stored))
-        if not self.make_room(self._allocator.pages_for(tokens) - len(pages)):
+        if not self.make_room(needed):
             self.vacate(job)
             return False
         self.rows.clear(place.row)
@@ -118,6 +118,11 @@ class RunningJobs:
         self._queue.remove(job)
         self._enter(job, place)
         return True
+
+    def pages_to_place(self, job: Job, hit: Hit) -> int:
+        """Return the number of free pages that a waiting job needs to come in."""
+        tokens = max(_target(job), min(_target(job) + 1, job.max_stored))
+        return self._allocator.pages_for(tokens) - (0 if job.swapped else len(hit.pages))
 
     def end_prefill(self, job: Job) -> None:
         """Move a job whose prompt is launched to what comes next."""
@@ -135,12 +140,14 @@ class RunningJobs:
             stored=source.stored,
             reserved=source.reserved,
         )
+        self.moves += 1
         child.isolated, child.drawn, child.state = parent.isolated, 1, State.DECODE
         self.decoding[child] = None
         self._device.fork_row(source.row, place.row)
 
     def vacate(self, job: Job) -> None:
         """Take back what a job holds, if anything."""
+        self.moves += job.state is not State.WAITING
         self.prefilling.pop(job, None)
         if isinstance(job, ScoringJob):
             self.scoring.pop(job, None)
@@ -171,6 +178,12 @@ class RunningJobs:
                 self._swap_out(job, job.placed)
         self.vacate(job)
         self._queue.add(job)
+
+    def preempt_newest_after(self, job: Job) -> None:
+        """Take row and pages of the newest running job that ranks after this one, if any."""
+        later = [other for other in self.jobs() if other.rank > job.rank]
+        if later:
+            self.preempt(newest(later))
 
     def drop_swapped(self, job: Job) -> None:
         """Drop a job's copy in host memory, if it has one."""
@@ -235,6 +248,7 @@ class RunningJobs:
     # -- details --------------------------------------------------------------------------------
 
     def _enter(self, job: Job, place: Placement) -> None:
+        self.moves += 1
         if place.stored < place.target:
             job.state = State.PREFILL
             self.prefilling[job] = None
@@ -290,11 +304,16 @@ class RunningJobs:
             self.forget([page for page in pages if not self._allocator.references(page)])
 
 
+def _target(job: Job) -> int:
+    """Return how many tokens a waiting job has in pages before it goes on."""
+    return job.swapped.stored if job.swapped else job.prefill_tokens
+
+
 def newest(jobs: Iterable[Job]) -> Job:
-    """Return the job that arrived last, by rank."""
+    """Return the job that goes last by rank."""
     return max(jobs, key=by_rank)
 
 
-def by_rank(job: Job) -> int:
+def by_rank(job: Job) -> Rank:
     """Sort key: jobs of lower rank go first."""
     return job.rank

@@ -11,153 +11,37 @@ jobs for longer than a chunk.
        └───preempt (newest)───┴──────┘
 
 The running job of lowest rank can always go on: the newest give up their pages, which are computed
-again or, where that takes longer, copied to host memory and back.
+again or, where that takes longer, copied to host memory and back. A waiting job that ranks first
+takes the rows and pages of jobs of lower priority. `docs/guides/scheduling.md` has the rules.
 
-Faults are values: a job that a fault ends is finished at once and noted in `failures`. Host only
-and without torch: what happens on the device is asked of a `Device`.
+Host only and without torch: what happens on the device is asked of a `Device`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
 
-from granite_paged.engine.job import Job, SampleJob, State
+from granite_paged.engine.admission import Admission
+from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
+from granite_paged.engine.lifecycle import JobLifecycle
 from granite_paged.engine.limits import Limits
 from granite_paged.engine.prefix_cache import PrefixCache, Snapshot
-from granite_paged.engine.running import RunningJobs, by_rank, newest
-from granite_paged.engine.scoring import ScorePlanner
+from granite_paged.engine.rank import Rank
+from granite_paged.engine.running import by_rank, newest
 from granite_paged.engine.step import Device, PrefillChunk, ScoreChunk, StepPlan, calls
-from granite_paged.engine.waiting import WaitingQueue
-from granite_paged.errors import RequestTooLarge, StepFailed
 from granite_paged.geometry import bucket
 from granite_paged.paging.allocator import PageAllocator
 
-LOOK_AHEAD = 32
-"""Most jobs that one step passes over because they wait for a prefix."""
 
-_Result = TypeVar("_Result")
-
-
-class Failure(NamedTuple):
-    """A job that ended, and the error that its request reports."""
-
-    job: Job
-    error: Exception
-
-
-class Scheduler:
-    """Moves jobs between a queue and the rows and pages of a device.
-
-    Attributes:
-        queue: jobs that wait.
-        running: jobs with a row and pages.
-        failures: jobs that a fault ended; the reader empties the list.
-    """
+class Scheduler(JobLifecycle):
+    """Plans steps: which jobs decode, score, come in and are computed."""
 
     def __init__(
         self, device: Device, allocator: PageAllocator, prefix: PrefixCache, limits: Limits
     ) -> None:
-        self.failures: list[Failure] = []
-        self.queue = WaitingQueue(prefix, limits.queue)
-        self.running = RunningJobs(device, allocator, prefix, self.queue, limits)
-        self.counts = self.running.counts
-        self._scores = ScorePlanner(device, allocator, self.queue, self.running, limits)
-        self._allocator = allocator
-        self._prefix = prefix
-        self._limits = limits
-
-    def check_fits(self, tokens: int) -> None:
-        """Raise RequestTooLarge unless a sequence of `tokens` tokens would fit alone."""
-        longest = self._limits.longest
-        needed, usable = self._allocator.pages_for(tokens), self._allocator.pages - 1
-        if needed > usable:
-            advice = f"raise max_tokens or memory_fraction, or ask for fewer than {tokens} tokens"
-            raise RequestTooLarge(needed=needed, free=usable, advice=advice)
-        if tokens > longest:
-            usable = self._allocator.pages_for(longest)
-            advice = f"a sequence may have {longest} tokens, got {tokens}"
-            raise RequestTooLarge(needed=needed, free=usable, advice=advice)
-
-    # -- jobs come and go -----------------------------------------------------------------------
-
-    def submit(self, job: Job) -> None:
-        """Let a job wait, and with it its followers. Raises QueueFull unless all may."""
-        self.queue.check_room(1 + len(job.followers))
-        self.queue.add(job)
-
-    def finish(self, job: Job) -> None:
-        """End a job, wherever it is, and free what it holds."""
-        if job.state is State.DONE:
-            return
-        self.queue.remove(job)
-        self.running.vacate(job)
-        self.running.drop_swapped(job)
-        job.state = State.DONE
-        followers, job.followers = job.followers, []
-        for follower in followers:  # they cannot be forked from it any more
-            self.queue.add(follower)
-
-    def fail(self, job: Job, error: Exception) -> None:
-        """End a job that a fault concerns, and those that fail with it."""
-        if job.state is not State.DONE:
-            for sibling in job.siblings:
-                self.finish(sibling)
-            self.failures.append(Failure(job, error))
-
-    def requeue(self, job: Job) -> None:
-        """Let a job without a row wait, to compute its tokens."""
-        self.queue.remove(job)
-        self.running.vacate(job)
-        self.queue.add(job)
-
-    def fork(self, job: SampleJob, child: SampleJob) -> bool:
-        """Give a new job a row and the pages of a decoding one. Return whether there was room."""
-        if job not in self.running.decoding or not self.running.has_row_for(child):
-            return False
-        self.guarded(child, self.running.fork, job, child)
-        return child.state is not State.DONE
-
-    # -- faults ---------------------------------------------------------------------------------
-
-    def guarded(self, job: Job, action: Callable[..., _Result], *arguments: Any) -> _Result | None:
-        """Do something for one job; a fault ends that job only."""
-        try:
-            return action(*arguments)
-        except Exception as error:
-            self.fail(job, StepFailed(job.request.number, error))
-            return None
-
-    def recover(self, jobs: Iterable[Job], error: Exception) -> None:
-        """Clean up after a call with these jobs raised: their rows and pages may hold anything.
-
-        A job that was alone in the call fails. Several start over, each in calls of its own, so
-        that the next fault has one owner.
-        """
-        affected = [job for job in dict.fromkeys(jobs) if job.state is not State.DONE]
-        for job in affected:
-            if len(affected) == 1:
-                self.fail(job, StepFailed(job.request.number, error))
-            else:
-                job.isolated = True
-                self._restart(job)
-
-    def restart(self, jobs: Iterable[Job]) -> None:
-        """Clean up after an interrupted step: jobs that are not complete start over."""
-        self._scores.release(())
-        for job in jobs:
-            if job.complete:
-                self.finish(job)
-            elif job.state not in (State.DONE, State.NEW):
-                self._restart(job)
-
-    def _restart(self, job: Job) -> None:
-        self.counts.restarted += 1
-        job.start_over()
-        self.running.drop_swapped(job)
-        self.running.vacate(job)
-        if job.state is not State.WAITING:
-            self.queue.add(job)
+        super().__init__(device, allocator, prefix, limits)
+        self._admission = Admission(allocator, prefix, self.queue, self.running)
+        self._starved: ScoringJob | None = None  # the first context, if it found no pages
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -166,11 +50,12 @@ class Scheduler:
         self.counts.steps += 1
         self.running.begin_step()
         step = StepPlan()
+        self._make_way(step)
         decodes = self._decodes()
         step.decodes = calls(decodes, lambda job: job)
         time = self._limits.prefill_time(len(decodes))
         budget = self._limits.prefill_tokens(len(decodes), time)
-        budget -= self._plan_scores(step, budget)
+        budget = max(budget - self._plan_scores(step, budget), self._limits.alignment)
         self._admit_waiting(step, budget)
         while budget > 0 and (chunks := self._prefill(budget, time, first=not step.prefills)):
             lengths = [chunk.end - chunk.start for chunk in chunks]
@@ -298,51 +183,68 @@ class Scheduler:
     # -- scores ---------------------------------------------------------------------------------
 
     def _plan_scores(self, step: StepPlan, budget: int) -> int:
-        """Plan continuations of the contexts that are computed. Return their number of tokens."""
-        others = len(self.queue) > 0 or self.running.prefilling
-        if others and budget > self._limits.alignment:
-            budget -= self._limits.alignment  # a chunk for prompts
+        """Plan continuations of the contexts that are computed. Return their number of tokens.
+
+        The first context gets one continuation at least. Prompts get the rest of the budget before
+        contexts that rank after them, and one chunk at least.
+        """
+        if len(self.queue) > 0 or self.running.prefilling:
+            budget = max(budget - self._limits.alignment, 1)
         spent = 0
         planned: list[list[ScoreChunk]] = []
-        for job in sorted(self.running.scoring, key=by_rank):
-            if job.state is State.SCORE and job.pending and spent < budget:
-                found = self.guarded(job, self._scores.plan, job, budget - spent) or []
+        jobs = sorted((job for job in self.running.scoring if job.pending), key=by_rank)
+        for job in jobs:
+            left = budget - spent - self._prompts_before(job.rank)
+            if job.state is State.SCORE and (left > 0 or job is jobs[0]):
+                found = self.guarded(job, self._scores.plan, job, left) or []
                 spent += sum(chunks[-1].end for chunks in found)
                 planned += found
+        self._starved = jobs[0] if jobs and not planned else None
         step.scores = self._scores.calls(planned)
         return spent
 
+    def _prompts_before(self, rank: Rank) -> int:
+        """Return the number of tokens of running prompts that are to be computed before `rank`."""
+        prompts = (job for job in self.running.prefilling if job.rank < rank)
+        return sum(job.placed.target - job.placed.stored for job in prompts)
+
     # -- admission ------------------------------------------------------------------------------
 
-    def _admit_waiting(self, step: StepPlan, budget: int) -> None:
-        """Let jobs in by rank, as long as work, rows and pages last.
+    def _make_way(self, step: StepPlan) -> None:
+        """Preempt for a context that found no pages, and for waiting jobs of higher priority.
 
-        A job whose beginning another prompt is just computing waits for it. Jobs behind it may
-        pass, `LOOK_AHEAD` at most.
+        A job that gave up its row has a token to be read, so it cannot come back in this step.
         """
+        if self._starved in self.running.scoring:
+            self.running.preempt_newest_after(self._starved)
+        decodes = len(self.running.decoding)
+        budget = self._limits.prefill_tokens(decodes, self._limits.prefill_time(decodes))
+        with self._admission.passing() as first:
+            while (job := first()) and self._admission.outranks_running(job):
+                if self._prompts_before(job.rank) >= budget or not self._let_in(
+                    step, job, self._admission.place_by_preempting
+                ):
+                    return
+
+    def _admit_waiting(self, step: StepPlan, budget: int) -> None:
+        """Let jobs in by rank, as long as work, rows and pages last."""
         running = self.running
         budget -= sum(job.placed.target - job.placed.stored for job in running.prefilling)
-        try:
+        with self._admission.passing() as first:
             while budget > 0 and not running.short:
-                job = self.queue.first()
+                job = first()
                 if job is None or not running.has_row_for(job):
-                    break
-                skipped = self.guarded(job, self._place_or_skip, job)
+                    return
+                if not self._let_in(step, job, self._admission.place):
+                    return
                 if job.placement:
                     budget -= job.placement.target - job.placement.stored
-                elif job.state is State.WAITING and (not skipped or skipped == LOOK_AHEAD):
-                    break
-                if job.state is State.DECODE:
-                    step.resumed.append(job)
-                elif job.state is State.SCORE:
-                    step.ready.append(job)
-        finally:
-            self.queue.unskip()
 
-    def _place_or_skip(self, job: Job) -> int:
-        """Place a job, or skip it if a prefix is worth waiting for. Return how many are skipped."""
-        hit = self._prefix.find(job.path)
-        if self._prefix.worth_waiting(job.path, hit):
-            return self.queue.skip_first()
-        self.running.place(job, hit)
-        return 0
+    def _let_in(self, step: StepPlan, job: Job, place: Callable[[Job], bool]) -> bool:
+        """Place or skip a waiting job. Return whether the next one may come in."""
+        handled = self.guarded(job, place, job)
+        if job.state is State.DECODE:
+            step.resumed.append(job)
+        elif job.state is State.SCORE:
+            step.ready.append(job)
+        return bool(handled) or job.state is not State.WAITING

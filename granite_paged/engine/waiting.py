@@ -1,7 +1,6 @@
 """Jobs that wait for a row and pages.
 
-Order is by rank: the number of the arrival, less a fixed number of arrivals for each step of
-priority. So a job of low priority waits for a bounded number of later arrivals.
+Order is by rank (`rank.py`). Jobs may be passed over for the rest of a step.
 
 A waiting job announces its tokens to the prefix cache, so that running prompts know where to keep
 their state. Host only and without torch.
@@ -13,10 +12,8 @@ import heapq
 
 from granite_paged.engine.job import Job, State
 from granite_paged.engine.prefix_cache import PrefixCache
+from granite_paged.engine.rank import Rank
 from granite_paged.errors import QueueFull, require
-
-PRIORITY_WORTH = 1000
-"""Number of arrivals that one step of priority puts a request ahead by."""
 
 
 class WaitingQueue:
@@ -30,7 +27,7 @@ class WaitingQueue:
     def __init__(self, prefix: PrefixCache, limit: int) -> None:
         self._prefix = prefix
         self._limit = limit
-        self._heap: list[tuple[int, int, Job]] = []  # a stale entry stays until it surfaces
+        self._heap: list[tuple[Rank, int, Job]] = []  # a stale entry stays until it surfaces
         self._skipped: list[Job] = []
         self._waiting = 0
         self._tickets = 0
@@ -39,10 +36,10 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._waiting
 
-    def rank(self, priority: int) -> int:
+    def rank(self, priority: int) -> Rank:
         """Return the rank of a job that arrives now."""
         self._arrivals += 1
-        return self._arrivals - priority * PRIORITY_WORTH
+        return Rank.of(self._arrivals, priority)
 
     def check_room(self, jobs: int) -> None:
         """Raise QueueFull unless `jobs` more may wait."""

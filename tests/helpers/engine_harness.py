@@ -16,6 +16,7 @@ from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Scoring
 from granite_paged.engine.sampling import Draw, draw, seen_tokens
 from granite_paged.errors import CallbackFailed, GranitePagedError
+from tests.helpers.fairness import FairnessWatch
 from tests.helpers.simulated_runner import Oracle, SimulatedRunner
 
 
@@ -81,6 +82,7 @@ class EngineHarness:
         self.open: list[Request | Scoring] = []
         self.met: Counter[str] = Counter()
         self.faulty = False  # whether a request may end with an error
+        self._fairness = FairnessWatch(self.engine, self.runner.rows)
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, on_token: OnToken | None = None
@@ -121,10 +123,16 @@ class EngineHarness:
 
     def step(self) -> bool:
         """Run one step of the engine and check it. Return whether work is left."""
+        restarted = self.engine.stats().restarted
+        self._fairness.before_step()
         try:
             busy = self.engine.step()
         except Interrupted:
             busy = True
+        if self.engine.stats().restarted == restarted:
+            self._fairness.after_step()
+        else:
+            self._fairness.restart()
         self.check()
         return busy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,11 @@ from granite_paged.engine.executor import Executor
 from granite_paged.engine.job import Job, Placement, SampleJob, State
 from granite_paged.engine.outputs import OutputProcessor
 from granite_paged.engine.prefix_cache import Hit, PrefixCache
+from granite_paged.engine.rank import Rank
+from granite_paged.engine.request import SamplingParams
 from granite_paged.engine.running import RunningJobs
 from granite_paged.engine.scheduler import Scheduler
+from granite_paged.engine.waiting import WaitingQueue
 from granite_paged.errors import BrokenInvariant, GranitePagedError
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
 from tests.helpers.engine_harness import EngineHarness, random_walk
@@ -54,7 +58,7 @@ def hit_by_hash(patch: Patch) -> None:
     def blurred(tokens: Sequence[int]) -> list[int]:
         return [token // 2 for token in tokens]
 
-    patch.setattr(PrefixCache, "announce", lambda self, t: announce(self, blurred(t)))
+    patch.setattr(PrefixCache, "announce", lambda self, t, *more: announce(self, blurred(t), *more))
     patch.setattr(PrefixCache, "keep", lambda self, t, *more: keep(self, blurred(t), *more))
 
 
@@ -147,6 +151,22 @@ def scores_of_the_neighbour(patch: Patch) -> None:
     )
 
 
+def waiting_jobs_never_preempt(patch: Patch) -> None:
+    """A request of higher priority waits until a running one ends."""
+    patch.setattr(Rank, "preempts", lambda self, other: False)
+
+
+def the_last_come_first(patch: Patch) -> None:
+    """The queue is a stack, so that the first may wait without end."""
+
+    def push(self: WaitingQueue, job: Job) -> None:
+        self._tickets += 1
+        job.ticket = self._tickets
+        heapq.heappush(self._heap, (Rank(-self._tickets, 0), job.ticket, job))
+
+    patch.setattr(WaitingQueue, "_push", push)
+
+
 BROKEN = [
     state_of_another_boundary,
     page_not_retained,
@@ -160,6 +180,7 @@ BROKEN = [
     finished_jobs_keep_their_row,
     noise_of_the_row_instead_of_the_request,
     scores_of_the_neighbour,
+    waiting_jobs_never_preempt,
 ]
 
 
@@ -181,3 +202,16 @@ def test_the_random_walk_passes_on_the_real_engine() -> None:
     assert harness.met["swapped"]
     assert harness.met["hits"]
     assert harness.met["forked"]
+
+
+def test_a_request_that_waits_too_long_is_detected(monkeypatch: Patch) -> None:
+    the_last_come_first(monkeypatch)
+    harness = EngineHarness(HashOracle(), rows=1, pages=20)
+    with pytest.raises(AssertionError, match="are fair"):
+        _step_with_arrivals(harness, 1000)
+
+
+def _step_with_arrivals(harness: EngineHarness, arrivals: int) -> None:
+    for number in range(arrivals):
+        harness.submit([number % 97, number // 97], SamplingParams(max_new_tokens=2))
+        harness.step()

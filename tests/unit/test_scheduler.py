@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from granite_paged.engine import waiting
+from granite_paged.engine import rank
 from granite_paged.engine.job import State
 from granite_paged.engine.request import Request, SamplingParams
 from granite_paged.errors import QueueFull, RequestTooLarge
@@ -58,7 +58,7 @@ def test_higher_priority_is_admitted_first() -> None:
 def test_low_priority_is_not_starved_by_higher_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(waiting, "PRIORITY_WORTH", 8)
+    monkeypatch.setattr(rank, "PRIORITY_WORTH", 8)
     harness = make_harness(rows=1)
     low = ask(harness, [1], new=2)
     for number in range(40):
