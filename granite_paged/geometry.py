@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch  # the allocator and the scheduler import this module and run without it
 
 Backend = Literal["auto", "eager", "compiled"]
-"""How FlexAttention runs: `compiled` into a fused kernel, `eager` with all scores in memory, or
-`auto`: compiled on CUDA, eager on the CPU and for float64 (`layers/backend.py`)."""
+"""How attention runs: `compiled`, FlexAttention as a fused kernel; `eager`, SDPA over gathered
+pages; or `auto`: compiled on CUDA, eager on the CPU and for float64 (`layers/backend.py`)."""
 
 MODEL_TYPE = "granitemoehybrid"
 

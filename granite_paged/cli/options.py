@@ -191,7 +191,7 @@ _MODEL_OPTIONS = options(
     ),
     option(
         "--backend",
-        "Choose how FlexAttention runs.",
+        "Choose how attention runs: FlexAttention compiled, or SDPA over gathered pages.",
         click.Choice(["auto", "eager", "compiled"]),
         default="auto",
     ),

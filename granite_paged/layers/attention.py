@@ -1,5 +1,7 @@
 """Attention of a batch of queries over the pool: fold the group, call FlexAttention, unfold.
 
+Where no fused kernel runs, `gathered.py` computes the same in plain PyTorch.
+
 In decode kernels, `enable_gqa` refuses group sizes that are no power of two, and repeating K and V
 would copy the cache. So the G query heads of a KV head are folded into the rows of its query::
 
@@ -15,7 +17,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention as eager_flex_attention
 from torch.nn.attention.flex_attention import (
     AuxRequest,
     BlockMask,
@@ -32,6 +33,7 @@ from granite_paged.layers.backend import (
     attention_backend,
     check_compilable,
 )
+from granite_paged.layers.gathered import gathered_attention
 from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
 
 _T = TypeVar("_T")
@@ -78,21 +80,25 @@ def paged_attention(
     """
     if not torch.compiler.is_compiling():
         _check_mask(query, keys, block_mask)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _is_eager(backend, query):
+        return gathered_attention(query, keys, values, block_mask, scale)
+    _check_compilable(query, block_mask)
     folded = _fold(query, keys.shape[1], block_mask.shape)
-    if torch.compiler.is_compiling():
-        _check_compilable(query, block_mask)
+    if compiling:
         out = _fused(folded, keys, values, block_mask, scale, options)
-    elif attention_backend(backend, query.device, query.dtype, query.shape[3]) == "compiled":
-        _check_compilable(query, block_mask)
+    else:
         options = options or _smaller_options(block_mask, keys)
         out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
-    else:
-        out = _eager(folded, keys, values, block_mask, scale)
     return _unfold(out, query.shape)
 
 
+def _is_eager(backend: Backend, query: Tensor) -> bool:
+    return attention_backend(backend, query.device, query.dtype, query.shape[3]) == "eager"
+
+
 def _check_mask(query: Tensor, keys: Tensor, mask: BlockMask) -> None:
-    """Check the mask's sizes, which FlexAttention's eager operator does not."""
+    """Check that the mask is for this pool, and for enough rows and tokens."""
     batch, _, rows, slots = mask.shape
     needed = query.shape[2] * (query.shape[1] // keys.shape[1])
     if slots != keys.shape[2] or batch < query.shape[0] or rows < needed:
@@ -344,53 +350,3 @@ def _compiled(function: Callable[..., _T]) -> Callable[..., _T]:
 def _check_compilable(query: Tensor, mask: BlockMask) -> None:
     page_size, head_dim = mask.BLOCK_SIZE[1], query.shape[3]
     check_compilable(query.device, query.dtype, page_size=page_size, head_dim=head_dim)
-
-
-# -- eager --------------------------------------------------------------------------------------
-
-
-def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """Run dense FlexAttention over the whole pool, for the CPU, float64 and debugging.
-
-    The public `flex_attention` traces each new shape with dynamo even when nothing is compiled, so
-    the operator below it is called directly. It would map the mask_mod over four dimensions at
-    each call, so it gets a mask_mod that looks the finished mask up.
-
-    A dense product would spread a NaN of one slot to all rows (0 * NaN). So NaNs in V are replaced
-    by 0 first, and only rows that attend to such a slot become NaN.
-    """
-    allowed = _dense_mask(mask)
-    exact = torch.promote_types(query.dtype, torch.float32)  # in half, weights would round too
-    finite = values.isfinite()
-    clean = values if bool(finite.all()) else values.where(finite, 0)
-
-    def look_up(row: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
-        return allowed[row, folded_row, slot]
-
-    out: Tensor = eager_flex_attention(
-        query.to(exact),
-        keys.to(exact),
-        clean.to(exact),
-        _same_score,
-        (*mask.as_tuple()[:-1], look_up),
-        scale,
-        {},
-    )[0]
-    if clean is not values:
-        poisoned = ~finite.all(dim=3)[0]  # [Hkv, slots]
-        out = out.masked_fill((allowed[:, None] & poisoned[:, None]).any(3, True), torch.nan)
-    return out.to(query.dtype)
-
-
-def _dense_mask(mask: BlockMask) -> Tensor:
-    """Return the mask_mod of all queries and slots, [B, folded rows, slots] bool."""
-    device = mask.kv_num_blocks.device
-    rows, (folded_rows, slots) = mask.kv_num_blocks.shape[0], mask.shape[-2:]
-    row = torch.arange(rows, device=device)[:, None, None]
-    folded_row = torch.arange(folded_rows, device=device)[None, :, None]
-    slot = torch.arange(slots, device=device)[None, None, :]
-    return mask.mask_mod(row, row, folded_row, slot)
-
-
-def _same_score(score: Tensor, *_: Tensor) -> Tensor:
-    return score

@@ -2,7 +2,7 @@
 
 ::
 
-    attention_backend   FlexAttention as a fused kernel (compiled) or as dense PyTorch (eager)
+    attention_backend   FlexAttention as a fused kernel, or SDPA over gathered pages
     check_compilable    refuse sizes and dtypes that the fused kernel cannot compute
     kernel_refusal      why the package's Triton kernels cannot run on a device and dtype
     triton_refusal      why a runner uses `EagerModel` and not `TritonModel` with CUDA graphs
@@ -48,7 +48,7 @@ _FLEX_CAPABILITY, _KERNEL_CAPABILITY = (7, 0), (8, 0)  # oldest GPUs: Triton's, 
 def attention_backend(
     backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Backend:
-    """Return how FlexAttention runs: `eager` or `compiled`.
+    """Return how attention runs: `eager` or `compiled`.
 
     `auto` is compiled on CUDA where a fused kernel exists (any dtype but float64, heads of at least
     16 elements) and can be built. If it cannot be built, a warning says why, once per process.

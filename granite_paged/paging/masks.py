@@ -7,8 +7,8 @@ Coordinates::
     position           of a token in its sequence, padding not counted; -1 for padding
 
 The mask_mod is complete: it allows a slot if its page belongs to the row and its position is not
-after the query's. The block lists say the same by whole pages, so a compiled kernel reads only a
-sequence's own pages. Eager FlexAttention ignores the lists.
+after the query's. The block lists say the same by whole pages, so that attention reads only a
+sequence's own pages.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def paged_block_mask(
     page of the pool, such as the null page, because kernels may read past the counts.
 
     Returns:
-        A BlockMask for queries folded to [B, Hkv, S * G, D].
+        A BlockMask for queries folded to [B, Hkv, S * G, D]. Its full list names all pages of a row
+        from logical page 0, also beyond its count.
     """
     pages = logical.shape[0]
     # The CPU kernel refuses lists shorter than the pool, though it never reads past the counts.

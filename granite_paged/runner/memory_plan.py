@@ -19,7 +19,7 @@ DEFAULT_SEQUENCES = 256
 """Rows of a runner if `max_sequences` is not given and they fit."""
 
 DEFAULT_HOST_TOKENS = 8192
-"""Tokens of a CPU pool if `max_tokens` is not given: eager attention reads the whole pool."""
+"""Tokens of a CPU pool if `max_tokens` is not given."""
 
 SCORED_AT_ONCE = 256
 """Tokens per batch of logits while continuations are scored."""

@@ -192,7 +192,7 @@ def test_a_nan_reaches_exactly_the_rows_that_attend_to_it(dtype, data) -> None:
 
 @given(data=st.data(), history=histories(SMALL), kind=st.sampled_from(KINDS))
 def test_the_mask_mod_allows_no_slot_of_an_unlisted_page(data, history, kind) -> None:
-    """Otherwise eager, which ignores the lists, and compiled FlexAttention would disagree."""
+    """Attention never reads such a page, so the token would be lost."""
     _, _, step = draw_step(data, history, kind)
     assert_unlisted_pages_hold_nothing(step)
 

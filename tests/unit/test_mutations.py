@@ -335,7 +335,6 @@ def without_inverse_map(
 
 
 BROKEN_MASK_MODS = {
-    "without the ownership test": without_ownership,
     "without the inverse map": without_inverse_map,
     "without the causal bound": changed(positions=lambda p: p.where(p < 0, p.amax())),
     "without a length": changed(positions=lambda p: p.where(p < 0, 10**6)),
@@ -373,6 +372,14 @@ def test_the_oracle_detects_a_broken_mask_mod(name: str, monkeypatch) -> None:
     monkeypatch.setattr(masks, "paged_mask_mod", BROKEN_MASK_MODS[name])
     with pytest.raises(AssertionError):
         assert_right(paged, step, added, step.attend())
+
+
+def test_a_mask_mod_without_the_ownership_test_is_detected(monkeypatch) -> None:
+    """Attention reads listed pages only, so this fault is seen where lists and mask_mod differ."""
+    _, _, step = ragged_step()
+    monkeypatch.setattr(masks, "paged_mask_mod", without_ownership)
+    with pytest.raises(AssertionError, match="a page that no list names"):
+        assert_unlisted_pages_hold_nothing(step)
 
 
 def test_moving_pages_detects_slots_read_as_positions(monkeypatch) -> None:
@@ -451,13 +458,13 @@ def keys_for_values(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 )
 def test_the_oracle_detects_broken_attention(broken, monkeypatch) -> None:
     paged, added, step = ragged_step()
-    monkeypatch.setattr(attention, "_eager", broken(attention._eager))
+    monkeypatch.setattr(attention, "gathered_attention", broken(attention.gathered_attention))
     with pytest.raises(AssertionError):
         assert_right(paged, step, added, step.attend())
 
 
 def test_a_foreign_nan_in_the_output_is_detected(monkeypatch) -> None:
-    """In eager attention the dense product spreads a NaN of a foreign page unless it is masked."""
+    """SDPA spreads a NaN in the unused tail of a page to every token, unless it is replaced."""
     paged, added, step = ragged_step()
     values = step.values.clone()
     values[:, :, paged.unread_slots(added)] = torch.nan
