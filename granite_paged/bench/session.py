@@ -267,6 +267,7 @@ class Session:
                 self.clock.wait()
                 prepared.reset()
             peak = self.clock.peak(prepared.step)
+            prepared.reset()
         except BaseException:
             prepared.release()
             raise

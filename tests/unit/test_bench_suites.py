@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from granite_paged.bench import visits
-from granite_paged.bench.cases import Shape
+from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.judge import Gated, Seen
 from granite_paged.bench.measure import Clock, Prepared
-from granite_paged.bench.session import Measured
+from granite_paged.bench.session import Measured, Session
 from granite_paged.bench.suites import sleep_of, worsened
 from granite_paged.bench.visits import Subject, look_at
+from granite_paged.geometry import PagedConfig
+from granite_paged.models import LoadedModel
+from tests.helpers.tiny_models import tiny_model
 
 CLOCK = Clock(torch.device("cpu"))
 GATE, SERVED = Gated("decode", Shape(1, 8)), Gated("serve", Shape(1, 8))
@@ -79,6 +82,17 @@ def test_a_failing_mode_leaves_unequal_visits_and_its_reason() -> None:
     look_at(GATE, {"default": bad, "paged": subject([], "paged")}, seen, 3)
     assert (len(seen.default), len(seen.paged)) == (1, 3)
     assert seen.errors == {"default": "OutOfMemoryError: 3 GB"}
+
+
+def test_a_step_is_reset_after_its_peak_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen here: the next step opened its sequences a second time, and ran out of pages."""
+    log: list[str] = []
+    session = Session(LoadedModel("tiny", tiny_model(), None), PagedConfig())
+    step = Prepared(lambda: log.append("step"), lambda: log.append("reset"))
+    monkeypatch.setattr(session, "_prepared", lambda *given: step)
+    monkeypatch.setattr(Clock, "peak", lambda clock, step: step() and None)
+    session.ready(CASES["batch"], Shape(1, 8), "paged", Measured())
+    assert log == ["step", "reset"] * (len(log) // 2)
 
 
 @pytest.mark.parametrize(
