@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
 from granite_paged.bench.cases import BenchCase, Kind, Shape, chosen_cases
 from granite_paged.bench.coldstart import in_fresh_processes
-from granite_paged.bench.conditions import read_conditions
+from granite_paged.bench.conditions import Reading, read_conditions
 from granite_paged.bench.kernel import KernelCase, time_kernels
 from granite_paged.bench.measure import (
     FAILURES,
@@ -49,12 +49,16 @@ _ALONE = "timed alone: it did not fit with the other modes"
 
 @dataclass(slots=True)
 class Measured:
-    """What was measured of one mode in one shape; `held` is what its step keeps allocated."""
+    """What was measured of one mode in one shape.
+
+    `held` is what its step keeps allocated, and `reading` what the driver said after the last step.
+    """
 
     samples: Samples = field(default_factory=Samples)
     peak_bytes: int | None = None
     note: str = ""
     held: int = 0
+    reading: Reading = field(default_factory=Reading)
 
 
 class Session:
@@ -129,9 +133,7 @@ class Session:
         if case.kind == "coldstart":
             return self._coldstart_rows(case, shape) if chosen else []
         measured = self.measure(case, shape, chosen)
-        seen = asdict(read_conditions(self.clock.device))
-        rows = (self.row(case, shape, mode, part) for mode, part in measured.items())
-        return [row if row.error else replace(row, **seen) for row in rows]
+        return [self.row(case, shape, mode, part) for mode, part in measured.items()]
 
     def row(self, case: BenchCase, shape: Shape, mode: str, part: Measured) -> Row:
         """Return a measured mode as a row; transformers' modes say what ran the Mamba layers."""
@@ -149,6 +151,8 @@ class Session:
             tokens_per_second=1e3 * case.step_tokens(shape) / latency.median,
             peak_bytes=part.peak_bytes,
             note=part.note,
+            clock_mhz=part.reading.clock_mhz,
+            busy=part.reading.busy,
         )
 
     def _mamba_variant(self, mode: str) -> str:
@@ -253,6 +257,9 @@ class Session:
                 release_cached_memory(self.clock.device)
             for mode, samples in interleaved(steps, self.clock, repeats).items():
                 measured[mode].samples = samples
+            reading = read_conditions(self.clock.device)
+            for part in measured.values():
+                part.reading = reading
         return measured
 
     def ready(self, case: BenchCase, shape: Shape, mode: str, measured: Measured) -> Prepared:

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from granite_paged.bench import modes
 from granite_paged.bench import session as sessions
 from granite_paged.bench.cases import CASES, Shape
+from granite_paged.bench.conditions import Reading
 from granite_paged.bench.kernel import KernelCase, KernelTimes
 from granite_paged.bench.measure import Repeats, Samples
 from granite_paged.bench.modes import Default, Paged, Static, config_for, prefill_calls, token_ids
@@ -246,6 +247,12 @@ def test_every_mode_gets_a_complete_row(runner: Any) -> None:
         assert row.floor_ms > 0
         assert row.peak_bytes is None
     assert [row.mamba for row in rows] == ["reference code", ""]
+
+
+def test_a_row_holds_clock_and_load(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "read_conditions", lambda device: Reading(1755, 0.9))
+    rows = rows_of(BenchPlan([(CASES["batch"], Shape(2, 32))], ()), session())
+    assert [(row.clock_mhz, row.busy) for row in rows] == [(1755, 0.9)] * 2
 
 
 def test_the_serve_case_gives_a_row_of_both_modes() -> None:
