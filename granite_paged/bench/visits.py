@@ -7,7 +7,7 @@ Visits of the modes take turns.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -90,6 +90,16 @@ class Subject:
             times.append(seconds(self.prepared.step))
             self.prepared.reset()
         return median(times)
+
+
+def shapes_for(session: Session, shapes: Sequence[Gated]) -> list[Gated]:
+    """Return the shapes whose sequences are not longer than the model allows."""
+    longest = session.model.config.max_position_embeddings
+    return [
+        gated
+        for gated in shapes
+        if gated.shape.context + (CASES[gated.case].kind == "decode") <= longest
+    ]
 
 
 def subject_of(session: Session, gated: Gated, mode: str) -> Subject:

@@ -103,12 +103,13 @@ def _judge(session: Session, records: Path, json_file: str | None) -> int:
     from granite_paged.bench import gate as gates
     from granite_paged.bench import judge
     from granite_paged.bench.records import against_records, how_to_record
+    from granite_paged.bench.visits import shapes_for
     from granite_paged.environment import mamba_note
     from granite_paged.report.published import read_published
 
     against = against_records(records, session, read_published(records))
     with progress() as report_progress:
-        report = gates.gate(session, against, judge.GATED, report_progress)
+        report = gates.gate(session, against, shapes_for(session, judge.GATED), report_progress)
     console = report_console(json_file)
     console.print(_table(report))
     if note := mamba_note():
@@ -141,6 +142,7 @@ def _calibrate(
     from granite_paged.bench import judge
     from granite_paged.bench.records import record_path, record_to_extend
     from granite_paged.bench.suites import alarms_of, calibrate
+    from granite_paged.bench.visits import shapes_for
     from granite_paged.report.bench_results import writable_folder
 
     path = record_path(writable_folder(records), session)
@@ -148,8 +150,9 @@ def _calibrate(
     record = record_to_extend(path, session)
     gates.refuse_where_blind(session)
     earlier = record.calibration if update else None
+    shapes = shapes_for(session, judge.GATED)
     with progress() as report_progress:
-        calibration = calibrate(session, suites, judge.GATED, earlier, report_progress)
+        calibration = calibrate(session, suites, shapes, earlier, report_progress)
     result = replace(record, calibration=calibration)
     write_json(str(path), result.to_json())
     write_json(json_file, result.to_json())
@@ -185,14 +188,16 @@ def _teeth(session: Session, records: Path, tries: int, json_file: str | None) -
     from granite_paged.bench import judge
     from granite_paged.bench.records import against_records
     from granite_paged.bench.suites import teeth
+    from granite_paged.bench.visits import shapes_for
     from granite_paged.errors import CannotJudge
 
     against = against_records(records, session, ())
     if against.calibration is None:
         raise CannotJudge(f"teeth need a record, and {against.unused}; make one with --calibrate")
     gates.refuse_where_blind(session)
+    shapes = shapes_for(session, judge.GATED)
     with progress() as report_progress:
-        report = teeth(session, against, tries, judge.GATED, report_progress)
+        report = teeth(session, against, tries, shapes, report_progress)
     report_console(json_file).print(_teeth_table(report))
     write_json(json_file, report.to_json())
     return OK if report.passed else FAILED

@@ -46,6 +46,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelChoice, "require_gpu", lambda *args: None)
     monkeypatch.setattr(gate, "refuse_where_blind", lambda session: None)
     monkeypatch.setattr(Session, "floor", lambda self, case, shape: 0.1)
+    monkeypatch.setattr(visits, "shapes_for", lambda session, shapes: list(shapes))
 
 
 RECORD = "cpu.tiny-recall.float32.json"

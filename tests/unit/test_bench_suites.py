@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from granite_paged.bench.judge import Gated, Seen
 from granite_paged.bench.measure import Clock, Prepared
 from granite_paged.bench.session import Measured, Session
 from granite_paged.bench.suites import sleep_of, worsened
-from granite_paged.bench.visits import Subject, look_at
+from granite_paged.bench.visits import Subject, look_at, shapes_for
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
 from tests.helpers.tiny_models import tiny_model
@@ -93,6 +94,16 @@ def test_a_step_is_reset_after_its_peak_was_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Clock, "peak", lambda clock, step: step() and None)
     session.ready(CASES["batch"], Shape(1, 8), "paged", Measured())
     assert log == ["step", "reset"] * (len(log) // 2)
+
+
+@pytest.mark.parametrize(
+    ("longest", "contexts"), [(512, [8, 512]), (513, [8, 512, 512]), (8, [8]), (7, [])]
+)
+def test_shapes_beyond_the_models_limit_are_left_out(longest: int, contexts: list[int]) -> None:
+    config = SimpleNamespace(max_position_embeddings=longest)
+    session: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+    shapes = (SERVED, Gated("batch", Shape(1, 512)), Gated("decode", Shape(1, 512)))
+    assert [gated.shape.context for gated in shapes_for(session, shapes)] == contexts
 
 
 @pytest.mark.parametrize(
