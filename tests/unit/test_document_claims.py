@@ -21,7 +21,7 @@ from granite_paged.bench.workload import Workload
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.cli import options
 from granite_paged.cli.main import cli
-from granite_paged.engine import waiting
+from granite_paged.engine import rank
 from granite_paged.evaluate import near_ties
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import GraniteMoeHybridForCausalLM, geometry_config, load
@@ -360,7 +360,7 @@ def test_help_states_constants() -> None:
 
 
 def test_a_docstring_states_what_a_step_of_priority_is_worth() -> None:
-    assert f"up to {waiting.PRIORITY_WORTH:,} requests" in " ".join(
+    assert f"up to {rank.PRIORITY_WORTH:,} requests" in " ".join(
         (SamplingParams.__doc__ or "").split()
     )
 
