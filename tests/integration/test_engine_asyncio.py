@@ -7,13 +7,15 @@ import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from granite_paged.engine.engine import Engine
+from granite_paged.engine.lock import FairLock
 from granite_paged.engine.request import SamplingParams
-from granite_paged.errors import EngineClosed, QueueFull, RequestCancelled
+from granite_paged.errors import EngineClosed, QueueFull
 from tests.helpers.engine_harness import EngineHarness, expected_tokens
 from tests.helpers.simulated_runner import HashOracle
 
@@ -252,24 +254,37 @@ def test_the_queue_counts_requests_that_came_during_a_step() -> None:
     harness.drain()
 
 
-def test_a_thread_that_steps_all_the_time_lets_others_in() -> None:
-    harness = make_engine(pages=400)
-    engine = harness.engine
-    params = SamplingParams(max_new_tokens=200, stop_tokens=())
-    requests = [engine.submit([9], params) for _ in range(30)]
+def test_a_thread_that_asks_for_the_lock_again_comes_after_who_waits() -> None:
+    lock = FairLock()
+    seen: list[int] = []
 
-    def drive() -> None:
-        while any(not request.finished for request in requests):
-            engine.step()
+    def wait(number: int) -> None:
+        with lock:
+            seen.append(number)
 
-    stepping = threading.Thread(target=drive)
-    stepping.start()
-    for _ in range(20):
-        before = engine.stats().steps
-        engine.check_valid()
-        assert engine.stats().steps - before < 10
-    for request in requests:
-        engine.cancel(request)
-    stepping.join()
-    assert isinstance(requests[-1].outputs[0].error, RequestCancelled)
-    harness.drain()
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(10):
+            with lock:
+                waiting = pool.submit(wait, number)
+                time.sleep(0.02)
+            with lock:
+                assert seen == list(range(number + 1))
+            waiting.result(timeout=10)
+
+
+def test_a_thread_may_take_the_lock_again_while_others_wait() -> None:
+    lock = FairLock()
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            waiting = pool.submit(lock.__enter__)
+            time.sleep(0.05)
+            with lock:
+                assert lock.acquire_now()
+                lock.release()
+            assert lock.is_mine
+        waiting.result(timeout=10)
+        assert not lock.is_mine
+        assert not lock.acquire_now()
+        pool.submit(lock.release).result(timeout=10)
+    assert lock.acquire_now()
+    lock.release()
