@@ -52,7 +52,7 @@ class SamplingParams:
         stop_tokens: end after one of these tokens. None: every `eos_token_id` of the model's
             generation config, or else of its config; (): never.
         stop_strings: end before one of these appears in the text. Needs a tokenizer.
-        n: number of samples of the prompt, which is computed once.
+        n: number of samples of the prompt, which is computed once; below 65,536.
         priority: a request goes before those of lower priority that arrived up to 1,000 requests
             earlier per step of priority. It takes rows and pages of running ones of lower
             priority, if it cannot come in otherwise.
@@ -234,7 +234,7 @@ _INTEGERS: dict[str, tuple[float, float]] = {
     "max_new_tokens": (1, math.inf),
     "top_k": (0, math.inf),
     "seed": (0, 2**63),
-    "n": (1, math.inf),
+    "n": (1, 2**16),
     "priority": (-math.inf, math.inf),
 }
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {

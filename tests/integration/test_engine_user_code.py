@@ -161,7 +161,7 @@ def test_too_many_samples_are_refused_before_any_is_made(
     engine = make_engine().engine
     monkeypatch.setattr(intake, "SampleJob", None)
     with pytest.raises(QueueFull):
-        engine.submit(PROMPTS[0], SamplingParams(n=400_000))
+        engine.submit(PROMPTS[0], SamplingParams(n=60_000))
 
 
 # -- re-entry -----------------------------------------------------------------------------------

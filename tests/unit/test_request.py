@@ -44,7 +44,7 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "logprobs": [1.5, True],
     "stop_tokens": [2, "ab", (2.0,), (True,)],
     "stop_strings": [5, (5,), None],
-    "n": [2.0, None],
+    "n": [2.0, None, 2**16],
     "priority": [0.5, None],
 }
 
