@@ -207,5 +207,20 @@ def canary(session: nox.Session) -> None:
     session.run("python", "-m", "tools.canary")
 
 
+@nox.session
+def upstream(session: nox.Session) -> None:
+    """Run transformers' own tests with every model patched: `nox -s upstream -- CHECKOUT`."""
+    from tools.upstream.__main__ import UNUSABLE, find_checkout  # noqa: PLC0415
+
+    try:
+        checkout = find_checkout(session.posargs)
+    except ValueError as error:
+        print(f"upstream: {error}", file=sys.stderr)
+        sys.exit(UNUSABLE)
+    install(session, "upstream")
+    session.install(str(checkout))
+    session.run("python", "-m", "tools.upstream", str(checkout))
+
+
 if __name__ == "__main__":
     sys.exit("run this file with nox: `nox -l` lists the sessions")

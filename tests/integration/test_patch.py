@@ -30,7 +30,9 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.hf.compat import with_cache
+from granite_paged.layers.mamba import mixers
 from tests.helpers.tiny_models import PAD, VOCABULARY, cache_of, prompts, tiny_model
+from tests.helpers.tolerance import assert_same_logits, largest_error
 
 PAGES = PagedConfig(page_size=4)
 
@@ -383,3 +385,23 @@ def test_frozen_weights_need_no_context_manager(model: Any) -> None:
     model.requires_grad_(False)
     with paged(model, PAGES):
         assert model(prompts((9,))[0]).logits.isfinite().all()
+
+
+def test_left_padding_stays_out_of_states_with_a_projection_bias() -> None:
+    """In transformers, padding is zero before a Mamba layer's projection and its bias after it."""
+    model = tiny_model(mamba_proj_bias=True)
+    for mixer in mixers(model).values():
+        torch.nn.init.normal_(mixer.in_proj.bias)
+    ids, mask = prompts((21, 19, 8))
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "output_logits": True}
+    with paged(model, PagedConfig(page_size=16)):
+        out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
+    fed, width = out.sequences[:, :-1], ids.shape[1]
+    for row, tokens in enumerate(mask.sum(dim=1).tolist()):
+        with torch.inference_mode():
+            alone = model(fed[row : row + 1, width - tokens :]).logits[0, tokens - 1 :]
+        ours = torch.stack([logits[row] for logits in out.logits])
+        assert_same_logits(ours, alone)
+    with torch.inference_mode():
+        padded = model(ids[2:], attention_mask=mask[2:]).logits[0, -1]
+    assert largest_error(padded, out.logits[0][2]) > 1e-3  # so transformers' padding does count

@@ -1,0 +1,1 @@
+"""transformers' own tests for this model and for generation, with every model patched."""
