@@ -113,6 +113,7 @@ class Seen:
         times: of `paged`, compared with the record.
         paged, default: of whole steps, compared with each other.
         peaks, errors: by mode.
+        floor: shortest possible time of a step, by the rates of that moment; None if unknown.
     """
 
     times: list[float] = field(default_factory=list)
@@ -120,6 +121,7 @@ class Seen:
     default: list[float] = field(default_factory=list)
     peaks: dict[str, int | None] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    floor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(bytes_per_second=2 * count / copy, flops_per_second=2 * side**3 / multiply)
 
 
-_TRIES, _CALLS = 5, 4
+_TRIES, _CALLS = 3, 4
 
 
 def _best_seconds(call: Callable[[], Any], clock: Clock) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -37,11 +39,14 @@ from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
 from granite_paged.names import BASELINES
 from granite_paged.progress import Progress, silent
-from granite_paged.report.bench_results import WITH_MAMBA_SSM, Latency, Result, Row
+from granite_paged.report.bench_results import WITH_MAMBA_SSM, Latency, Rates, Result, Row
 
 _WARM_UP = 3  # torch.compile records CUDA graphs in the second call, replays from the third
 _CPU_BUDGET = 2**30  # bytes to fill in the memory case, without a GPU
 _BUDGET_FRACTION = 0.5  # part of a GPU's memory to fill in the memory case
+
+ROUNDS, NEW_ROUNDS = 20, 4
+"""Rounds in which a GPU's rates are measured, and how many of them are new at each measurement."""
 
 _SKIPPED = "not measured: the budget"
 _ALONE = "timed alone: it did not fit with the other modes"
@@ -89,6 +94,7 @@ class Session:
         self.seed = seed
         self.repeats = repeats or Repeats()
         self.clock = Clock(torch.device(self.model.device))
+        self._rounds: deque[Rates] = deque(maxlen=ROUNDS if self.clock.gpu else 1)
         self.measure_rates()
         self.sizes = ModelSizes.of(self.model)
         self._fresh_arguments = tuple(fresh_arguments)
@@ -96,8 +102,17 @@ class Session:
         self.weights = self.clock.allocated() - self.workspace
 
     def measure_rates(self) -> None:
-        """Measure the device's rates again, which set the floor."""
-        self.rates = measure_rates(self.clock.device, self.model.dtype)
+        """Measure the device's rates again, which set the floor: the medians of the last rounds.
+
+        One round strays by a per cent, because a GPU that multiplies is limited by its power.
+        """
+        full = len(self._rounds) == self._rounds.maxlen
+        for _ in range(NEW_ROUNDS if full else self._rounds.maxlen or 1):
+            self._rounds.append(measure_rates(self.clock.device, self.model.dtype))
+        self.rates = Rates(
+            median(rates.bytes_per_second for rates in self._rounds),
+            median(rates.flops_per_second for rates in self._rounds),
+        )
 
     @property
     def device_name(self) -> str:

@@ -51,11 +51,12 @@ def all_ready(session: Session, shapes: Sequence[Gated]) -> Iterator[Subjects]:
 
 
 def measure_suite(session: Session, subjects: Subjects) -> dict[Gated, Seen]:
-    """Measure the time of every shape once, with the device's rates of this moment."""
-    session.measure_rates()
+    """Measure the time of every shape once, with the device's rates of its moment."""
     suite = {}
     for gated, subject in subjects.items():
-        suite[gated] = Seen(peaks={"paged": subject.measured.peak_bytes})
+        session.measure_rates()
+        peaks = {"paged": subject.measured.peak_bytes}
+        suite[gated] = Seen(peaks=peaks, floor=session.floor(CASES[gated.case], gated.shape))
         look_at(gated, {"paged": subject}, suite[gated], VISITS, whole=False)
         if error := suite[gated].errors.get("paged"):
             raise RuntimeError(f"{describe(gated)}: {error}")
@@ -80,8 +81,8 @@ def calibrate(
         for number in range(suites):
             progress("suite", number, suites)
             for gated, seen in measure_suite(session, subjects).items():
-                if gated.time:
-                    ratios[gated].append(suite_time(seen.times) / _floor(session, gated))
+                if gated.time and seen.floor:
+                    ratios[gated].append(suite_time(seen.times) / seen.floor)
             clocks += filter(None, [read_conditions(session.clock.device).clock_mhz])
         found = [
             replace(
@@ -96,21 +97,15 @@ def calibrate(
     return Calibration(config.page_size, config.backend, VISITS, found)
 
 
-def _floor(session: Session, gated: Gated) -> float:
-    floor = session.floor(CASES[gated.case], gated.shape)
-    if floor is None:
-        raise ValueError(f"{describe(gated)} has no floor")
-    return floor
-
-
 def _calibrated(
     session: Session, gated: Gated, subject: Subject, ratios: list[float]
 ) -> CalibratedShape:
+    floor = session.floor(CASES[gated.case], gated.shape)
     busy = subject.on_device() / subject.whole() if gated.time and gated.on_device else None
     return CalibratedShape(
         *gated.place,
         sessions=[ratios] if ratios else [],
-        floor_ms=1e3 * _floor(session, gated),
+        floor_ms=1e3 * floor if floor else None,
         peak_bytes=subject.measured.peak_bytes,
         busy=busy,
     )
@@ -236,7 +231,7 @@ def _try(
         if gated.time or first:
             seen.peaks["paged"] = subjects[gated].peak(session.weights, session.workspace)
             alone = replace(gated, default=False)
-            for check in checks_of(alone, seen, against, _floor(session, gated)):
+            for check in checks_of(alone, seen, against, seen.floor):
                 if check.law in (TIME_LAW, MEMORY_LAW):
                     yield gated, check
 

@@ -35,6 +35,7 @@ from granite_paged.bench.judge import (
     judge_ratio,
     judge_time,
     scattered,
+    suite_time,
     visit_ratio,
 )
 from granite_paged.bench.visits import VISITS
@@ -196,6 +197,22 @@ def test_one_disturbed_visit_changes_no_verdict() -> None:
     found = seen(noise=0.001)
     disturbed = replace(found, times=[*found.times[:-1], 1.02 * found.times[-1]])
     assert red(disturbed, record()) == []
+
+
+def test_a_suites_time_is_the_median_of_its_visits() -> None:
+    assert suite_time([1.0, 1.0, 9.0]) == 1.0
+
+
+def test_the_false_alarms_of_a_suite_are_shared_by_its_time_checks() -> None:
+    assert Against().checks == sum(gated.time for gated in GATED) == 9
+    draw = random.Random(3)
+    sessions = [visits(draw, RATIO * DEFAULT / FLOOR, 0.004, 20)]
+    limits = []
+    for checks in (1, 9):
+        against = replace(record(sessions=sessions), checks=checks)
+        found = {check.law: check.bound for check in checks_of(GATE, seen(), against, FLOOR)}
+        limits.append(float(found[TIME_RECORD].removeprefix("<= ")))
+    assert limits[0] < limits[1]
 
 
 def test_visits_that_scatter_are_unmeasurable() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import GraniteMoeHybridForCausalLM
 
+from granite_paged.bench import session
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
 from granite_paged.bench.roofline import ModelSizes, Work, measure_rates
 from granite_paged.geometry import CacheGeometry
@@ -128,3 +131,18 @@ def test_capacity_leaves_less_than_one_sequence_unused(one_b: ModelSizes) -> Non
 def test_a_budget_below_one_sequence_holds_none(one_b: ModelSizes) -> None:
     assert capacity(one_b, 10**6).sequences == 0
     assert padded_capacity(one_b, 10**6, longest=4096).sequences == 0
+
+
+def test_rates_are_medians_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: twenty rounds at first, then four new ones each time."""
+    found = iter(float(n) for n in range(1, 1000))
+    monkeypatch.setattr(session, "measure_rates", lambda *args: Rates(next(found), next(found)))
+    watched: Any = session.Session.__new__(session.Session)
+    watched.clock = SimpleNamespace(device=None)
+    watched.model = SimpleNamespace(dtype=None)
+    watched._rounds = deque(maxlen=session.ROUNDS)
+    watched.measure_rates()
+    assert watched.rates == Rates(20.0, 21.0)  # of 1, 3, ... 39 and of 2, 4, ... 40
+    watched.measure_rates()
+    assert watched.rates == Rates(28.0, 29.0)
+    assert len(watched._rounds) == 20
