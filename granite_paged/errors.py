@@ -343,6 +343,10 @@ class DeviceError(GranitePagedError):
     """A device that is unknown, absent, or too small for the model."""
 
 
+class ClusterError(GranitePagedError):
+    """A Ray cluster that is absent or too small, or whose workers fail."""
+
+
 class Unsupported(GranitePagedError):
     """A benchmark mode cannot run this case or shape."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from granite_paged.batch.answer import Answer, answer_line, error_line
@@ -15,10 +16,25 @@ from granite_paged.engine.engine import Engine
 from granite_paged.engine.prompts import PromptEncoder
 from granite_paged.engine.request import Request
 from granite_paged.errors import GranitePagedError, QueueFull
+from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
 
 INVALID, FAILED = "invalid_request", "request_failed"
 """Codes of errors: the line is at fault, or its request failed."""
+
+
+_CPU_ROWS = 32  # more rows wait longer for each other than they save
+
+
+def batch_engine(loaded: LoadedModel, config: PagedConfig, rows: int | None) -> Engine:
+    """Return an engine for the highest throughput, whatever the time between tokens.
+
+    rows: most sequences at once. None: as many as the engine's default, or 32 on a CPU.
+    """
+    if rows is None and loaded.model.device.type == "cpu":
+        rows = _CPU_ROWS
+    config = replace(config, max_sequences=rows or config.max_sequences)
+    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, longest_step=math.inf)
 
 
 @dataclass(slots=True)

@@ -18,6 +18,9 @@ from granite_paged.errors import CannotWrite
 LONGEST = 16 << 20
 """Most bytes of a line."""
 
+WINDOW = 4096
+"""Most lines in memory. A line that takes longer than this many others makes them wait."""
+
 _SHOWN = 256  # bytes that are kept of a line that is too long
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

@@ -72,6 +72,7 @@ class BatchOutput:
         self._synced = time.monotonic()
         self._file: AppendFile | None = None
         self._stream: BinaryIO | None = None
+        self._standard = sys.stdout  # which may be redirected while answers are written
         if path != "-" and _is_stream(path):
             with writing(path):
                 self._stream = open(path, "wb", buffering=0)  # noqa: SIM115
@@ -140,8 +141,8 @@ class BatchOutput:
 
     def _write_stream(self, content: bytes) -> None:
         if self._stream is None:  # an OSError of standard output concerns the whole program
-            sys.stdout.buffer.write(content)
-            sys.stdout.buffer.flush()
+            self._standard.buffer.write(content)
+            self._standard.buffer.flush()
             return
         try:
             self._stream.write(content)

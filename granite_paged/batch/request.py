@@ -42,6 +42,9 @@ _READ = (
     *("ignore_eos", "return_token_ids"),
 )
 
+FIELDS = frozenset({*_SAMPLING, *_READ} - {"model", "user"})
+"""Fields that an answer depends on."""
+
 _CHANGES_NOTHING: dict[str, Callable[[Any], bool]] = {
     "stream": lambda value: value is False,
     "echo": lambda value: value is False,

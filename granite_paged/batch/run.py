@@ -17,11 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from granite_paged.batch.answering import Answering, Pending
-from granite_paged.batch.lines import Line, prefix_key
+from granite_paged.batch.lines import WINDOW, Line, prefix_key
 from granite_paged.batch.output import BatchOutput, Tally
-
-WINDOW = 4096
-"""Most lines in memory. A line that takes longer than this many others makes them wait."""
 
 WINDOW_BYTES = 64 << 20
 """Most bytes of the window's lines, apart from the last line's."""

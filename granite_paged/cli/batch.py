@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -24,16 +23,14 @@ from granite_paged.cli.options import (
     model_options,
     option,
 )
+from granite_paged.cli.ray import RayChoice, ray_options
 from granite_paged.errors import DataError
 
 if TYPE_CHECKING:
     from granite_paged.batch.answering import Answering
-    from granite_paged.batch.lines import Line
     from granite_paged.batch.output import BatchOutput, Tally
     from granite_paged.batch.run import Report
     from granite_paged.models import LoadedModel
-
-_CPU_ROWS = 32  # more rows wait longer for each other than they save
 
 _LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
@@ -57,6 +54,7 @@ _LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
     POSITIVE,
     metavar="N",
 )
+@ray_options
 def batch(
     input_file: str,
     output_file: str,
@@ -65,6 +63,7 @@ def batch(
     max_new_tokens: int | None,
     alias: tuple[str, ...],
     rows: int | None,
+    cluster: RayChoice | None,
 ) -> int:
     """Answer every line of a file of requests.
 
@@ -81,9 +80,13 @@ def batch(
     Exits with 0 if every line has an answer, 1 if some have an error, 2 for wrong usage or a full
     disk, and 130 if interrupted. Finished lines are kept in each case.
 
+    With --ray, workers of a Ray cluster answer the lines, each with an engine of its own. The
+    output is the same.
+
     \b
     granite-paged batch requests.jsonl answers.jsonl --model ibm-granite/granite-4.0-h-1b
     granite-paged batch prompts.jsonl - --max-new-tokens 8 | head
+    granite-paged batch requests.jsonl answers.jsonl --model DIR --ray --workers 2
     """  # noqa: D301
     from granite_paged.batch.lines import read_lines
     from granite_paged.batch.output import BatchOutput
@@ -95,10 +98,17 @@ def batch(
         lines = read_lines(source)
         try:
             output.match(lines)
-            loaded = _load(choice, tokenizer)
-            with _answering(loaded, choice, rows, max_new_tokens, alias) as answering:
-                output.check_run(answering.run)
-                _run(lines, answering, output, _size(input_file))
+            with progress(_size(input_file), output.tally) as report:
+                if cluster is None:
+                    from granite_paged.batch.run import answer_lines
+
+                    loaded = _load(choice, tokenizer)
+                    with _answering(loaded, choice, rows, max_new_tokens, alias) as answering:
+                        output.check_run(answering.run)
+                        answer_lines(lines, answering, output, report)
+                else:
+                    options = {"rows": rows, "max_new_tokens": max_new_tokens, "aliases": alias}
+                    cluster.answer_file(input_file, choice, tokenizer, options, output, report)
         except KeyboardInterrupt:
             click.echo(f"\n{output.kept}", err=True)
             raise
@@ -141,25 +151,12 @@ def _answering(
     max_new_tokens: int | None,
     aliases: tuple[str, ...],
 ) -> Iterator[Answering]:
-    from granite_paged.batch.answering import Answering
+    from granite_paged.batch.answering import Answering, batch_engine
     from granite_paged.batch.request import Defaults
-    from granite_paged.engine.engine import Engine
 
-    if rows is None and loaded.model.device.type == "cpu":
-        rows = _CPU_ROWS
-    config = dataclasses.replace(choice.config, max_sequences=rows)
     defaults = Defaults(loaded.model.generation_config, max_new_tokens, choice.seed)
-    with Engine(loaded.model, config, tokenizer=loaded.tokenizer, longest_step=math.inf) as engine:
+    with batch_engine(loaded, choice.config, rows) as engine:
         yield Answering(engine, loaded, defaults, aliases)
-
-
-def _run(
-    lines: Iterator[Line], answering: Answering, output: BatchOutput, size: int | None
-) -> None:
-    from granite_paged.batch.run import answer_lines
-
-    with progress(size, output.tally) as report:
-        answer_lines(lines, answering, output, report)
 
 
 def _summary(output: BatchOutput) -> int:

@@ -1,0 +1,122 @@
+"""Options of commands that run on a Ray cluster."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from granite_paged.cli.options import POSITIVE, Command, ModelChoice, option, options
+from granite_paged.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from granite_paged.batch.output import BatchOutput
+    from granite_paged.batch.run import Report
+    from granite_paged.ray.batch import Workers
+    from granite_paged.ray.workers import ModelSpec
+
+_AUTO = ""  # value of --ray without an address
+
+_RAY_OPTIONS = options(
+    click.option(
+        "--ray",
+        "address",
+        is_flag=False,
+        flag_value=_AUTO,
+        metavar="[ADDRESS]",
+        help="Run on this Ray cluster: host:port, auto, or local for a new one. Without ADDRESS: "
+        "RAY_ADDRESS if that is set, else local. Put it last, or write --ray=ADDRESS.",
+    ),
+    option("--workers", "Run this many workers.  [default: one per GPU]", POSITIVE, metavar="N"),
+    option(
+        "--gpus-per-worker",
+        "Give each worker this many GPUs, or a part of one.  [default: 1 if there are any]",
+        click.FloatRange(min=0),
+        metavar="X",
+    ),
+    option(
+        "--cpus-per-worker",
+        "Give each worker this many CPUs.",
+        click.FloatRange(min=0),
+        default=1.0,
+        metavar="X",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RayChoice:
+    """Values of the Ray options; see there."""
+
+    address: str
+    workers: int | None
+    gpus: float | None
+    cpus: float
+
+    def answer_file(
+        self,
+        path: str,
+        choice: ModelChoice,
+        tokenizer: str | None,
+        worker_options: dict[str, Any],
+        output: BatchOutput,
+        report: Report,
+    ) -> None:
+        """Answer the lines of a file; see `granite_paged.ray.batch.answer_file`."""
+        from granite_paged.ray.cluster import connected
+
+        if path == "-":
+            raise InvalidArgument("--ray reads the input more than once: name a file, got -")
+        with connected(self.address) as ray:  # a missing Ray is reported before torch loads
+            from granite_paged.ray.batch import answer_file
+
+            spec, workers = self._sized(ray, choice, tokenizer, worker_options)
+            answer_file(ray, path, spec, workers, output, report)
+
+    def _sized(
+        self, ray: Any, choice: ModelChoice, tokenizer: str | None, worker_options: dict[str, Any]
+    ) -> tuple[ModelSpec, Workers]:
+        """Return the model, on the device that workers get, and the workers."""
+        from granite_paged.ray.batch import Workers
+        from granite_paged.ray.cluster import gpus_of
+        from granite_paged.ray.workers import ModelSpec
+
+        has, gpus = gpus_of(ray), self.gpus
+        if gpus is None:
+            gpus = 1.0 if has and choice.device != "cpu" else 0.0
+        count = self.workers or (int(has / gpus) if gpus and has else 1)
+        spec = ModelSpec(
+            choice.model,
+            choice.random_weights,
+            "cuda" if gpus else "cpu",
+            choice.dtype,
+            choice.seed,
+            tokenizer,
+            choice.config,
+        )
+        return spec, Workers(count, gpus, self.cpus, worker_options)
+
+
+def ray_options(command: Command) -> Command:
+    """Add the Ray options; they reach the command as `cluster`, None without `--ray`."""
+
+    @_RAY_OPTIONS
+    @functools.wraps(command)
+    def with_cluster(
+        *,
+        address: str | None,
+        workers: int | None,
+        gpus_per_worker: float | None,
+        cpus_per_worker: float,
+        **others: Any,
+    ) -> Any:
+        cluster = None
+        if address is not None:
+            cluster = RayChoice(address, workers, gpus_per_worker, cpus_per_worker)
+        elif workers is not None or gpus_per_worker is not None:
+            raise click.UsageError("--workers and --gpus-per-worker need --ray")
+        return command(cluster=cluster, **others)
+
+    return with_cluster

@@ -1,0 +1,235 @@
+"""What runs in a worker of Ray: an engine, and the batches that it answers.
+
+This module does not import Ray: a worker is a plain callable class.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from granite_paged.batch.answer import Answer
+from granite_paged.batch.answering import Answering, batch_engine
+from granite_paged.batch.lines import Line, prefix_key
+from granite_paged.batch.request import FIELDS, Defaults
+from granite_paged.errors import ClusterError, InvalidArgument
+from granite_paged.geometry import PagedConfig
+from granite_paged.models import LoadedModel, load, load_tokenizer
+from granite_paged.ray.groups import Columns, unpacked
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model that each worker loads for itself. `models.load` has the fields' meaning."""
+
+    model: str | None = None
+    random_weights: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    tokenizer: str | None = None
+    config: PagedConfig | None = None
+
+    def load(self) -> LoadedModel:
+        """Load the model, and the tokenizer if one is named."""
+        loaded = load(
+            self.model,
+            random_weights=self.random_weights,
+            device=self.device,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
+        if self.tokenizer is None:
+            return loaded
+        return replace(loaded, tokenizer=load_tokenizer(self.tokenizer))
+
+
+class Worker:
+    """An engine of its own, and what it answers lines with. Its calls may run at once.
+
+    Args:
+        spec: the model.
+        rows: most sequences at once. None: 256, or 32 on a CPU.
+        max_new_tokens: see `Defaults`.
+        aliases: see `Answering`.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        rows: int | None = None,
+        max_new_tokens: int | None = None,
+        aliases: Sequence[str] = (),
+    ) -> None:
+        loaded = spec.load()
+        config = _share_of_gpu(spec.config or PagedConfig())
+        engine = batch_engine(loaded, config, rows)
+        defaults = Defaults(loaded.model.generation_config, max_new_tokens, spec.seed)
+        self._answering = Answering(engine, loaded, defaults, aliases)
+
+
+class LineWorker(Worker):
+    """Answers groups of lines for `granite-paged batch --ray`; a row is a group.
+
+    Attributes:
+        most_deaths: workers that may die with the same group. Ray itself would try forever.
+    """
+
+    most_deaths = 5
+
+    def __call__(self, batch: Columns) -> Columns:
+        """Answer each group. Return the answers, and the digest of the run."""
+        packs = [self._answered(unpacked(content)) for content in batch["lines"]]
+        return {"answers": _objects(packs), "run": _objects([self._answering.run] * len(packs))}
+
+    def _answered(self, group: Sequence[tuple[int, Line]]) -> bytes:
+        if attempts() >= self.most_deaths:
+            numbers = [line.number for _, line in group]
+            raise ClusterError(
+                f"workers died {self.most_deaths} times while they answered lines between "
+                f"{min(numbers)} and {max(numbers)}: see Ray's logs"
+            )
+        answers = self._answering.answer_all([line for _, line in group])
+        rows = zip(group, answers, strict=True)
+        return pickle.dumps([(index, line.end, answer) for (index, line), answer in rows])
+
+
+class Answers(Worker):
+    """Answers rows of a dataset: a callable class for `Dataset.map_batches`.
+
+    ::
+
+        dataset.map_batches(
+            Answers,
+            fn_constructor_kwargs={"model": "ibm-granite/granite-4.0-h-1b"},
+            compute=ray.data.ActorPoolStrategy(
+                size=2, max_concurrent_calls_per_actor=8, enable_true_multi_threading=True
+            ),
+            batch_size=64,
+            num_gpus=1,
+        )
+
+    A row has a column `prompt` (text or token ids) or `messages`, and may have `max_tokens`,
+    `temperature` and the other fields of a line of `granite-paged batch`. Columns with other names
+    stay as they are. Added columns: `text` of the first sample, `finish_reason`, `prompt_tokens`,
+    `completion_tokens`, `error` ("" if there is none), and `response`: the body in OpenAI's format
+    as JSON, with every sample.
+
+    Args:
+        model, random_weights, device, dtype, seed: see `granite_paged.load`.
+        tokenizer: a tokenizer for a model that has none.
+        config: page size and pools. On a part of a GPU, `memory_fraction` counts for that part.
+        options: `rows`, `max_new_tokens` and `aliases` of `Worker`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        random_weights: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int = 0,
+        tokenizer: str | None = None,
+        config: PagedConfig | None = None,
+        **options: Any,
+    ) -> None:
+        spec = ModelSpec(model, random_weights, device, dtype, seed, tokenizer, config)
+        super().__init__(spec, **options)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """Answer a batch of rows; an error concerns its row only."""
+        if not {"prompt", "messages"} & set(batch):
+            raise InvalidArgument(f"rows need a column prompt or messages, got {sorted(batch)}")
+        fields = [name for name in batch if name in FIELDS]
+        rows = zip(*(batch[name] for name in fields), strict=True)
+        lines = [_line_of(dict(zip(fields, row, strict=True))) for row in rows]
+        found = [_row_of(answer) for answer in self._answering.answer_all(lines)]
+        added = {name: _objects([row[name] for row in found]) for name in _row_of(None)}
+        counts = {name: added[name].astype(np.int64) for name in _COUNTS}
+        return {**batch, **added, **counts}
+
+
+def by_prefix(batch: Columns) -> Columns:
+    """Order the rows of a large batch so that prompts with a common beginning are neighbours.
+
+    For `Dataset.map_batches`, before the smaller batches of `Answers`. The order of rows changes.
+    """
+    name = "prompt" if "prompt" in batch else "messages"
+    keys = [prefix_key(_line_of({name: value})) for value in batch[name]]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return {name: np.asarray(column)[order] for name, column in batch.items()}
+
+
+# -- rows ---------------------------------------------------------------------------------------
+
+_COUNTS = ("prompt_tokens", "completion_tokens")
+
+
+def _line_of(row: dict[str, Any]) -> Line:
+    plain = {name: _plain(value) for name, value in row.items()}
+    return Line(0, json.dumps(plain, sort_keys=True).encode(), plain)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of numpy as JSON has it. A missing number is NaN there."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value
+
+
+def _row_of(answer: Answer | None) -> dict[str, Any]:
+    row = {"text": "", "finish_reason": "", "prompt_tokens": 0, "completion_tokens": 0}
+    row |= {"error": "", "response": ""}
+    if answer is None:
+        return row
+    if answer.error:
+        return {**row, "error": answer.error.removeprefix("line 0: ")}
+    body = json.loads(answer.content)["response"]["body"]
+    first = body["choices"][0]
+    text = first["message"]["content"] if "message" in first else first["text"]
+    counts = {name: body["usage"][name] for name in _COUNTS}
+    finish = first["finish_reason"]
+    return row | counts | {"text": text, "finish_reason": finish, "response": json.dumps(body)}
+
+
+def _objects(values: Sequence[Any]) -> Any:
+    """Return an array of objects; numpy would make texts of fixed width otherwise."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def attempts() -> int:
+    """Return how many workers died with the task that runs now; 0 outside Ray."""
+    try:
+        from ray._private.worker import global_worker
+
+        return int(global_worker.core_worker.get_current_task_attempt_number())
+    except Exception:  # not connected, or a version of Ray without it
+        return 0
+
+
+def _share_of_gpu(config: PagedConfig) -> PagedConfig:
+    """Return the config for the part of a GPU that Ray gave this worker."""
+    try:
+        import ray
+
+        part = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0)
+    except Exception:  # outside Ray, or before it is connected
+        return config
+    if not 0 < part < 1:
+        return config
+    return replace(config, memory_fraction=config.memory_fraction * part)

@@ -1,0 +1,193 @@
+"""Workers on a real Ray cluster answer as one process does, and survive what happens to workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from granite_paged import PagedConfig
+from granite_paged.cli.main import run
+from granite_paged.cli.options import FAILED, OK, USAGE
+from granite_paged.ray import Answers, by_prefix
+from granite_paged.ray.workers import LineWorker, ModelSpec, attempts
+from tests.helpers.batch_files import (
+    SIZES,
+    read_answers,
+    recall_requests,
+    write_requests,
+)
+from tests.helpers.command_line import Capture, assert_one_line
+
+parquet = pytest.importorskip("pyarrow.parquet")
+ray = pytest.importorskip("ray", reason="ray[data] is not installed")
+RAY = ["--ray=local", "--workers", "1"]
+REQUESTS = [*recall_requests(150), "{broken", *recall_requests(3, seed=1)]  # r0 to r2 are repeated
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Start one cluster for all tests of this file; its four CPUs are a count, not cores."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="CRITICAL", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return what one process answers to REQUESTS."""
+    folder = tmp_path_factory.mktemp("one")
+    source = write_requests(folder / "in.jsonl", REQUESTS)
+    assert run(["batch", source, str(folder / "out.jsonl"), *SIZES]) == FAILED
+    return (folder / "out.jsonl").read_bytes()
+
+
+def batch(folder: Path, *more: str) -> int:
+    source = write_requests(folder / "in.jsonl", REQUESTS)
+    return run(["batch", source, str(folder / "out.jsonl"), *SIZES, *RAY, *more])
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    monkeypatch.setattr("granite_paged.ray.batch.LineWorker", kind)
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def test_killed_and_slow_workers_write_the_same_bytes_as_one_process(
+    tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has a broken line and three repeated ids; each gets its error, in its place."""
+    died = tmp_path / "died"
+
+    class Troubled(LineWorker):
+        def _answered(self, group: Any) -> bytes:
+            if any(index == 0 for index, _ in group):
+                time.sleep(2)
+            elif not died.exists():
+                died.touch()
+                os._exit(1)
+            return super()._answered(group)
+
+    spoil(monkeypatch, Troubled)
+    assert batch(tmp_path, "--workers", "2") == FAILED
+    assert died.exists()
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+    assert sum(bool(row["error"]) for row in read_answers(tmp_path / "out.jsonl")) == 4
+
+
+def test_a_partial_output_is_completed(tmp_path: Path, expected: bytes) -> None:
+    """One process began the file, and was killed in the middle of a line."""
+    (tmp_path / "out.jsonl").write_bytes(expected[: len(expected) // 3])
+    assert batch(tmp_path) == FAILED
+    assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+def test_a_line_that_kills_every_worker_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    class Poisoned(LineWorker):
+        most_deaths = 1
+
+        def _answered(self, group: Any) -> bytes:
+            if not attempts():
+                os._exit(1)
+            return super()._answered(group)
+
+    spoil(monkeypatch, Poisoned)
+    capsys.readouterr()
+    assert batch(tmp_path) == USAGE
+    assert_one_line(capsys, "workers died 1 times while they answered lines between")
+
+
+# -- one line each ------------------------------------------------------------------------------
+
+
+def test_a_worker_that_cannot_load_its_model_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert batch(tmp_path, "--model", str(tmp_path)) == USAGE
+    assert_one_line(capsys, "is no checkpoint: it holds no config.json")
+
+
+def test_a_cluster_that_is_too_small_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert batch(tmp_path, "--gpus-per-worker", "1") == USAGE
+    assert_one_line(
+        capsys, "the cluster has 0 GPUs, the workers need 1: lower --workers or --gpus-"
+    )
+    assert batch(tmp_path, "--workers", "5") == USAGE
+    assert_one_line(capsys, "the cluster has 4 CPUs, the workers need 5: lower --workers")
+
+
+def test_a_worker_that_asks_for_a_gpu_and_has_none_is_named() -> None:
+    with pytest.raises(Exception, match="CUDA"):
+        LineWorker(ModelSpec(device="cuda"))
+
+
+def test_standard_input_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    capsys.readouterr()
+    assert run(["batch", "-", str(tmp_path / "out"), *RAY]) == USAGE
+    assert_one_line(capsys, "name a file, got -")
+
+
+def test_an_output_of_another_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    source = write_requests(tmp_path / "in.jsonl", recall_requests(80))
+    output = str(tmp_path / "out.jsonl")
+    short = write_requests(tmp_path / "short.jsonl", recall_requests(2))
+    assert run(["batch", short, output, *SIZES, "--seed", "5"]) == OK
+    capsys.readouterr()
+    assert run(["batch", source, output, *SIZES, *RAY]) == USAGE
+    assert_one_line(capsys, "was written with another model, tokenizer or other settings")
+    assert len(read_answers(output)) == 2
+
+
+# -- datasets -----------------------------------------------------------------------------------
+
+
+def test_answers_is_a_callable_class_and_rays_checkpoint_skips_written_rows(
+    tmp_path: Path,
+) -> None:
+    checkpoint = pytest.importorskip("ray.data.checkpoint")
+    requests = recall_requests(12)
+    rows = [{"id": n, "temperature": 0.0, **r["body"]} for n, r in enumerate(requests)]
+    rows[3]["temperature"] = -1.0
+    ray.data.from_items(rows).write_parquet(str(tmp_path / "in"))
+    context = ray.data.DataContext.get_current().copy()
+    context.checkpoint_config = checkpoint.CheckpointConfig(
+        id_column="id",
+        checkpoint_path=str(tmp_path / "checkpoint"),
+        delete_checkpoint_on_success=False,
+    )
+    sizes = {"device": "cpu", "config": PagedConfig(page_size=16, max_tokens=1024), "rows": 4}
+
+    def answer() -> list[dict[str, Any]]:
+        dataset = ray.data.read_parquet(str(tmp_path / "in"))
+        dataset.map_batches(by_prefix, batch_size=12, num_cpus=0.1).map_batches(
+            Answers,
+            fn_constructor_kwargs=sizes,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            batch_size=4,
+            num_cpus=0.5,
+        ).write_parquet(str(tmp_path / "out"))
+        tables = [parquet.read_table(path) for path in (tmp_path / "out").rglob("*.parquet")]
+        return [row for table in tables for row in table.to_pylist()]
+
+    with ray.data.DataContext.current(context):
+        answered = answer()
+        assert answer() == answered, "the second run answered rows again"
+    columns = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
+    alone = Answers(**sizes)(columns)
+    assert sorted(row["id"] for row in answered) == list(range(12))
+    for row in answered:
+        if row["id"] == 3:
+            assert "temperature must be a finite number" in row["error"]
+        else:
+            assert row["text"] == alone["text"][row["id"]]
+            assert json.loads(row["response"])["usage"]["completion_tokens"] > 0
