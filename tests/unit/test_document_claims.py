@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from granite_paged import SamplingParams, errors, verify
+from granite_paged.batch import lines as batch_lines
+from granite_paged.batch import request as batch_request
 from granite_paged.bench import calibration, gate, judge, visits
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.workload import Workload
@@ -25,6 +27,8 @@ from granite_paged.engine import rank
 from granite_paged.evaluate import near_ties
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import GraniteMoeHybridForCausalLM, geometry_config, load
+from granite_paged.ray import batch as ray_batch
+from granite_paged.ray import workers
 from granite_paged.report.bench_results import Result, Row, read_result, record_name, slug
 from granite_paged.report.eval_results import Evaluation, read_evaluation
 from granite_paged.runner.memory_plan import row_bytes
@@ -502,3 +506,39 @@ def test_the_guide_to_transformers_names_what_exists() -> None:
     guide = (ROOT / "docs" / "guides" / "transformers.md").read_text(encoding="utf-8")
     for name, file in re.findall(r"`(_\w+)` in `([\w/]+\.py)`", guide):
         assert f"def {name}(" in (PACKAGE / file).read_text(encoding="utf-8")
+
+
+# -- files of prompts ------------------------------------------------------------------------------
+
+
+def test_the_estimate_for_files_of_prompts_follows_from_the_record() -> None:
+    prefill = 32 * 512 / ms("batch", "paged", 32, 512)  # tokens per ms
+    decode = 128 / ms("decode", "paged", 128, 512)
+    old, new = 300 / prefill, 200 / decode  # ms
+    hours = 1e8 * (old + new) / 3.6e6
+    minutes = 1e4 * (old + new) / 6e4
+    assert_states(
+        "docs/guides/batches.md",
+        f"runs {1000 * prefill:,.0f} tokens per second: 300 tokens take {old:.2f} ms",
+        f"runs {1000 * decode:,.0f} tokens per second: 200 tokens take {new:.2f} ms",
+        f"Together {old + new:.2f} ms per prompt: 10⁴ prompts take {minutes:.1f} minutes, "
+        f"and 10⁸ take {hours:.0f} GPU-hours, which is {hours / 32:.1f} hours on 32 GPUs",
+        f"10⁸ prompts cost {3 * hours:.0f} dollars",
+        f"about {minutes:.0f} minutes",
+        f"about {hours:.0f} GPU-hours",
+    )
+
+
+def test_the_guide_for_files_of_prompts_names_every_field() -> None:
+    named = set(re.findall(r"`(\w+)`", text_of("docs/guides/batches.md")))
+    assert set(batch_request.FIELDS) <= named
+
+
+def test_the_guide_for_files_of_prompts_states_the_limits() -> None:
+    assert (batch_lines.WINDOW, workers.LineWorker.most_deaths, ray_batch.CALLS) == (4096, 5, 8)
+    assert_states(
+        "docs/guides/batches.md",
+        "within 4,096 lines",
+        "Five lost workers with the same lines end the run",
+        "The eight calls at once",
+    )
