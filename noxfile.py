@@ -113,7 +113,7 @@ def eval_parity(session: nox.Session) -> None:
     if not (data / "mmlu_test.jsonl").exists():
         session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
     session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb,tensorboard]")
-    names = ("test_lm_eval", "test_lm_eval_model", "test_report")
+    names = ("test_lm_eval", "test_lm_eval_model", "test_lm_eval_ranks", "test_report")
     extras = (f"tests/integration/{name}.py" for name in names)
     asked = {"GRANITE_PAGED_DATA": str(data), "GRANITE_PAGED_PARITY": "all"}
     session.run("python", "-m", "pytest", "--durations=5", *extras, *session.posargs, env=asked)

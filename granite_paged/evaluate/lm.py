@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,7 @@ from granite_paged.models import load, load_tokenizer
 from granite_paged.names import MODES
 
 try:
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -64,6 +66,7 @@ _HFLM = {name: one.default for name, one in inspect.signature(HFLM.__init__).par
 _ALWAYS = {"softmax_dtype": "float32"}  # what holds without being asked for
 
 _AUTO_ROWS = 64  # rows of batch_size=auto, as HFLM's max_batch_size
+_PATIENCE = timedelta(weeks=52)  # of ranks whose share is done, as HFLM's
 _NO_TOKENS = (0.0, True)  # score of a continuation without tokens
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -110,12 +113,13 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self._mode, self._rows = mode, _rows(batch_size, max_batch_size)
         self._paged = PagedConfig(**{name: options.pop(name) for name in _SIZES & {*options}})
         _check_arguments(options)
+        ranks = _ranks(pretrained, device)
         model, name = pretrained, getattr(pretrained, "name_or_path", pretrained)
         if pretrained is None or isinstance(pretrained, str):
             loaded = load(
                 pretrained,
                 random_weights=random_weights,
-                device=device or "auto",
+                device=str(ranks.device) if ranks else device or "auto",
                 dtype=str(dtype or "auto").removeprefix("torch."),
                 seed=seed,
             )
@@ -131,6 +135,9 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
             model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, **taken
         )
         self.pretrained = name
+        if ranks:  # `HFLM` leaves them to the caller who passes a model
+            self.accelerator, self._world_size = ranks, ranks.num_processes
+            self._rank = ranks.process_index
         self._scorer: Scorer | None = None
         self._needs = Needs(longest=0)
 
@@ -297,6 +304,19 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return {**options, "until": until}
 
 
+def _ranks(pretrained: Any, device: str | None) -> Accelerator | None:
+    """Join the processes of `accelerate launch`, each with its share of the requests."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    if not (pretrained is None or isinstance(pretrained, str)):
+        raise InvalidArgument(
+            "a loaded model does not run under accelerate launch: "
+            "pass pretrained=ID_OR_PATH, which each process loads"
+        )
+    patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+    return Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
+
+
 def _rows(batch_size: int | str, largest: int | None) -> int:
     if str(batch_size).partition(":")[0] == "auto":
         return largest or _AUTO_ROWS
@@ -309,8 +329,6 @@ def _rows(batch_size: int | str, largest: int | None) -> int:
 
 def _check_arguments(options: dict[str, Any]) -> None:
     """Raise InvalidArgument for arguments that `HFLM` does not have, or only `HFLM` supports."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InvalidArgument(f"{NAME} does not support accelerate launch: run one process")
     for name, value in options.items():
         if name not in _HFLM:
             raise UnknownName("model argument", name, sorted(_TAKEN | _SIZES))

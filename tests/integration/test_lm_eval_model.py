@@ -391,9 +391,11 @@ def test_max_length_is_by_default_that_of_hflm(checkpoint: Checkpoint) -> None:
     assert found == expected
 
 
-def test_accelerate_launch_is_refused_by_name(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+def test_a_loaded_model_under_accelerate_launch_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from granite_paged.evaluate.lm import GranitePagedLM  # noqa: PLC0415
+
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InvalidArgument, match="accelerate launch"):
-        ours(checkpoint)
+    with pytest.raises(InvalidArgument, match="does not run under accelerate launch"):
+        GranitePagedLM(tiny_model())

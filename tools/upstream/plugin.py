@@ -10,12 +10,13 @@ on the right goes to the left. A test's property `paged_steps` is its number of 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 import torch
-from transformers import GraniteMoeHybridForCausalLM
+from transformers import GraniteMoeHybridForCausalLM, set_seed
 
 from granite_paged import PagedConfig
 from granite_paged.hf.cache import PagedCache
@@ -24,6 +25,9 @@ from granite_paged.hf.patching import is_patched, patch
 SIZES = PagedConfig(page_size=16)
 
 STEPS = "paged_steps"
+
+SEED = 0
+SHARED = "tests.test_modeling_common"  # transformers' module with the tests' own random generator
 
 
 def _patching(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,7 +84,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Record how many paged steps a test ran."""
+    """Seed a test, and record how many paged steps it ran.
+
+    Random token ids may end with the padding token, from which `generate()` infers a mask.
+    """
+    set_seed(SEED)
+    if SHARED in sys.modules:
+        sys.modules[SHARED].global_rng.seed(SEED)
     steps: Any = PagedCache.begin_step
     before = steps.calls
     try:
