@@ -184,6 +184,7 @@ def test_suites_are_judged_by_the_others() -> None:
     assert false_alarms([shape(quiet), shape(quiet)]) == Alarms(7, 0)
     one_slow = [*quiet[:-1], 1.2]
     assert false_alarms([shape(quiet), shape(one_slow)]) == Alarms(7, 1)
+    assert false_alarms([shape(one_slow), shape(quiet)]) == Alarms(7, 1)
 
 
 def test_suites_without_a_bound_are_not_counted() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from granite_paged.bench import visits
+from granite_paged.bench import suites, visits
 from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.judge import Gated, Seen
 from granite_paged.bench.measure import Clock, Prepared
@@ -130,3 +131,23 @@ def test_a_worsened_step_takes_longer_and_holds_more(monkeypatch: pytest.MonkeyP
     assert CLOCK.seconds(slow) >= 0.01
     assert (calls, held) == (["step"], [1000])
     assert CLOCK.seconds(sleep_of(CLOCK, 0.0)) < 0.01
+
+
+@pytest.mark.parametrize("gated", [GATE, SERVED])
+def test_teeth_add_the_loss_that_the_gate_must_see(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[tuple[float, int]] = []
+    session: Any = SimpleNamespace(clock=CLOCK)
+    slow = subject([], "paged")
+    slow.measured.peak_bytes = 2000
+    for name in ("whole", "on_device"):
+        monkeypatch.setattr(Subject, name, lambda self: 2.0)
+    monkeypatch.setattr(
+        suites, "worsened", lambda step, clock, seconds, more: lost.append((seconds, more))
+    )
+    suites._worsened(session, gated, slow)
+    assert lost == [(pytest.approx(2.0 * (gated.seen - 1)), 30)]
+    lost.clear()
+    suites._worsened(session, replace(gated, time=False), slow)
+    assert lost == [(0.0, 30)]

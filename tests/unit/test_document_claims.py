@@ -17,7 +17,7 @@ import torch
 from granite_paged import SamplingParams, errors, verify
 from granite_paged.batch import lines as batch_lines
 from granite_paged.batch import request as batch_request
-from granite_paged.bench import calibration, gate, judge, visits
+from granite_paged.bench import calibration, gate, judge, session, suites, visits
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.workload import Workload
 from granite_paged.checkpoints import TINY_RECALL
@@ -314,6 +314,8 @@ def test_documents_state_constants_of_the_gate() -> None:
         f"includes {calibration.HOSTS:.0%} for hosts".replace("%", " %"),
         f"Less than {1e6 * judge.LEAST_SECONDS:.0f} microseconds",
         f"or {judge.LEAST_BYTES // 2**20} MiB more",
+        f"the medians of the last {session.ROUNDS} rounds",
+        f"holds {suites.MORE_MEMORY:.1%} more memory".replace("%", " %"),
     )
     assert_states("docs/glossary.md", f"fails after {tries} tries", f"shape {blocks} times")
     assert_states("docs/glossary.md", f"a block of up to {visits.STEPS} steps")
