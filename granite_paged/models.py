@@ -47,6 +47,8 @@ _UNREADABLE_CONFIG = (
     StrictDataclassError,  # contradictory sizes
 )
 
+_NO_HUB = "; without the hub, pass a folder, or set HF_HUB_OFFLINE=1 for a model in the hub's cache"
+
 EMBEDDED = "tiny-recall"
 """Name of the embedded checkpoint."""
 
@@ -163,7 +165,10 @@ def _read_config(path: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except _UNREADABLE_CONFIG as error:
-        raise CheckpointError(f"cannot read the config of {path}: {_first_line(error)}") from None
+        advice = "" if Path(path).is_dir() else _NO_HUB
+        raise CheckpointError(
+            f"cannot read the config of {path}: {_first_line(error)}{advice}"
+        ) from None
     if config.model_type != MODEL_TYPE:
         raise UnsupportedModel(f"model type {config.model_type!r}")
     return config
@@ -193,7 +198,8 @@ def _check_complete(path: str, report: dict[str, Any]) -> None:
 
 def _first_line(error: Exception) -> str:
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    whole = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    return whole.removesuffix(".")
 
 
 # -- published geometries -----------------------------------------------------------------------

@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that `--help` is quick.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import click
 import rich.progress as bars
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from granite_paged import files
@@ -32,7 +34,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 _SMALL_PAGE = 16  # for the embedded model: its contexts are short, and should fill several pages
 
-_TABLE_WIDTH = 100  # minimum width of tables, so that numbers are not cut in files
+_TABLE_WIDTH = 100  # minimum width of tables in files, so that numbers are not cut
+_BOUNDLESS = 10**4  # columns, more than any table has
 
 POSITIVE, NATURAL = click.IntRange(min=1), click.IntRange(min=0)
 
@@ -114,12 +117,9 @@ class ModelChoice:
 
     def load(self) -> LoadedModel:
         """Load the model; see `granite_paged.models.load` for the errors."""
-        from transformers.utils import logging
-
+        _quiet_libraries()  # first, since some libraries print when they are imported
         from granite_paged.models import load
 
-        logging.set_verbosity_error()  # leaves standard error to our own progress and errors
-        logging.disable_progress_bar()
         return load(
             self.model,
             random_weights=self.random_weights,
@@ -149,6 +149,29 @@ class ModelChoice:
         }
         pairs = [(name, str(value)) for name, value in given.items() if value is not None]
         return [text for pair in pairs for text in pair]
+
+
+def _quiet_libraries() -> None:
+    """Leave standard error to our own progress and errors."""
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao makes it warn
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_FirstRetry())
+
+
+class _FirstRetry(logging.Filter):
+    """Says once, in one line, that the hub does not answer, in place of two lines per retry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = "the hub does not answer: asking again for half a minute", ()
+        said, self._said = self._said, True
+        return not said
 
 
 _MODEL_OPTIONS = options(
@@ -269,6 +292,31 @@ def table_of(text: Sequence[str], numbers: Sequence[str], **settings: Any) -> Ta
 
 def report_console(json_file: str | None) -> Console:
     """Return the console for tables: standard error when standard output carries the JSON."""
-    console = Console(stderr=json_file == "-")
-    console.width = max(console.width, _TABLE_WIDTH)
+    console = _ReportConsole(stderr=json_file == "-")
+    if not console.is_terminal:
+        console.width = max(console.width, _TABLE_WIDTH)
     return console
+
+
+class _ReportConsole(Console):
+    """Prints a table as a list where the terminal is narrower than the table."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        tables = (self._fitting(part) if isinstance(part, Table) else part for part in objects)
+        super().print(*tables, **settings)
+
+    def _fitting(self, table: Table) -> Table:
+        boundless = self.options.update(width=_BOUNDLESS)
+        needed = Measurement.get(self, boundless, table).minimum
+        return _as_list(table) if table.show_header and needed > self.width else table
+
+
+def _as_list(table: Table) -> Table:
+    """Return a table of two columns, name and value, with an empty line between rows."""
+    listed = Table(title=table.title, caption=table.caption, box=None, show_header=False)
+    names = [column.header for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        for name, cell in zip(names, cells, strict=True):
+            listed.add_row(name, cell)
+        listed.add_row()
+    return listed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from granite_paged import __version__, models, verify
 from granite_paged.checkpoints.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
+from granite_paged.cli import options
 from granite_paged.cli.main import CLOSED_PIPE, INTERRUPTED, OK, USAGE, run
 from granite_paged.runner.runner import Runner
 from tests.helpers.command_line import Capture, assert_one_line
@@ -216,6 +219,42 @@ def test_a_closed_pipe_is_not_reported_as_a_failed_check(command: list[str]) -> 
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (CLOSED_PIPE, "")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_fit_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes the captured output for a terminal
+    monkeypatch.setenv("COLUMNS", str(width))
+    table = options.table_of(["case"], [f"number {i}, ms" for i in range(6)], title="tiny-recall")
+    table.add_row("decode", *(f"{1000 + i}.5" for i in range(6)))
+    options.report_console(None).print(table)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
+    assert re.findall(r"\d{4}\.5", shown) == [f"{1000 + i}.5" for i in range(6)]
+
+
+def test_tables_in_files_have_one_line_per_row(capsys: Capture) -> None:
+    table = options.table_of(["case"], [f"number {i}, ms" for i in range(6)])
+    table.add_row("decode", *(f"{1000 + i}.5" for i in range(6)))
+    options.report_console(None).print(table)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "decode" in line)
+    assert len(re.findall(r"\d{4}\.5", row)) == 6
+
+
+def test_an_unreachable_hub_is_reported_once(capsys: Capture) -> None:
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    handler = logging.StreamHandler(sys.stderr)
+    options._quiet_libraries()
+    logger.addHandler(handler)
+    try:
+        for retry in range(5):
+            logger.warning("thrown while requesting %s", "x")
+            logger.warning("Retrying in %d s", retry)
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().err.count("the hub does not answer") == 1
 
 
 def test_a_missing_tokenizer_is_refused_with_advice(tmp_path: Path, capsys: Capture) -> None:

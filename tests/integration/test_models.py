@@ -231,6 +231,17 @@ def test_a_file_is_refused_as_a_checkpoint(checkpoint: Path) -> None:
         load(str(checkpoint / CONFIG), device="cpu")
 
 
+def test_an_unreachable_hub_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(
+        CheckpointError, match=r"connect to the hub; without the hub, pass a folder"
+    ):
+        load("some/model", device="cpu")
+
+
 @pytest.mark.parametrize("dtype", ["float8", "torch.float32", "half", ""])
 def test_an_unknown_dtype_error_lists_the_known_ones(dtype: str) -> None:
     with pytest.raises(UnknownName, match=r"use one of auto, float64, float32, bfloat16, float16$"):
