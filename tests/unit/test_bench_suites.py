@@ -19,6 +19,7 @@ from granite_paged.bench.suites import sleep_of, worsened
 from granite_paged.bench.visits import Subject, look_at, shapes_for
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
+from granite_paged.report.bench_results import CalibratedShape, Calibration
 from tests.helpers.tiny_models import tiny_model
 
 CLOCK = Clock(torch.device("cpu"))
@@ -151,3 +152,12 @@ def test_teeth_add_the_loss_that_the_gate_must_see(
     lost.clear()
     suites._worsened(session, replace(gated, time=False), slow)
     assert lost == [(0.0, 30)]
+
+
+def test_another_session_keeps_the_larger_peak_and_all_clocks() -> None:
+    first = CalibratedShape("decode", 1, 8, [[1.0]], peak_bytes=9, clock_mhz=[1500, 1700])
+    second = CalibratedShape("decode", 1, 8, [[2.0]], peak_bytes=7, clock_mhz=[1600, 1980])
+    other = replace(first, batch=2)
+    joined = suites._joined(second, Calibration(16, "auto", 5, [other, first]))
+    assert joined == replace(second, sessions=[[1.0], [2.0]], peak_bytes=9, clock_mhz=[1500, 1980])
+    assert suites._joined(second, Calibration(16, "auto", 5, [other])) == second
