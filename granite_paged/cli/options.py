@@ -117,9 +117,9 @@ class ModelChoice:
 
     def load(self) -> LoadedModel:
         """Load the model; see `granite_paged.models.load` for the errors."""
-        _quiet_libraries()  # first, since some libraries print when they are imported
         from granite_paged.models import load
 
+        _quiet_libraries()
         return load(
             self.model,
             random_weights=self.random_weights,
@@ -153,7 +153,6 @@ class ModelChoice:
 
 def _quiet_libraries() -> None:
     """Leave standard error to our own progress and errors."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao makes it warn
     from transformers.utils import logging as of_transformers
 
     of_transformers.set_verbosity_error()

@@ -306,6 +306,19 @@ def test_nan_in_keys_or_values_names_the_layer(
             poisoned(NEXT[:1], **with_cache(own))
 
 
+def test_numbers_that_are_not_finite_count_as_0_without_the_check(poisoned: Any) -> None:
+    weight = poisoned.model.layers[1].self_attn.k_proj.weight
+    config = PagedConfig(page_size=8, check_finite=False)
+    shown = []
+    for value in (float("nan"), float("inf")):
+        weight[3, :] = value
+        with paged(poisoned, config):
+            own = PagedCache.for_model(poisoned, config)
+            shown.append(poisoned(prompts((9,))[0], **with_cache(own)).logits)
+    assert torch.isfinite(shown[0]).all()
+    assert torch.equal(*shown)
+
+
 LATE: dict[str, str] = {
     "model.layers.2.mamba.out_proj": "Mamba layer 2",
     "model.layers.3.mamba.in_proj": "Mamba layer 3",
