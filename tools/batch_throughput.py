@@ -93,9 +93,10 @@ def compare_with_engine(path: Path, folder: Path, options: argparse.Namespace) -
 
 def measure_ray(path: Path, folder: Path, options: argparse.Namespace) -> None:
     """Answer the file on Ray, once per number of workers, and compare with the first number."""
-    from granite_paged.ray.batch import Workers, answer_file  # noqa: PLC0415
+    from granite_paged.ray.batch import answer_file  # noqa: PLC0415
     from granite_paged.ray.cluster import connected  # noqa: PLC0415
-    from granite_paged.ray.workers import ModelSpec  # noqa: PLC0415
+    from granite_paged.ray.pipeline import Workers  # noqa: PLC0415
+    from granite_paged.ray.workers import ModelSpec, WorkerOptions  # noqa: PLC0415
 
     gpus = 0.0 if options.device == "cpu" else 1.0
     config = PagedConfig(page_size=options.page_size, max_tokens=options.max_tokens)
@@ -105,8 +106,8 @@ def measure_ray(path: Path, folder: Path, options: argparse.Namespace) -> None:
         watch, output = Watch(), BatchOutput(str(folder / f"ray{count}.jsonl"))
         started = time.perf_counter()
         with contextlib.redirect_stdout(None), connected("local") as ray:
-            workers = Workers(count, gpus, 1.0, {"rows": options.rows})
-            answer_file(ray, str(path), spec, workers, output, watch)
+            workers, rows = Workers(count, gpus, 1.0), WorkerOptions(options.rows)
+            answer_file(ray, str(path), spec, rows, workers, output, watch)
         seconds, tally = time.perf_counter() - started, output.tally
         output.close()
         rate = watch.steady(tally.lines)

@@ -24,7 +24,7 @@ from granite_paged.cli.options import (
     option,
 )
 from granite_paged.cli.ray import RayChoice, ray_options
-from granite_paged.errors import DataError
+from granite_paged.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:
     from granite_paged.batch.answering import Answering
@@ -91,6 +91,8 @@ def batch(
     from granite_paged.batch.lines import read_lines
     from granite_paged.batch.output import BatchOutput
 
+    if cluster is not None and input_file == "-":
+        raise InvalidArgument("--ray reads the input more than once: name a file, got -")
     with ExitStack() as stack:
         source = stack.enter_context(_opened(input_file))
         _check_different(input_file, output_file)
@@ -107,8 +109,12 @@ def batch(
                         output.check_run(answering.run)
                         answer_lines(lines, answering, output, report)
                 else:
-                    options = {"rows": rows, "max_new_tokens": max_new_tokens, "aliases": alias}
-                    cluster.answer_file(input_file, choice, tokenizer, options, output, report)
+                    with cluster.connected(choice, tokenizer) as (ray, spec, workers):
+                        from granite_paged.ray.batch import answer_file
+                        from granite_paged.ray.workers import WorkerOptions
+
+                        options = WorkerOptions(rows, max_new_tokens, alias)
+                        answer_file(ray, input_file, spec, options, workers, output, report)
         except KeyboardInterrupt:
             click.echo(f"\n{output.kept}", err=True)
             raise

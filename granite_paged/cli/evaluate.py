@@ -25,10 +25,12 @@ from granite_paged.cli.options import (
     report_console,
     write_json,
 )
+from granite_paged.cli.ray import RayChoice, ray_options
 from granite_paged.report.formatting import gigabytes, significant
 
 if TYPE_CHECKING:
-    from granite_paged.evaluate.tasks import Task
+    from granite_paged.evaluate.journal import Journal
+    from granite_paged.evaluate.tasks import Task, TaskOptions
     from granite_paged.models import LoadedModel
     from granite_paged.report.bench_results import Result
     from granite_paged.report.eval_results import Agreement, Evaluation, ModeMetrics
@@ -149,8 +151,10 @@ _result_options = options(
 @_result_options
 @model_options
 @json_option
+@ray_options
 def evaluate(
     choice: ModelChoice,
+    cluster: RayChoice | None,
     mode: str,
     tasks: tuple[str, ...],
     batch: int | None,
@@ -166,22 +170,27 @@ def evaluate(
 
     Asks each mode every question in the same run and compares accuracy, choices, latency,
     throughput and memory. Paged computes a context once, and what neighbouring questions share
-    once. Exits with 1 when two modes differ by more than a near-tie.
+    once. Exits with 1 when two modes differ by more than a near-tie. With --ray, workers of a Ray
+    cluster answer the questions, and this process judges.
 
     \b
     granite-paged eval
     granite-paged eval --tasks mmlu,truthfulqa --model ibm-granite/granite-4.0-h-1b --report out
     granite-paged eval --tasks mmlu --num-fewshot 0 --limit 1000 --data DIR --batch-size auto
     """  # noqa: D301
+    from granite_paged.evaluate.tasks import TaskOptions, make_task
     from granite_paged.report.bench_results import read_result
 
     outputs = _Outputs(output, folder, project, tensorboard)
     names = outputs.check(tasks)
     loaded = choice.load()
     curves = [read_result(path) for path in bench]
-    loaded = _with_tokenizer(loaded, about_tasks.pop("tokenizer"))
-    made = _make_tasks(names, loaded, choice, **about_tasks)
-    found = _run(loaded, made, choice, _MODES[mode], batch, outputs.journal)
+    tokenizer = about_tasks.pop("tokenizer")
+    loaded = _with_tokenizer(loaded, tokenizer)
+    options = TaskOptions(**about_tasks, smallest=choice.config.page_size, seed=choice.seed)
+    made = [make_task(name, options, loaded, loaded.tokenizer) for name in names]
+    on_ray = _OnRay(cluster, choice, tokenizer, options) if cluster else None
+    found = _run(loaded, made, choice, _MODES[mode], batch, outputs.journal, on_ray)
     evaluation = replace(found, command=_command_line())
     report_console(json_file).print(*_tables(evaluation), sep="")
     if json_file:
@@ -246,13 +255,25 @@ def _with_tokenizer(loaded: LoadedModel, tokenizer: str | None) -> LoadedModel:
     return replace(loaded, tokenizer=load_tokenizer(tokenizer)) if tokenizer else loaded
 
 
-def _make_tasks(
-    names: tuple[str, ...], loaded: LoadedModel, choice: ModelChoice, **chosen: Any
-) -> list[Task]:
-    from granite_paged.evaluate.tasks import TaskOptions, make_task
+@dataclass(frozen=True, slots=True)
+class _OnRay:
+    """What workers need to answer the same questions."""
 
-    options = TaskOptions(**chosen, smallest=choice.config.page_size, seed=choice.seed)
-    return [make_task(name, options, loaded, loaded.tokenizer) for name in names]
+    cluster: RayChoice
+    choice: ModelChoice
+    tokenizer: str | None
+    options: TaskOptions
+
+    def answer(
+        self, tasks: list[Task], modes: tuple[str, ...], batch: int, journal: Journal, report: Any
+    ) -> None:
+        """Let workers answer what the journal lacks."""
+        with self.cluster.connected(self.choice, self.tokenizer) as (ray, spec, workers):
+            from granite_paged.ray.evaluate import Questions, answer_questions
+
+            names = tuple(task.name for task in tasks)
+            asked = Questions(names, self.options, modes, batch, journal.run["weights"])
+            answer_questions(ray, tasks, asked, spec, workers, journal, report)
 
 
 def _run(
@@ -262,6 +283,7 @@ def _run(
     modes: tuple[str, ...],
     batch: int | None,
     path: str | None,
+    on_ray: _OnRay | None,
 ) -> Evaluation:
     from granite_paged.evaluate.journal import Journal, held_run
     from granite_paged.evaluate.run import evaluate, identity
@@ -273,6 +295,8 @@ def _run(
     journal = Journal(path, identity(loaded, tasks, modes, choice.config, batch))
     try:
         with progress(time_left=True) as report_progress:
+            if on_ray is not None:
+                on_ray.answer(tasks, modes, batch, journal, report_progress)
             return evaluate(
                 loaded,
                 tasks,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from granite_paged.cli.options import POSITIVE, Command, ModelChoice, option, options
-from granite_paged.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from granite_paged.batch.output import BatchOutput
-    from granite_paged.batch.run import Report
-    from granite_paged.ray.batch import Workers
+    from granite_paged.ray.pipeline import Workers
     from granite_paged.ray.workers import ModelSpec
 
 _AUTO = ""  # value of --ray without an address
@@ -55,48 +54,31 @@ class RayChoice:
     gpus: float | None
     cpus: float
 
-    def answer_file(
-        self,
-        path: str,
-        choice: ModelChoice,
-        tokenizer: str | None,
-        worker_options: dict[str, Any],
-        output: BatchOutput,
-        report: Report,
-    ) -> None:
-        """Answer the lines of a file; see `granite_paged.ray.batch.answer_file`."""
-        from granite_paged.ray.cluster import connected
+    @contextmanager
+    def connected(
+        self, choice: ModelChoice, tokenizer: str | None
+    ) -> Iterator[tuple[Any, ModelSpec, Workers]]:
+        """Yield `ray`, connected; the model, on the device that workers get; and the workers."""
+        from granite_paged.ray.cluster import connected, gpus_of
 
-        if path == "-":
-            raise InvalidArgument("--ray reads the input more than once: name a file, got -")
         with connected(self.address) as ray:  # a missing Ray is reported before torch loads
-            from granite_paged.ray.batch import answer_file
+            from granite_paged.ray.pipeline import Workers
+            from granite_paged.ray.workers import ModelSpec
 
-            spec, workers = self._sized(ray, choice, tokenizer, worker_options)
-            answer_file(ray, path, spec, workers, output, report)
-
-    def _sized(
-        self, ray: Any, choice: ModelChoice, tokenizer: str | None, worker_options: dict[str, Any]
-    ) -> tuple[ModelSpec, Workers]:
-        """Return the model, on the device that workers get, and the workers."""
-        from granite_paged.ray.batch import Workers
-        from granite_paged.ray.cluster import gpus_of
-        from granite_paged.ray.workers import ModelSpec
-
-        has, gpus = gpus_of(ray), self.gpus
-        if gpus is None:
-            gpus = 1.0 if has and choice.device != "cpu" else 0.0
-        count = self.workers or (int(has / gpus) if gpus and has else 1)
-        spec = ModelSpec(
-            choice.model,
-            choice.random_weights,
-            "cuda" if gpus else "cpu",
-            choice.dtype,
-            choice.seed,
-            tokenizer,
-            choice.config,
-        )
-        return spec, Workers(count, gpus, self.cpus, worker_options)
+            has, gpus = gpus_of(ray), self.gpus
+            if gpus is None:
+                gpus = 1.0 if has and choice.device != "cpu" else 0.0
+            count = self.workers or (int(has / gpus) if gpus and has else 1)
+            spec = ModelSpec(
+                choice.model,
+                choice.random_weights,
+                "cuda" if gpus else "cpu",
+                choice.dtype,
+                choice.seed,
+                tokenizer,
+                choice.config,
+            )
+            yield ray, spec, Workers(count, gpus, self.cpus)
 
 
 def ray_options(command: Command) -> Command:

@@ -74,6 +74,7 @@ class Journal:
 
     def __init__(self, path: str | None, run: dict[str, Any]) -> None:
         self.path = path
+        self.run = run
         self.entries: dict[EntryKey, JournalEntry] = {}
         self._file: AppendFile | None = None
         if path is not None:

@@ -64,7 +64,7 @@ def evaluate(
         CannotWrite: if answers cannot be written; earlier answers are kept.
         RequestError: if a mode refused every question of a task.
     """
-    answering = _Answering(loaded.model, modes, config, batch, tasks, journal, progress)
+    answering = Answering(loaded.model, modes, config, batch, tasks, journal, progress)
     for task in tasks:
         answering.answer(task)
     answering.close()
@@ -114,8 +114,11 @@ def identity(
 # -- answering ----------------------------------------------------------------------------------
 
 
-class _Answering:
-    """The answering part of a run, with its scorers, which are made for the first question."""
+class Answering:
+    """The answering part of a run, with its scorers, which are made for the first question.
+
+    Args: see `evaluate`; `tasks` are all that will be asked.
+    """
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class _Answering:
         """Answer every question of a task that the journal has no answer to."""
         missing = [
             question
-            for question in _ordered(task.questions, self._batch)
+            for question in ordered(task.questions, self._batch)
             if any(self._lacks(mode, task, question) for mode in self._modes)
         ]
         self._report(task, len(self._modes) * (len(task.questions) - len(missing)))
@@ -263,7 +266,7 @@ def _entry(mode: str, task: str, question: Question, answer: Answer | str) -> Jo
     )
 
 
-def _ordered(questions: Iterable[Question], batch: int) -> list[Question]:
+def ordered(questions: Iterable[Question], batch: int) -> list[Question]:
     """Order questions by group; in batches the longest first, so that rows of a batch need little
     padding.
     """

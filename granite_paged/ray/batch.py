@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from granite_paged.batch.answer import Answer
@@ -24,34 +24,21 @@ from granite_paged.batch.output import BatchOutput
 from granite_paged.batch.run import Report
 from granite_paged.ray.cluster import check_resources, failures_named
 from granite_paged.ray.groups import read_groups
-from granite_paged.ray.workers import LineWorker, ModelSpec
+from granite_paged.ray.pipeline import Workers, answered_rows
+from granite_paged.ray.workers import LineWorker, ModelSpec, WorkerOptions
 
 CALLS = 8
 """Calls that a worker runs at once, so that its engine does not drain between two groups."""
 
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """How many workers, and what each of them gets.
-
-    Attributes:
-        count: number of workers.
-        gpus, cpus: of each worker; a part of a GPU is possible.
-        lines: lines of a group, which one call answers.
-        options: passed to `LineWorker`.
-    """
-
-    count: int
-    gpus: float
-    cpus: float
-    options: dict[str, Any]
-    lines: int = 64
+LINES = 64
+"""Lines of a group, which one call answers."""
 
 
 def answer_file(
     ray: Any,
     path: str,
     spec: ModelSpec,
+    options: WorkerOptions,
     workers: Workers,
     output: BatchOutput,
     report: Report,
@@ -68,16 +55,15 @@ def answer_file(
         DataError: if the output has answers of another model.
     """
     check_resources(ray, workers.count, workers.gpus, workers.cpus)
-    dataset = _pipeline(ray, path, spec, workers, output.tally.lines)
+    read = partial(read_groups, held=output.tally.lines, lines=LINES)
     waiting: dict[int, tuple[Line, Answer]] = {}
-    batches = iter(dataset.iter_batches(batch_size=None, prefetch_batches=0))
-    with failures_named(output), closing(batches):  # which stops the workers
-        for batch in batches:
-            for content, run in zip(batch["answers"], batch["run"], strict=True):
-                output.check_run(str(run))
-                _keep(pickle.loads(content), waiting)
-                output.write(list(_next_answers(waiting, output.tally.lines)))
-                report(output.tally)
+    rows = answered_rows(ray, [path], LineWorker, (spec, options), workers, read=read, calls=CALLS)
+    with failures_named(output), closing(rows):
+        for row in rows:
+            output.check_run(str(row["run"]))
+            _keep(pickle.loads(row["answers"]), waiting)
+            output.write(list(_next_answers(waiting, output.tally.lines)))
+            report(output.tally)
 
 
 def _keep(answers: list[tuple[int, int, Answer]], waiting: dict[int, tuple[Line, Answer]]) -> None:
@@ -92,41 +78,3 @@ def _next_answers(
     while index in waiting:
         yield waiting.pop(index)
         index += 1
-
-
-def _pipeline(ray: Any, path: str, spec: ModelSpec, workers: Workers, held: int) -> Any:
-    """Return the dataset of answers, lazily. Its blocks have one row each, in order."""
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}  # keeps the reader on this machine
-    pool = ray.data.ActorPoolStrategy(
-        size=workers.count,
-        max_tasks_in_flight_per_actor=CALLS + 2,
-        max_concurrent_calls_per_actor=CALLS,
-        enable_true_multi_threading=True,
-    )
-    with ray.data.DataContext.current(_context(ray)):
-        groups = ray.data.from_items([path]).map_batches(
-            read_groups,
-            fn_kwargs={"held": held, "lines": workers.lines},
-            batch_size=1,
-            num_cpus=0,
-            resources=here,
-        )
-        return groups.map_batches(
-            LineWorker,
-            fn_constructor_args=(spec,),
-            fn_constructor_kwargs=workers.options,
-            compute=pool,
-            batch_size=1,
-            num_gpus=workers.gpus,
-            num_cpus=workers.cpus,
-        )
-
-
-def _context(ray: Any) -> Any:
-    """Return settings of datasets that keep their order and have one row per block."""
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 1  # bytes: any row is more, so each has its own block
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    return context

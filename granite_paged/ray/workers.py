@@ -49,29 +49,30 @@ class ModelSpec:
         return replace(loaded, tokenizer=load_tokenizer(self.tokenizer))
 
 
-class Worker:
-    """An engine of its own, and what it answers lines with. Its calls may run at once.
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How a worker answers.
 
-    Args:
-        spec: the model.
+    Attributes:
         rows: most sequences at once. None: 256, or 32 on a CPU.
         max_new_tokens: see `Defaults`.
         aliases: see `Answering`.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        *,
-        rows: int | None = None,
-        max_new_tokens: int | None = None,
-        aliases: Sequence[str] = (),
-    ) -> None:
+    rows: int | None = None
+    max_new_tokens: int | None = None
+    aliases: Sequence[str] = ()
+
+
+class Worker:
+    """An engine of its own, and what it answers lines with. Its calls may run at once."""
+
+    def __init__(self, spec: ModelSpec, options: WorkerOptions) -> None:
         loaded = spec.load()
-        config = _share_of_gpu(spec.config or PagedConfig())
-        engine = batch_engine(loaded, config, rows)
-        defaults = Defaults(loaded.model.generation_config, max_new_tokens, spec.seed)
-        self._answering = Answering(engine, loaded, defaults, aliases)
+        config = share_of_gpu(spec.config or PagedConfig())
+        engine = batch_engine(loaded, config, options.rows)
+        defaults = Defaults(loaded.model.generation_config, options.max_new_tokens, spec.seed)
+        self._answering = Answering(engine, loaded, defaults, options.aliases)
 
 
 class LineWorker(Worker):
@@ -86,7 +87,7 @@ class LineWorker(Worker):
     def __call__(self, batch: Columns) -> Columns:
         """Answer each group. Return the answers, and the digest of the run."""
         packs = [self._answered(unpacked(content)) for content in batch["lines"]]
-        return {"answers": _objects(packs), "run": _objects([self._answering.run] * len(packs))}
+        return {"answers": objects(packs), "run": objects([self._answering.run] * len(packs))}
 
     def _answered(self, group: Sequence[tuple[int, Line]]) -> bytes:
         if attempts() >= self.most_deaths:
@@ -125,7 +126,7 @@ class Answers(Worker):
         model, random_weights, device, dtype, seed: see `granite_paged.load`.
         tokenizer: a tokenizer for a model that has none.
         config: page size and pools. On a part of a GPU, `memory_fraction` counts for that part.
-        options: `rows`, `max_new_tokens` and `aliases` of `Worker`.
+        options: fields of `WorkerOptions`.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Answers(Worker):
         **options: Any,
     ) -> None:
         spec = ModelSpec(model, random_weights, device, dtype, seed, tokenizer, config)
-        super().__init__(spec, **options)
+        super().__init__(spec, WorkerOptions(**options))
 
     def __call__(self, batch: Columns) -> Columns:
         """Answer a batch of rows; an error concerns its row only."""
@@ -151,7 +152,7 @@ class Answers(Worker):
         rows = zip(*(batch[name] for name in fields), strict=True)
         lines = [_line_of(dict(zip(fields, row, strict=True))) for row in rows]
         found = [_row_of(answer) for answer in self._answering.answer_all(lines)]
-        added = {name: _objects([row[name] for row in found]) for name in _row_of(None)}
+        added = {name: objects([row[name] for row in found]) for name in _row_of(None)}
         counts = {name: added[name].astype(np.int64) for name in _COUNTS}
         return {**batch, **added, **counts}
 
@@ -205,7 +206,7 @@ def _row_of(answer: Answer | None) -> dict[str, Any]:
     return row | counts | {"text": text, "finish_reason": finish, "response": json.dumps(body)}
 
 
-def _objects(values: Sequence[Any]) -> Any:
+def objects(values: Sequence[Any]) -> Any:
     """Return an array of objects; numpy would make texts of fixed width otherwise."""
     array = np.empty(len(values), dtype=object)
     array[:] = values
@@ -222,7 +223,7 @@ def attempts() -> int:
         return 0
 
 
-def _share_of_gpu(config: PagedConfig) -> PagedConfig:
+def share_of_gpu(config: PagedConfig) -> PagedConfig:
     """Return the config for the part of a GPU that Ray gave this worker."""
     try:
         import ray

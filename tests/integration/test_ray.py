@@ -16,7 +16,7 @@ from granite_paged import PagedConfig
 from granite_paged.cli.main import run
 from granite_paged.cli.options import FAILED, OK, USAGE
 from granite_paged.ray import Answers, by_prefix
-from granite_paged.ray.workers import LineWorker, ModelSpec, attempts
+from granite_paged.ray.workers import LineWorker, ModelSpec, WorkerOptions, attempts
 from tests.helpers.batch_files import (
     SIZES,
     read_answers,
@@ -128,7 +128,7 @@ def test_a_cluster_that_is_too_small_is_one_line(tmp_path: Path, capsys: Capture
 
 def test_a_worker_that_asks_for_a_gpu_and_has_none_is_named() -> None:
     with pytest.raises(Exception, match="CUDA"):
-        LineWorker(ModelSpec(device="cuda"))
+        LineWorker(ModelSpec(device="cuda"), WorkerOptions())
 
 
 def test_standard_input_is_refused(tmp_path: Path, capsys: Capture) -> None:
@@ -146,6 +146,31 @@ def test_an_output_of_another_model_is_refused(tmp_path: Path, capsys: Capture) 
     assert run(["batch", source, output, *SIZES, *RAY]) == USAGE
     assert_one_line(capsys, "was written with another model, tokenizer or other settings")
     assert len(read_answers(output)) == 2
+
+
+# -- eval ---------------------------------------------------------------------------------------
+
+
+def test_eval_on_ray_answers_as_one_process_does(tmp_path: Path, capsys: Capture) -> None:
+    """Each worker answers shares of the questions, and each answer is in the journal once."""
+    command = ["eval", "--device", "cpu", "--limit", "8", "--json", "-"]
+    assert run(command) == OK
+    alone = json.loads(capsys.readouterr().out)
+    journal = tmp_path / "answers.jsonl"
+    assert run([*command, "--output", str(journal), "--ray=local", "--workers", "2"]) == OK
+    spread = json.loads(capsys.readouterr().out)
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 1 + 2 * 8
+    for result in (alone, spread):
+        for mode in result["tasks"]["recall"]["modes"].values():
+            for name in [name for name in mode if name not in ("accuracy", "stderr", "refused")]:
+                del mode[name]
+        for agreement in result["tasks"]["recall"]["agreement"].values():
+            del agreement["latency_ratio"]
+        del result["command"]
+    assert spread == alone
+    keys = [json.loads(line)["key"] for line in lines[1:] if '"paged"' in line]
+    assert len(set(keys)) == 8
 
 
 # -- datasets -----------------------------------------------------------------------------------
