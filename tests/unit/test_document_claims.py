@@ -323,6 +323,28 @@ def test_documents_state_constants_of_the_gate() -> None:
     assert_states("docs/guides/record.md", slug("NVIDIA A100-SXM4-80GB"))
 
 
+def test_documents_state_what_the_calibration_of_an_h100_found() -> None:
+    found = record(H100).calibration
+    assert found is not None
+    bounds: dict[str, list[Any]] = {shape.case: [] for shape, _ in suites.bounds_of(found)}
+    for shape, bound in suites.bounds_of(found):
+        bounds[shape.case].append(bound)
+    (engine,) = bounds.pop("serve")
+    allowed = sorted(100 * bound.allowed for part in bounds.values() for bound in part)
+    seen = sorted(100 * bound.sees for part in bounds.values() for bound in part)
+    alarms = suites.alarms_of(found)
+    assert calibration.MISSES == 0.01
+    assert_states(
+        "docs/golden.md",
+        f"The record of an H100 holds {alarms.suites} suites",
+        f"allows {allowed[0]:.1f} % to {allowed[-1]:.1f} % more time (the engine: "
+        f"{100 * engine.allowed:.1f} %)",
+        f"a loss of {seen[0]:.1f} % to {seen[-1]:.1f} % ({100 * engine.sees:.1f} %)",
+        f"the other {alarms.suites - 1}, {alarms.red} of the {alarms.suites} would have been red",
+        f"at most {alarms.at_most:.0%} with".replace("%", " %"),
+    )
+
+
 def test_documents_state_the_gated_shapes() -> None:
     shapes = {
         case: sorted(
