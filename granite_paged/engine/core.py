@@ -167,6 +167,7 @@ class EngineCore:
         """Drop everything in the prefix cache, and keep nothing of what runs."""
         for job in self._scheduler.running.jobs():
             job.placed.is_shareable = False
+        self._scheduler.queue.late.retry()
         self._scheduler.running.forget(self._prefix.clear())
 
     def close(self) -> None:
@@ -279,7 +280,8 @@ class EngineCore:
     def _plan(self) -> StepPlan:
         started = time.perf_counter()
         for request in self._searches:
-            self._beams.make_way(request)
+            if request.jobs:  # else it is over
+                self._scheduler.guarded(request.jobs[0], self._beams.make_way, request)
         step = self._scheduler.schedule()
         self._schedule_seconds += time.perf_counter() - started
         return step

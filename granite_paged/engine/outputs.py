@@ -175,9 +175,11 @@ class OutputProcessor:
         self._scheduler.finish(job)
         output = _output(job)
         if output.finish is None:
-            self._complete_text(job, output)
-            _finish(output, finish, error)
-            self.ended.append(job.request)
+            try:
+                self._complete_text(job, output)
+            finally:  # an interrupt, too, leaves it finished
+                _finish(output, finish, error)
+                self.ended.append(job.request)
 
     def _deliver_token(
         self, job: SampleJob, token: int, logprob: TokenLogprob | None, finish: Finish | None

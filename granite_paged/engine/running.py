@@ -70,6 +70,7 @@ class RunningJobs:
         self._limits = limits
         self._unreleased: list[int] = []  # sequences whose release raised
         self._unforgotten: list[int] = []  # free pages of which the device was not told
+        self._late = queue.late
 
     def __len__(self) -> int:
         return len(self.decoding) + len(self.prefilling) + len(self.scoring)
@@ -81,6 +82,7 @@ class RunningJobs:
     def begin_step(self) -> None:
         """Start a step: release what could not be released before."""
         self.short = False
+        self._late.retry()
         self._release_late()
 
     # -- coming and going -----------------------------------------------------------------------
@@ -154,7 +156,7 @@ class RunningJobs:
         elif isinstance(job, SampleJob):
             self.decoding.pop(job, None)
         checkpoints, job.checkpoints = job.checkpoints, {}
-        self._prefix.unpromise(list(checkpoints.values()))
+        self._late.attempt(self._prefix.unpromise, list(checkpoints.values()))
         place, job.placement = job.placement, None  # first: an interrupt must not give it twice
         if place:
             self.rows.give(place.row)
@@ -267,8 +269,9 @@ class RunningJobs:
         self._reserve(place, place.target - hit.tokens)
         place.stored, place.reserved = hit.tokens, place.target
         self._prefix.used(job.path, hit, place.target)
-        job.checkpoints = self._prefix.checkpoints(job.path, hit)
-        self._prefix.promise(list(job.checkpoints.values()))
+        checkpoints = self._prefix.checkpoints(job.path, hit)
+        self._prefix.promise(list(checkpoints.values()))
+        job.checkpoints = checkpoints
 
     def _swap_in(self, job: Job, place: Placement, swapped: Swapped) -> None:
         self._reserve(place, swapped.stored)

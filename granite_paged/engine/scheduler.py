@@ -109,7 +109,7 @@ class Scheduler(JobLifecycle):
             pages = self._allocator.pages_of(job.placed.sequence)
             self._prefix.keep(job.tokens[: chunk.end], pages, state, job.namespace)
         if chunk.end in job.checkpoints:
-            self._prefix.unpromise([job.checkpoints.pop(chunk.end)])
+            self.queue.late.attempt(self._prefix.unpromise, [job.checkpoints.pop(chunk.end)])
 
     # -- decode ---------------------------------------------------------------------------------
 

@@ -9,15 +9,39 @@ their state. Host only and without torch.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 from granite_paged.engine.job import Job, State
-from granite_paged.engine.prefix_cache import PrefixCache
+from granite_paged.engine.prefix_cache import Node, PrefixCache
 from granite_paged.engine.rank import Rank
 from granite_paged.errors import QueueFull, require
 
 
+class LateCleanups:
+    """Cleanups that raised. They are tried again at the next step, so that no fault leaks."""
+
+    def __init__(self) -> None:
+        self._failed: list[tuple[Callable[[list[Node]], None], list[Node]]] = []
+
+    def attempt(self, cleanup: Callable[[list[Node]], None], nodes: list[Node]) -> None:
+        """Do a cleanup, or note that it is still to be done."""
+        try:
+            cleanup(nodes)
+        except Exception:
+            self._failed.append((cleanup, nodes))
+
+    def retry(self) -> None:
+        """Do what is still to be done."""
+        failed, self._failed = self._failed, []
+        for cleanup, nodes in failed:
+            self.attempt(cleanup, nodes)
+
+
 class WaitingQueue:
     """Waiting jobs by rank.
+
+    Attributes:
+        late: cleanups of the prefix cache that raised.
 
     Args:
         prefix: receives the tokens of waiting jobs.
@@ -25,6 +49,7 @@ class WaitingQueue:
     """
 
     def __init__(self, prefix: PrefixCache, limit: int) -> None:
+        self.late = LateCleanups()
         self._prefix = prefix
         self._limit = limit
         self._heap: list[tuple[Rank, int, Job]] = []  # a stale entry stays until it surfaces
@@ -49,7 +74,7 @@ class WaitingQueue:
     def add(self, job: Job) -> None:
         """Let a job wait, whatever the limit."""
         job.state = State.WAITING
-        job.path = [] if job.swapped else self._prefix.announce(job.tokens, job.namespace)
+        job.path = [] if job.swapped else self._announced(job)
         self._waiting += 1
         self._push(job)
 
@@ -58,7 +83,7 @@ class WaitingQueue:
         if job.state is State.WAITING:
             self._waiting -= 1
             path, job.path = job.path, []
-            self._prefix.withdraw(path)
+            self.late.attempt(self._prefix.withdraw, path)
 
     def first(self) -> Job | None:
         """Return the waiting job of lowest rank that is not skipped."""
@@ -89,6 +114,12 @@ class WaitingQueue:
     def jobs(self) -> list[Job]:
         """Return the waiting jobs, in no order."""
         return [job for _, ticket, job in self._heap if _is_live(job, ticket)]
+
+    def _announced(self, job: Job) -> list[Node]:
+        try:
+            return self._prefix.announce(job.tokens, job.namespace)
+        except Exception:
+            return []  # without a path, the job shares no prefix
 
     def _push(self, job: Job) -> None:
         self._tickets += 1

@@ -35,5 +35,6 @@ Commands
 
 Faults
     faults            bugs of paging injected on purpose; a new check must detect one
+    call_sites        every call that a step makes, and a fault at each
     compile_kernels   a program that compiles every Triton kernel for a GPU that is not present
 """

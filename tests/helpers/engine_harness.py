@@ -136,6 +136,10 @@ class EngineHarness:
         self.check()
         return busy
 
+    def restart_watch(self) -> None:
+        """Count the steps of requests again, after a step that raised."""
+        self._fairness.restart()
+
     def drain(self) -> None:
         """Step until no request is open, then check that nothing leaked."""
         while self.step():

@@ -48,7 +48,7 @@ class FairnessWatch:
 
     def before_step(self) -> None:
         """Note what is open."""
-        asked = self._core.open
+        asked = [one for one in self._core.open if one.jobs]  # a search that is over has none
         self._waits = {one: wait for one, wait in self._waits.items() if one in set(asked)}
         for one in asked:
             self._longest = max(self._longest, self._cost(one))
