@@ -27,6 +27,7 @@ Runners and engines
                       oracles, which compute the expected logits
     engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
                       to test scheduling. random_walk: random requests on one
+    deep_states       DeepStates: counts preemptions, resumptions and forks under pressure
     fairness          FairnessWatch: checks that each wait keeps to the bound that follows from rank
 
 Commands

@@ -15,7 +15,8 @@ from granite_paged.engine.engine import Engine
 from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Scoring
 from granite_paged.engine.sampling import Draw, draw, seen_tokens
-from granite_paged.errors import CallbackFailed, GranitePagedError
+from granite_paged.errors import CallbackFailed, EngineClosed, GranitePagedError
+from tests.helpers.deep_states import DeepStates
 from tests.helpers.fairness import FairnessWatch
 from tests.helpers.simulated_runner import Oracle, SimulatedRunner
 
@@ -82,6 +83,8 @@ class EngineHarness:
         self.open: list[Request | Scoring] = []
         self.met: Counter[str] = Counter()
         self.faulty = False  # whether a request may end with an error
+        self.allowed: tuple[type[Exception], ...] = (CallbackFailed,)  # errors that may end one
+        self._states = DeepStates(self.engine, self.met)
         self._fairness = FairnessWatch(self.engine, self.runner.rows)
 
     def submit(
@@ -118,6 +121,7 @@ class EngineHarness:
 
     def evict(self) -> None:
         """Empty the prefix cache."""
+        self._states.note_eviction()
         self.engine.forget_prefixes()
         self.check()
 
@@ -133,6 +137,7 @@ class EngineHarness:
             self._fairness.after_step()
         else:
             self._fairness.restart()
+        self._states.note_step()
         self.check()
         return busy
 
@@ -140,10 +145,25 @@ class EngineHarness:
         """Count the steps of requests again, after a step that raised."""
         self._fairness.restart()
 
+    def close(self) -> None:
+        """Close the engine, and check that each open request ends by name."""
+        asked = list(self.open)
+        self.engine.close()
+        for one in asked:
+            errors = [one.error] if isinstance(one, Scoring) else [o.error for o in one.outputs]
+            assert one.finished, f"request {one.number} is open in a closed engine"
+            assert any(isinstance(error, EngineClosed) for error in errors)
+        self.check()
+        self.check_empty()
+
     def drain(self) -> None:
         """Step until no request is open, then check that nothing leaked."""
         while self.step():
             pass
+        self.check_empty()
+
+    def check_empty(self) -> None:
+        """Check that nothing is open or held."""
         assert not self.open, "the engine says that it has no work, but a request is still open"
         self.evict()
         allocator, prefix, scheduler = self.engine.inspect()
@@ -177,9 +197,7 @@ class EngineHarness:
 
     def _check_output(self, request: Request, output: Output) -> None:
         self.met[f"finish {output.finish}"] += 1
-        if output.finish == "error" and not (
-            self.faulty or isinstance(output.error, CallbackFailed)
-        ):
+        if output.finish == "error" and not (self.faulty or isinstance(output.error, self.allowed)):
             raise AssertionError(f"request {request.number} failed") from output.error
         expected = expected_tokens(self.oracle, request.prompt, request.params, output.index)
         if output.finish in ("cancelled", "error"):
@@ -220,9 +238,14 @@ def random_walk(harness: EngineHarness, steps: int, seed: int) -> None:
             longest = chance.choice([1, 6])
             lengths = [chance.randint(1, longest) for _ in range(chance.randint(1, 4))]
             harness.score(context, [_tokens(chance, n, vocabulary) for n in lengths])
-        elif action < 0.14:
+        elif action < 0.134 and len(harness.open) < 12:
+            new, stops = chance.randint(1, 5), tuple(_tokens(chance, 3, vocabulary))
+            searched = SamplingParams(max_new_tokens=new, stop_tokens=stops)
+            harness.search(_prompt(chance, stems, vocabulary), searched, chance.randint(1, 3))
+            harness.met["searches"] += 1
+        elif action < 0.144:
             harness.cancel(chance.randrange(8))
-        elif action < 0.142:
+        elif action < 0.146:
             harness.evict()
         else:
             harness.step()

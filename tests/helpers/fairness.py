@@ -57,7 +57,9 @@ class FairnessWatch:
             for other in asked:
                 if other not in wait.before and _first_rank(other) <= _last_rank(one):
                     wait.before[other] = (self._cost(other), _turns(other))
-        self._first = self._scheduler.queue.first()
+        first = self._scheduler.queue.first()
+        is_computed = first and any(node.pending_states for node in first.path)
+        self._first = None if is_computed else first  # it may wait for its prefix
         self._running = self._scheduler.running.jobs()
 
     def after_step(self) -> None:
