@@ -134,9 +134,11 @@ def bench(
     from granite_paged.bench.measure import QUICK, Repeats
     from granite_paged.bench.session import Session, make_plan, missing_from
     from granite_paged.bench.session import run as run_plan
-    from granite_paged.report.bench_results import updated
+    from granite_paged.report.bench_results import updated, writable_folder
 
     earlier = _earlier(json_file) if update or missing else None
+    if profile_dir is not None:
+        writable_folder(profile_dir)  # refuses a folder before the work
     session = Session(
         choice.load(),
         choice.config,

@@ -68,7 +68,9 @@ def profile(
     """  # noqa: D301
     from granite_paged.bench.cases import Shape
     from granite_paged.bench.session import Session
+    from granite_paged.report.bench_results import writable_folder
 
+    writable_folder(out)  # refuses a folder before the work
     session = Session(choice.load(), choice.config, seed=choice.seed)
     found = session.profile(kind, Shape(batch, context), mode, out, memory=memory)
     console = report_console(json_file)
