@@ -1,9 +1,9 @@
-"""The command `generate`."""
+"""The command `generate`: continue texts or answer chats, once or line by line."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,200 +13,248 @@ from granite_paged.cli.options import (
     OK,
     POSITIVE,
     SETTINGS,
+    USAGE,
     ModelChoice,
     json_option,
     model_options,
     option,
     options,
-    report_console,
+    progress,
     write_json,
 )
+from granite_paged.cli.prompt_source import Source, read_prompts
 from granite_paged.cli.serve import sized
 from granite_paged.errors import TokenizerError
 
 if TYPE_CHECKING:
-    from granite_paged.engine.engine import Engine
-    from granite_paged.engine.prompts import Message, Prompt
     from granite_paged.engine.request import Output, SamplingParams
     from granite_paged.models import LoadedModel
 
-_CONVERSATION = 8192
-"""Tokens of a conversation in the terminal, answers included."""
+_MOST_ROWS = 64  # answers that run at once
+_CHAT_TOKENS = 8192  # of a conversation, unless --max-tokens says another number
+
+_ParamsOf = Callable[[int], "SamplingParams"]
+"""Returns the params of a prompt with this many tokens."""
+
+_source_options = options(
+    option(
+        "--file",
+        "Read one prompt per line; - reads standard input. The lines of a .jsonl file are "
+        '{"prompt": TEXT} or {"messages": [...]}.',
+        click.Path(exists=True, dir_okay=False, allow_dash=True),
+        metavar="PATH",
+    ),
+    option(
+        "--chat",
+        "Write each prompt with the tokenizer's chat template, as a message of the user. Without "
+        "TEXT and --file: chat, line by line, until the input ends.",
+        is_flag=True,
+    ),
+    option("--system", "Begin each chat with this system message.", metavar="TEXT"),
+    option("--tokenizer", "Use this tokenizer, for a model that has none.", metavar="ID_OR_PATH"),
+)
 
 _sampling_options = options(
     option(
         "--max-new-tokens",
         "Stop after this many new tokens.  [default: the generation config's, else 64]",
         POSITIVE,
-        metavar="N",
     ),
     option(
         "--temperature",
-        "Sample at this temperature; 0 always takes the most likely token.",
+        "Sample at this temperature; 0 always takes the most likely token.  [default: the "
+        "generation config's if it samples, else 0]",
         click.FloatRange(min=0),
     ),
-    option("--top-k", "Sample from this many of the most likely tokens; 0 takes all.", NATURAL),
+    option(
+        "--top-k",
+        "Sample from this many of the most likely tokens; 0 from all.  [default: the generation "
+        "config's, else 50 if it samples, else 0]",
+        NATURAL,
+    ),
     option(
         "--top-p",
-        "Sample from the most likely tokens that together have this probability.",
+        "Sample from the most likely tokens that together have this probability.  [default: the "
+        "generation config's, else 1]",
         click.FloatRange(0, 1, min_open=True),
     ),
     option(
         "--repetition-penalty",
-        "Divide the logits of tokens that occurred by this; 1 changes nothing.",
+        "Above 1, make tokens of the prompt and the answer less likely.  [default: the generation "
+        "config's, else 1]",
         click.FloatRange(min=0, min_open=True),
     ),
     option(
         "--stop stop_strings",
-        "Stop at this text, which the answer leaves out. May be repeated.",
+        "End an answer before this text; may be repeated.  [default: the generation config's]",
         multiple=True,
         metavar="TEXT",
     ),
-    option("--n", "Draw this many answers.", POSITIVE),
+    option("--n", "Give this many answers per prompt.", POSITIVE, default=1, metavar="N"),
     option(
-        "--logprobs", "Add this many of the most likely tokens at each place to --json.", NATURAL
+        "--logprobs",
+        "Show each token's log-probability, and the N most likely tokens in its place.",
+        NATURAL,
+        metavar="N",
     ),
 )
 
 
 @click.command(context_settings=SETTINGS)
 @click.argument("text", required=False)
-@model_options
-@option("--tokenizer", "Use this tokenizer; needed where the model has none.", metavar="ID_OR_PATH")
-@option("--chat", "Take TEXT as a user's message, written by the chat template.", is_flag=True)
-@option("--system", "Put this system message before it; implies --chat.", metavar="TEXT")
+@_source_options
 @_sampling_options
+@model_options
 @json_option
 def generate(
     text: str | None,
     choice: ModelChoice,
-    tokenizer: str | None,
+    file: str | None,
     chat: bool,
     system: str | None,
+    tokenizer: str | None,
     json_file: str | None,
+    stop_strings: tuple[str, ...],
     **sampling: Any,
 ) -> int:
     """Continue TEXT, and print the answer as it is generated.
 
-    TEXT may be -: standard input. With --chat and no TEXT, a conversation starts: each line of
-    standard input is a message, until the end of input.
-
-    Options win over the model's generation config, and that over the defaults: the most likely
-    token each time, 64 new tokens. Several answers (--n) are printed when all are complete.
+    TEXT is one prompt; - reads it from standard input, and "" begins with the model's
+    beginning-of-text token alone. Sampling follows the model's generation config, as
+    transformers' generate() does, with all of its stop tokens; an option given here wins.
 
     \b
     granite-paged generate --model ibm-granite/granite-4.0-h-1b "Paged attention is"
-    granite-paged generate --model DIR --chat --system "Be brief." "What is a page table?"
-    granite-paged generate - --model DIR --n 3 --temperature 0.8 --json - < prompt.txt
+    granite-paged generate --model ibm-granite/granite-4.0-h-1b --chat --system "Be brief."
+    granite-paged generate --model ./my-checkpoint --file prompts.txt --n 2 --json answers.json
     granite-paged generate "<bos> <plain> red-fox copper-bell and red-fox <ask>" --max-new-tokens 1
     """  # noqa: D301
-    chat = chat or system is not None
-    if text is None and not chat:
-        raise click.UsageError("Missing argument 'TEXT'. Or start a conversation: --chat.")
-    if text == "-":
-        text = sys.stdin.read()
-    loaded, tokens = _load(choice, tokenizer)
-    given = {name: value for name, value in sampling.items() if value not in (None, ())}
-    opening: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    if text is None:
-        _converse(loaded, tokens, choice, given, opening)
-    else:
-        messages = [*opening, {"role": "user", "content": text}]
-        _answer(loaded, tokens, choice, given, messages if chat else text, json_file)
-    return OK
-
-
-def _load(choice: ModelChoice, tokenizer: str | None) -> tuple[LoadedModel, Any]:
-    from granite_paged.models import load_tokenizer
-
-    loaded = choice.load()
-    tokens = load_tokenizer(tokenizer) if tokenizer else loaded.tokenizer
-    if tokens is None:
-        raise TokenizerError(f"{loaded.name} has no tokenizer: pass --tokenizer ID_OR_PATH")
-    return loaded, tokens
-
-
-def _params(loaded: LoadedModel, seed: int, given: dict[str, Any], tokens: int) -> SamplingParams:
-    """Return what was given on the command line, over the generation config of the model."""
     from granite_paged.engine.request import SamplingParams
 
+    source = Source(text, file, chat=chat, system=system)
+    loaded = _with_tokenizer(choice.load(), tokenizer)
+    options = {"seed": choice.seed, "stop_strings": stop_strings or None, **sampling}
     config = loaded.model.generation_config
-    return SamplingParams.from_generation_config(config, prompt_tokens=tokens, seed=seed, **given)
+
+    def params_of(prompt_tokens: int) -> SamplingParams:
+        return SamplingParams.from_generation_config(config, prompt_tokens=prompt_tokens, **options)
+
+    _note_ignored(config)
+    if source.interactive:
+        from granite_paged.cli.chat import converse
+
+        if json_file or sampling["n"] > 1 or sampling["logprobs"] is not None:
+            raise click.UsageError("a chat in the terminal takes no --json, --n and --logprobs")
+        return converse(loaded, choice.config, params_of, system, _CHAT_TOKENS)
+    return _answer(loaded, choice, params_of, source, json_file)
+
+
+def _with_tokenizer(loaded: LoadedModel, tokenizer: str | None) -> LoadedModel:
+    from granite_paged.models import load_tokenizer
+
+    if tokenizer:
+        return replace(loaded, tokenizer=load_tokenizer(tokenizer))
+    if loaded.tokenizer is None:
+        raise TokenizerError(f"{loaded.name} has no tokenizer: pass --tokenizer ID_OR_PATH")
+    return loaded
+
+
+def _note_ignored(config: Any) -> None:
+    from granite_paged.engine.defaults import ignored_fields
+
+    if ignored := ignored_fields(config):
+        click.echo(f"note: {', '.join(ignored)} of the generation config: ignored", err=True)
+
+
+# -- answers ------------------------------------------------------------------------------------
 
 
 def _answer(
     loaded: LoadedModel,
-    tokenizer: Any,
     choice: ModelChoice,
-    given: dict[str, Any],
-    said: Prompt,
+    params_of: _ParamsOf,
+    source: Source,
     json_file: str | None,
-) -> None:
+) -> int:
+    """Answer every prompt of the source. One that is refused has an error, and the others go on."""
     from granite_paged.engine.engine import Engine
-    from granite_paged.engine.prompts import PromptEncoder
 
-    prompt = PromptEncoder(tokenizer, loaded.model.config.vocab_size).encode(said)
-    params = _params(loaded, choice.seed, given, len(prompt))
-    longest = len(prompt) + params.max_new_tokens
-    config = sized(choice.config, loaded.model, rows=params.n, tokens=longest)
-    with Engine(loaded.model, config, tokenizer=tokenizer) as engine:
-        if params.n == 1 and json_file is None:
-            _print_stream(engine, prompt, params)
-        else:
-            _print_all(engine.generate(prompt, params), loaded.name, json_file)
-
-
-def _print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> str:
-    answer = ""
-    for piece in engine.stream(prompt, params):
-        click.echo(piece.text, nl=False)
-        answer += piece.text
-    click.echo()
-    return answer
-
-
-def _print_all(outputs: list[Output], model: str, json_file: str | None) -> None:
-    """Print complete answers, numbered if there are several, and write them as JSON."""
-    for output in outputs:
-        if output.error is not None:
-            raise output.error
-    console = report_console(json_file)
-    for number, output in enumerate(outputs, start=1):
-        mark = f"[{number}] " if len(outputs) > 1 else ""
-        console.print(mark + output.text, markup=False, highlight=False, soft_wrap=True)
-    answers = [
-        {
-            "text": output.text,
-            "tokens": output.tokens,
-            "finish": output.finish,
-            "logprobs": [asdict(each) for each in output.logprobs],
-        }
-        for output in outputs
-    ]
-    prompt = list(outputs[0].prompt)
-    write_json(json_file, {"model": model, "prompt": prompt, "answers": answers})
+    prompts = read_prompts(source, loaded)
+    asked = [prompt for prompt in prompts if prompt.error is None]
+    params = [params_of(len(prompt.tokens)) for prompt in asked]
+    samples = sum(each.n for each in params)
+    longest = [len(p.tokens) + each.max_new_tokens for p, each in zip(asked, params, strict=True)]
+    config = sized(
+        choice.config,
+        loaded.model,
+        rows=min(max(samples, 1), _MOST_ROWS),
+        tokens=max(longest, default=1),
+    )
+    with Engine(loaded.model, config, tokenizer=loaded.tokenizer) as engine:
+        if source.single and samples == 1 and params[0].logprobs is None and not json_file:
+            for piece in engine.stream(asked[0].tokens, params[0]):
+                click.echo(piece.text, nl=False)
+            click.echo()
+            return OK
+        with progress("generate", time_left=True) as report_progress:
+            outputs = engine.generate(
+                [prompt.tokens for prompt in asked], params, progress=report_progress
+            )
+    for prompt, each in zip(asked, params, strict=True):
+        prompt.outputs, outputs = outputs[: each.n], outputs[each.n :]
+    if json_file:
+        answers = [_record(prompt, loaded.tokenizer) for prompt in prompts]
+        write_json(json_file, {"model": loaded.name, "prompts": answers})
+    return _show(prompts, loaded.tokenizer, source, quiet=json_file == "-")
 
 
-def _converse(
-    loaded: LoadedModel,
-    tokenizer: Any,
-    choice: ModelChoice,
-    given: dict[str, Any],
-    messages: list[Message],
-) -> None:
-    """Answer each line of standard input as a message of one conversation."""
-    from granite_paged.engine.engine import Engine
-    from granite_paged.engine.prompts import PromptEncoder
+def _show(prompts: list[Any], tokenizer: Any, source: Source, *, quiet: bool) -> int:
+    """Print answers to standard output and errors to standard error. Return the exit status."""
+    status = OK
+    for prompt in prompts:
+        for output in prompt.outputs:
+            if output.error is None and not quiet:
+                if not source.single or len(prompt.outputs) > 1:
+                    click.echo(f"--- {prompt.name}, answer {output.index + 1} ---")
+                click.echo(output.text)
+                _show_logprobs(output, tokenizer)
+        errors = [prompt.error, *(output.error for output in prompt.outputs)]
+        for error in errors:
+            if error is not None:
+                click.echo(f"granite-paged: error: {prompt.name}: {error}", err=True)
+                status = USAGE
+    return status
 
-    encoder = PromptEncoder(tokenizer, loaded.model.config.vocab_size)
-    encoder.check_chat()
-    if given.get("n", 1) > 1:
-        raise click.UsageError("a conversation has one answer per message: leave --n out")
-    config = sized(choice.config, loaded.model, rows=1, tokens=_CONVERSATION)
-    with Engine(loaded.model, config, tokenizer=tokenizer) as engine:
-        for line in sys.stdin:
-            messages.append({"role": "user", "content": line.rstrip("\n")})
-            prompt = encoder.encode(messages)
-            params = _params(loaded, choice.seed, given, len(prompt))
-            answer = _print_stream(engine, prompt, params)
-            messages.append({"role": "assistant", "content": answer})
+
+def _show_logprobs(output: Output, tokenizer: Any) -> None:
+    for each in output.logprobs:
+        top = "  ".join(f"{tokenizer.decode([t])!r} {value:.4f}" for t, value in each.top)
+        click.echo(f"{tokenizer.decode([each.token])!r}\t{each.logprob:.4f}\t{top}".rstrip())
+
+
+def _record(prompt: Any, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "prompt": prompt.given,
+        "prompt_tokens": len(prompt.tokens),
+        "error": None if prompt.error is None else str(prompt.error),
+        "answers": [_answer_record(output, tokenizer) for output in prompt.outputs],
+    }
+
+
+def _answer_record(output: Output, tokenizer: Any) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "text": output.text,
+        "tokens": output.tokens,
+        "finish": output.finish,
+        "error": None if output.error is None else str(output.error),
+    }
+    if output.logprobs:
+        record["logprobs"] = [
+            {
+                "text": tokenizer.decode([each.token]),
+                "logprob": each.logprob,
+                "top": [[tokenizer.decode([token]), value] for token, value in each.top],
+            }
+            for each in output.logprobs
+        ]
+    return record

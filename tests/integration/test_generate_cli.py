@@ -1,114 +1,262 @@
-"""`granite-paged generate` on a checkpoint as authors publish one: shards, template, defaults."""
+"""`granite-paged generate` on a checkpoint as authors publish one: chats, files, JSON."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from granite_paged import Engine, PagedConfig, SamplingParams, load
-from granite_paged.cli.main import run
-from granite_paged.engine.request import Output
+from granite_paged import Engine, SamplingParams, load
+from granite_paged.cli import generate as command
+from granite_paged.cli.main import OK, USAGE, run
 from tests.helpers.command_line import Capture, assert_one_line
+from tests.helpers.sharded_checkpoint import BOS, byte_level_tokenizer
 
-USAGE = 2
-TEXT = "the lazy dog"
-USER = {"role": "user", "content": TEXT}
-GREEDY = ("--temperature", "0", "--max-new-tokens", "6")
-PARAMS = SamplingParams(max_new_tokens=6, repetition_penalty=1.05)  # as the folder's config has it
+FOX = "the quick brown fox"
 
 
-def answered(folder: Path, prompt: object, params: SamplingParams = PARAMS) -> list[Output]:
-    loaded = load(str(folder), device="cpu")
-    sizes = PagedConfig(page_size=16, max_tokens=512, max_sequences=4)
-    with Engine(loaded.model, sizes, tokenizer=loaded.tokenizer) as engine:
-        return engine.generate(prompt, params)
+@pytest.fixture
+def checkpoint(sharded_checkpoint: Path) -> str:
+    return str(sharded_checkpoint)
 
 
-def generate(folder: Path, *arguments: str) -> int:
-    return run(["generate", "--model", str(folder), "--device", "cpu", *arguments])
+def generate(checkpoint: str, *arguments: str) -> int:
+    return run(["generate", "--model", checkpoint, "--page-size", "16", *arguments])
 
 
-def test_chat_writes_the_template_once(sharded_checkpoint: Path, capsys: Capture) -> None:
-    system = {"role": "system", "content": "shout"}
-    (expected,) = answered(sharded_checkpoint, [system, USER])
-    assert generate(sharded_checkpoint, TEXT, "--system", "shout", *GREEDY) == 0
-    assert capsys.readouterr().out == f"{expected.text}\n"
+def reported(checkpoint: str, capsys: Capture, *arguments: str) -> list[dict[str, Any]]:
+    """Return the prompts of the report of `generate --json -`."""
+    assert generate(checkpoint, *arguments, "--json", "-") == OK, capsys.readouterr().err
+    prompts: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["prompts"]
+    return prompts
 
 
-def test_a_conversation_keeps_its_history(
-    sharded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def typed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def params_seen(monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
+    seen: list[SamplingParams] = []
+    submit = Engine.submit
+
+    def noted(self: Engine, prompt: Any, params: Any = None, **options: Any) -> Any:
+        seen.append(params)
+        return submit(self, prompt, params, **options)
+
+    monkeypatch.setattr(Engine, "submit", noted)
+    return seen
+
+
+# -- sampling -----------------------------------------------------------------------------------
+
+
+def test_the_generation_config_wins_over_defaults_and_options_over_it(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (first,) = answered(sharded_checkpoint, [USER])
-    history = [USER, {"role": "assistant", "content": first.text}, {**USER, "content": "and?"}]
-    (second,) = answered(sharded_checkpoint, history)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{TEXT}\nand?\n"))
-    assert generate(sharded_checkpoint, "--chat", *GREEDY) == 0
-    assert capsys.readouterr().out == f"{first.text}\n{second.text}\n"
-
-
-def test_several_answers_and_json(
-    sharded_checkpoint: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    file = tmp_path / "answers.json"
-    params = SamplingParams(
-        max_new_tokens=4, temperature=0.8, top_k=5, top_p=0.9, repetition_penalty=1.2, n=2,
-        seed=7, logprobs=2, stop_strings=("q",),
-    )  # fmt: skip
-    expected = answered(sharded_checkpoint, TEXT, params)
-    options = (
-        "--max-new-tokens 4 --temperature 0.8 --top-k 5 --top-p 0.9 --repetition-penalty 1.2 "
-        "--n 2 --seed 7 --logprobs 2 --stop q"
+    seen = params_seen(monkeypatch)
+    assert generate(checkpoint, FOX, "--seed", "3") == OK
+    options = ["--temperature", "0", "--top-k", "7", "--top-p", "0.5", "--stop", "dog"]
+    more = ["--repetition-penalty", "2", "--max-new-tokens", "4", "--stop", "\n"]
+    assert generate(checkpoint, FOX, *options, *more) == OK
+    by_config, by_options = seen
+    assert by_config == SamplingParams(
+        max_new_tokens=20, temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.05, seed=3
     )
-    assert generate(sharded_checkpoint, TEXT, *options.split(), "--json", str(file)) == 0
-    written = json.loads(file.read_text(encoding="utf-8"))
-    assert [answer["tokens"] for answer in written["answers"]] == [o.tokens for o in expected]
-    assert [answer["finish"] for answer in written["answers"]] == [o.finish for o in expected]
-    assert len(written["answers"][0]["logprobs"][0]["top"]) == 2
-    assert "[2] " in capsys.readouterr().out
-
-
-def test_the_generation_config_holds_where_no_option_is_given(
-    sharded_checkpoint: Path, capsys: Capture
-) -> None:
-    params = SamplingParams.from_generation_config(
-        load(str(sharded_checkpoint), device="cpu").model.generation_config, prompt_tokens=3
+    assert by_options == SamplingParams(
+        max_new_tokens=4, top_k=7, top_p=0.5, repetition_penalty=2, stop_strings=("dog", "\n")
     )
-    assert params.temperature > 0
-    (expected,) = answered(sharded_checkpoint, TEXT, params)
-    assert generate(sharded_checkpoint, TEXT) == 0
-    assert capsys.readouterr().out == f"{expected.text}\n"
 
 
-def test_text_comes_from_standard_input(
-    sharded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+def test_an_answer_ends_before_a_stop_string(checkpoint: str, capsys: Capture) -> None:
+    (whole,) = reported(checkpoint, capsys, FOX, "--temperature", "0")
+    text = whole["answers"][0]["text"]
+    stop = text[4:6]
+    (stopped,) = reported(checkpoint, capsys, FOX, "--temperature", "0", "--stop", stop)
+    assert stopped["answers"][0]["text"] == text[: text.index(stop)]
+    assert stopped["answers"][0]["finish"] == "stop"
+
+
+def test_several_answers_differ_and_are_numbered(checkpoint: str, capsys: Capture) -> None:
+    assert generate(checkpoint, FOX, "--n", "3", "--max-new-tokens", "5") == OK
+    shown = capsys.readouterr().out
+    assert [f"answer {i} ---" in shown for i in (1, 2, 3)] == [True] * 3
+    (prompt,) = reported(checkpoint, capsys, FOX, "--n", "3", "--max-new-tokens", "5")
+    texts = [answer["text"] for answer in prompt["answers"]]
+    assert len(set(texts)) == 3
+
+
+def test_logprobs_are_shown_for_each_token(checkpoint: str, capsys: Capture) -> None:
+    options = ["--logprobs", "2", "--max-new-tokens", "3", "--temperature", "0"]
+    assert generate(checkpoint, FOX, *options) == OK
+    assert len([line for line in capsys.readouterr().out.splitlines() if "\t-" in line]) == 3
+    (prompt,) = reported(checkpoint, capsys, FOX, *options)
+    for token in prompt["answers"][0]["logprobs"]:
+        assert token["top"][0] == [token["text"], token["logprob"]]
+        assert len(token["top"]) == 2
+
+
+def test_generation_may_begin_with_the_beginning_of_text_alone(
+    checkpoint: str, capsys: Capture
 ) -> None:
-    (expected,) = answered(sharded_checkpoint, TEXT)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
-    assert generate(sharded_checkpoint, "-", *GREEDY) == 0
-    assert capsys.readouterr().out == f"{expected.text}\n"
+    (prompt,) = reported(checkpoint, capsys, "", "--max-new-tokens", "2")
+    assert (prompt["prompt_tokens"], len(prompt["answers"][0]["tokens"])) == (1, 2)
+    assert run(["generate", "", "--max-new-tokens", "1", "--json", "-"]) == OK  # embedded model
+    (prompt,) = json.loads(capsys.readouterr().out)["prompts"]
+    assert prompt["prompt_tokens"] == 1
+
+
+def test_ignored_fields_of_the_generation_config_are_named(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    loaded = load(checkpoint)
+    loaded.model.generation_config.update(no_repeat_ngram_size=3)
+    monkeypatch.setattr("granite_paged.models.load", lambda *args, **options: loaded)
+    assert generate(checkpoint, FOX, "--max-new-tokens", "1") == OK
+    assert "note: no_repeat_ngram_size of the generation config: ignored" in capsys.readouterr().err
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def test_each_line_of_a_file_is_a_prompt(checkpoint: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{FOX}\n\nlazy dog\n", encoding="utf-8")
+    options = ["--temperature", "0", "--max-new-tokens", "4"]
+    found = reported(checkpoint, capsys, "--file", str(tmp_path / "prompts.txt"), *options)
+    alone = [*reported(checkpoint, capsys, FOX, *options)]
+    alone += reported(checkpoint, capsys, "lazy dog", *options)
+    assert found == alone
+    assert generate(checkpoint, "--file", str(tmp_path / "prompts.txt"), *options) == OK
+    shown = capsys.readouterr().out
+    assert "prompts.txt, line 1, answer 1" in shown
+    assert "prompts.txt, line 3, answer 1" in shown
+
+
+def test_lines_of_json_are_texts_or_messages(
+    checkpoint: str, tmp_path: Path, capsys: Capture
+) -> None:
+    messages = [{"role": "user", "content": FOX}]
+    rows = [{"prompt": FOX}, {"messages": messages}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text, chat = reported(checkpoint, capsys, "--file", str(file), "--max-new-tokens", "1")
+    tokenizer = byte_level_tokenizer()
+    assert text["prompt_tokens"] == len(tokenizer(FOX)["input_ids"])
+    assert chat["prompt_tokens"] == len(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("name", "content", "reason"),
     [
-        ((), "Missing argument 'TEXT'. Or start a conversation: --chat."),
-        (("--chat", "--n", "2"), "leave --n out"),
-        ((TEXT, "--top-k", "-1"), "'--top-k'"),
-        ((TEXT, "--repetition-penalty", "0"), "'--repetition-penalty'"),
-        ((TEXT, "--n", "0"), "'--n'"),
+        ("a.jsonl", '{"prompt": "x"}\n{\n', "line 2: is no JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n\n{"text": "x"}\n', "line 3: must be"),
+        ("a.jsonl", '{"messages": []}\n', "line 1: must be"),
+        ("a.txt", "\n \n", "holds no prompt"),
     ],
 )
-def test_wrong_options_are_refused(
-    arguments: tuple[str, ...], reason: str, sharded_checkpoint: Path, capsys: Capture
+def test_a_broken_line_is_refused_by_its_number(
+    checkpoint: str, tmp_path: Path, capsys: Capture, name: str, content: str, reason: str
 ) -> None:
-    assert generate(sharded_checkpoint, *arguments) == USAGE
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert generate(checkpoint, "--file", str(tmp_path / name)) == USAGE
     assert_one_line(capsys, reason)
 
 
-def test_chat_without_a_template_is_refused(capsys: Capture) -> None:
-    assert run(["generate", "hello", "--chat", "--device", "cpu"]) == USAGE
-    assert_one_line(capsys, "no chat template")
+def test_a_file_of_other_bytes_is_refused(checkpoint: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    assert generate(checkpoint, "--file", str(tmp_path / "a.txt")) == USAGE
+    assert_one_line(capsys, "cannot be read as UTF-8")
+
+
+def test_a_refused_line_is_named_and_the_others_are_answered(
+    checkpoint: str, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = ['{"prompt": "fox"}', '{"messages": [{"text": "no role"}]}', '{"prompt": "dog"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    assert generate(checkpoint, "--file", str(tmp_path / "a.jsonl")) == USAGE
+    shown = capsys.readouterr()
+    assert [f"line {i}, answer 1" in shown.out for i in (1, 2, 3)] == [True, False, True]
+    assert "a.jsonl, line 2: " in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_standard_input_is_one_prompt_or_one_per_line(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    typed(monkeypatch, "the fox\nthe dog\n")
+    (whole,) = reported(checkpoint, capsys, "-", "--max-new-tokens", "1")
+    typed(monkeypatch, "the fox\nthe dog\n")
+    lines = reported(checkpoint, capsys, "--file", "-", "--max-new-tokens", "1")
+    assert whole["prompt"] == "the fox\nthe dog"
+    assert [prompt["prompt"] for prompt in lines] == ["the fox", "the dog"]
+
+
+# -- chats --------------------------------------------------------------------------------------
+
+
+def test_a_chat_uses_the_template_and_the_system_message(checkpoint: str, capsys: Capture) -> None:
+    options = ["--chat", "--system", "Be brief.", "--max-new-tokens", "1"]
+    (prompt,) = reported(checkpoint, capsys, FOX, *options)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": FOX}]
+    assert prompt["prompt"] == messages
+    tokens = byte_level_tokenizer().apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    assert prompt["prompt_tokens"] == len(tokens)
+    assert tokens.count(BOS) == 1
+
+
+def test_a_chat_in_the_terminal_keeps_its_history(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    prompts: list[tuple[int, ...]] = []
+    stream = Engine.stream
+
+    def noted(self: Engine, prompt: Any, params: Any = None) -> Any:
+        prompts.append(prompt)
+        return stream(self, prompt, params)
+
+    monkeypatch.setattr(Engine, "stream", noted)
+    typed(monkeypatch, "the fox\n\nthe dog\n")
+    options = ["--temperature", "0", "--max-new-tokens", "6", "--system", "Be brief."]
+    assert generate(checkpoint, "--chat", *options) == OK
+    first, second = capsys.readouterr().out.rstrip("\n").split("\n", 1) if prompts else ("", "")
+    assert second
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "the fox"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "the dog"},
+    ]
+    expected = byte_level_tokenizer().apply_chat_template(
+        history, add_generation_prompt=True, return_dict=False
+    )
+    assert list(prompts[1]) == expected
+
+
+def test_a_message_that_is_refused_leaves_the_chat_open(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(command, "_CHAT_TOKENS", 64)
+    typed(monkeypatch, f"{FOX * 40}\nfox\n")
+    assert generate(checkpoint, "--chat", "--max-new-tokens", "3") == USAGE
+    shown = capsys.readouterr()
+    assert "out of pages" in shown.err
+    assert shown.out.strip()
+
+
+def test_a_template_that_raises_is_reported_in_one_line(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    loaded = load(checkpoint)
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('users must not speak') }}"
+    broken = replace(loaded, tokenizer=tokenizer)
+    monkeypatch.setattr("granite_paged.models.load", lambda *args, **options: broken)
+    assert generate(checkpoint, FOX, "--chat") == USAGE
+    assert_one_line(capsys, "users must not speak")
