@@ -42,19 +42,19 @@ def prefilled(driver: Driver, name: str) -> Tensor:
     return driver.prefill({1: prompt})[0].cpu()
 
 
-def decoded(driver: Driver, name: str) -> Tensor:
-    """Return the logits of the golden decode steps, both rows in one batch, [rows, DECODED, V]."""
+def decoded(driver: Driver, name: str, steps: int = DECODED) -> Tensor:
+    """Return the logits of the first golden decode steps, in one batch, [rows, steps, V]."""
     golden = tokens(golden_model(name).model, (40, 31), seed=3)
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(golden.ids, golden.mask, strict=True)]
     for row, text in enumerate(rows, start=1):
         driver.open(row)
         for start in range(0, len(text) - DECODED, CHUNK):
             driver.prefill({row: text[start : min(start + CHUNK, len(text) - DECODED)]})
-    steps = [
+    logits = [
         driver.decode({row: text[at] for row, text in enumerate(rows, start=1)}).cpu().clone()
-        for at in range(-DECODED, 0)
+        for at in range(-DECODED, steps - DECODED)
     ]
-    return torch.stack(steps, dim=1)
+    return torch.stack(logits, dim=1)
 
 
 def _copy(name: str, device: str) -> Any:
