@@ -225,6 +225,11 @@ class BeamJob(SampleJob):
         """Return every beam of the search."""
         return [*self.request.jobs, self]
 
+    def start_over(self) -> None:
+        """Draw its next token again, and forget the report of it."""
+        SampleJob.start_over(self)
+        self.request.reports.pop(self, None)
+
     def growth(self, page_size: int) -> int:
         """Return 1: pages are reserved token by token, so that it can be forked at any time."""
         return 1

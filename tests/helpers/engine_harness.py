@@ -147,7 +147,7 @@ class EngineHarness:
 
     def close(self) -> None:
         """Close the engine, and check that each open request ends by name."""
-        asked = list(self.open)
+        asked = [one for one in self.open if not one.finished]
         self.engine.close()
         for one in asked:
             errors = [one.error] if isinstance(one, Scoring) else [o.error for o in one.outputs]

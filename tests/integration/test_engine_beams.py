@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.errors import GranitePagedError, InvalidSampling, StepFailed
-from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.engine_harness import EngineHarness, Interrupted
 from tests.helpers.simulated_runner import HashOracle
 from tests.helpers.tiny_models import EOS, FLAVOURS, VOCABULARY, tiny_model
 
@@ -150,3 +151,19 @@ def test_an_invalid_search_is_refused(wrong: dict[str, Any], reason: str) -> Non
     with Engine(tiny_model(), sizes(2)) as engine, pytest.raises(InvalidSampling, match=reason):
         engine.search(PROMPTS, **wrong)
     assert issubclass(InvalidSampling, GranitePagedError)
+
+
+@pytest.mark.parametrize("call", ["clear_rows", "decode", "write_pages"])
+def test_an_interrupt_while_beams_wait_changes_no_answer(call: str) -> None:
+    """Some beams have reported their token, and others wait for rows: all start over."""
+    for number in range(1, 12):
+        harness = EngineHarness(HashOracle(), {"state_bytes": 0}, rows=2, pages=8)
+        harness.search([9] * 5, SamplingParams(max_new_tokens=5, stop_tokens=()), 3)
+        calls = count(1)
+
+        def interrupt(made: str, rows: Any, at: int = number, calls: Any = calls) -> None:
+            if made == call and next(calls) == at:
+                raise Interrupted
+
+        harness.runner.fault = interrupt
+        harness.drain()  # compares the answers
