@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,14 +26,14 @@ _CPU_ROWS = 32  # more rows wait longer for each other than they save
 
 
 def batch_engine(loaded: LoadedModel, config: PagedConfig, rows: int | None) -> Engine:
-    """Return an engine for the highest throughput, whatever the time between tokens.
+    """Return an engine for many sequences at once.
 
     rows: most sequences at once. None: as many as the engine's default, or 32 on a CPU.
     """
     if rows is None and loaded.model.device.type == "cpu":
         rows = _CPU_ROWS
     config = replace(config, max_sequences=rows or config.max_sequences)
-    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, longest_step=math.inf)
+    return Engine(loaded.model, config, tokenizer=loaded.tokenizer)
 
 
 @dataclass(slots=True)

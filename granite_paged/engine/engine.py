@@ -41,8 +41,10 @@ class Engine(StepwiseEngine):
         runner: used instead of one made for `model` and `config`.
         step_tokens: most tokens computed per step, decoded ones included. None: one per row, and
             four chunks of prompts.
-        longest_step: limit on a step with prompts, as a multiple of its decode-only time. One
-            chunk is always allowed. `math.inf` removes the limit, for the highest throughput.
+        longest_step: limit on a step with prompts while a streamed request decodes, as a multiple
+            of the step's decode-only time. One chunk is always allowed. `math.inf` removes the
+            limit. Requests of `stream` and `astream`, with a callback, or with
+            `SamplingParams(streamed=True)` are streamed.
         queue: most sequences that may wait.
         state_bytes: device memory for the Mamba states of shared prefixes. 0 turns prefix sharing
             off.

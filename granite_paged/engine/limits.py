@@ -28,12 +28,12 @@ HOST_BYTES_PER_SECOND = 50e9
 """Pinned memory over PCIe 5.0 x16, one way."""
 
 LONGEST_STEP = 2.0
-"""Limit on a mixed step, as a multiple of its decode-only time. At 2.0, inter-token latency is at
-most about 3 times that of a decode-only step: a mixed step also decodes more rows, and its prefill
-calls have fixed costs."""
+"""Limit on a mixed step that decodes a streamed request, as a multiple of its decode-only time. At
+2.0, inter-token latency is at most about 3 times that of a decode-only step: a mixed step also
+decodes more rows, and its prefill calls have fixed costs."""
 
 STEP_CHUNKS = 4
-"""Prefill chunks per step when nothing decodes. Larger batches raise throughput and delay the first
+"""Prefill chunks per step when nothing streamed decodes. Larger batches raise throughput and delay the first
 token (50 ms instead of 13 ms on an H200)."""
 
 SMALLEST_CHUNK = 256
@@ -95,8 +95,9 @@ class Limits:
         rows: most running jobs.
         longest: most tokens of one sequence.
         step_tokens: most tokens of a step, decoded ones included.
-        longest_step: most time of a step, as a multiple of what its decodes alone take. A chunk of
-            `alignment` tokens is always allowed. `math.inf`: no such limit.
+        longest_step: most time of a step that decodes a streamed request, as a multiple of what
+            its decodes alone take. A chunk of `alignment` tokens is always allowed. `math.inf`: no
+            such limit.
         alignment: chunks are multiples of it, except for the last of a prompt.
         queue: most waiting jobs.
         swap_bytes: most host memory for preempted jobs.
@@ -151,9 +152,12 @@ class Limits:
         """Most tokens of one prefill or score call."""
         return self.shapes.chunk_tokens
 
-    def prefill_time(self, decodes: int) -> float:
-        """Return how long prefills may take next to `decodes` rows, in the unit of `shapes`."""
-        if not decodes:
+    def prefill_time(self, decodes: int, *, streamed: bool) -> float:
+        """Return how long prefills may take next to `decodes` rows, in the unit of `shapes`.
+
+        streamed: whether somebody waits for each token of one of these rows.
+        """
+        if not (decodes and streamed):
             return math.inf
         return (self.longest_step - 1) * self.shapes.decode_cost(decodes)
 

@@ -56,6 +56,8 @@ class SamplingParams:
         priority: a request goes before those of lower priority that arrived up to 1,000 requests
             earlier per step of priority. It takes rows and pages of running ones of lower
             priority, if it cannot come in otherwise.
+        streamed: limit the time between tokens while other prompts are computed, at the cost of
+            throughput, as for a request with a callback; see `Engine(longest_step=...)`.
         namespace: prompts share cached beginnings with prompts of the same namespace only. One per
             tenant keeps timings from telling one tenant what another one asked.
 
@@ -75,6 +77,7 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
     n: int = 1
     priority: int = 0
+    streamed: bool = False
     namespace: str = ""
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class SamplingParams:
         if self.stop_tokens is not None:
             convert("stop_tokens", _stop_tokens(self.stop_tokens))
         convert("stop_strings", _stop_strings(self.stop_strings))
+        instance("streamed", self.streamed, bool, error=InvalidSampling)
         instance("namespace", self.namespace, str, error=InvalidSampling)
 
     @classmethod
@@ -205,6 +209,11 @@ class Request:
     def namespace(self) -> str:
         """Namespace of the prefixes that it may use."""
         return self.params.namespace
+
+    @property
+    def streamed(self) -> bool:
+        """Whether somebody waits for each of its tokens."""
+        return self.on_token is not None or self.params.streamed
 
     @property
     def finished(self) -> bool:

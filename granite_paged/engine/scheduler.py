@@ -19,7 +19,7 @@ Host only and without torch: what happens on the device is asked of a `Device`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from granite_paged.engine.admission import Admission
 from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
@@ -53,7 +53,7 @@ class Scheduler(JobLifecycle):
         self._make_way(step)
         decodes = self._decodes()
         step.decodes = calls(decodes, lambda job: job)
-        time = self._limits.prefill_time(len(decodes))
+        time = self._prefill_time(decodes)
         budget = self._limits.prefill_tokens(len(decodes), time)
         budget = max(budget - self._plan_scores(step, budget), self._limits.alignment)
         self._admit_waiting(step, budget)
@@ -138,6 +138,10 @@ class Scheduler(JobLifecycle):
 
     # -- prompts --------------------------------------------------------------------------------
 
+    def _prefill_time(self, decodes: Collection[SampleJob]) -> float:
+        streamed = any(job.request.streamed for job in decodes)
+        return self._limits.prefill_time(len(decodes), streamed=streamed)
+
     def _prefill(self, budget: int, time: float, *, first: bool) -> list[PrefillChunk]:
         """Return the chunks of one call, in order of rank, and count them as stored.
 
@@ -217,8 +221,8 @@ class Scheduler(JobLifecycle):
         """
         if self._starved in self.running.scoring:
             self.running.preempt_newest_after(self._starved)
-        decodes = len(self.running.decoding)
-        budget = self._limits.prefill_tokens(decodes, self._limits.prefill_time(decodes))
+        decodes = self.running.decoding
+        budget = self._limits.prefill_tokens(len(decodes), self._prefill_time(decodes))
         with self._admission.passing() as first:
             while (job := first()) and self._admission.outranks_running(job):
                 if self._prompts_before(job.rank) >= budget or not self._let_in(

@@ -281,7 +281,7 @@ def walk_the_rules(machine: EngineMachine, moves: int, chance: random.Random) ->
         new, heat, seed, n = pick([2, 6, 9]), pick([0.0, 0.0, 1.0]), pick([0, 1]), pick([1, 1, 2])
         return SamplingParams(
             max_new_tokens=new, temperature=heat, seed=seed, n=n, priority=pick([-1, 0, 1]),
-            stop_tokens=pick([(), (11, 29, 60)]),
+            stop_tokens=pick([(), (11, 29, 60)]), streamed=pick([False, True]),
         )  # fmt: skip
 
     rules: list[Callable[[], Any]] = [

@@ -69,7 +69,7 @@ def test_low_priority_is_not_starved_by_higher_ones(
 
 def test_a_long_prompt_never_stalls_a_running_request() -> None:
     harness = make_harness(pages=80, chunk_tokens=16)
-    running = ask(harness, [1], new=20)
+    running = ask(harness, [1], new=20, streamed=True)
     harness.step()
     long = ask(harness, list(range(90)) * 2, new=1)
     for step in range(8):
@@ -98,7 +98,7 @@ def test_prefill_chunks_are_limited_while_rows_decode(time: float, most: int) ->
     longest = 1 + time / Shapes(64, rows, captured=False).decode_cost(rows)
     harness = make_harness({"longest_step": longest}, pages=200, rows=8, chunk_tokens=64)
     for number in range(rows):
-        ask(harness, [number], new=40)
+        ask(harness, [number], new=40, streamed=True)
     harness.step()
     assert harness.runner.computed == rows, "no row decodes yet, so every prompt is computed"
     ask(harness, list(range(90)) * 2, new=1)
@@ -110,9 +110,24 @@ def test_prefill_chunks_are_limited_while_rows_decode(time: float, most: int) ->
     assert largest == most
 
 
+@pytest.mark.parametrize("streams", ["nobody", "a callback", "by request", "a waiting one"])
+def test_prompts_wait_only_for_tokens_that_somebody_streams(streams: str) -> None:
+    harness = make_harness(pages=200, rows=2, chunk_tokens=64)
+    asked = SamplingParams(max_new_tokens=40, streamed=streams == "by request")
+    on_token = (lambda *_: None) if streams == "a callback" else None
+    harness.submit([1], asked, on_token)
+    harness.step()
+    long = ask(harness, list(range(90)) * 2, new=40)
+    if streams == "a waiting one":  # both rows are taken
+        ask(harness, [2], streamed=True)
+    harness.step()
+    whole = streams in ("nobody", "a waiting one")
+    assert long.jobs[0].stored == (180 if whole else 8)
+
+
 def test_dense_prompts_are_not_split_into_tiny_chunks() -> None:
     harness = make_harness(pages=200, rows=8, chunk_tokens=64, stateful=False, alignment=1)
-    ask(harness, [1], new=40)
+    ask(harness, [1], new=40, streamed=True)
     harness.step()
     long = ask(harness, list(range(90)) * 2, new=1)
     harness.step()
@@ -122,7 +137,7 @@ def test_dense_prompts_are_not_split_into_tiny_chunks() -> None:
 def test_a_second_prompt_waits_instead_of_being_split() -> None:
     harness = make_harness({"longest_step": 3.0}, pages=200, rows=8, chunk_tokens=64)
     for number in range(3):
-        ask(harness, [number], new=40)
+        ask(harness, [number], new=40, streamed=True)
     harness.step()
     first, second = ask(harness, [1] * 20, new=9), ask(harness, [2] * 60, new=9)
     harness.step()
