@@ -195,7 +195,11 @@ statistics; methods that run a step raise EngineBusy. What it raises ends its ow
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt that was submitted. Its `outputs` fill as the engine steps."""
+    """A prompt that was submitted. Its `outputs` fill as the engine steps.
+
+    Attributes:
+        streamed: whether somebody waits for each of its tokens.
+    """
 
     number: int
     prompt: tuple[int, ...]
@@ -204,16 +208,15 @@ class Request:
     on_token: OnToken | None = None
     outputs: list[Output] = field(default_factory=list)
     jobs: list[SampleJob] = field(default_factory=list)
+    streamed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.streamed = self.on_token is not None or self.params.streamed
 
     @property
     def namespace(self) -> str:
         """Namespace of the prefixes that it may use."""
         return self.params.namespace
-
-    @property
-    def streamed(self) -> bool:
-        """Whether somebody waits for each of its tokens."""
-        return self.on_token is not None or self.params.streamed
 
     @property
     def finished(self) -> bool:

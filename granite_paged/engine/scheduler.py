@@ -19,7 +19,8 @@ Host only and without torch: what happens on the device is asked of a `Device`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from granite_paged.engine.admission import Admission
 from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
@@ -31,6 +32,8 @@ from granite_paged.engine.running import by_rank, newest
 from granite_paged.engine.step import Device, PrefillChunk, ScoreChunk, StepPlan, calls
 from granite_paged.geometry import bucket
 from granite_paged.paging.allocator import PageAllocator
+
+_is_streamed = attrgetter("request.streamed")
 
 
 class Scheduler(JobLifecycle):
@@ -52,7 +55,9 @@ class Scheduler(JobLifecycle):
         step = StepPlan()
         self._make_way(step)
         decodes = self._decodes()
-        step.decodes = calls(decodes, lambda job: job)
+        step.decodes = calls(decodes, decodes)
+        if not (len(self.queue) or self.running.prefilling or self.running.scoring):
+            return step
         time = self._prefill_time(decodes)
         budget = self._limits.prefill_tokens(len(decodes), time)
         budget = max(budget - self._plan_scores(step, budget), self._limits.alignment)
@@ -62,7 +67,7 @@ class Scheduler(JobLifecycle):
             budget -= sum(lengths)
             if decodes:
                 time -= self._limits.shapes.prefill_cost(lengths)
-            step.prefills += calls(chunks, lambda chunk: chunk.job)
+            step.prefills += calls(chunks, [chunk.job for chunk in chunks])
         return step
 
     def prefilled(self, chunk: PrefillChunk) -> list[SampleJob]:
@@ -138,8 +143,8 @@ class Scheduler(JobLifecycle):
 
     # -- prompts --------------------------------------------------------------------------------
 
-    def _prefill_time(self, decodes: Collection[SampleJob]) -> float:
-        streamed = any(job.request.streamed for job in decodes)
+    def _prefill_time(self, decodes: Sequence[SampleJob]) -> float:
+        streamed = any(map(_is_streamed, decodes))
         return self._limits.prefill_time(len(decodes), streamed=streamed)
 
     def _prefill(self, budget: int, time: float, *, first: bool) -> list[PrefillChunk]:
@@ -221,7 +226,9 @@ class Scheduler(JobLifecycle):
         """
         if self._starved in self.running.scoring:
             self.running.preempt_newest_after(self._starved)
-        decodes = self.running.decoding
+        if not len(self.queue):
+            return
+        decodes = list(self.running.decoding)
         budget = self._limits.prefill_tokens(len(decodes), self._prefill_time(decodes))
         with self._admission.passing() as first:
             while (job := first()) and self._admission.outranks_running(job):

@@ -5,8 +5,9 @@ Host only and without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from granite_paged.engine.job import Job, SampleJob, ScoringJob
@@ -102,10 +103,16 @@ class StepPlan:
 
 
 _Item = TypeVar("_Item")
+_is_isolated = attrgetter("isolated")
 
 
-def calls(items: Sequence[_Item], job_of: Callable[[_Item], Job]) -> list[list[_Item]]:
-    """Group items into one call, and one more for each item of an isolated job."""
-    alone = [[item] for item in items if job_of(item).isolated]
-    together = [item for item in items if not job_of(item).isolated] if alone else list(items)
+def calls(items: Sequence[_Item], jobs: Sequence[Job]) -> list[list[_Item]]:
+    """Group items into one call, and one more for each item of an isolated job.
+
+    jobs: the job of each item.
+    """
+    if not any(map(_is_isolated, jobs)):
+        return [list(items)] if items else []
+    alone = [[item] for item, job in zip(items, jobs, strict=True) if job.isolated]
+    together = [item for item, job in zip(items, jobs, strict=True) if not job.isolated]
     return [together, *alone] if together else alone
