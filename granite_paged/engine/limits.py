@@ -33,8 +33,8 @@ LONGEST_STEP = 2.0
 decodes more rows, and its prefill calls have fixed costs."""
 
 STEP_CHUNKS = 4
-"""Prefill chunks per step when nothing streamed decodes. Larger batches raise throughput and delay the first
-token (50 ms instead of 13 ms on an H200)."""
+"""Prefill chunks per step when no streamed request decodes. Larger batches raise throughput and
+delay the first token (50 ms instead of 13 ms on an H200)."""
 
 SMALLEST_CHUNK = 256
 """Smallest prefill chunk worth a call. Applies to attention-only models, whose prompts can be split
@@ -155,7 +155,7 @@ class Limits:
     def prefill_time(self, decodes: int, *, streamed: bool) -> float:
         """Return how long prefills may take next to `decodes` rows, in the unit of `shapes`.
 
-        streamed: whether somebody waits for each token of one of these rows.
+        streamed: whether one of these rows is of a streamed request.
         """
         if not (decodes and streamed):
             return math.inf

@@ -198,7 +198,7 @@ class Request:
     """A prompt that was submitted. Its `outputs` fill as the engine steps.
 
     Attributes:
-        streamed: whether somebody waits for each of its tokens.
+        streamed: whether its tokens are read one by one, as they come.
     """
 
     number: int

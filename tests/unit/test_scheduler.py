@@ -110,8 +110,8 @@ def test_prefill_chunks_are_limited_while_rows_decode(time: float, most: int) ->
     assert largest == most
 
 
-@pytest.mark.parametrize("streams", ["nobody", "a callback", "by request", "a waiting one"])
-def test_prompts_wait_only_for_tokens_that_somebody_streams(streams: str) -> None:
+@pytest.mark.parametrize("streams", ["none", "a callback", "by request", "a waiting one"])
+def test_prompts_wait_only_for_streamed_requests(streams: str) -> None:
     harness = make_harness(pages=200, rows=2, chunk_tokens=64)
     asked = SamplingParams(max_new_tokens=40, streamed=streams == "by request")
     on_token = (lambda *_: None) if streams == "a callback" else None
@@ -121,7 +121,7 @@ def test_prompts_wait_only_for_tokens_that_somebody_streams(streams: str) -> Non
     if streams == "a waiting one":  # both rows are taken
         ask(harness, [2], streamed=True)
     harness.step()
-    whole = streams in ("nobody", "a waiting one")
+    whole = streams in ("none", "a waiting one")
     assert long.jobs[0].stored == (180 if whole else 8)
 
 
