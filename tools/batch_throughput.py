@@ -71,7 +71,6 @@ def compare_with_engine(path: Path, folder: Path, options: argparse.Namespace) -
     config = PagedConfig(page_size=options.page_size, max_tokens=options.max_tokens)
     ratios = []
     with batch_engine(loaded, config, options.rows) as engine:
-        engine.runner.warm_up()
         answering = Answering(engine, loaded, Defaults())
         for turn in range(options.turns):
             started = time.perf_counter()

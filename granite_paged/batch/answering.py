@@ -17,6 +17,7 @@ from granite_paged.engine.request import Request
 from granite_paged.errors import GranitePagedError, QueueFull
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
+from granite_paged.progress import Progress, silent
 
 INVALID, FAILED = "invalid_request", "request_failed"
 """Codes of errors: the line is at fault, or its request failed."""
@@ -25,15 +26,19 @@ INVALID, FAILED = "invalid_request", "request_failed"
 _CPU_ROWS = 32  # more rows wait longer for each other than they save
 
 
-def batch_engine(loaded: LoadedModel, config: PagedConfig, rows: int | None) -> Engine:
+def batch_engine(
+    loaded: LoadedModel, config: PagedConfig, rows: int | None, progress: Progress = silent
+) -> Engine:
     """Return an engine for many sequences at once.
 
-    rows: most sequences at once. None: as many as the engine's default, or 32 on a CPU.
+    Args:
+        rows: most sequences at once. None: as many as the engine's default, or 32 on a CPU.
+        progress: called while the engine warms up.
     """
     if rows is None and loaded.model.device.type == "cpu":
         rows = _CPU_ROWS
     config = replace(config, max_sequences=rows or config.max_sequences)
-    return Engine(loaded.model, config, tokenizer=loaded.tokenizer)
+    return Engine(loaded.model, config, tokenizer=loaded.tokenizer, progress=progress)
 
 
 @dataclass(slots=True)

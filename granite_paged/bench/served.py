@@ -25,7 +25,7 @@ def prepare_engine(model: Any, config: PagedConfig, shape: Shape, seed: int) -> 
     coming = arrivals(workload_of(shape), model.config.vocab_size, seed)
     tokens = shape.batch * pages_for(shape.context, config.page_size) * config.page_size
     sized = replace(config, max_sequences=shape.batch, max_tokens=tokens)
-    engine = Engine(model, sized, queue=shape.batch, state_bytes=0)
+    engine = Engine(model, sized, queue=shape.batch, state_bytes=0, warmup="lazy")
     own = not engine.runner.fallback
     return Prepared(lambda: serve(engine, coming), close=engine.close, own_workspace=own)
 

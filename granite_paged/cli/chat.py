@@ -48,7 +48,7 @@ def converse(
     )
     status = OK
     history: list[dict[str, str]] = messages_of(system)
-    with Engine(loaded.model, config, tokenizer=loaded.tokenizer) as engine:
+    with Engine(loaded.model, config, tokenizer=loaded.tokenizer, warmup="lazy") as engine:
         for line in _lines():
             asked = [*history, {"role": "user", "content": line}]
             try:

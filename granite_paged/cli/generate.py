@@ -190,7 +190,7 @@ def _answer(
         rows=min(max(samples, 1), _MOST_ROWS),
         tokens=max(longest, default=1),
     )
-    with Engine(loaded.model, config, tokenizer=loaded.tokenizer) as engine:
+    with Engine(loaded.model, config, tokenizer=loaded.tokenizer, warmup="lazy") as engine:
         if source.single and samples == 1 and params[0].logprobs is None and not json_file:
             for piece in engine.stream(asked[0].tokens, params[0]):
                 click.echo(piece.text, nl=False)

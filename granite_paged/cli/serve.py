@@ -125,9 +125,8 @@ def serve(
     )
     with (
         progress("capture") as report_progress,
-        Engine(loaded.model, config, queue=len(coming)) as engine,
+        Engine(loaded.model, config, queue=len(coming), progress=report_progress) as engine,
     ):
-        engine.runner.warm_up(report_progress)
         report = compare(
             engine,
             loaded.model,

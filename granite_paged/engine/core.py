@@ -219,6 +219,7 @@ class EngineCore:
             schedule_ms=1000 * self._schedule_seconds / max(1, counts.steps),
             planned_bytes=self.plan.total_bytes,
             device_bytes=allocated_bytes(self._runner.device),
+            late_captures=self._runner.late_captures,
         )
 
     # -- details --------------------------------------------------------------------------------

@@ -51,6 +51,9 @@ class Engine(StepwiseEngine):
         swap_bytes: host memory for preempted sequences.
         preemption: how a preempted sequence gets its pages back: "recompute", "swap" to host
             memory, or "auto", the faster of the two.
+        warmup: "full" compiles and captures every step on a GPU before the first request; "lazy"
+            does so as they occur, while requests wait. A CPU needs neither.
+        progress: called during a full warm-up.
 
     Raises:
         UnsupportedModel: if the model's architecture is not paged.

@@ -21,6 +21,9 @@ Preemption = Literal["auto", "recompute", "swap"]
 """How a preempted job gets its pages back: they are computed again, or they are copied to host
 memory and back, or whichever of the two is faster."""
 
+Warmup = Literal["full", "lazy"]
+"""When an engine compiles and captures its steps: before the first request, or as they occur."""
+
 PREFILL_TOKENS_PER_SECOND = 1.6e5
 """granite-4.0-h-1b on an H200: 2,048 tokens in 12.7 ms (recorded)."""
 
@@ -49,6 +52,7 @@ def check_options(
     state_bytes: int,
     swap_bytes: int,
     preemption: Preemption,
+    warmup: Warmup,
 ) -> None:
     """Raise InvalidArgument for an engine's option of the wrong type or out of range."""
     if step_tokens is not None:
@@ -58,6 +62,7 @@ def check_options(
     integer("state_bytes", state_bytes, 0)
     integer("swap_bytes", swap_bytes, 0)
     one_of("preemption", preemption, get_args(Preemption))
+    one_of("warmup", warmup, get_args(Warmup))
 
 
 @dataclass(frozen=True, slots=True)

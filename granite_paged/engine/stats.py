@@ -25,6 +25,8 @@ class EngineStats:
         schedule_ms: mean host time per step for scheduling.
         planned_bytes: device memory by plan.
         device_bytes: device memory that torch holds; None without a GPU.
+        late_captures: number of steps that were compiled and captured while requests waited; 0
+            after a full warm-up.
     """
 
     steps: int
@@ -49,6 +51,7 @@ class EngineStats:
     schedule_ms: float
     planned_bytes: int
     device_bytes: int | None
+    late_captures: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers by name."""

@@ -18,7 +18,7 @@ from granite_paged.device import on_device
 from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
 from granite_paged.engine.defaults import end_of_text, ignored_fields
-from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption, check_options
+from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption, Warmup, check_options
 from granite_paged.engine.lock import FairLock
 from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params
 from granite_paged.engine.request import OnToken, Request, SamplingParams, Scoring
@@ -26,6 +26,7 @@ from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.streams import StreamThread
 from granite_paged.errors import InvalidArgument, InvalidSampling, RequestCancelled, TokenizerError
 from granite_paged.geometry import PagedConfig
+from granite_paged.progress import Progress, silent
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
 
@@ -52,6 +53,8 @@ class StepwiseEngine:
         state_bytes: int = STATE_BYTES,
         swap_bytes: int = SWAP_BYTES,
         preemption: Preemption = "auto",
+        warmup: Warmup = "full",
+        progress: Progress = silent,
     ) -> None:
         check_options(
             step_tokens=step_tokens,
@@ -60,7 +63,9 @@ class StepwiseEngine:
             state_bytes=state_bytes,
             swap_bytes=swap_bytes,
             preemption=preemption,
+            warmup=warmup,
         )
+        function("progress", progress)
         _check_parts(tokenizer, runner)
         self.runner = runner or Runner.for_model(model, config)
         self.tokenizer = tokenizer
@@ -79,6 +84,8 @@ class StepwiseEngine:
         self._lock = FairLock()
         self._streams = StreamThread()
         self._closed = self._is_shut = False
+        if warmup == "full":
+            self._warm_up(progress)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -245,6 +252,14 @@ class StepwiseEngine:
             self._core.check_valid()
 
     # -- details --------------------------------------------------------------------------------
+
+    def _warm_up(self, progress: Progress) -> None:
+        try:
+            with on_device(self.runner.device):
+                self.runner.warm_up(progress)
+        except BaseException:
+            self.close()
+            raise
 
     def _defaults(self, prompt_tokens: int) -> SamplingParams:
         config = self._generation_config

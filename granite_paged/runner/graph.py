@@ -107,12 +107,8 @@ class CapturedStep:
         with memory_refused(self._device, "a step"), torch.inference_mode():
             self._compute()
 
-    def capture(self, pool: Any, stream: Any) -> None:
-        """Compute padding once, which compiles everything, then capture the step.
-
-        Args:
-            pool: graph memory pool that all steps share.
-            stream: where both run.
+    def compile(self, stream: Any) -> None:
+        """Compute padding once on this stream, which compiles everything.
 
         Raises:
             OutOfMemory: if the step does not fit into the memory that is free.
@@ -124,6 +120,17 @@ class CapturedStep:
             with torch.cuda.stream(stream):
                 self._compute()
             torch.cuda.current_stream(self._device).wait_stream(stream)
+
+    def capture(self, pool: Any, stream: Any) -> None:
+        """Compile the step, then capture it. Raises as `compile` does.
+
+        Args:
+            pool: graph memory pool that all steps share.
+            stream: where both run.
+        """
+        what = f"a step of {self._batch} x {self._length} tokens"
+        with COMPILING, memory_refused(self._device, what), torch.inference_mode():
+            self.compile(stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: threads of other GPUs go on allocating memory while this one records
             with torch.cuda.graph(

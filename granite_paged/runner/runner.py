@@ -20,7 +20,6 @@ Every step names its rows, so running sequences never move.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +30,6 @@ from granite_paged.device import available_bytes, to_device
 from granite_paged.errors import InvalidRequest, PromptError, UnsupportedModel
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.hf.patching import is_patched
-from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import triton_refusal, warn_if_slow
 from granite_paged.layers.mamba import mixers
 from granite_paged.layers.modules import check_model
@@ -49,6 +47,7 @@ from granite_paged.runner.memory_plan import (
 )
 from granite_paged.runner.model import EagerModel
 from granite_paged.runner.shapes import Batch, Shapes
+from granite_paged.runner.steps import Steps
 from granite_paged.runner.storage import NULL_ROW, RowSnapshot, Storage, make_storage
 from granite_paged.runner.watch import Look
 
@@ -114,10 +113,7 @@ class Runner:
             self._storage = make_storage(pages, layers, self.rows, self.dtype, self.device)
         self.tokens, self.nonfinite = self._storage.tokens, self._storage.nonfinite
         self._live, self._look = model, Look(model)
-        self._model = _model(model, self._storage, fallback, config)
-        self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
-        self._graphs = None if fallback else torch.cuda.graph_pool_handle()
-        self._stream = None if fallback else _capture_stream(self.device)
+        self._steps = Steps(model, self._storage, config, geometry, fallback)
 
     @classmethod
     def for_model(cls, model: Any, config: PagedConfig | None = None) -> Runner:
@@ -192,7 +188,7 @@ class Runner:
             wanted = [target for member in members for target in targets[member]]
             at, after = to_device(self.device, torch.tensor(places), torch.tensor(wanted))
             hidden = self._run_chunks(chunks, step).hidden
-            scores = _scored(self._model, hidden.flatten(0, 1).index_select(0, at), after)
+            scores = _scored(self._steps.model, hidden.flatten(0, 1).index_select(0, at), after)
             by_chunk = (torch.split(part, counts) for part in scores)
             found.update(zip(members, map(Scores, *by_chunk), strict=True))
         in_order = [found[i] for i in range(len(chunks))]
@@ -219,7 +215,7 @@ class Runner:
         first, last = min(positions), max(positions)
         if first < 0 or last >= self.longest:
             raise InvalidRequest(f"positions must be below {self.longest}, got {first} to {last}")
-        step = self._captured_step(self.shapes.decode_batch(len(rows)), 1, decodes=True)
+        step = self._steps.step(self.shapes.decode_batch(len(rows)), 1, decodes=True)
         inputs = step.padding()
         inputs.rows[: len(rows)] = rows
         inputs.positions[: len(rows), 0] = positions
@@ -234,20 +230,23 @@ class Runner:
     ) -> None:
         """Compile and capture shapes now instead of at their first use.
 
+        Several processes compile what no start before has compiled. Called again after an
+        interrupt, it goes on with what is missing.
+
         Args:
             progress: called with each shape.
             wanted: whether to prepare a shape, by rows and tokens per row (1: a decode step).
         """
-        shapes = [shape for shape in self.shapes.all() if wanted(*shape)]
-        for done, (batch, length) in enumerate(shapes):
-            what = "decode" if length == 1 else "prefill"
-            progress(f"{what} {batch} x {length}", done, len(shapes))
-            self._captured_step(batch, length, decodes=length == 1)
-        progress("ready", len(shapes), len(shapes))
+        self._steps.warm_up([shape for shape in self.shapes.all() if wanted(*shape)], progress)
+
+    @property
+    def late_captures(self) -> int:
+        """Number of steps that were compiled and captured while a caller waited for them."""
+        return self._steps.late
 
     def forget_captured_steps(self) -> None:
         """Discard the captured steps. Each is captured again at its next use."""
-        self._captured.clear()
+        self._steps.forget()
 
     def notice_changes(self, *, idle: bool) -> bool:
         """Return whether the live model changed since the last call, and run what it is now.
@@ -268,10 +267,9 @@ class Runner:
             if (model.dtype, model.device) != (self.dtype, self.device):
                 what = f"a model that became {model.dtype} on {model.device}"
                 raise UnsupportedModel(what, "make another engine for it")
-            self.forget_captured_steps()  # they read the old places
             self.fallback = self.fallback or triton_refusal(model, self.config.backend)
-            self._model = _model(model, self._storage, self.fallback, self.config)
-            self._stream = None if self.fallback else self._stream
+            parts = (self._storage, self.config, self.geometry, self.fallback)
+            self._steps = Steps(model, *parts)  # the captured ones read the old places
         self._look = Look(model)
         return True
 
@@ -341,7 +339,7 @@ class Runner:
         return self.shapes.arrange([len(chunk.tokens) for chunk in chunks], cut=cut)
 
     def _run_chunks(self, chunks: Sequence[Chunk], batch: Batch) -> CapturedStep:
-        step = self._captured_step(batch.batch, batch.length)
+        step = self._steps.step(batch.batch, batch.length)
         inputs = step.padding()
         for place, piece in enumerate(batch.pieces):
             row, start, tokens = chunks[piece.chunk]
@@ -356,23 +354,6 @@ class Runner:
     def _run(self, step: CapturedStep, inputs: Inputs) -> None:
         self._storage.pages.table.settle()
         step.run(inputs)
-
-    def _captured_step(self, batch: int, length: int, *, decodes: bool = False) -> CapturedStep:
-        shape = (batch, length, decodes)
-        step = self._captured.get(shape)
-        if step is None:
-            step = CapturedStep(self._model, self._storage, *shape, self._layout(batch))
-            if self._stream is not None:
-                step.capture(self._graphs, self._stream)
-                self._captured[shape] = step
-        return step
-
-    def _layout(self, batch: int) -> DecodePlan | None:
-        """Return how a decode step of `batch` rows splits them; None if it does not."""
-        if self.fallback:
-            return None
-        pages = self._storage.pages.table.physical.shape[1]
-        return DecodePlan.choose(self.geometry, batch, pages, self.device)
 
 
 @torch.inference_mode()
@@ -411,18 +392,3 @@ def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Sc
     at = torch.arange(len(targets), device=targets.device) if rows is None else rows
     logprobs = logits.log_softmax(dim=1, dtype=torch.float32)
     return Scores(logprobs[at, targets], logits.argmax(dim=1)[at] == targets)
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> Any:
-    """Return one stream for all graphs: the matrix library keeps a workspace per stream."""
-    make_stream: Any = torch.cuda.Stream
-    return make_stream(device)
-
-
-def _model(model: Any, storage: Storage, fallback: str, config: PagedConfig) -> EagerModel:
-    if fallback:
-        return EagerModel(model, storage, config.backend)
-    from granite_paged.runner.triton_model import TritonModel  # needs Triton
-
-    return TritonModel(model, storage, config.backend)

@@ -46,7 +46,7 @@ def test_log_probabilities_are_as_accurate_as_those_of_sdpa(model: Any) -> None:
     ]
     items += [(text(length, seed=length), [text(32, seed=4)]) for length in (1, 40, 900)]
     sizes = PagedConfig(max_tokens=8192, max_sequences=16)
-    with Engine(model, sizes) as engine:
+    with Engine(model, sizes, warmup="lazy") as engine:
         for length in (64, 300):
             engine.submit(text(length, seed=5), SamplingParams(max_new_tokens=200))
         for item in items[:2]:  # one after the other: a state is kept where they diverge
@@ -66,7 +66,7 @@ def test_log_probabilities_are_as_accurate_as_those_of_sdpa(model: Any) -> None:
 def test_float32_tokens_equal_those_of_transformers(flavour: str, preemption: Any) -> None:
     model = tiny_model(flavour).to("cuda")
     sizes = PagedConfig(page_size=16, max_tokens=160, max_sequences=4, chunk_tokens=32)
-    with Engine(model, sizes, preemption=preemption) as engine:
+    with Engine(model, sizes, preemption=preemption, warmup="lazy") as engine:
         outputs = engine.generate(PROMPTS, SamplingParams(max_new_tokens=NEW))
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         with torch.inference_mode():
@@ -86,7 +86,7 @@ def test_a_seeded_sample_is_independent_of_other_requests() -> None:
     model = tiny_model().to("cuda")
     params = SamplingParams(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=3)
     sizes = PagedConfig(page_size=16, max_tokens=1024, max_sequences=8, chunk_tokens=64)
-    with Engine(model, sizes) as engine:
+    with Engine(model, sizes, warmup="lazy") as engine:
         together = [output.tokens for output in engine.generate(PROMPTS, params)]
         alone = [engine.generate(prompt, params)[0].tokens for prompt in PROMPTS]
     assert together == alone
@@ -126,13 +126,13 @@ def test_captured_steps_follow_a_model_that_changes(change: Any) -> None:
         assert output.error is None
         return torch.tensor(engine.score(items)[0][0].tokens)
 
-    with Engine(model, sizes) as engine, torch.no_grad():
+    with Engine(model, sizes, warmup="lazy") as engine, torch.no_grad():
         assert not engine.runner.fallback
         for _ in range(3):
             before = numbers(engine)
         change(model)
         after = numbers(engine)
-        with Engine(model, sizes) as another:
+        with Engine(model, sizes, warmup="lazy") as another:
             expected = numbers(another)
         assert (after - before).abs().max() > 0.5
         torch.testing.assert_close(after, expected, atol=0.1, rtol=0)

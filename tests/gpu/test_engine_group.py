@@ -21,7 +21,7 @@ def test_two_gpus_give_equal_tokens_concurrently() -> None:
     params = SamplingParams(max_new_tokens=24, stop_tokens=())
     sizes = PagedConfig(max_tokens=32768, max_sequences=32)
     with (
-        EngineGroup.replicas(model, ["cuda:0", "cuda:1"], sizes) as group,
+        EngineGroup.replicas(model, ["cuda:0", "cuda:1"], sizes, warmup="lazy") as group,
         ThreadPoolExecutor(2) as pool,
     ):
         # both compile, capture and answer concurrently, with the same work in the same batches

@@ -57,7 +57,7 @@ def test_a_shared_prefix_scores_20_times_faster(
     sizes = PagedConfig(max_sequences=rows, max_tokens=rows * (PREFIX + 128))
     found = {}
     for shared, state_bytes in ((True, 2**30), (False, 0)):
-        with Engine(model, sizes, state_bytes=state_bytes) as engine:
+        with Engine(model, sizes, state_bytes=state_bytes, warmup="lazy") as engine:
             times = []
             for seed in (1, 2, 3):  # the first run compiles; each prefix is new to the engine
                 prefix = text(PREFIX, 100 + seed)
@@ -72,7 +72,7 @@ def test_a_thousand_sequences_run_at_once(model: Any) -> None:
     sizes = PagedConfig(max_sequences=SEQUENCES, max_tokens=SEQUENCES * TOKENS)
     half = TOKENS // 2
     most, began = 0, time.perf_counter()
-    with Engine(model, sizes) as engine:
+    with Engine(model, sizes, warmup="lazy") as engine:
         params = SamplingParams(max_new_tokens=half, stop_tokens=())
         requests = [engine.submit(text(half, seed), params) for seed in range(SEQUENCES)]
         while engine.step():
@@ -99,7 +99,7 @@ def test_the_plan_predicts_capacity_within_five_per_cent(model: Any) -> None:
     fewer, more = int(0.95 * promised), int(1.05 * promised)
     try:
         torch.cuda.set_per_process_memory_fraction(plan.total_bytes / whole)
-        with Engine(model, sizes(fewer), state_bytes=0) as engine:
+        with Engine(model, sizes(fewer), state_bytes=0, warmup="lazy") as engine:
             params = SamplingParams(max_new_tokens=2, stop_tokens=())
             prompts = [text(TOKENS - 2, seed) for seed in range(fewer)]
             outputs = engine.generate(prompts, params)
@@ -124,7 +124,6 @@ def test_long_prompts_do_not_stall_decoding(model: Any) -> None:
     tokens = 16 * (8192 + 512) + 240 * 1024
     sizes = PagedConfig(max_sequences=256, max_tokens=tokens)
     with Engine(model, sizes, queue=len(coming)) as engine:
-        engine.runner.warm_up()
         found = summary(serve(engine, coming, lambda name, done: None))
     print(found)
     median, slowest = found.between_tokens_ms

@@ -31,7 +31,7 @@ def make_driver(name: str, device: str, *, kernels: bool) -> Driver:
     driver = Driver(model if device == "cpu" else _copy(name, device), CONFIG)
     if kernels:  # a runner chooses them for half precision only, but they are right in every dtype
         runner = driver.runner
-        runner._model = TritonModel(model, runner.storage, "auto")
+        runner._steps.model = TritonModel(model, runner.storage, "auto")
     return driver
 
 

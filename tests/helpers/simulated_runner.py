@@ -103,6 +103,7 @@ class SimulatedRunner:
 
     device, dtype = torch.device("cpu"), torch.float32
     row_bytes = 100
+    late_captures = 0
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ def kernels(model: Any, config: PagedConfig = CONFIG, rows: Iterable[int] = PROM
     """Return a runner with the Triton model, with a sequence open in each row."""
     driver = Driver(model, config)
     runner = driver.runner
-    runner._model = TritonModel(model, runner.storage, "auto")
+    runner._steps.model = TritonModel(model, runner.storage, "auto")
     for row in rows:
         driver.open(row)
     return driver
@@ -44,7 +44,7 @@ def kernels(model: Any, config: PagedConfig = CONFIG, rows: Iterable[int] = PROM
 
 def larger(driver: Driver, batch: int, length: int, *, decodes: bool) -> CapturedStep:
     runner = driver.runner
-    return CapturedStep(runner._model, runner.storage, batch, length, decodes, None)
+    return CapturedStep(runner._steps.model, runner.storage, batch, length, decodes, None)
 
 
 def everything(driver: Driver) -> list[Tensor]:

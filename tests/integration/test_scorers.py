@@ -225,7 +225,10 @@ def test_the_fastest_batch_that_fits_is_found(
 class EngineDouble:
     """A stand-in for `Engine` that answers as `Engine.score` is documented to."""
 
-    def __init__(self, model: Any, config: PagedConfig, *, state_bytes: int = 0) -> None:
+    def __init__(
+        self, model: Any, config: PagedConfig, *, state_bytes: int = 0, warmup: str = "full"
+    ) -> None:
+        assert warmup == "lazy", "the scorer asks for the steps that it needs"
         self.config, self.state_bytes = config, state_bytes
         self.asked: list[Any] = []
         self.warmed: list[tuple[int, int]] = []

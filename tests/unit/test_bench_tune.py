@@ -292,7 +292,7 @@ def test_a_step_is_recaptured_for_each_candidate(
     met, decode = [], Runner.decode
 
     def decoded(runner: Runner, *arguments: Any) -> Any:
-        met.append((bool(runner._captured), tiles.tiles(16, 8, 64, False, 1)["SPLITS"]))
+        met.append((bool(runner._steps._captured), tiles.tiles(16, 8, 64, False, 1)["SPLITS"]))
         return decode(runner, *arguments)
 
     monkeypatch.setattr(Runner, "decode", decoded)

@@ -1,0 +1,231 @@
+"""Compile the kernels of many steps at once, in processes that share the runner's memory.
+
+::
+
+    this process                      workers, each with its share of the shapes
+    sends model and buffers   ─────>  open them by CUDA IPC: no copy
+    waits for a shape         <─────  compute its padding once, which compiles into the caches
+    captures it, compiled
+
+A worker writes to the null row and the null page only, as every padding does. Where workers cannot
+start, or fail, this process compiles what they left. A note beside Inductor's cache says which
+configurations were compiled before; those start without workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.multiprocessing.reductions import init_reductions
+
+from granite_paged.digests import sha256
+
+if TYPE_CHECKING:
+    from granite_paged.runner.steps import Steps
+
+StepShape = tuple[int, int]
+"""Rows, and tokens per row; 1 is a decode step."""
+
+MOST_WORKERS = 8
+"""A worker takes 0.5 GB of device memory for its context, and a core."""
+
+_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "Inductor's", "TRITON_CACHE_DIR": "Triton's"}
+_READY = "compiled "
+_GOODBYE_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def compiled_ahead(
+    steps: Steps, shapes: Sequence[StepShape], content: Any
+) -> Iterator[Callable[[StepShape], None]]:
+    """Let workers compile steps of these shapes while the block runs.
+
+    Args:
+        steps: of one runner; pickled, they are what workers compile.
+        shapes: in the order in which the block needs them.
+        content: what their kernels depend on, besides versions and the device.
+
+    Yields:
+        A function that waits until no worker will compile a shape any more.
+    """
+    count = min(MOST_WORKERS, (os.cpu_count() or 1) // 2, len(shapes) - 1)
+    if count < 1:
+        yield lambda shape: None
+        return
+    note = keep_caches() / "granite_paged" / _digest(shapes, content)
+    if note.exists():
+        yield lambda shape: None
+        return
+    with contextlib.ExitStack() as running:
+        yield _started(steps, shapes[1:], count, running)  # the first is compiled here meanwhile
+    with contextlib.suppress(OSError):  # without the note, the next start asks workers again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def keep_caches() -> Path:
+    """Return the folder of Inductor's cache. Caches that cannot be written move to a new folder."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import
+
+    triton_dir = str(Path("~/.triton/cache").expanduser())
+    folders = {
+        "TORCHINDUCTOR_CACHE_DIR": cache_dir(),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", triton_dir),
+    }
+    for name, folder in folders.items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"\0")
+        except OSError as error:
+            folders[name] = os.environ[name] = tempfile.mkdtemp(prefix="granite-paged-")
+            warnings.warn(
+                f"{_CACHES[name]} cache {folder} cannot be written ({error.strerror}): kernels are "
+                f"compiled at every start; set {name} to a folder that can",
+                stacklevel=4,
+            )
+    return Path(folders["TORCHINDUCTOR_CACHE_DIR"])
+
+
+def _digest(shapes: Sequence[StepShape], content: Any) -> str:
+    import triton  # not everywhere
+
+    package = Path(__file__).parents[1]
+    sources = [sha256(file.read_text()) for file in sorted(package.glob("[lpr]*/**/*.py"))]
+    versions = [torch.__version__, triton.__version__]
+    return sha256([sources, versions, torch.cuda.get_device_name(), sorted(shapes), content])
+
+
+def _started(
+    steps: Steps, shapes: Sequence[StepShape], count: int, running: contextlib.ExitStack
+) -> Callable[[StepShape], None]:
+    """Start workers, which end with `running`. Returns what `compiled_ahead` yields."""
+    # decode and prefill steps have few kernels in common
+    ordered = sorted(shapes, key=lambda shape: (shape[1] == 1, shapes.index(shape)))
+    share, owner = -(-len(ordered) // count), {}
+    for start in range(0, len(ordered), share):
+        part = ordered[start : start + share]
+        try:
+            worker = _Worker(_pickled(steps), part)  # each has handles of its own
+        except Exception as error:  # whatever cannot be shared or started: this process compiles
+            _explain(str(error))
+            break
+        running.callback(worker.stop)
+        owner.update(dict.fromkeys(part, worker))
+
+    def wait(shape: StepShape) -> None:
+        if shape in owner:
+            owner[shape].wait(shape)
+
+    return wait
+
+
+class _Worker:
+    """A process that compiles shapes, one after the other."""
+
+    def __init__(self, shared: bytes, shapes: Sequence[StepShape]) -> None:
+        self._left = list(shapes)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `stop`)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            # a worker is one of many already; and it must import what this process imports
+            env={
+                **os.environ,
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            work = (list(shapes), shared, _first_with_torch())
+            self._process.stdin.write(pickle.dumps(work))
+            self._process.stdin.close()
+
+    def wait(self, shape: StepShape) -> None:
+        """Wait until a shape is compiled, or the process ended."""
+        assert self._process.stdout is not None
+        while shape in self._left:
+            line = self._process.stdout.readline().decode()
+            if line.startswith(_READY):
+                batch, length = map(int, line.removeprefix(_READY).split())
+                self._left.remove((batch, length))
+            elif not line:
+                self._left.clear()
+                self._log.seek(0)
+                last = self._log.read().decode(errors="replace").strip().splitlines()
+                _explain(last[-1] if last else "it ended without a word")
+
+    def stop(self) -> None:
+        """End the process, unless it ends by itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0 if self._left else _GOODBYE_SECONDS)
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def _explain(reason: str) -> None:
+    warnings.warn(f"kernels are compiled one by one: a worker failed: {reason}", stacklevel=3)
+
+
+def _pickled(shared: Any) -> bytes:
+    """Pickle with handles to tensors on the GPU in place of their contents."""
+    init_reductions()  # type: ignore[no-untyped-call]
+    buffer = io.BytesIO()
+    ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(shared)
+    return buffer.getvalue()
+
+
+def _first_with_torch() -> str:
+    """Return which loaded module pickle names as the owner of torch's constants.
+
+    They have no module, so it is the first with an attribute `torch`: that depends on the order of
+    imports, and is part of Inductor's cache keys (torch 2.11).
+    """
+    return str(pickle.whichmodule(torch.contiguous_format, str(torch.contiguous_format)))  # type: ignore[attr-defined]
+
+
+def _put_first(name: str) -> None:
+    """Let `_first_with_torch` return this name."""
+    loaded = dict(sys.modules)
+    first = loaded.pop(name, None) or types.ModuleType(name)
+    first.__dict__.setdefault("torch", torch)
+    sys.modules.clear()
+    sys.modules.update({name: first, **loaded})
+
+
+def main() -> None:
+    """Compile the shapes that standard input names, with what it shares."""
+    shapes, shared, first = pickle.loads(sys.stdin.buffer.read())
+    _put_first(first)
+    steps: Steps = pickle.loads(shared)
+    for batch, length in shapes:
+        steps.compile(batch, length)
+        print(f"{_READY}{batch} {length}", flush=True)
+    del steps
+    gc.collect()  # gives the tensors back to their owner
+    torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()
