@@ -71,7 +71,7 @@ def compiled_ahead(
         yield lambda shape: None
         return
     with contextlib.ExitStack() as running:
-        yield _started(steps, shapes[1:], count, running)  # the first is compiled here meanwhile
+        yield _started(steps, shapes[1:], count, running)  # the first is compiled here
     with contextlib.suppress(OSError):  # without the note, the next start asks workers again
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()

@@ -309,7 +309,7 @@ def test_a_prefix_stays_cached_with_a_single_row() -> None:
 
 
 def test_reused_tokens_are_counted_once() -> None:
-    double: Any = EngineDouble(None, SMALL_PAGES)
+    double: Any = EngineDouble(None, SMALL_PAGES, warmup="lazy")
     scorer = EngineScorer(double)
     asked = [ScoreRequest(list(range(150)), [[3], [4, 5]])] * 3
     answers = scorer.score(asked)
