@@ -186,7 +186,7 @@ def test_no_recorded_peak_is_over_one_per_cent_above_default(gpu: str) -> None:
             assert ours.peak_bytes <= judge.MEMORY * theirs.peak_bytes, ours
 
 
-def test_limits_state_the_recorded_cold_start() -> None:
+def test_limits_state_the_recorded_cold_start_of_one_process() -> None:
     seconds = {r.variant: number(r, "median") / 1e3 for r in record().measured("coldstart")}
     empty, warm = (
         [seconds[f"{event}, {state} cache"] for event in ("first token", "every bucket")]
