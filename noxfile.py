@@ -172,9 +172,7 @@ def tune(session: nox.Session) -> None:
     session.install(".")
     session.run("python", "-c", REQUIRE_GPU)
     constants = "granite_paged/layers/tuned.json"
-    session.run(
-        "granite-paged", "tune", *MEASURED_MODEL, "--write", "--out", constants, *session.posargs
-    )
+    session.run("granite-paged", "tune", *MEASURED_MODEL, "--write", constants, *session.posargs)
     session.run("git", "--no-pager", "diff", "--", constants, external=True)
 
 

@@ -21,6 +21,7 @@ from granite_paged.cli.options import (
     model_options,
     option,
     options,
+    out_option,
     progress,
     report_console,
     table_of,
@@ -82,12 +83,7 @@ _shape_options = options(
     is_flag=True,
 )
 @markdown_option
-@option(
-    "--profile profile_dir",
-    "Also profile each case's first shape into this folder: a trace, and a table of kernels.",
-    click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-)
+@out_option("a profile of each case's first shape, a trace and a table of kernels,")
 @click.pass_context
 def bench(
     context: click.Context,
@@ -102,7 +98,7 @@ def bench(
     update: bool,
     missing: bool,
     markdown_file: str | None,
-    profile_dir: Path | None,
+    folder: Path | None,
 ) -> int:
     """Measure speed and memory of the modes, side by side.
 
@@ -137,8 +133,8 @@ def bench(
     from granite_paged.report.bench_results import updated, writable_folder
 
     earlier = _earlier(json_file) if update or missing else None
-    if profile_dir is not None:
-        writable_folder(profile_dir)  # refuses a folder before the work
+    if folder is not None:
+        writable_folder(folder)  # refuses a folder before the work
     session = Session(
         choice.load(),
         choice.config,
@@ -163,8 +159,8 @@ def bench(
             click.echo(f"rows kept in {json_file}: {len(rows)}", err=True)
         raise
     _print_rows(session, rows, report_console(json_file))
-    if profile_dir is not None:
-        profile_first_shapes(session, plan, profile_dir)
+    if folder is not None:
+        profile_first_shapes(session, plan, folder)
     return OK
 
 

@@ -21,6 +21,7 @@ from granite_paged.cli.options import (
     json_option,
     model_options,
     options,
+    out_option,
     progress,
     report_console,
     write_json,
@@ -105,16 +106,10 @@ _result_options = options(
         type=click.Path(dir_okay=False),
         callback=check_writable,
         help="Keep finished answers in this file; the same command resumes from them.  "
-        "[default: answers.jsonl in the --report folder]",
+        "[default: answers.jsonl in the --out folder]",
         show_default=False,
     ),
-    click.option(
-        "--report",
-        "folder",
-        metavar="DIR",
-        type=click.Path(file_okay=False),
-        help="Write results.json, report.md and figures to this folder.",
-    ),
+    out_option("results.json, report.md and figures"),
     click.option(
         "--bench",
         multiple=True,
@@ -160,7 +155,7 @@ def evaluate(
     batch: int | None,
     json_file: str | None,
     output: str | None,
-    folder: str | None,
+    folder: Path | None,
     bench: tuple[str, ...],
     project: str | None,
     tensorboard: str | None,
@@ -175,7 +170,7 @@ def evaluate(
 
     \b
     granite-paged eval
-    granite-paged eval --tasks mmlu,truthfulqa --model ibm-granite/granite-4.0-h-1b --report out
+    granite-paged eval --tasks mmlu,truthfulqa --model ibm-granite/granite-4.0-h-1b --out report
     granite-paged eval --tasks mmlu --num-fewshot 0 --limit 1000 --data DIR --batch-size auto
     """  # noqa: D301
     from granite_paged.evaluate.tasks import TaskOptions, make_task
@@ -207,14 +202,14 @@ class _Outputs:
     """Where results go besides the terminal: a journal, a report folder and trackers."""
 
     output: str | None
-    folder: str | None
+    folder: Path | None
     project: str | None
     tensorboard: str | None
 
     @property
     def journal(self) -> str | None:
         """Path of the journal; without `--output`, it is in the report folder."""
-        return self.output or (self.folder and f"{self.folder}/answers.jsonl")
+        return self.output or (str(self.folder / "answers.jsonl") if self.folder else None)
 
     def check(self, tasks: tuple[str, ...]) -> tuple[str, ...]:
         """Refuse now what would fail after hours of work. Return the tasks' names."""

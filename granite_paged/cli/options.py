@@ -88,6 +88,13 @@ markdown_option = option(
     metavar="FILE",
 )
 
+
+def out_option(what: str, **settings: Any) -> Option:
+    """Return the option that names the folder a command writes to, made if it is missing."""
+    kind = click.Path(file_okay=False, path_type=Path)
+    return option("--out folder", f"Write {what} to this folder.", kind, metavar="DIR", **settings)
+
+
 RECORDS = Path(__file__).parents[1] / "records"
 """Records that the package brings along."""
 

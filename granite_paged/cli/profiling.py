@@ -1,4 +1,4 @@
-"""The command `profile`, and the profiles that `bench --profile` writes."""
+"""The command `profile`, and the profiles that `bench --out` writes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from granite_paged.cli.options import (
     json_option,
     model_options,
     option,
+    out_option,
     report_console,
     table_of,
     write_json,
@@ -36,13 +37,7 @@ _MOST_KERNELS = 25  # rows in a table of kernels
 @option("--mode", "Profile this mode.", click.Choice(MODES), default="paged")
 @option("--batch", "Run this many sequences.", POSITIVE, default=1)
 @option("--context", "Give each sequence this many tokens.", POSITIVE, default=512)
-@option(
-    "--out",
-    "Write the trace to this folder.",
-    click.Path(file_okay=False, path_type=Path),
-    default="profiles",
-    metavar="DIR",
-)
+@out_option("the trace", default="profiles")
 @option("--memory", "Also write a snapshot of CUDA memory.", is_flag=True)
 @json_option
 def profile(
@@ -51,7 +46,7 @@ def profile(
     mode: str,
     batch: int,
     context: int,
-    out: Path,
+    folder: Path,
     memory: bool,
     json_file: str | None,
 ) -> int:
@@ -70,9 +65,9 @@ def profile(
     from granite_paged.bench.session import Session
     from granite_paged.report.bench_results import writable_folder
 
-    writable_folder(out)  # refuses a folder before the work
+    writable_folder(folder)  # refuses a folder before the work
     session = Session(choice.load(), choice.config, seed=choice.seed)
-    found = session.profile(kind, Shape(batch, context), mode, out, memory=memory)
+    found = session.profile(kind, Shape(batch, context), mode, folder, memory=memory)
     console = report_console(json_file)
     console.print(_kind_table(found), _kernel_table(found))
     console.print(f"trace: {found.trace}", soft_wrap=True)

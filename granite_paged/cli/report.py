@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from granite_paged.cli.options import OK, SETTINGS, markdown_option, records_option
+from granite_paged.cli.options import OK, SETTINGS, markdown_option, out_option, records_option
 from granite_paged.names import FIGURE_FORMATS
 
 
@@ -19,12 +19,7 @@ from granite_paged.names import FIGURE_FORMATS
     metavar="RESULT.json...",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
 )
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Write the figures to this folder.",
-)
+@out_option("the figures")
 @click.option(
     "--format",
     "form",
@@ -42,7 +37,7 @@ from granite_paged.names import FIGURE_FORMATS
 @records_option
 def plot(
     results: Sequence[Path],
-    out: Path | None,
+    folder: Path | None,
     form: str,
     markdown_file: str | None,
     page: str | None,
@@ -67,9 +62,9 @@ def plot(
     from granite_paged.report.markdown import image_links, put_between, split_at
     from granite_paged.report.published import read_published
 
-    if out is None and markdown_file is None:
+    if folder is None and markdown_file is None:
         raise click.UsageError("nothing to write: pass --out DIR, --markdown FILE or both")
-    if page is not None and (out is None or form != "png"):
+    if page is not None and (folder is None or form != "png"):
         raise click.UsageError("--page shows figures: pass --out DIR and leave --format at png")
     if page is not None:
         split_at(page, "bench")  # refuses a page without a place before anything is drawn
@@ -78,8 +73,8 @@ def plot(
         write_file(markdown_file, tables(read))
         click.echo(markdown_file)
     drawn = []
-    if out is not None:
-        drawn = draw_all(read, read_published(records), writable_folder(out), form)
+    if folder is not None:
+        drawn = draw_all(read, read_published(records), writable_folder(folder), form)
     for path in drawn:
         click.echo(path)
     if page is not None:
@@ -96,21 +91,14 @@ def plot(
     type=click.Path(),
     help="Also draw this JSON file of granite-paged bench; may be repeated.",
 )
-@click.option(
-    "--out",
-    "folder",
-    default="report",
-    metavar="DIR",
-    type=click.Path(file_okay=False),
-    help="Write results.json, report.md and the figures to this folder.",
-)
+@out_option("results.json, report.md and figures", default="report")
 @click.option(
     "--page",
     metavar="FILE",
     type=click.Path(dir_okay=False),
     help="Also write tables and figures between the results comments of this Markdown page.",
 )
-def report(results: tuple[str, ...], bench: tuple[str, ...], folder: str, page: str | None) -> int:
+def report(results: tuple[str, ...], bench: tuple[str, ...], folder: Path, page: str | None) -> int:
     """Write one report of several evaluations.
 
     RESULTS are files that `granite-paged eval --json` wrote.

@@ -27,6 +27,8 @@ from granite_paged.names import SUBJECT_NAMES
 if TYPE_CHECKING:
     from granite_paged.bench.tune import Outcome, Trial
 
+_OWN_FILE = ""  # value of --write without a file
+
 
 @click.command(context_settings=SETTINGS)
 @model_options
@@ -44,12 +46,13 @@ if TYPE_CHECKING:
     default=10.0,
     metavar="PERCENT",
 )
-@option("--write", "Save the best constants.", is_flag=True)
 @option(
-    "--out",
-    "Save them to this file.  [default: the file that granite_paged reads]",
+    "--write path",
+    "Save the best constants in this file; without FILE, in the one that granite_paged reads.",
     click.Path(dir_okay=False, writable=True),
-    metavar="FILE",
+    is_flag=False,
+    flag_value=_OWN_FILE,
+    metavar="[FILE]",
 )
 @json_option
 def tune(
@@ -57,8 +60,7 @@ def tune(
     subjects: Sequence[str],
     quick: bool,
     allow: float,
-    write: bool,
-    out: str | None,
+    path: str | None,
     json_file: str | None,
 ) -> int:
     """Compare kernel constants with the best found on this GPU.
@@ -84,9 +86,8 @@ def tune(
     from granite_paged.bench.tune import retuned, sweep_all
     from granite_paged.layers.tuning import PATH, TUNED
 
-    path = out or str(PATH)
-    if write:
-        check_writable(None, None, path)
+    path = str(PATH) if path == _OWN_FILE else path
+    check_writable(None, None, path)
     loaded = choice.load()
     target = TuningTarget(loaded.model, choice.config, seed=choice.seed)
     with progress() as report_progress:
@@ -95,10 +96,10 @@ def tune(
     console = report_console(json_file)
     console.print(_table(f"{loaded.name}, {where['device']}", outcomes))
     write_json(json_file, {**where, "groups": [outcome.to_json() for outcome in outcomes]})
-    if write:
+    if path:
         write_json(path, retuned(TUNED, outcomes, where).to_json())
         console.print(f"written: {path}", soft_wrap=True)
-    lost = max((o.worst(o.chosen if write else 0) for o in outcomes), default=0.0)
+    lost = max((o.worst(o.chosen if path else 0) for o in outcomes), default=0.0)
     return OK if 100 * lost <= allow else FAILED
 
 

@@ -30,7 +30,7 @@ _MOST_SHOWN = 20  # differing questions in a table; results.json has all of them
 
 
 def write_report(
-    folder: str, evaluations: Sequence[Evaluation], bench: Sequence[Result] = ()
+    folder: str | Path, evaluations: Sequence[Evaluation], bench: Sequence[Result] = ()
 ) -> list[Path]:
     """Write `results.json`, `report.md` and the figures, and return the figures' paths.
 
@@ -53,11 +53,11 @@ def write_report(
     return figures
 
 
-def prepare_folder(folder: str) -> None:
+def prepare_folder(folder: Path) -> None:
     """Make the folder of a report before the work starts. Raises CannotWrite and MissingExtra."""
     check_matplotlib()
-    if not os.access(writable_folder(Path(folder)), os.W_OK):
-        raise CannotWrite(folder, "the folder is write-protected")
+    if not os.access(writable_folder(folder), os.W_OK):
+        raise CannotWrite(str(folder), "the folder is write-protected")
 
 
 def update_page(

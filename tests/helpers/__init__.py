@@ -31,7 +31,7 @@ Runners and engines
     fairness          FairnessWatch: checks that each wait keeps to the bound that follows from rank
 
 Commands
-    command_line      checks of what a command prints
+    command_line      every command, and checks of what one prints
     batch_files       files of requests for `granite-paged batch`, and their answers
 
 Faults

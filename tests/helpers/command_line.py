@@ -1,7 +1,10 @@
-"""Checks of what a command prints."""
+"""The commands, and checks of what they print."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import click
 import pytest
 
 Capture = pytest.CaptureFixture[str]
@@ -14,3 +17,13 @@ def assert_one_line(capsys: Capture, reason: str) -> None:
     assert reason in shown.err
     assert shown.err.count("\n") == 1
     assert shown.out == ""
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    """Every command that can be run, as its words and itself."""
+    for name, command in group.commands.items():
+        words = (*path, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, words)
+        if not isinstance(command, click.Group) or command.invoke_without_command:
+            yield " ".join(words), command

@@ -175,7 +175,7 @@ def test_rows_beyond_the_budget_say_so(tmp_path: Path) -> None:
 
 def test_bench_profiles_the_first_shape_of_each_case(tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
-    assert bench("--case", "batch", "--profile", str(folder)) == OK
+    assert bench("--case", "batch", "--out", str(folder)) == OK
     written = {path.name for path in folder.iterdir()}
     assert written == {"batch-default.trace.json", "batch-paged.trace.json", "kernels.md"}
     assert "| batch, default | mamba |" in (folder / "kernels.md").read_text()
@@ -183,13 +183,13 @@ def test_bench_profiles_the_first_shape_of_each_case(tmp_path: Path) -> None:
 
 def test_bench_profiles_attention_alone(tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
-    assert bench("--case", "kernel", "--profile", str(folder)) == OK
+    assert bench("--case", "kernel", "--out", str(folder)) == OK
     assert {path.name for path in folder.iterdir()} == {"kernel-paged.trace.json", "kernels.md"}
 
 
 def test_bench_without_steps_to_profile_writes_an_empty_table(tmp_path: Path) -> None:
     folder = tmp_path / "made" / "profiles"
-    assert bench("--case", "memory", "--budget", "0", "--profile", str(folder)) == OK
+    assert bench("--case", "memory", "--budget", "0", "--out", str(folder)) == OK
     assert len((folder / "kernels.md").read_text().splitlines()) == 2
 
 
@@ -324,7 +324,7 @@ def test_tune_writes_the_best_constants_and_all_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     out, report = tmp_path / "tuned.json", tmp_path / "report.json"
-    files = ("--write", "--out", str(out), "--json", str(report))
+    files = ("--write", str(out), "--json", str(report))
     assert tuned_with(monkeypatch, 0.2, *files) == OK
     tuned = read_tuned(out)
     assert (tuned.one_row[0].COLUMNS, tuned.device) == (2, "cpu")
@@ -339,7 +339,7 @@ def test_tune_refuses_an_unwritable_file_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     out = tmp_path / "nowhere" / "tuned.json"
-    assert tuned_with(monkeypatch, 0.2, "--write", "--out", str(out)) == USAGE
+    assert tuned_with(monkeypatch, 0.2, "--write", str(out)) == USAGE
     assert_one_line(capsys, "its folder is missing")
 
 

@@ -62,7 +62,7 @@ def test_help_of_eval_names_tasks_modes_and_defaults(capsys: Capture) -> None:
         "limit",
         "subjects",
         "data",
-        "report",
+        "out",
         "bench",
         "wandb",
         "tensorboard",
@@ -277,7 +277,7 @@ def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path: Path, capsys: Captu
 @pytest.mark.usefixtures("unanswered")
 @pytest.mark.parametrize(
     ("option", "extra"),
-    [("--report", "plot"), ("--wandb", "wandb"), ("--tensorboard", "tensorboard")],
+    [("--out", "plot"), ("--wandb", "wandb"), ("--tensorboard", "tensorboard")],
 )
 def test_a_missing_extra_is_reported_before_the_work(
     option: str, extra: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
