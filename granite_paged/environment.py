@@ -10,10 +10,7 @@ import torch
 import transformers
 
 from granite_paged import __version__
-from granite_paged.names import MAMBA_PACKAGES
-
-MAMBA_REFERENCE = "reference code"
-"""What transformers runs Mamba layers with where neither package is installed."""
+from granite_paged.names import MAMBA_PACKAGES, mamba_kernels_of
 
 
 def versions() -> dict[str, str]:
@@ -37,9 +34,7 @@ def versions() -> dict[str, str]:
 
 def mamba_kernels() -> str:
     """Return what transformers' modes run Mamba layers with: packages, or its reference code."""
-    found = versions()
-    present = [f"{name} {found[name]}" for name in MAMBA_PACKAGES if name in found]
-    return ", ".join(present) or MAMBA_REFERENCE
+    return mamba_kernels_of(versions())
 
 
 def mamba_note() -> str:

@@ -1,4 +1,6 @@
-"""Names that both the command line and the modules behind it use. Imports nothing."""
+"""Names that both the command line and the modules behind it use. Imports nothing of ours."""
+
+from collections.abc import Mapping
 
 BASELINES = ("default", "static")
 """transformers' own modes: SDPA with a DynamicCache, and a StaticCache with torch.compile."""
@@ -12,8 +14,17 @@ CASE_NAMES = ("batch", "context", "decode", "kernel", "memory", "coldstart", "se
 MAMBA_PACKAGES = ("mamba_ssm", "causal_conv1d")
 """Packages that transformers' modes run Mamba layers with, where they are installed."""
 
+MAMBA_REFERENCE = "reference code"
+"""What transformers runs Mamba layers with where neither package is installed."""
+
 SUBJECT_NAMES = ("decode", "prefill", "products")
 """What `granite-paged tune` searches constants for."""
 
 FIGURE_FORMATS = ("png", "svg")
 """Formats in which `granite-paged plot` draws."""
+
+
+def mamba_kernels_of(versions: Mapping[str, str]) -> str:
+    """Return what transformers' modes ran Mamba layers with, given the versions of a run."""
+    present = [f"{name} {versions[name]}" for name in MAMBA_PACKAGES if name in versions]
+    return ", ".join(present) or MAMBA_REFERENCE

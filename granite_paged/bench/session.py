@@ -33,11 +33,11 @@ from granite_paged.bench.profiler import Profile, profile_step
 from granite_paged.bench.roofline import ModelSizes, measure_rates
 from granite_paged.bench.served import prepare_batches, prepare_engine
 from granite_paged.device import device_name, dtype_name
-from granite_paged.environment import MAMBA_REFERENCE, mamba_kernels, versions
+from granite_paged.environment import mamba_kernels, versions
 from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.models import LoadedModel
-from granite_paged.names import BASELINES
+from granite_paged.names import BASELINES, MAMBA_REFERENCE
 from granite_paged.progress import Progress, silent
 from granite_paged.report.bench_results import WITH_MAMBA_SSM, Latency, Rates, Result, Row
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 from granite_paged.cli.options import (
@@ -27,6 +28,7 @@ from granite_paged.cli.options import (
     write_json,
 )
 from granite_paged.cli.ray import RayChoice, ray_options
+from granite_paged.names import BASELINES
 from granite_paged.report.formatting import gigabytes, significant
 
 if TYPE_CHECKING:
@@ -187,7 +189,7 @@ def evaluate(
     on_ray = _OnRay(cluster, choice, tokenizer, options) if cluster else None
     found = _run(loaded, made, choice, _MODES[mode], batch, outputs.journal, on_ray)
     evaluation = replace(found, command=_command_line())
-    report_console(json_file).print(*_tables(evaluation), sep="")
+    _print(evaluation, report_console(json_file))
     if json_file:
         write_json(json_file, evaluation.to_json())
     outputs.write(evaluation, curves)
@@ -324,6 +326,21 @@ def _command_line() -> str:
 # -- tables -------------------------------------------------------------------------------------
 
 _COLUMNS = ("accuracy", "mean ms", "p50 ms", "p99 ms", "question/s", "token/s", "GB", "hits")
+
+
+def _print(evaluation: Evaluation, console: Console) -> None:
+    """Print the tables, then what a reader must know to judge the numbers."""
+    from granite_paged.environment import mamba_note
+    from granite_paged.report.eval_report import chance_note
+    from granite_paged.report.eval_results import entries
+
+    console.print(*_tables(evaluation), sep="")
+    baselines = any(mode in BASELINES for task in evaluation.tasks.values() for mode in task.modes)
+    notes = [chance_note(entries([evaluation])), mamba_note() if baselines else ""]
+    if baselines and evaluation.batch == 1:
+        notes.append("note: one question per forward pass; default's fastest is --batch-size auto")
+    for note in filter(None, notes):
+        console.print(note.replace("`", ""), soft_wrap=True, markup=False)
 
 
 def _tables(evaluation: Evaluation) -> list[Table]:

@@ -204,6 +204,7 @@ def _study_table(results: Sequence[Result], study: Published, case: str) -> str:
     ours = [
         (f"{result.model}, {result.device}", mode, *cells)
         for result in results
+        if study.compares_with(result.model)
         for mode in MODES
         if any(cells := [_point(result.find(case, mode, *size)) for size in sizes])
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from granite_paged.errors import CannotWrite
 from granite_paged.files import write_file, write_json
+from granite_paged.names import MAMBA_REFERENCE, mamba_kernels_of
 from granite_paged.report import bench_figures, eval_figures
 from granite_paged.report.bench_results import Result, writable_folder
 from granite_paged.report.bench_tables import study_tables
@@ -78,7 +79,7 @@ def result_tables(evaluations: Sequence[Evaluation], bench: Sequence[Result] = (
     """Return the parts of a page: where it was measured, tables, how to read them, and commands."""
     found = entries(evaluations)
     commands = dict.fromkeys(run.command for run in evaluations if run.command)
-    parts = [_places(evaluations), _metrics(found), _chance(found), _agreement(found), _LEGEND]
+    parts = [_places(evaluations), _metrics(found), chance_note(found), _agreement(found), _LEGEND]
     parts += [*_study(found), *study_tables(bench), *_shell(commands)]
     return [part.rstrip("\n") for part in parts if part]
 
@@ -121,13 +122,19 @@ def _page(
 
 
 def _places(evaluations: Sequence[Evaluation]) -> str:
-    """Return one line for each machine, model and set of versions."""
+    """Return one line for each machine, model and set of versions, with its Mamba kernels."""
     lines = (
         f"- {run.device}; {run.model}, {run.dtype}; "
         + ", ".join(f"{name} {version}" for name, version in run.versions.items())
+        + f"; transformers' modes ran Mamba layers with {_kernels(run)}"
         for run in evaluations
     )
     return "\n".join(dict.fromkeys(lines))
+
+
+def _kernels(run: Evaluation) -> str:
+    found = mamba_kernels_of(run.versions)
+    return f"its {found}, which is slow" if found == MAMBA_REFERENCE else found
 
 
 def _shell(commands: Iterable[str]) -> list[str]:
@@ -204,8 +211,8 @@ def _pair(logprobs: Sequence[float]) -> str:
     return " / ".join(f"{logprob:.4f}" for logprob in logprobs)
 
 
-def _chance(found: Sequence[Entry]) -> str:
-    """Return a warning about accuracy where weights are random."""
+def chance_note(found: Sequence[Entry]) -> str:
+    """Return a warning about accuracy where weights are random, else an empty text."""
     names = dict.fromkeys(entry.name for entry in found if entry.run.random_weights)
     known = ", ".join(f"{CHANCE[name]:g} for `{name}`" for name in names if name in CHANCE)
     if not names:
@@ -221,9 +228,10 @@ def _chance(found: Sequence[Entry]) -> str:
 
 
 def _study(found: Sequence[Entry]) -> list[str]:
-    """Return the original study's results and ours, for tasks that both asked one by one."""
+    """Return the study's results, and ours: same task, one by one, and a model of its size."""
     study = original_study()
-    alone = [entry for entry in found if entry.run.batch == 1]
+    comparable = (entry for entry in found if study.compares_with(entry.run.model))
+    alone = [entry for entry in comparable if entry.run.batch == 1]
     asked = [row for row in study.tasks if any(e.name.startswith(row.task) for e in alone)]
     if not asked:
         return []

@@ -60,7 +60,12 @@ class Published:
     def applies_to(self, device: str, model: str) -> bool:
         """Whether its figures are ceilings for this GPU, in any form factor, and this model."""
         same_device = set(slug(self.device).split("-")) <= set(slug(device).split("-"))
-        return same_device and any(model.startswith(name) for name in self.comparable)
+        return same_device and self.compares_with(model)
+
+    def compares_with(self, model: str) -> bool:
+        """Whether a model has the sizes of the study's: a geometry's name, a hub id or a folder."""
+        name = model.rstrip("/").rpartition("/")[2]
+        return any(name.startswith(known) for known in self.comparable)
 
     def find(self, case: str, mode: str, batch: int, context: int) -> PublishedRow | None:
         """Return that point, or None if it was not published."""

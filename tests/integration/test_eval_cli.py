@@ -19,6 +19,7 @@ from granite_paged import models
 from granite_paged.cli import evaluate as command
 from granite_paged.cli.main import run
 from granite_paged.cli.options import FAILED, INTERRUPTED, OK, USAGE
+from granite_paged.environment import mamba_note
 from granite_paged.evaluate import run as evaluation_run
 from granite_paged.evaluate.journal import Journal, held_run
 from granite_paged.report.eval_results import Difference
@@ -97,6 +98,28 @@ def test_tables_name_both_modes_and_their_agreement(capsys: Capture) -> None:
     assert "default" in shown
     assert "3 of 3 choices equal default's" in shown
     assert "…" not in shown, "the table truncates numbers"
+
+
+def test_eval_says_what_its_numbers_cannot_show(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Random weights score at chance, Mamba layers may be slow, and batches are faster."""
+    untrained = replace(tiny_evaluation(), model="tiny (random weights, seed 0)")
+    trained = replace(untrained, model="tiny", batch=8)
+    shown = []
+    for evaluation in (untrained, trained):
+        found = evaluation
+        monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, found=found, **more: found)
+        assert evaluate() == OK
+        shown.append(capsys.readouterr().out)
+    for said in (
+        "accuracy is at chance by construction. What these runs test is agreement",
+        "one question per forward pass; default's fastest is --batch-size auto",
+    ):
+        assert said in shown[0]
+        assert said not in shown[1]
+    slow = "transformers' modes run Mamba layers on its reference code"
+    assert (slow in shown[0]) is bool(mamba_note())
 
 
 @pytest.mark.usefixtures("short_recall")

@@ -73,7 +73,13 @@ def evaluation() -> Evaluation:
 
 def bench_result(folder: Path) -> Result:
     path = folder / "bench.json"
-    content = {"device": "NVIDIA H200", "versions": {}, "seed": 0, "rows": BENCH}
+    content = {
+        "device": "NVIDIA H200",
+        "model": "granite-4.0-h-1b",
+        "versions": {},
+        "seed": 0,
+        "rows": BENCH,
+    }
     path.write_text(json.dumps(content))
     return read_result(path)
 
@@ -97,10 +103,22 @@ def test_tables_name_the_run_and_its_figures(evaluation: Evaluation) -> None:
 
 
 def test_accuracy_of_random_weights_is_labelled_as_chance(evaluation: Evaluation) -> None:
-    untrained = replace(evaluation, model="tiny (random weights, seed 0)")
+    untrained = replace(evaluation, model="granite-4.0-h-1b (random weights, seed 0)")
     text = "\n".join(result_tables([untrained]))
     assert "accuracy is at chance by construction (a uniform guess scores 0.25 for `mmlu`)" in text
     assert text.count(" (chance) |") == 2, "in the rows with the study's"
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [({}, "its reference code, which is slow"), ({"mamba_ssm": "2.3.0"}, "mamba_ssm 2.3.0")],
+)
+def test_a_report_names_the_kernels_of_mamba_layers(
+    installed: dict[str, str], said: str, evaluation: Evaluation
+) -> None:
+    run = replace(evaluation, versions={"torch": "2.14", **installed})
+    text = "\n".join(result_tables([run]))
+    assert f"; transformers' modes ran Mamba layers with {said}\n" in text
 
 
 def test_results_of_several_gpus_name_their_gpu(evaluation: Evaluation) -> None:
@@ -122,7 +140,8 @@ def test_results_of_several_gpus_name_their_gpu(evaluation: Evaluation) -> None:
 def test_the_tables_of_the_study_appear_with_their_gpu(
     evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    text = "\n".join(result_tables([evaluation], [bench_result(tmp_path)]))
+    asked = replace(evaluation, model="ibm-granite/granite-4.0-h-1b")
+    text = "\n".join(result_tables([asked], [bench_result(tmp_path)]))
     assert "HPML Team 13, Columbia University" in text
     assert (
         "| mmlu | paged | original study, 24-layer model, NVIDIA A100 80GB | 0.6786 | 1,780" in text
@@ -132,12 +151,15 @@ def test_the_tables_of_the_study_appear_with_their_gpu(
     assert ours.count(" - |") == 3, "sizes that were not measured must show a dash"
 
 
-def test_the_study_is_omitted_if_nothing_compares(evaluation: Evaluation) -> None:
-    batched = replace(evaluation, batch=8)
-    other_task = replace(evaluation, tasks={"recall": evaluation.tasks["mmlu"]})
-    text = "\n".join(result_tables([batched, other_task]))
+def test_the_study_is_omitted_if_nothing_compares(evaluation: Evaluation, tmp_path: Path) -> None:
+    """Another batch, task or size of the model is not what the study measured."""
+    asked = replace(evaluation, model="granite-4.0-h-1b")
+    batched = replace(asked, batch=8)
+    other_task = replace(asked, tasks={"recall": asked.tasks["mmlu"]})
+    bench = replace(bench_result(tmp_path), model="granite-4.0-h-small")
+    text = "\n".join(result_tables([evaluation, batched, other_task], [bench]))
     assert "original study" not in text
-    text = "\n".join(result_tables([evaluation]))
+    text = "\n".join(result_tables([asked]))
     assert "| truthfulqa |" not in text, "only tasks that were run"
     assert "by batch size" not in text, "no benchmark was given"
 
