@@ -6,7 +6,6 @@ Weights come from safetensors only, and code inside a checkpoint is never run.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.device import resolve_device
@@ -37,6 +37,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.geometry import MODEL_TYPE
+from granite_paged.hub import looks_like_a_folder, reading_options
 
 _UNREADABLE_CONFIG = (
     OSError,
@@ -46,8 +47,6 @@ _UNREADABLE_CONFIG = (
     AttributeError,  # a dtype unknown to torch
     StrictDataclassError,  # contradictory sizes
 )
-
-_NO_HUB = "; without the hub, pass a folder, or set HF_HUB_OFFLINE=1 for a model in the hub's cache"
 
 EMBEDDED = "tiny-recall"
 """Name of the embedded checkpoint."""
@@ -74,33 +73,41 @@ def load(
     *,
     random_weights: str | None = None,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     seed: int = 0,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> LoadedModel:
-    """Load one model.
+    """Load one model, its tokenizer and its generation config.
+
+    A hub id needs the hub, or a download in its cache; which of both is known within seconds.
 
     Args:
         model: checkpoint folder or hub id; by default the embedded `tiny_recall`.
         random_weights: a name in `GEOMETRIES` instead: its sizes with weights drawn from `seed`.
         device: `auto` (CUDA if available), `cpu`, `cuda` or `cuda:N`.
-        dtype: a name in `DTYPES`, or `auto`: the checkpoint's own; for random weights bfloat16
-            on CUDA and float32 elsewhere.
+        dtype: a torch dtype, a name in `DTYPES`, or `auto`: the checkpoint's own; for random
+            weights bfloat16 on CUDA and float32 elsewhere.
         seed: seed of the random weights.
+        revision: branch, tag or commit of a hub id.
+        token: access token of the hub. None: the one in HF_TOKEN or of `hf auth login`.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or corrupt.
         UnsupportedModel: the checkpoint has another architecture.
         DeviceError: the device is unknown, absent or too small.
-        InvalidArgument: a name is unknown, or both a model and random weights were given.
+        InvalidArgument: a name is unknown, both a model and random weights were given, or a
+            revision of something that is not a hub id.
     """
     where = resolve_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UnknownName("dtype", dtype, ["auto", *DTYPES])
+    wanted = _torch_dtype(dtype)
+    if revision is not None and (model is None or Path(model).is_dir()):
+        raise InvalidArgument(f"revision {revision!r} is one of a hub id, and no hub id was given")
     if random_weights is None:
-        loaded = _from_checkpoint(model, DTYPES.get(dtype))
+        loaded = _from_checkpoint(model, wanted, revision, token)
     elif model is None:
         default = torch.bfloat16 if where.type == "cuda" else torch.float32
-        loaded = _from_geometry(random_weights, DTYPES.get(dtype, default), where, seed)
+        loaded = _from_geometry(random_weights, wanted or default, where, seed)
     else:
         raise InvalidArgument("a model and random weights exclude each other")
     loaded.model.eval().requires_grad_(False)
@@ -111,12 +118,29 @@ def load(
     return loaded
 
 
-def load_tokenizer(path: str) -> Any:
+def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Return the dtype, None for `auto`. Raises UnknownName."""
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise UnknownName("dtype", str(dtype), ["auto", *DTYPES])
+    return DTYPES[str(dtype)]
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, token: str | bool | None = None
+) -> Any:
     """Load a tokenizer from a folder, a `tokenizers` file or the hub. Raises CheckpointError."""
     if Path(path).is_file():
         return _tokenizer_of_file(path)
+    return _tokenizer(path, reading_options(path, TOKENIZER_CONFIG_FILE, revision, token))
+
+
+def _tokenizer(path: str, options: dict[str, Any]) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"no tokenizer in {path}: {_first_line(error)}") from None
 
@@ -131,19 +155,24 @@ def _tokenizer_of_file(path: str) -> Any:
 # -- checkpoints --------------------------------------------------------------------------------
 
 
-def _from_checkpoint(model: str | None, dtype: torch.dtype | None) -> LoadedModel:
+def _from_checkpoint(
+    model: str | None, dtype: torch.dtype | None, revision: str | None, token: str | bool | None
+) -> LoadedModel:
     path = str(TINY_RECALL) if model is None else model
-    if model is not None and _looks_like_a_folder(model) and not Path(model).is_dir():
+    if model is not None and looks_like_a_folder(model) and not Path(model).is_dir():
         raise CheckpointError(f"no checkpoint at {model}: the folder does not exist")
-    config = _read_config(path)
-    _check_generation_config(path)
-    options: dict[str, Any] = {
-        "dtype": dtype or config.dtype or torch.float32,
-        "ignore_mismatched_sizes": True,  # _check_complete refuses them by name
-    }
+    where = reading_options(path, CONFIG_NAME, revision, token)
+    config = _read_config(path, where)
+    _check_generation_config(path, where)
     try:
         loaded, report = GraniteMoeHybridForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **options
+            path,
+            dtype=dtype or config.dtype or torch.float32,
+            ignore_mismatched_sizes=True,  # _check_complete refuses them by name
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **where,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         pickled = any(Path(path).glob("*.bin"))
@@ -151,34 +180,34 @@ def _from_checkpoint(model: str | None, dtype: torch.dtype | None) -> LoadedMode
         raise CheckpointError(f"cannot load {path}: {_first_line(error)}{advice}") from None
     _check_complete(path, report)
     has_tokenizer = not Path(path).is_dir() or (Path(path) / "tokenizer.json").exists()
-    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    tokenizer = _tokenizer(path, where) if has_tokenizer else None
     return LoadedModel(EMBEDDED if model is None else model, loaded, tokenizer)
 
 
-def _looks_like_a_folder(name: str) -> bool:
-    return name.startswith((".", "~", os.sep)) or name.count("/") != 1
-
-
-def _read_config(path: str) -> Any:
+def _read_config(path: str, options: dict[str, Any]) -> Any:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise CheckpointError(f"{path} is no checkpoint: it holds no config.json")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
     except _UNREADABLE_CONFIG as error:
-        advice = "" if Path(path).is_dir() else _NO_HUB
-        raise CheckpointError(
-            f"cannot read the config of {path}: {_first_line(error)}{advice}"
-        ) from None
+        raise CheckpointError(f"cannot read the config of {path}: {_first_line(error)}") from None
     if config.model_type != MODEL_TYPE:
         raise UnsupportedModel(f"model type {config.model_type!r}")
     return config
 
 
-def _check_generation_config(path: str) -> None:
+def _check_generation_config(path: str, options: dict[str, Any]) -> None:
     """Refuse a generation config that transformers would drop silently, or fail on later."""
-    file = Path(path) / GENERATION_CONFIG_NAME
-    if not file.is_file():
+    found = cached_file(
+        path,
+        GENERATION_CONFIG_NAME,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **options,
+    )
+    if found is None:
         return
+    file = Path(found)
     try:
         config = GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
         end_of_text(config)

@@ -121,6 +121,7 @@ class ModelChoice:
     dtype: str
     seed: int
     config: PagedConfig
+    revision: str | None = None
 
     def load(self) -> LoadedModel:
         """Load the model; see `granite_paged.models.load` for the errors."""
@@ -133,7 +134,17 @@ class ModelChoice:
             device=self.device,
             dtype=self.dtype,
             seed=self.seed,
+            revision=self.revision,
         )
+
+    def check_hub(self) -> None:
+        """Raise CheckpointError now, before torch loads, if nothing can give the model."""
+        if self.model is None or Path(self.model).exists():
+            return
+        from granite_paged.hub import looks_like_a_folder, reading_options
+
+        if not looks_like_a_folder(self.model):
+            reading_options(self.model, "config.json", self.revision)
 
     def require_gpu(self, command: str) -> None:
         """Raise CannotJudge, before the model is loaded, unless it would run on a GPU."""
@@ -147,6 +158,7 @@ class ModelChoice:
         """Return the options that load the same model in another process."""
         given = {
             "--model": self.model,
+            "--revision": self.revision,
             "--random-weights": self.random_weights,
             "--device": self.device,
             "--dtype": self.dtype,
@@ -186,6 +198,7 @@ _MODEL_OPTIONS = options(
         "Load this checkpoint: a folder or a hub id.  [default: the embedded tiny-recall]",
         metavar="ID_OR_PATH",
     ),
+    option("--revision", "Load this branch, tag or commit of a hub id.", metavar="NAME"),
     option(
         "--random-weights",
         "Use this published geometry with random weights, e.g. granite-4.0-h-1b.",
@@ -242,8 +255,10 @@ def model_options(command: Command) -> Command:
             page_size = _SMALL_PAGE
         if page_size is not None:
             paging["page_size"] = page_size
-        where = {name: others.pop(name) for name in ("device", "dtype", "seed")}
+        where = {name: others.pop(name) for name in ("device", "dtype", "seed", "revision")}
         choice = ModelChoice(model, random_weights, **where, config=PagedConfig(**paging))
+        if others.get("address") is None:  # without Ray, whose workers load the model
+            choice.check_hub()
         return command(choice=choice, **others)
 
     return with_choice

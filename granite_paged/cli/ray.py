@@ -77,6 +77,7 @@ class RayChoice:
                 choice.seed,
                 tokenizer,
                 choice.config,
+                choice.revision,
             )
             yield ray, spec, Workers(count, gpus, self.cpus)
 

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from granite_paged.errors import DataError, MissingExtra
+from granite_paged.hub import why_silent
 
 DataRow = dict[str, Any]
 
@@ -83,11 +86,14 @@ def _from_hub(name: str) -> tuple[str, Iterator[tuple[int, DataRow]]]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise MissingExtra("datasets", extra="eval") from None
+    advice = "--data DIR reads JSONL files instead"
+    if not constants.HF_HUB_OFFLINE and (silent := why_silent(repository, "dataset")):
+        known = "HF_HUB_OFFLINE=1 reads what was downloaded before"
+        raise DataError(repository, f"{silent}; {advice}, and {known}")
     try:
         rows = datasets.load_dataset(repository, subset, split=split)
     except (OSError, ValueError, ConnectionError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        advice = "--data DIR reads JSONL files instead"
         raise DataError(repository, f"cannot be loaded from the hub: {reason}; {advice}") from None
     return f"{repository} {split}", enumerate(map(dict, rows), start=1)
 

@@ -65,6 +65,7 @@ _TAKEN = frozenset(  # arguments that HFLM itself handles
 _HFLM = {name: one.default for name, one in inspect.signature(HFLM.__init__).parameters.items()}
 _ALWAYS = {"softmax_dtype": "float32"}  # what holds without being asked for
 
+_MAIN = "main"  # the revision of a hub id without another one
 _AUTO_ROWS = 64  # rows of batch_size=auto, as HFLM's max_batch_size
 _PATIENCE = timedelta(weeks=52)  # of ranks whose share is done, as HFLM's
 _NO_TOKENS = (0.0, True)  # score of a continuation without tokens
@@ -82,7 +83,7 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     A request that the pool cannot hold runs without pages, so that it never ends the run.
 
     Args:
-        pretrained, random_weights, device, dtype, seed: see `granite_paged.models.load`;
+        pretrained, random_weights, device, dtype, seed, revision: see `granite_paged.models.load`;
             `pretrained` may also be a loaded model, which needs `tokenizer`.
         tokenizer: a tokenizer, or where to load it from, if the model has none.
         mode: a name in `granite_paged.names.MODES`; only `paged` generates with pages.
@@ -106,6 +107,7 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         seed: int = 0,
+        revision: str = _MAIN,
         **options: Any,
     ) -> None:
         if mode not in MODES:
@@ -122,8 +124,11 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
                 device=str(ranks.device) if ranks else device or "auto",
                 dtype=str(dtype or "auto").removeprefix("torch."),
                 seed=seed,
+                revision=None if revision == _MAIN else revision,
             )
             model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+        elif revision != _MAIN:
+            raise InvalidArgument(f"revision {revision!r} of a model that is loaded: leave it out")
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
         if tokenizer is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class ModelSpec:
     seed: int = 0
     tokenizer: str | None = None
     config: PagedConfig | None = None
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
 
     def load(self) -> LoadedModel:
         """Load the model, and the tokenizer if one is named."""
@@ -43,10 +45,12 @@ class ModelSpec:
             device=self.device,
             dtype=self.dtype,
             seed=self.seed,
+            revision=self.revision,
+            token=self.token,
         )
         if self.tokenizer is None:
             return loaded
-        return replace(loaded, tokenizer=load_tokenizer(self.tokenizer))
+        return replace(loaded, tokenizer=load_tokenizer(self.tokenizer, token=self.token))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ class Answers(Worker):
     as JSON, with every sample.
 
     Args:
-        model, random_weights, device, dtype, seed: see `granite_paged.load`.
+        model, random_weights, device, dtype, seed, revision, token: see `granite_paged.load`.
         tokenizer: a tokenizer for a model that has none.
         config: page size and pools. On a part of a GPU, `memory_fraction` counts for that part.
         options: fields of `WorkerOptions`.
@@ -139,9 +143,12 @@ class Answers(Worker):
         seed: int = 0,
         tokenizer: str | None = None,
         config: PagedConfig | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
         **options: Any,
     ) -> None:
-        spec = ModelSpec(model, random_weights, device, dtype, seed, tokenizer, config)
+        own = (model, random_weights, device, dtype, seed, tokenizer, config)
+        spec = ModelSpec(*own, revision, token)
         super().__init__(spec, WorkerOptions(**options))
 
     def __call__(self, batch: Columns) -> Columns:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from granite_paged import __version__, models, verify
 from granite_paged.checkpoints.recall import FILLER_WORDS, KEY_WORDS, PLAIN_VALUES, VALUE_WORDS
 from granite_paged.cli import options
 from granite_paged.cli.main import CLOSED_PIPE, INTERRUPTED, OK, USAGE, run
+from granite_paged.errors import CheckpointError
 from granite_paged.runner.runner import Runner
 from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.tiny_models import tiny_model
@@ -260,6 +262,32 @@ def test_an_unreachable_hub_is_reported_once(capsys: Capture) -> None:
     finally:
         logger.removeHandler(handler)
     assert capsys.readouterr().err.count("the hub does not answer") == 1
+
+
+def test_a_hub_id_without_the_hub_is_one_line_before_torch_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def load(*args: object, **settings: object) -> None:
+        raise AssertionError("torch was loaded")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(options.ModelChoice, "load", load)
+    assert generate("x", "--model", "some/model", "--revision", "v1") == USAGE
+    assert_one_line(capsys, "pass a folder, or run hf download some/model --revision v1")
+
+
+def test_the_revision_reaches_load(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    found: dict[str, Any] = {}
+
+    def load(model: str, **settings: Any) -> None:
+        found.update(settings, model=model)
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(options.ModelChoice, "check_hub", lambda choice: None)
+    monkeypatch.setattr(models, "load", load)
+    assert generate("x", "--model", "some/model", "--revision", "v1") == USAGE
+    assert_one_line(capsys, "enough")
+    assert (found["model"], found["revision"]) == ("some/model", "v1")
 
 
 def test_a_missing_tokenizer_is_refused_with_advice(tmp_path: Path, capsys: Capture) -> None:

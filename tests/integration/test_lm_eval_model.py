@@ -356,7 +356,7 @@ def test_text_up_to_the_end_of_thinking_is_dropped_as_by_hflm(
         ({"parallelize": True}, InvalidArgument, "does not support parallelize=True"),
         ({"trust_remote_code": True}, InvalidArgument, "trust_remote_code=True"),
         ({"softmax_dtype": "float16"}, InvalidArgument, "softmax_dtype='float16'"),
-        ({"revision": "v1"}, InvalidArgument, "does not support revision='v1'"),
+        ({"revision": "v1"}, InvalidArgument, "revision 'v1' is one of a hub id"),
         ({"pagesize": 16}, UnknownName, "unknown model argument 'pagesize': use one of"),
         ({"mode": "fast"}, UnknownName, "unknown mode 'fast'"),
         ({"batch_size": "many"}, InvalidArgument, "batch_size must be auto or a whole number"),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeHybridForCausalLM
 from transformers.utils import logging
 
-from granite_paged import models
+from granite_paged import hub, models
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.errors import (
     CheckpointError,
@@ -25,6 +30,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.models import GEOMETRIES, geometry_config, load
+from tests.helpers.sharded_checkpoint import END, STOP, TEMPLATE
 from tests.helpers.tiny_models import prompts, tiny_model
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -42,6 +48,13 @@ def quiet() -> None:
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of the embedded checkpoint, for a test to break."""
     return Path(shutil.copytree(TINY_RECALL, tmp_path / "checkpoint"))
+
+
+def response_error(status: int) -> HfHubHTTPError:
+    """Return an error that the hub answered with."""
+    return HfHubHTTPError(
+        "no", response=SimpleNamespace(status_code=status, headers={}, request=None)
+    )
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -231,19 +244,138 @@ def test_a_file_is_refused_as_a_checkpoint(checkpoint: Path) -> None:
         load(str(checkpoint / CONFIG), device="cpu")
 
 
-def test_an_unreachable_hub_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: Any, **options: Any) -> None:
-        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
-
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(
-        CheckpointError, match=r"connect to the hub; without the hub, pass a folder"
-    ):
-        load("some/model", device="cpu")
+# -- the hub ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float8", "torch.float32", "half", ""])
-def test_an_unknown_dtype_error_lists_the_known_ones(dtype: str) -> None:
+def test_a_silent_hub_is_one_line_of_advice_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The endpoint accepts connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(hub, "HfApi", lambda: HfApi(endpoint=address))
+        started = time.monotonic()
+        with pytest.raises(
+            CheckpointError, match=r"hub does not answer, .*: pass a folder, or run "
+        ):
+            load("some/model", device="cpu", revision="v1")
+        assert time.monotonic() - started < 5
+
+
+def test_hf_hub_offline_is_one_line_of_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError) as caught:
+        load("some/model", device="cpu", revision="v1")
+    assert str(caught.value) == (
+        "cannot load some/model: HF_HUB_OFFLINE is set, and the hub's cache lacks it: "
+        "pass a folder, or run hf download some/model --revision v1 with a network"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "silent"),
+    [
+        (ConnectionError("refused"), "the hub does not answer"),
+        (response_error(503), "the hub does not answer"),
+        (response_error(404), ""),
+        (response_error(401), ""),
+        (ValueError("not a name"), ""),
+        (None, ""),
+    ],
+)
+def test_an_error_of_the_hub_is_an_answer(
+    error: Exception | None, silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal must reach the user in its own words; a broken hub counts as silent."""
+
+    def repo_info(*args: Any, **options: Any) -> None:
+        if error:
+            raise error
+
+    monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(repo_info=repo_info))
+    assert hub.why_silent("some/model") == silent
+
+
+@pytest.fixture
+def asked(sharded_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Answer for the hub with a folder, and record the options of every call that reads it."""
+    calls: list[dict[str, Any]] = []
+
+    def answering(read: Callable[..., Any]) -> Callable[..., Any]:
+        def from_folder(name: str, *args: Any, **options: Any) -> Any:
+            if name != "some/model":  # a reader calls another one with what it has found
+                return read(name, *args, **options)
+            known = ("revision", "token", "local_files_only")
+            calls.append({key: options.pop(key) for key in known if key in options})
+            return read(str(sharded_checkpoint), *args, **options)
+
+        return from_folder
+
+    for reader in (models.AutoConfig, models.AutoTokenizer, GraniteMoeHybridForCausalLM):
+        monkeypatch.setattr(reader, "from_pretrained", answering(reader.from_pretrained))
+    monkeypatch.setattr(models, "cached_file", answering(models.cached_file))
+    monkeypatch.setattr(hub, "why_silent", lambda *args, **options: "")
+    return calls
+
+
+def test_revision_and_token_reach_every_call_of_transformers(asked: list[dict[str, Any]]) -> None:
+    """Config, generation config, weights (with the generation config again) and tokenizer."""
+    loaded = load("some/model", device="cpu", revision="v1", token="secret")
+    assert asked == [{"revision": "v1", "token": "secret"}] * 4
+    assert loaded.tokenizer.chat_template
+    assert loaded.model.generation_config.max_new_tokens == 20
+
+
+def test_a_silent_hub_is_left_alone_where_its_cache_has_the_model(
+    asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "why_silent", lambda *args, **options: "the hub does not answer")
+    monkeypatch.setattr(hub, "is_cached", lambda *args: True)
+    load("some/model", device="cpu")
+    assert asked == [{"local_files_only": True}] * 4
+
+
+def test_the_cache_is_that_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    assert not hub.is_cached("some/model", CONFIG)
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "snapshots" / "abc" / CONFIG).touch()
+    assert hub.is_cached("some/model", CONFIG)
+    assert not hub.is_cached("some/model", CONFIG, "v1")
+    assert not hub.is_cached("no name", CONFIG)
+
+
+def test_a_revision_of_a_folder_is_refused(checkpoint: Path) -> None:
+    for model in (str(checkpoint), None):
+        with pytest.raises(InvalidArgument, match="revision 'v1' is one of a hub id"):
+            load(model, device="cpu", revision="v1")
+
+
+# -- a published checkpoint ---------------------------------------------------------------------
+
+
+def test_a_sharded_checkpoint_loads_whole(sharded_checkpoint: Path) -> None:
+    """Shards, a byte-level tokenizer, a template and a generation config, with a torch dtype."""
+    assert len(list(sharded_checkpoint.glob("model-*.safetensors"))) >= 2
+    loaded = load(str(sharded_checkpoint), device="cpu", dtype=torch.bfloat16)
+    assert loaded.model.dtype == torch.bfloat16
+    assert loaded.model.generation_config.eos_token_id == [END, STOP]
+    assert loaded.tokenizer.decode(loaded.tokenizer("naïve 🦊").input_ids[1:]) == "naïve 🦊"
+    assert loaded.tokenizer.chat_template == TEMPLATE
+    exact = load(str(sharded_checkpoint), device="cpu", dtype="float32")
+    expected = GraniteMoeHybridForCausalLM.from_pretrained(sharded_checkpoint, dtype=torch.float32)
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(exact.model.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", list(models.DTYPES.values()))
+def test_a_torch_dtype_is_taken(dtype: torch.dtype) -> None:
+    assert load(device="cpu", dtype=dtype).model.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float8", "torch.float32", "half", "", torch.int8])
+def test_an_unknown_dtype_error_lists_the_known_ones(dtype: Any) -> None:
     with pytest.raises(UnknownName, match=r"use one of auto, float64, float32, bfloat16, float16$"):
         load(dtype=dtype, device="cpu")
 

@@ -97,6 +97,21 @@ def test_without_datasets_the_error_names_the_extra(monkeypatch: pytest.MonkeyPa
         data.mmlu("test", None)
 
 
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "why_silent", lambda *args: "")
+
+
+def test_a_silent_hub_is_one_line_of_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    monkeypatch.setattr(data, "why_silent", lambda *args: "the hub does not answer")
+    assert str(refusal(lambda: data.mmlu("test", None))) == (
+        "cais/mmlu: the hub does not answer; --data DIR reads JSONL files instead, and "
+        "HF_HUB_OFFLINE=1 reads what was downloaded before"
+    )
+
+
+@pytest.mark.usefixtures("answering")
 def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **options: Any) -> None:
         raise ConnectionError("Couldn't reach the hub\nand more")
@@ -108,6 +123,7 @@ def test_an_unreachable_hub_is_reported_in_one_line(monkeypatch: pytest.MonkeyPa
     assert message.endswith("--data DIR reads JSONL files instead")
 
 
+@pytest.mark.usefixtures("answering")
 def test_rows_from_the_hub_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"test": [MMLU], "dev": [MMLU, {**MMLU, "answer": 9}]}
 

@@ -22,7 +22,7 @@ LAYERS = (
         "names",
         "__init__",
     ),
-    *("environment", "digests", "paging", "layers", "hf", "runner", "engine"),
+    *("environment", "digests", "hub", "paging", "layers", "hf", "runner", "engine"),
     *("checkpoints", "models"),
     *("report", "verify", "batch", "evaluate", "bench", "ray", "cli", "__main__"),
 )
