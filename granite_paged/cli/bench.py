@@ -15,6 +15,7 @@ from granite_paged.cli.options import (
     OK,
     POSITIVE,
     SETTINGS,
+    CommandGroup,
     ModelChoice,
     json_option,
     markdown_option,
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 _shape_options = options(
     option(
         "--case cases",
-        "Measure only this case; may be repeated.  [default: all]",
+        "Measure only this case of those above; may be repeated.  [default: all]",
         click.Choice(CASE_NAMES),
+        metavar="CASE",
         multiple=True,
     ),
     option(
@@ -72,7 +74,12 @@ _shape_options = options(
 )
 
 
-@click.group(invoke_without_command=True, context_settings=SETTINGS, subcommand_metavar="[serve]")
+@click.group(
+    cls=CommandGroup,
+    invoke_without_command=True,
+    context_settings=SETTINGS,
+    subcommand_metavar="[serve]",
+)
 @model_options
 @_shape_options
 @json_option
@@ -105,14 +112,15 @@ def bench(
     \b
     batch      prefill of 1 to 32 prompts of 512 tokens
     context    prefill of one prompt of 128 to 131072 tokens
-    decode     one decode step of 1 to 128 sequences of 512 to 32768 tokens
-    kernel     paged FlexAttention, contiguous SDPA, and the time that memory bandwidth allows
-    memory     how many ragged sequences fit a budget, in pages and padded
-    coldstart  time to the first token, and until every shape is compiled, in new processes
-    serve      a seeded workload of 64 and of 256 requests, all sent at once
+    decode     steps of 1-128 sequences of 512-32768 tokens
+    kernel     attention alone: paged, SDPA, and the floor
+    memory     sequences that fit a budget, paged and padded
+    coldstart  first token and every shape, in new processes
+    serve      64 and 256 seeded requests, all sent at once
 
     The modes are `default` and `static`, which are transformers' own, and `paged`. They take
-    turns in one run, so that drift of the machine affects all of them. `static` compiles each
+    turns in one run, so that drift of the machine affects all of them. The floor is the time that
+    the device's bandwidth and arithmetic allow. `static` compiles each
     shape, for a minute or more, and runs prefill only with --mode static. A shape that a mode
     cannot run is listed with the reason. Shapes are small on the CPU. An interrupted run keeps its
     rows; the same command with --missing goes on.

@@ -19,7 +19,14 @@ from granite_paged.cli.bench import bench, coldstart
 from granite_paged.cli.evaluate import evaluate
 from granite_paged.cli.gate import gate
 from granite_paged.cli.generate import generate
-from granite_paged.cli.options import CLOSED_PIPE, INTERRUPTED, OK, SETTINGS, USAGE
+from granite_paged.cli.options import (
+    CLOSED_PIPE,
+    INTERRUPTED,
+    OK,
+    SETTINGS,
+    USAGE,
+    CommandGroup,
+)
 from granite_paged.cli.profiling import profile
 from granite_paged.cli.report import plot, report
 from granite_paged.cli.tune import tune
@@ -74,7 +81,7 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(cls=CommandGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Paged attention for IBM Granite-4 hybrid models.

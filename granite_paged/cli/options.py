@@ -57,6 +57,17 @@ def options(*decorators: Option) -> Option:
     return add_all
 
 
+class CommandGroup(click.Group):
+    """A group whose help shows the whole first sentence of each command, on several lines."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands."""
+        shown = {name: command for name, command in self.commands.items() if not command.hidden}
+        rows = [(name, shown[name].get_short_help_str(_BOUNDLESS)) for name in sorted(shown)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 # -- options that several commands have ---------------------------------------------------------
 
 
@@ -328,8 +339,22 @@ class _ReportConsole(Console):
 
     def _fitting(self, table: Table) -> Table:
         boundless = self.options.update(width=_BOUNDLESS)
-        needed = Measurement.get(self, boundless, table).minimum
+        needed = Measurement.get(self, boundless, _unbroken(table)).minimum
         return _as_list(table) if table.show_header and needed > self.width else table
+
+
+def _unbroken(table: Table) -> Table:
+    """Return the table with each cell that must not wrap as one word, as rich measures words."""
+    whole = Table(box=table.box, padding=table.padding, pad_edge=table.pad_edge)
+    columns = []
+    for column in table.columns:
+        texts = [str(cell) for cell in (column.header, *column.cells)]
+        columns.append([text.replace(" ", "_") for text in texts] if column.no_wrap else texts)
+    for header, *_ in columns:
+        whole.add_column(header)
+    for cells in zip(*(cells for _, *cells in columns), strict=True):
+        whole.add_row(*cells)
+    return whole
 
 
 def _as_list(table: Table) -> Table:

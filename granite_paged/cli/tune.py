@@ -66,9 +66,9 @@ def tune(
     """Compare kernel constants with the best found on this GPU.
 
     \b
-    decode     attention of a decode step: splits, block size, warps, stages
-    prefill    attention of a prompt chunk: block sizes, warps, stages
-    products   matrix products in decode steps of 1, 16, 32 and 64 sequences
+    decode     attention of a step: splits, blocks, warps
+    prefill    attention of a prompt chunk: blocks, warps
+    products   matrix products of 1, 16, 32, 64 sequences
 
     Times the constants in use and other candidates in shapes of the model, and prints how much
     slower the constants in use are than the best. --write saves, for each group of shapes, the
