@@ -122,7 +122,7 @@ def eval_parity(session: nox.Session) -> None:
 @nox.session
 def notebook(session: nox.Session) -> None:
     """Run the notebook about `granite-paged profile`; a cell that raises fails the session."""
-    session.install(".", "nbclient", "ipykernel")
+    session.install(".[plot]", "nbclient", "ipykernel")
     session.run("jupyter", "execute", "examples/profile.ipynb", *session.posargs)
 
 
