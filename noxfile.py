@@ -37,15 +37,16 @@ print(record_name(torch.cuda.get_device_name(), "granite-4.0-h-1b", "bfloat16"))
 RECORDS = Path("granite_paged/records")
 
 
-def install(session: nox.Session, *groups: str, package: bool = True) -> None:
+def install(session: nox.Session, *groups: str, package: str | None = ".") -> None:
     """Install dependency groups of pyproject.toml, and the package as a user would."""
-    session.install(*nox.project.dependency_groups(PROJECT, *groups), *(["."] if package else []))
+    named = nox.project.dependency_groups(PROJECT, *groups)
+    session.install(*named, *([package] if package else []))
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check code with ruff, and text with codespell and the phrases in .prose.txt."""
-    install(session, "lint", package=False)
+    install(session, "lint", package=None)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("codespell")
@@ -58,7 +59,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into site/. A broken link or an unknown name fails it."""
-    install(session, "docs", package=False)
+    install(session, "docs", package=None)
     quiet = {"NO_MKDOCS_2_WARNING": "1"}
     session.run("mkdocs", "build", "--strict", *session.posargs, env=quiet)
 
@@ -73,9 +74,10 @@ def typing(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU. Arguments go to pytest: `nox -s tests -- -k fork`."""
-    install(session, "tests", "quantised")
+    install(session, "tests", "quantised", package=".[ray]")
     arguments = session.posargs or ["--durations=10"]
-    session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *arguments)
+    workers = ("-n", WORKERS, "--dist", "loadgroup")  # one process has all tests of a group
+    session.run("python", "-m", "pytest", *workers, "-m", "not gpu", *arguments)
 
 
 @nox.session(name="property")

@@ -61,7 +61,8 @@ def _connected(ray: Any, address: str) -> Iterator[Any]:
     try:
         with _quiet():
             ray.init(address=address, logging_level="CRITICAL", log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a plain one where a machine is too busy
+        ray.shutdown()
         advice = "start one with ray start --head, or pass --ray local"
         raise ClusterError(f"no Ray cluster at {address}: {_first_line(error)}; {advice}") from None
     try:

@@ -24,10 +24,13 @@ from tests.helpers.batch_files import (
     write_requests,
 )
 from tests.helpers.command_line import Capture, assert_one_line
+from tests.helpers.tolerance import LOGITS_FLOAT32
 
 parquet = pytest.importorskip("pyarrow.parquet")
 ray = pytest.importorskip("ray", reason="ray[data] is not installed")
+pytestmark = pytest.mark.xdist_group("ray")  # one process runs this file: one cluster
 RAY = ["--ray=local", "--workers", "1"]
+LARGEST_LOGIT = 20  # of the embedded checkpoint: its largest is about 19
 REQUESTS = [*recall_requests(150), "{broken", *recall_requests(3, seed=1)]  # r0 to r2 are repeated
 
 
@@ -35,7 +38,15 @@ REQUESTS = [*recall_requests(150), "{broken", *recall_requests(3, seed=1)]  # r0
 def cluster() -> Iterator[None]:
     """Start one cluster for all tests of this file; its four CPUs are a count, not cores."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="CRITICAL", log_to_driver=False)
+    small = {"num_cpus": 4, "object_store_memory": 80 << 20, "include_dashboard": False}
+    for more_tries in (2, 1, 0):  # a busy machine may not start it in Ray's half a minute
+        try:
+            ray.init(**small, logging_level="CRITICAL", log_to_driver=False)
+            break
+        except Exception:
+            ray.shutdown()
+            if not more_tries:
+                raise
     yield
     ray.shutdown()
 
@@ -61,15 +72,20 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
 # -- files --------------------------------------------------------------------------------------
 
 
-def test_killed_and_slow_workers_write_the_same_bytes_as_one_process(
+def test_killed_and_slow_workers_complete_a_partial_output_as_one_process_does(
     tmp_path: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file has a broken line and three repeated ids; each gets its error, in its place."""
+    """One process began the file, and was killed in the middle of a line.
+
+    The file has a broken line and three repeated ids; each gets its error, in its place.
+    """
     died = tmp_path / "died"
+    held = expected[: len(expected) // 3]
+    first = held.count(b"\n")
 
     class Troubled(LineWorker):
         def _answered(self, group: Any) -> bytes:
-            if any(index == 0 for index, _ in group):
+            if any(index == first for index, _ in group):
                 time.sleep(2)
             elif not died.exists():
                 died.touch()
@@ -77,17 +93,11 @@ def test_killed_and_slow_workers_write_the_same_bytes_as_one_process(
             return super()._answered(group)
 
     spoil(monkeypatch, Troubled)
+    (tmp_path / "out.jsonl").write_bytes(held)
     assert batch(tmp_path, "--workers", "2") == FAILED
     assert died.exists()
     assert (tmp_path / "out.jsonl").read_bytes() == expected
     assert sum(bool(row["error"]) for row in read_answers(tmp_path / "out.jsonl")) == 4
-
-
-def test_a_partial_output_is_completed(tmp_path: Path, expected: bytes) -> None:
-    """One process began the file, and was killed in the middle of a line."""
-    (tmp_path / "out.jsonl").write_bytes(expected[: len(expected) // 3])
-    assert batch(tmp_path) == FAILED
-    assert (tmp_path / "out.jsonl").read_bytes() == expected
 
 
 def test_a_line_that_kills_every_worker_ends_the_run_in_one_line(
@@ -167,6 +177,7 @@ def test_eval_on_ray_answers_as_one_process_does(tmp_path: Path, capsys: Capture
                 del mode[name]
         for agreement in result["tasks"]["recall"]["agreement"].values():
             del agreement["latency_ratio"]
+            assert agreement.pop("largest_difference") <= LOGITS_FLOAT32 * LARGEST_LOGIT
         del result["command"]
     assert spread == alone
     keys = [json.loads(line)["key"] for line in lines[1:] if '"paged"' in line]

@@ -181,3 +181,10 @@ def test_the_evaluation_page_shows_the_recorded_results() -> None:
     text = read("docs/evaluation.md")
     for part in result_tables(evaluations):
         assert part in text
+
+
+def test_the_session_of_ci_has_ray() -> None:
+    """Without it, tests/integration/test_ray.py is skipped."""
+    (session,) = re.findall(r"\ndef tests\(.*?\n\n\n", read("noxfile.py"), flags=re.DOTALL)
+    assert 'package=".[ray]"' in session
+    assert '"--dist", "loadgroup"' in session, "each process would start a cluster"
