@@ -85,10 +85,14 @@ def property_(session: nox.Session) -> None:
     """Run allocator and engine for a million steps each, and many more generated cases."""
     install(session, "tests")
     pytest = ("python", "-m", "pytest", "-n", WORKERS, *session.posargs)
-    steps = {"HYPOTHESIS_PROFILE": "deep", "GRANITE_PAGED_DEEP_STEPS": DEEP_STEPS}
+    workers = max(1, int(WORKERS)) if WORKERS.isdecimal() else os.cpu_count() or 1
+    # every shard must reach every rule and deep state: it needs as many steps as an ordinary run
+    steps = {"GRANITE_PAGED_DEEP_STEPS": DEEP_STEPS, "GRANITE_PAGED_SHARDS": str(min(workers, 16))}
     machines = ("test_allocator_machine.py", "test_engine_machine.py")
-    session.run(*pytest, *(f"tests/property/{machine}" for machine in machines), env=steps)
-    session.run(*pytest, "tests/property", env={"HYPOTHESIS_PROFILE": "wide"})
+    deep = {"HYPOTHESIS_PROFILE": "deep", **steps}
+    session.run(*pytest, *(f"tests/property/{machine}" for machine in machines), env=deep)
+    wide = {"HYPOTHESIS_PROFILE": "wide", "GRANITE_PAGED_SHARDS": str(min(workers, 4))}
+    session.run(*pytest, "tests/property", env=wide)
 
 
 @nox.session
