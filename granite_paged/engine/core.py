@@ -29,7 +29,13 @@ from granite_paged.engine.request import Request, Scoring
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.stats import EngineStats
 from granite_paged.engine.step import StepPlan
-from granite_paged.errors import EngineBusy, EngineClosed, GranitePagedError, require
+from granite_paged.errors import (
+    EngineBusy,
+    EngineClosed,
+    GranitePagedError,
+    StepFailed,
+    require,
+)
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.runner import Runner
@@ -228,7 +234,11 @@ class EngineCore:
         if error is None and self._closed:
             error = EngineClosed("the engine was closed before the request ran")
         if error is None:
-            self._open_request(request)
+            try:
+                self._open_request(request)
+            except Exception as fault:  # it concerns this request, not the caller of this step
+                self._outputs.end(request, "error", StepFailed(request.number, fault))
+                self._close_request(request)
         elif not request.finished:
             self._outputs.end(request, "cancelled", error)
             self._close_request(request)

@@ -87,6 +87,8 @@ class Executor:
             results += call(argument)
         except Exception as error:
             self._scheduler.recover(self._concerned, error)
+        finally:
+            self._concerned = []  # an idle engine keeps no request alive
 
     # -- calls ----------------------------------------------------------------------------------
 

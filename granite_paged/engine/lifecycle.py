@@ -70,23 +70,23 @@ class JobLifecycle:
         self.queue.add(job)
 
     def finish(self, job: Job) -> None:
-        """End a job, wherever it is, and free what it holds."""
+        """End a job, wherever it is, and free what it holds; what raises is freed later."""
         if job.state is State.DONE:
             return
-        self.queue.remove(job)
-        self.running.vacate(job)
-        self.running.drop_swapped(job)
+        late = self.queue.late
+        for cleanup in (self.queue.remove, self.running.vacate, self.running.drop_swapped):
+            late.attempt(cleanup, job)
         job.state = State.DONE
         followers, job.followers = job.followers, []
         for follower in followers:  # they cannot be forked from it any more
-            self.queue.add(follower)
+            late.attempt(self.queue.add, follower)
 
     def fail(self, job: Job, error: Exception) -> None:
         """End a job that a fault concerns, and those that fail with it."""
         if job.state is not State.DONE:
+            self.failures.append(Failure(job, error))  # first: its request ends, whatever happens
             for sibling in job.siblings:
                 self.finish(sibling)
-            self.failures.append(Failure(job, error))
 
     def requeue(self, job: Job) -> None:
         """Let a job without a row wait, to compute its tokens."""
@@ -138,6 +138,4 @@ class JobLifecycle:
         self.counts.restarted += 1
         job.start_over()
         self.running.drop_swapped(job)
-        self.running.vacate(job)
-        if job.state is not State.WAITING:
-            self.queue.add(job)
+        self.requeue(job)

@@ -124,8 +124,8 @@ class OutputProcessor:
         is_greedy = all(greedy for _, greedy in known)
         job.request.scores[chunk.number] = Score(sum(logprobs), logprobs, is_greedy)
         if job.complete:
-            self._scheduler.finish(job)
             self.ended.append(job.request)
+            self._scheduler.finish(job)
 
     def _fail_nonfinite(self, job: Job) -> None:
         self._scheduler.fail(job, NonFiniteRequest(job.request.number))
@@ -150,11 +150,12 @@ class OutputProcessor:
                     self._deliver_token(*arrival)
         failures = self._scheduler.failures
         while failures:
-            job, error = failures.pop(0)
+            job, error = failures[0]
             if isinstance(job, SampleJob) and not isinstance(job, BeamJob):
                 self._end_sample(job, "error", error)
             else:
                 self.end(job.request, "error", error)
+            failures.pop(0)  # an interrupt ends it again
         return busy
 
     def end(self, request: Request | Scoring, finish: Finish, error: Exception) -> None:

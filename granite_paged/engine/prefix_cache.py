@@ -21,6 +21,7 @@ children is removed. Host only and without torch: a state is anything with `nbyt
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ class PrefixCache:
         self.stateful = stateful
         self.budget = budget
         self._freed: list[int] = []  # pages that no call has returned yet
+        self._unneeded: list[Node] = []  # nodes to be looked at again: removing them raised
         self._root = Node((), None, 0)
         # least recently used first; a parent is touched after its children, so it comes later
         self._with_pages: OrderedDict[Node, None] = OrderedDict()
@@ -152,9 +154,9 @@ class PrefixCache:
 
     def withdraw(self, path: Sequence[Node]) -> None:
         """Note that a prompt does not wait any more."""
-        for node in reversed(path):
+        for node in path:
             node.interest -= 1
-            self._prune(node)
+        self._remove_unneeded(path)
 
     def find(self, path: Sequence[Node]) -> Hit:
         """Return the longest cached beginning of a waiting prompt."""
@@ -190,7 +192,7 @@ class PrefixCache:
         """Note that a state was kept at each of these nodes, or will not be."""
         for node in nodes:
             node.pending_states -= 1
-            self._prune(node)
+        self._remove_unneeded(nodes)
 
     def used(self, path: Sequence[Node], hit: Hit, tokens: int) -> None:
         """Count a prompt of `tokens` tokens that starts from `hit`, and mark the hit as used."""
@@ -253,6 +255,7 @@ class PrefixCache:
         """Drop all pages and states. Return the pages that became free."""
         for node in list(self._with_pages):
             self._drop_pages(node)
+        self._remove_unneeded([])
         return self._take_freed()
 
     def check_valid(self) -> None:
@@ -267,7 +270,7 @@ class PrefixCache:
         require(counted == self.state_bytes, "prefix: bytes of states")
         require(self.state_bytes <= max(self.budget, 0), "prefix: states over budget")
         for node in nodes:
-            require(not node.idle, "prefix: a node that is not needed")
+            require(not node.idle or bool(self._unneeded), "prefix: a node that is not needed")
             require(node.interest >= 0 and node.pending_states >= 0, "prefix: a count below zero")
             parent = node.parent
             rooted = parent is self._root or (parent is not None and parent.sequence is not None)
@@ -323,11 +326,11 @@ class PrefixCache:
         """Drop the pages of a node whose children have none, or of all nodes in order."""
         if node.sequence is None:
             return
-        self._freed += self._allocator.release(node.sequence)  # first: if it raises, all is as was
-        self._drop_state(node)
+        self._drop_state(node)  # first: pages without a state are valid
+        self._freed += self._allocator.release(node.sequence)
         node.sequence = None
         del self._with_pages[node]
-        self._prune(node)
+        self._remove_unneeded([node])
 
     def _take_freed(self) -> list[int]:
         freed, self._freed = self._freed, []
@@ -340,9 +343,17 @@ class PrefixCache:
             node.state = None
             del self._with_state[node]
 
+    def _remove_unneeded(self, nodes: Sequence[Node]) -> None:
+        """Remove those of these nodes that are not needed; after a fault, at the next call."""
+        self._unneeded += nodes
+        with contextlib.suppress(Exception):
+            while self._unneeded:
+                self._prune(self._unneeded[-1])
+                self._unneeded.pop()
+
     def _prune(self, node: Node) -> None:
         at = node
-        while at.parent is not None and at.idle:
+        while at.parent is not None and at.idle and at.parent.children.get(at.tokens) is at:
             del at.parent.children[at.tokens]
             at = at.parent
 

@@ -14,7 +14,7 @@ and a sequence of pages that no other job has. Host only and without torch.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from granite_paged.engine.job import Job, Placement, SampleJob, ScoringJob, State, Swapped
 from granite_paged.engine.limits import Limits
@@ -68,6 +68,7 @@ class RunningJobs:
         self._prefix = prefix
         self._queue = queue
         self._limits = limits
+        self._not_given: list[int] = []  # rows whose return raised
         self._unreleased: list[int] = []  # sequences whose release raised
         self._unforgotten: list[int] = []  # free pages of which the device was not told
         self._late = queue.late
@@ -104,11 +105,9 @@ class RunningJobs:
     def place(self, job: Job, hit: Hit) -> bool:
         """Give a waiting job a row and the pages of its prompt. Return False if pages are short."""
         swapped, needed = job.swapped, self.pages_to_place(job, hit)
-        place = job.placement = Placement(
-            sequence=self._allocator.open(() if swapped else hit.pages),
-            row=self.rows.take(),
-            target=_target(job),
-        )
+        sequence = self._allocator.open(() if swapped else hit.pages)
+        row = self.take_row(sequence)
+        place = job.placement = Placement(row, sequence, target=_target(job))
         if not self.make_room(needed):
             self.vacate(job)
             return False
@@ -135,13 +134,9 @@ class RunningJobs:
     def fork(self, parent: SampleJob, child: SampleJob) -> None:
         """Give a new job a row of its own and the pages of a decoding one."""
         source = parent.placed
-        place = child.placement = Placement(
-            sequence=self._allocator.fork(source.sequence),
-            row=self.rows.take(),
-            target=source.target,
-            stored=source.stored,
-            reserved=source.reserved,
-        )
+        sequence = self._allocator.fork(source.sequence)
+        row = self.take_row(sequence)
+        place = child.placement = replace(source, row=row, sequence=sequence, is_shareable=True)
         self.moves += 1
         child.isolated, child.drawn, child.state = parent.isolated, 1, State.DECODE
         self.decoding[child] = None
@@ -159,8 +154,23 @@ class RunningJobs:
         self._late.attempt(self._prefix.unpromise, list(checkpoints.values()))
         place, job.placement = job.placement, None  # first: an interrupt must not give it twice
         if place:
-            self.rows.give(place.row)
+            self.give_row(place.row)
             self.release(place.sequence)
+
+    def take_row(self, sequence: int) -> int:
+        """Take a row for a new sequence, which is closed if that raises."""
+        try:
+            return self.rows.take()
+        except Exception:
+            self.release(sequence)
+            raise
+
+    def give_row(self, row: int) -> None:
+        """Take a row back. One that is not taken back is at the next step."""
+        try:
+            self.rows.give(row)
+        except Exception:
+            self._not_given.append(row)
 
     def pause(self, job: Job) -> None:
         """Vacate a decoding job whose draws are all launched."""
@@ -235,7 +245,7 @@ class RunningJobs:
     def check_valid(self) -> None:
         """Prove the invariant between two steps; BrokenInvariant says what broke."""
         places = [job.placed for job in self.jobs()]
-        self.rows.check_valid([place.row for place in places])
+        self.rows.check_valid([*self._not_given, *(place.row for place in places)])
         owners = [place.sequence for place in places]
         owners += [*self._unreleased, *self._prefix.sequences]
         ours = sorted(self._allocator.sequences)
@@ -298,6 +308,9 @@ class RunningJobs:
             self.append({place.sequence: tokens}, {place.sequence: place.row})
 
     def _release_late(self) -> None:
+        rows, self._not_given = self._not_given, []
+        for row in rows:
+            self.give_row(row)
         sequences, self._unreleased = self._unreleased, []
         for sequence in sequences:
             self.release(sequence)

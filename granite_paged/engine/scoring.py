@@ -134,7 +134,7 @@ class ScorePlanner:
         growth: dict[int, int] = {}
         for number in numbers:
             sequence = self._allocator.fork(place.sequence)
-            self._forks[sequence] = self._rows.take()
+            self._forks[sequence] = self._running.take_row(sequence)
             self._running.forks += 1
             growth[sequence] = len(job.continuation(number))
         while growth and not self._make_room(job, growth, needed=len(growth) == 1):
@@ -147,7 +147,7 @@ class ScorePlanner:
         return list(rows.items())
 
     def _end_fork(self, sequence: int) -> None:
-        self._rows.give(self._forks.pop(sequence))
+        self._running.give_row(self._forks.pop(sequence))
         self._running.forks -= 1
         self._running.release(sequence)
 

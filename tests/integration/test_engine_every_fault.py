@@ -14,18 +14,24 @@ import pytest
 
 from granite_paged.device import Fetch
 from granite_paged.engine import executor
-from granite_paged.engine.beams import BeamKeeper
+from granite_paged.engine.admission import Admission
+from granite_paged.engine.beams import BeamKeeper, BeamRequest
 from granite_paged.engine.executor import Executor
+from granite_paged.engine.lifecycle import JobLifecycle
 from granite_paged.engine.prefix_cache import PrefixCache
 from granite_paged.engine.request import Request, SamplingParams, Scoring
+from granite_paged.engine.rows import RowPool
 from granite_paged.engine.running import RunningJobs
+from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.scoring import ScorePlanner
-from granite_paged.errors import CallbackFailed, StepFailed, TokenizerFailed
+from granite_paged.engine.waiting import LateCleanups, WaitingQueue
+from granite_paged.errors import CallbackFailed, PromptError, StepFailed, TokenizerFailed
 from granite_paged.paging.allocator import PageAllocator
 from tests.helpers import engine_harness
 from tests.helpers.call_sites import Broken, Site, count_calls, fault_at, methods_of, name_of
-from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.engine_harness import EngineHarness, expected_tokens
 from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
+from tests.helpers.words import Words
 
 EVERY = os.environ.get("HYPOTHESIS_PROFILE", "default") != "default"
 STEM = list(range(20))
@@ -42,6 +48,11 @@ OUTSIDE_STEPS = (
 """Called by the tests or by `submit`, so that a fault there is the caller's."""
 CONCERNS_ALL = {"SimulatedRunner.notice_changes"}
 """Called once per step and not for a request."""
+GUARDS = (
+    *("guarded", "recover", "restart", "_restart", "fail", "finish", "release", "forget"),
+    *("take_row", "give_row", "_remove_unneeded"),
+)
+"""Methods that take up the faults of what they call; nothing takes up theirs."""
 PARTS: list[Site] = [
     *methods_of(PageAllocator, PrefixCache, SimulatedRunner),
     *((executor, name) for name in ("draw", "upload", "seen_tokens", "finite_rows")),
@@ -56,6 +67,19 @@ SITES = {
     for site in PARTS
     if site[1] not in OUTSIDE_STEPS and (site[0] is Executor or not site[1].startswith("_"))
 }
+
+
+PRIVATE = {
+    name_of(site): site
+    for site in methods_of(
+        *(RowPool, WaitingQueue, LateCleanups, PrefixCache, RunningJobs, Admission, ScorePlanner),
+        *(BeamRequest, BeamKeeper, JobLifecycle, Scheduler),
+    )
+    if name_of(site) not in SITES
+    and site[1] not in (*OUTSIDE_STEPS, *GUARDS)
+    and site[1] not in ("attempt", "retry", "check_room")
+}
+"""Calls inside a part. Those of the bookkeeping of all requests may end a step."""
 
 
 def busy_harness() -> EngineHarness:
@@ -89,8 +113,8 @@ def params(new: int, **more: Any) -> SamplingParams:
 
 @functools.cache
 def calls_of_sites() -> dict[str, int]:
-    harness = busy_harness()
-    return dict(count_calls(list(SITES.values()), lambda: step_to_the_end(harness, [])))
+    harness, sites = busy_harness(), [*SITES.values(), *PRIVATE.values()]
+    return dict(count_calls(sites, lambda: step_to_the_end(harness, [])))
 
 
 def step_to_the_end(harness: EngineHarness, asked: list[Any]) -> int:
@@ -139,6 +163,21 @@ def test_a_fault_at_any_call_of_a_step_ends_at_most_one_request(name: str) -> No
         assert_one_failed_at_most(asked, f"call {number}")
 
 
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_fault_inside_a_part_ends_at_most_one_request_or_one_step(name: str) -> None:
+    """A step that ends is raised to its caller, and every request starts over."""
+    for number in numbers_up_to(calls_of_sites().get(name, 0)):
+        harness = busy_harness()
+        asked = list(harness.open)
+        with fault_at(PRIVATE[name], number):
+            raised = step_to_the_end(harness, asked)
+        harness.step()  # cleans up what the fault left
+        harness.drain()
+        assert_one_failed_at_most(asked, f"call {number}")
+        failed = sum(bool(errors_of(one)) for one in asked)
+        assert raised + failed <= 1, f"call {number} ended a step and a request"
+
+
 def assert_one_failed_at_most(asked: list[Request | Scoring], where: str) -> None:
     failed = [one for one in asked if errors_of(one)]
     assert len(failed) <= 1, f"{where} ended several requests"
@@ -157,20 +196,11 @@ def errors_of(asked: Request | Scoring) -> list[Exception]:
 
 def test_the_faults_reach_the_parts_of_a_step() -> None:
     never = set(SITES) - set(calls_of_sites())
+    assert {"RowPool.give", "WaitingQueue._push", "PrefixCache._prune"} <= set(calls_of_sites())
     assert never <= {"PageAllocator.extend_pool"}, f"no step calls {never}"
 
 
 # -- user code ----------------------------------------------------------------------------------
-
-
-class Words:
-    """A tokenizer whose word for token 7 is "w7"."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [int(word.removeprefix("w")) for word in text.split()]}
-
-    def decode(self, tokens: Any, *, skip_special_tokens: bool) -> str:
-        return " ".join(f"w{token}" for token in tokens)
 
 
 class Listener:
@@ -210,6 +240,21 @@ def test_a_fault_at_any_call_of_user_code_ends_its_request_only(kind: str) -> No
         failed = [one for one in asked if errors_of(one)]
         assert len(failed) <= 1, f"call {number} ended several requests"
         assert all(isinstance(error, error_type) for one in failed for error in errors_of(one))
+
+
+def test_a_fault_at_any_call_that_encodes_refuses_its_prompt_only() -> None:
+    texts = ["w1 w2 w3", "w4 w5", "w6"]
+    expected = [
+        expected_tokens(HashOracle(), Words()(text)["input_ids"], params(3)) for text in texts
+    ]
+    for number in range(len(texts)):
+        harness = EngineHarness(HashOracle(), {"tokenizer": Words()}, pages=40, rows=4)
+        with fault_at((Words, "__call__"), number + 1):
+            outputs = harness.engine.generate(texts, params(3))
+        for place, output in enumerate(outputs):
+            assert isinstance(output.error, PromptError) == (place == number)
+            assert output.tokens == ([] if place == number else expected[place])
+        harness.check_empty()
 
 
 @pytest.mark.parametrize("kind", USER_CODE)

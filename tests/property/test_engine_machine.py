@@ -28,6 +28,7 @@ from granite_paged.runner.runner import Runner
 from tests.helpers.engine_harness import EngineHarness, Interrupted, random_walk
 from tests.helpers.simulated_runner import HashOracle, ModelOracle, SimulatedRunner
 from tests.helpers.tiny_models import tiny_model
+from tests.helpers.words import Words
 
 DEEP_STEPS = int(os.environ.get("GRANITE_PAGED_DEEP_STEPS", "6000"))
 """Steps of all random walks together; `nox -s property` asks for a million."""
@@ -46,21 +47,6 @@ def model_oracle() -> ModelOracle:
 
 CALLBACKS = ("raise", "interrupt", "step", "cancel", "submit", "close")
 """What a callback does."""
-
-
-class Words:
-    """A tokenizer that raises at its next call when it is armed."""
-
-    is_armed = False
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [int(word.removeprefix("w")) for word in text.split()]}
-
-    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool) -> str:
-        if self.is_armed:
-            self.is_armed = False
-            raise IndexError("piece id is out of range")
-        return " ".join(f"w{token}" for token in tokens)
 
 
 # few different prompts, so that they share prefixes and the oracle's cache is used
@@ -144,7 +130,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(prompt=PROMPTS, params=PARAMS)
     def submit_with_a_tokenizer_that_raises(self, prompt: list[int], params: Any) -> None:
         self.note("tokenizer raises")
-        self.words.is_armed = True
+        self.words.fails["decode"] = IndexError("piece id is out of range")
         self.harness.submit(prompt, replace(params, stop_strings=("never",)))
 
     @rule(
