@@ -96,6 +96,13 @@ def property_(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Keep an engine busy for an hour, with faults; memory must be flat. `-- 600`: 10 minutes."""
+    install(session, "tests")
+    session.run("python", "-m", "tests.helpers.soak", *session.posargs)
+
+
+@nox.session
 def snapshots(session: nox.Session) -> None:
     """Rewrite golden data and show what changed. Logits must agree with SDPA to be written."""
     install(session, "tests")

@@ -27,8 +27,12 @@ Runners and engines
                       oracles, which compute the expected logits
     engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
                       to test scheduling. random_walk: random requests on one
+    traffic           random requests, faults and early ends on the embedded model, from a pool of
+                      requests with known answers
+    soak              traffic for a long time, with memory that must be flat: `nox -s soak`
     deep_states       DeepStates: counts preemptions, resumptions and forks under pressure
     fairness          FairnessWatch: checks that each wait keeps to the bound that follows from rank
+    words             Words: a tokenizer whose word for token 7 is "w7"; it fails when asked to
 
 Commands
     command_line      every command, and checks of what one prints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,10 +106,16 @@ class EngineHarness:
         except GranitePagedError as refusal:
             self.met[type(refusal).__name__] += 1
 
-    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
+    def score(
+        self,
+        context: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        namespace: str = "",
+    ) -> None:
         """Submit continuations to score, and count the error if they are refused."""
         try:
-            self.open.append(self.engine.submit_scoring(context, continuations))
+            asked = self.engine.submit_scoring(context, continuations, namespace=namespace)
+            self.open.append(asked)
         except GranitePagedError as refusal:
             self.met[type(refusal).__name__] += 1
 
@@ -195,11 +201,15 @@ class EngineHarness:
             elif asked.error is None:
                 self._check_scores(asked)
 
+    def alone(self, expected: Callable[..., Any], *asked: Any) -> Any:
+        """Return what a request gets that runs alone. `expected` computes it."""
+        return expected(self.oracle, *asked)
+
     def _check_output(self, request: Request, output: Output) -> None:
         self.met[f"finish {output.finish}"] += 1
         if output.finish == "error" and not (self.faulty or isinstance(output.error, self.allowed)):
             raise AssertionError(f"request {request.number} failed") from output.error
-        expected = expected_tokens(self.oracle, request.prompt, request.params, output.index)
+        expected = self.alone(expected_tokens, request.prompt, request.params, output.index)
         if output.finish in ("cancelled", "error"):
             expected = expected[: len(output.tokens)]
         assert output.tokens == expected, (
@@ -210,12 +220,12 @@ class EngineHarness:
         found = [output.tokens for output in asked.outputs if output.error is None]
         if found:
             params = replace(asked.params, logprobs=None)
-            assert found == expected_beams(self.oracle, asked.prompt, params, asked.width)
+            assert found == self.alone(expected_beams, asked.prompt, params, asked.width)
 
     def _check_scores(self, asked: Scoring) -> None:
         for continuation, score in zip(asked.continuations, asked.scores, strict=True):
             assert score is not None
-            expected = expected_logprobs(self.oracle, asked.context, continuation)
+            expected = self.alone(expected_logprobs, asked.context, continuation)
             torch.testing.assert_close(list(score.tokens), expected, atol=1e-4, rtol=1e-4)
             self.met["scored"] += 1
 
