@@ -173,9 +173,9 @@ def visit_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """Return the geometric mean of ours / theirs over visits, with Student's t interval.
 
     Logarithms, so that exchanging the two inverts the interval. The interval is infinite for
-    fewer than 3 visits, and where the two have unequal numbers of them.
+    fewer than 3 visits, where the two have unequal numbers of them, and where one took no time.
     """
-    if len(ours) != len(theirs) or len(ours) < 3:
+    if len(ours) != len(theirs) or len(ours) < 3 or not _timed([*ours, *theirs]):
         return Interval(math.nan, 0.0, math.inf)
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
     middle, error = fmean(logs), stdev(logs) / math.sqrt(len(logs))
@@ -200,14 +200,22 @@ def judge_ratio(interval: Interval, *, base: float, seen: float) -> Verdict:
     return "passed" if interval.estimate < limit else "failed"
 
 
+def _timed(visits: Sequence[float]) -> bool:
+    """Whether a clock can have measured these times."""
+    return all(0 < time < math.inf for time in visits)
+
+
 def suite_time(visits: Sequence[float]) -> float:
     """Return a suite's time: the median of its visits, which one disturbed visit does not move."""
     return median(visits)
 
 
 def scattered(visits: Sequence[float], seen: float) -> bool:
-    """Whether two standard errors of these visits' median reach half way to `seen`."""
-    if len(visits) < 2:
+    """Whether two standard errors of these visits' median reach half way to `seen`.
+
+    True as well for fewer than 2 visits, and where one took no time.
+    """
+    if len(visits) < 2 or not _timed(visits):
         return True
     error = math.sqrt(math.pi / 2 / len(visits)) * stdev(map(math.log, visits))
     return 2 * error > math.log(limit_of(seen))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_paged.bench import gate, records
-from granite_paged.bench.calibration import bound_of
+from granite_paged.bench.calibration import Bound, bound_of
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.gate import TRIES, judged
 from granite_paged.bench.judge import (
@@ -173,6 +173,17 @@ def test_unequal_or_too_few_visits_are_unmeasurable(ours: int, theirs: int) -> N
     assert judge_ratio(found, base=1.0, seen=LAW_SEEN) == "unmeasurable"
     few = replace(seen(), paged=[1.0] * ours, default=[2.0] * theirs)
     assert SLOWER in red(few, Against())
+
+
+@pytest.mark.parametrize("time", [0.0, -1.0, math.nan, math.inf])
+def test_times_that_no_clock_measures_are_unmeasurable(time: float) -> None:
+    good = [1.0] * VISITS
+    for pair in ((good, [time, *good[1:]]), ([time, *good[1:]], good)):
+        assert judge_ratio(visit_ratio(*pair), base=1.0, seen=LAW_SEEN) == "unmeasurable"
+    assert (
+        judge_time([time, *good[1:]], FLOOR, Bound(1.0, 0.01, 0.02, 0.01, 0.03), SEEN)
+        == "unmeasurable"
+    )
 
 
 def test_a_swapped_comparison_fails() -> None:
