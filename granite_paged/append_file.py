@@ -34,6 +34,8 @@ class AppendFile:
         self.path = path
         with writing(path):
             Path(path).touch()
+            if not Path(path).is_file():  # reading a device may never end
+                raise CannotWrite(path, "not a regular file")
             self._file: BinaryIO = open(path, "r+b", buffering=0)  # noqa: SIM115
             try:
                 self._lock(option)

@@ -216,7 +216,7 @@ class NonFiniteRequest(RequestError, ArithmeticError):
     def __init__(self, request: int) -> None:
         self.request = request
         super().__init__(
-            f"NaN or infinity in request {request}: the request was ended; "
+            f"NaN or infinity in keys, values or logits: request {request} was ended; "
             "check the weights and the dtype"
         )
 

@@ -20,6 +20,7 @@ from granite_paged.cli.options import (
     POSITIVE,
     SETTINGS,
     ModelChoice,
+    keeping,
     model_options,
     option,
 )
@@ -98,26 +99,23 @@ def batch(
         _check_different(input_file, output_file)
         output = stack.enter_context(closing(BatchOutput(output_file)))
         lines = read_lines(source)
-        try:
-            output.match(lines)
-            with progress(_size(input_file), output.tally) as report:
-                if cluster is None:
-                    from granite_paged.batch.run import answer_lines
+        stack.enter_context(keeping(lambda: output.kept))
+        output.match(lines)
+        report = stack.enter_context(progress(_size(input_file), output.tally))
+        if cluster is None:
+            from granite_paged.batch.run import answer_lines
 
-                    loaded = _load(choice, tokenizer)
-                    with _answering(loaded, choice, rows, max_new_tokens, alias) as answering:
-                        output.check_run(answering.run)
-                        answer_lines(lines, answering, output, report)
-                else:
-                    with cluster.connected(choice, tokenizer) as (ray, spec, workers):
-                        from granite_paged.ray.batch import answer_file
-                        from granite_paged.ray.workers import WorkerOptions
+            loaded = _load(choice, tokenizer)
+            with _answering(loaded, choice, rows, max_new_tokens, alias) as answering:
+                output.check_run(answering.run)
+                answer_lines(lines, answering, output, report)
+        else:
+            with cluster.connected(choice, tokenizer) as (ray, spec, workers):
+                from granite_paged.ray.batch import answer_file
+                from granite_paged.ray.workers import WorkerOptions
 
-                        options = WorkerOptions(rows, max_new_tokens, alias)
-                        answer_file(ray, input_file, spec, options, workers, output, report)
-        except KeyboardInterrupt:
-            click.echo(f"\n{output.kept}", err=True)
-            raise
+                options = WorkerOptions(rows, max_new_tokens, alias)
+                answer_file(ray, input_file, spec, options, workers, output, report)
     return _summary(output)
 
 

@@ -18,6 +18,7 @@ from granite_paged.cli.options import (
     CommandGroup,
     ModelChoice,
     json_option,
+    keeping,
     markdown_option,
     model_options,
     option,
@@ -156,19 +157,17 @@ def bench(
         updated(earlier, session.result([]))  # refuses results of another model before the work
         plan = missing_from(earlier, session, plan) if missing else plan
     rows: list[Row] = []
-    try:
+    with keeping(lambda: _kept(rows, json_file)):
         try:
             with progress() as report_progress:
                 rows.extend(run_plan(session, plan, report_progress))
-        finally:  # an interrupted run keeps its rows
-            _write_rows(session, rows, earlier, json_file, markdown_file)
-    except KeyboardInterrupt:
-        if rows and json_file:
-            click.echo(f"rows kept in {json_file}: {len(rows)}", err=True)
-        raise
-    _print_rows(session, rows, report_console(json_file))
-    if folder is not None:
-        profile_first_shapes(session, plan, folder)
+        finally:  # an interrupted run shows and keeps its rows
+            try:
+                _print_rows(session, rows, report_console(json_file))
+            finally:
+                _write_rows(session, rows, earlier, json_file, markdown_file)
+        if folder is not None:
+            profile_first_shapes(session, plan, folder)
     return OK
 
 
@@ -188,7 +187,13 @@ def _earlier(json_file: str | None) -> Result | None:
 
     if json_file is None or json_file == "-":
         raise click.UsageError("--update and --missing need a file: pass --json FILE")
-    return read_result(json_file) if Path(json_file).exists() else None
+    return read_result(json_file) if Path(json_file).is_file() else None
+
+
+def _kept(rows: list[Row], json_file: str | None) -> str:
+    if json_file in (None, "-"):
+        return "rows were not kept: name a file with --json to keep them"
+    return f"{len(rows)} rows kept in {json_file}; run the same command with --missing to resume"
 
 
 def _write_rows(

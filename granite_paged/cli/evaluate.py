@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from granite_paged.cli.options import (
     ModelChoice,
     check_writable,
     json_option,
+    keeping,
     model_options,
     options,
     out_option,
@@ -175,24 +178,26 @@ def evaluate(
     granite-paged eval --tasks mmlu,truthfulqa --model ibm-granite/granite-4.0-h-1b --out report
     granite-paged eval --tasks mmlu --num-fewshot 0 --limit 1000 --data DIR --batch-size auto
     """  # noqa: D301
-    from granite_paged.evaluate.tasks import TaskOptions, make_task
+    from granite_paged.evaluate.tasks import TaskOptions, check_data, make_task
     from granite_paged.report.bench_results import read_result
 
     outputs = _Outputs(output, folder, project, tensorboard)
     names = outputs.check(tasks)
-    loaded = choice.load()
     curves = [read_result(path) for path in bench]
+    check_data(names, about_tasks["data"])
+    loaded = choice.load()
     tokenizer = about_tasks.pop("tokenizer")
     loaded = _with_tokenizer(loaded, tokenizer)
     options = TaskOptions(**about_tasks, smallest=choice.config.page_size, seed=choice.seed)
     made = [make_task(name, options, loaded, loaded.tokenizer) for name in names]
     on_ray = _OnRay(cluster, choice, tokenizer, options) if cluster else None
-    found = _run(loaded, made, choice, _MODES[mode], batch, outputs.journal, on_ray)
-    evaluation = replace(found, command=_command_line())
-    _print(evaluation, report_console(json_file))
-    if json_file:
-        write_json(json_file, evaluation.to_json())
-    outputs.write(evaluation, curves)
+    with _journal(outputs.journal, loaded, made, choice, _MODES[mode], batch) as journal:
+        found = _run(loaded, made, choice, journal, on_ray)
+        evaluation = replace(found, command=_command_line())
+        _print(evaluation, report_console(json_file))
+        if json_file:
+            write_json(json_file, evaluation.to_json())
+        outputs.write(evaluation, curves)
     return OK if evaluation.passed else FAILED
 
 
@@ -273,42 +278,52 @@ class _OnRay:
             answer_questions(ray, tasks, asked, spec, workers, journal, report)
 
 
-def _run(
+@contextmanager
+def _journal(
+    path: str | None,
     loaded: LoadedModel,
     tasks: list[Task],
     choice: ModelChoice,
     modes: tuple[str, ...],
     batch: int | None,
-    path: str | None,
-    on_ray: _OnRay | None,
-) -> Evaluation:
+) -> Iterator[Journal]:
+    """Open the journal of this run. An interrupt says what it holds."""
     from granite_paged.evaluate.journal import Journal, held_run
-    from granite_paged.evaluate.run import evaluate, identity
+    from granite_paged.evaluate.run import identity
 
     if batch is None:
         batch = held_run(path).get("batch size")
         if type(batch) is not int or batch < 1:
             batch = _find_batch(loaded, tasks, choice.seed)
-    journal = Journal(path, identity(loaded, tasks, modes, choice.config, batch))
-    try:
-        with progress(time_left=True) as report_progress:
-            if on_ray is not None:
-                on_ray.answer(tasks, modes, batch, journal, report_progress)
-            return evaluate(
-                loaded,
-                tasks,
-                modes,
-                config=choice.config,
-                journal=journal,
-                batch=batch,
-                seed=choice.seed,
-                progress=report_progress,
-            )
-    except KeyboardInterrupt:
-        click.echo(f"\n{journal.kept}", err=True)
-        raise
-    finally:
-        journal.close()
+    run = identity(loaded, tasks, modes, choice.config, batch)
+    with closing(Journal(path, run)) as journal, keeping(lambda: journal.kept):
+        yield journal
+
+
+def _run(
+    loaded: LoadedModel,
+    tasks: list[Task],
+    choice: ModelChoice,
+    journal: Journal,
+    on_ray: _OnRay | None,
+) -> Evaluation:
+    from granite_paged.evaluate.run import evaluate
+
+    batch = journal.run["batch size"]
+    modes = tuple(journal.run["modes"])
+    with progress(time_left=True) as report_progress:
+        if on_ray is not None:
+            on_ray.answer(tasks, modes, batch, journal, report_progress)
+        return evaluate(
+            loaded,
+            tasks,
+            modes,
+            config=choice.config,
+            journal=journal,
+            batch=batch,
+            seed=choice.seed,
+            progress=report_progress,
+        )
 
 
 def _find_batch(loaded: LoadedModel, tasks: list[Task], seed: int) -> int:

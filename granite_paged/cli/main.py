@@ -34,6 +34,7 @@ from granite_paged.cli.verify import verify
 from granite_paged.errors import GeometryError, GranitePagedError, PagingError
 
 PROGRAM = "granite-paged"
+NOTHING_KEPT = "nothing new was kept; run the same command again"
 
 
 def main() -> None:
@@ -49,8 +50,9 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(error.format_message())
     except GranitePagedError as error:
         return _complain(_in_options(error))
-    except (KeyboardInterrupt, click.Abort):
-        click.echo(f"\n{PROGRAM}: interrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as interrupt:  # click turns the one into the other
+        kept = getattr(interrupt.__cause__ or interrupt, "__notes__", [NOTHING_KEPT])
+        click.echo(f"{PROGRAM}: interrupted; {kept[0]}", err=True)
         return INTERRUPTED
     except SystemExit:  # here, click and rich exit only when the reader of our output is gone
         _discard_output()

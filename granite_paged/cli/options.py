@@ -136,9 +136,9 @@ class ModelChoice:
 
     def load(self) -> LoadedModel:
         """Load the model; see `granite_paged.models.load` for the errors."""
+        _quiet_libraries()
         from granite_paged.models import load
 
-        _quiet_libraries()
         return load(
             self.model,
             random_weights=self.random_weights,
@@ -259,6 +259,7 @@ def model_options(command: Command) -> Command:
     def with_choice(
         *, model: str | None, random_weights: str | None, page_size: int | None, **others: Any
     ) -> Any:
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's registrations
         from granite_paged.geometry import PagedConfig
 
         paging = {name: others.pop(name) for name in ("memory_fraction", "max_tokens", "backend")}
@@ -276,6 +277,16 @@ def model_options(command: Command) -> Command:
 
 
 # -- output -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def keeping(kept: Callable[[], str]) -> Iterator[None]:
+    """Let an interrupt of the block say what is kept and how to resume."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(kept())
+        raise
 
 
 @contextmanager

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import click
 
-from granite_paged.cli.options import OK, SETTINGS, markdown_option, out_option, records_option
+from granite_paged.cli.options import (
+    OK,
+    SETTINGS,
+    keeping,
+    markdown_option,
+    out_option,
+    records_option,
+)
 from granite_paged.names import FIGURE_FORMATS
+
+_KEPT = "finished files are kept; run the same command to write all"
 
 
 @click.command(context_settings=SETTINGS)
@@ -69,16 +78,17 @@ def plot(
     if page is not None:
         split_at(page, "bench")  # refuses a page without a place before anything is drawn
     read = [read_result(path) for path in results]
-    if markdown_file is not None:
-        write_file(markdown_file, tables(read))
-        click.echo(markdown_file)
-    drawn = []
-    if folder is not None:
-        drawn = draw_all(read, read_published(records), writable_folder(folder), form)
-    for path in drawn:
-        click.echo(path)
-    if page is not None:
-        put_between(page, "bench", page_part(read[0], image_links(page, drawn)))
+    with keeping(lambda: _KEPT):
+        if markdown_file is not None:
+            write_file(markdown_file, tables(read))
+            click.echo(markdown_file)
+        drawn = []
+        if folder is not None:
+            drawn = draw_all(read, read_published(records), writable_folder(folder), form)
+        for path in drawn:
+            click.echo(path)
+        if page is not None:
+            put_between(page, "bench", page_part(read[0], image_links(page, drawn)))
     return OK
 
 
@@ -116,8 +126,9 @@ def report(results: tuple[str, ...], bench: tuple[str, ...], folder: Path, page:
         split_at(page, "results")
     evaluations = [read_evaluation(path) for path in results]
     measured = [read_result(path) for path in bench]
-    figures = write_report(folder, evaluations, measured)
-    if page:
-        update_page(page, evaluations, measured, figures)
+    with keeping(lambda: _KEPT):
+        figures = write_report(folder, evaluations, measured)
+        if page:
+            update_page(page, evaluations, measured, figures)
     click.echo(f"{folder}/report.md and {len(figures)} figures")
     return OK

@@ -6,6 +6,7 @@ scores can be compared with published ones.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,19 @@ def task_names(wanted: Iterable[str]) -> tuple[str, ...]:
     if not names:
         raise InvalidArgument(f"no task named: use one of {', '.join([*TASKS, *_GROUPS])}")
     return tuple(names)
+
+
+def check_data(names: Iterable[str], folder: str | None) -> None:
+    """Read what these tasks read, before a model is loaded for it.
+
+    Raises DataError, and MissingExtra where data comes from the hub and `datasets` is missing.
+    """
+    reads: dict[str, Callable[[str | None], object]] = {
+        "mmlu": functools.partial(data.mmlu, "test"),
+        "truthfulqa": data.truthfulqa,
+    }
+    for source in {name.partition("_")[0] for name in names} & reads.keys():
+        reads[source](folder)
 
 
 def make_task(name: str, options: TaskOptions, loaded: Any, tokenizer: Any | None) -> Task:

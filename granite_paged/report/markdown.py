@@ -42,6 +42,8 @@ def split_at(page: str | Path, part: str) -> tuple[str, str]:
 
     Raises FileError if the page cannot be read or has no such comments.
     """
+    if Path(page).exists() and not Path(page).is_file():  # reading a device may never end
+        raise FileError(str(page), "", "cannot be read: not a regular file")
     try:
         whole = Path(page).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

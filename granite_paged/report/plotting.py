@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def default_style() -> Iterator[None]:
     Names are text: a dollar sign in one does not start a formula. Raises MissingExtra.
     """
     check_matplotlib()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home without a cache is no matter
     backend = os.environ.pop("MPLBACKEND", None)  # an unknown one would end the import
     try:
         matplotlib = importlib.import_module("matplotlib")

@@ -266,7 +266,8 @@ def test_an_interrupted_batch_says_what_is_kept_and_resumes(
         assert batch(REQUESTS, tmp_path) == INTERRUPTED
     kept = len(read_answers(tmp_path / "out.jsonl"))
     assert 0 < kept < len(REQUESTS)
-    assert f"{kept} lines kept in {tmp_path}/out.jsonl; run the same" in capsys.readouterr().err
+    kept_in = f"{kept} lines kept in {tmp_path}/out.jsonl; run the same command to resume"
+    assert capsys.readouterr().err.strip() == f"granite-paged: interrupted; {kept_in}"
     assert batch(REQUESTS, tmp_path) == OK
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 

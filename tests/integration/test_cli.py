@@ -328,7 +328,8 @@ def test_an_interrupt_exits_130_in_one_line(
     monkeypatch.setattr(models, "load", interrupt)
     assert run(command) == INTERRUPTED == 130
     shown = capsys.readouterr()
-    assert shown.err.strip() == "granite-paged: interrupted"
+    kept = "nothing new was kept; run the same command again"
+    assert shown.err.strip() == f"granite-paged: interrupted; {kept}"
     assert shown.out == ""
 
 

@@ -156,6 +156,15 @@ def test_a_difference_beyond_a_near_tie_exits_1(
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_missing_data_is_reported_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *args, **options: pytest.fail("a model was loaded"))
+    for task in ("mmlu", "truthfulqa_mc2"):
+        assert run(["eval", "--tasks", task, "--data", str(tmp_path)]) == USAGE
+        assert_one_line(capsys, "cannot be read: No such file")
+
+
 # -- interrupted runs ---------------------------------------------------------------------------
 
 
@@ -176,7 +185,8 @@ def test_an_interrupted_eval_says_what_was_kept(
     assert evaluate(*(["--output", path] if keeps else [])) == INTERRUPTED
     kept = f"3 answers kept in {path}; run the same command to resume"
     lost = "answers were not kept: name a file with --output to keep them"
-    assert (kept if keeps else lost) in capsys.readouterr().err
+    said = f"granite-paged: interrupted; {kept if keeps else lost}"
+    assert capsys.readouterr().err.strip() == said
 
 
 @pytest.mark.usefixtures("short_recall")
