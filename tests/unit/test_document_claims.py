@@ -199,12 +199,90 @@ def test_limits_state_the_recorded_cold_start_of_one_process() -> None:
     )
 
 
-def test_readme_and_benchmarks_show_the_same_figures_of_vllm() -> None:
-    (section,) = re.findall(r"\*\*vLLM .*?(?=\n\nvLLM)", readme(), flags=re.DOTALL)
-    figures = set(re.findall(r"\d[\d,.]* (?:ms|s)\b|\d+,\d{3}", section))
-    assert len(figures) >= 13
-    page = text_of("docs/benchmarks.md")
-    assert not [figure for figure in figures if figure not in page]
+# -- vLLM, from golden/vllm ----------------------------------------------------------------------
+
+MODES_OF_VLLM = ("engine", "vllm_float32", "vllm_default")
+README_VLLM = {
+    "first token, 1 × 512": "first token, 1 × 512",
+    "first token, 1 × 16,384": "first token, 1 × 16,384",
+    "decode step 32 × 512": "decode step, 32 × 512",
+    "512 mixed requests, output tokens per second": "512 mixed requests, output tokens per second",
+    "128 × 1,024 with 128 tokens each, per step": "128 × 1,024, 128 tokens each: per step, "
+    "prefill overlapping",
+    "64 prompts that share 4,096 tokens, second time": "the same again",
+    "start to first token, cold caches": "start to first token, cold caches",
+}
+"""Rows of the README's table, and what each is called in the file."""
+
+
+def vllm() -> dict[str, Any]:
+    """Return the file of the comparison, each number as it is written there."""
+    path = ROOT / "golden" / "vllm" / f"vllm-0.25.1.{H200}.json"
+    found: dict[str, Any] = json.loads(path.read_bytes(), parse_int=str, parse_float=str)
+    return found
+
+
+def vllm_cells(row: dict[str, str], *, one_vllm: bool = False) -> dict[str, str]:
+    """Return the cells of a row by engine, the best in bold; `one_vllm`: of the better vLLM."""
+
+    def shown(number: str) -> str:
+        text = number if "." in number else f"{int(number):,}"
+        return f"{text} {row['unit']}".strip()
+
+    def key(engine: str) -> float:
+        return float(row[engine]) if row["unit"] else -float(row[engine])  # tokens per second
+
+    theirs = MODES_OF_VLLM[1:]
+    engines = ["engine", *([min(theirs, key=key)] if one_vllm else theirs)]
+    cells = {engine: shown(row[engine]) for engine in engines}
+    best = min(engines, key=key)
+    cells[best] = f"**{cells[best]}**"
+    if "engine_with" in row:
+        cells["engine"] += f" ({shown(row['engine_then'])} with {row['engine_with']})"
+    return cells
+
+
+def test_the_benchmark_page_shows_the_comparison_with_vllm() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = page[page.index("## Compared with vLLM") : page.index("## Recorded measurements")]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    cells = [(row["work"], *vllm_cells(row).values()) for row in vllm()["rows"]]
+    assert rows == [f"| {' | '.join(row)} |" for row in cells]
+    assert vllm()["runs"] == "1"
+    compiling = vllm()["compiling_with_empty_caches"]
+    first, second = compiling["first two hits of a shared prefix, s"]
+    assert_states(
+        "docs/benchmarks.md",
+        "These figures are those of one run.",
+        f"`longest_step={vllm()['settings']['engine']['longest_step']}`, the default of that run",
+        f"burst of 128 × 1,024 took {compiling['first burst of 128 × 1,024, s']} s",
+        f"the first hits of a shared prefix {first} and {second} s",
+    )
+
+
+def test_the_readme_shows_the_comparison_with_vllm() -> None:
+    (section,) = re.findall(r"\*\*vLLM 0.*?(?=\n\nvLLM)", readme(), flags=re.DOTALL)
+    named = {row["work"]: row for row in vllm()["rows"]}
+    expected = []
+    for name, work in README_VLLM.items():
+        ours, theirs = vllm_cells(named[work], one_vllm=True).values()
+        expected.append(f"| {name} | {theirs} | {ours} |")
+    assert section.splitlines()[-len(expected) :] == expected
+
+
+def test_pages_name_the_conditions_of_the_comparison_with_vllm() -> None:
+    found = vllm()
+    torch_version = found["versions"]["torch"].rpartition(".0+")[0]
+    assert (found["device"], found["dtype"]) == ("NVIDIA H200", "bfloat16")
+    assert_states(
+        "docs/benchmarks.md",
+        f"One NVIDIA H200, torch {torch_version}, Granite-4.0-H-1B's geometry with random bfloat16",
+        f"vLLM {found['versions']['vllm']}, which requires this torch.",
+        f"up to {found['conditions']['most_sequences']} sequences",
+        "medians after warm-up",
+    )
+    assert_states("README.md", f"vLLM {found['versions']['vllm']}, end to end", "(one run, ")
+    assert_states("README.md", f"one NVIDIA H200, torch {torch_version}, Granite-4.0-H-1B's sizes")
 
 
 # -- evaluation, from golden/results ------------------------------------------------------------
