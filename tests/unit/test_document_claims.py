@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,26 @@ import pytest
 import torch
 
 from granite_paged import SamplingParams, errors, verify
+from granite_paged.batch import answering, output
 from granite_paged.batch import lines as batch_lines
 from granite_paged.batch import request as batch_request
+from granite_paged.batch import run as batch_run
 from granite_paged.bench import calibration, gate, judge, session, suites, visits
-from granite_paged.bench.cases import Shape
+from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.workload import Workload
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.cli import options
 from granite_paged.cli.main import cli
-from granite_paged.engine import rank
+from granite_paged.engine import admission, rank
 from granite_paged.evaluate import near_ties
-from granite_paged.geometry import CacheGeometry
+from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.layers import tuning
 from granite_paged.models import GraniteMoeHybridForCausalLM, geometry_config, load
 from granite_paged.ray import batch as ray_batch
 from granite_paged.ray import workers
 from granite_paged.report.bench_results import Result, Row, read_result, record_name, slug
 from granite_paged.report.eval_results import Evaluation, read_evaluation
-from granite_paged.runner.memory_plan import row_bytes
+from granite_paged.runner import memory_plan, watch
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "granite_paged"
@@ -186,6 +191,29 @@ def test_no_recorded_peak_is_over_one_per_cent_above_default(gpu: str) -> None:
             assert ours.peak_bytes <= judge.MEMORY * theirs.peak_bytes, ours
 
 
+def test_a_short_step_of_batch_1_holds_more_than_default() -> None:
+    higher = [
+        ours.context
+        for ours in record().measured("decode", "paged")
+        if (theirs := record().find("decode", "default", ours.batch, ours.context))
+        and ours.batch == 1
+        and (ours.peak_bytes or 0) > (theirs.peak_bytes or 0)
+    ]
+    assert_states(
+        "docs/limits.md",
+        f"At batch 1 and contexts of up to {max(higher):,} tokens a decode step therefore holds "
+        "slightly more memory",
+    )
+
+
+def test_speed_was_recorded_on_gpus_and_not_on_an_a100() -> None:
+    names = [path.name for path in (PACKAGE / "records").glob("*.json")]
+    assert all(name.startswith("nvidia-") for name in names)
+    assert not any("a100" in name for name in names)
+    assert_states("README.md", "Speed was recorded on GPUs only.")
+    assert_states("docs/guides/record.md", "No A100 has been recorded yet.")
+
+
 def test_limits_state_the_recorded_cold_start_of_one_process() -> None:
     seconds = {r.variant: number(r, "median") / 1e3 for r in record().measured("coldstart")}
     empty, warm = (
@@ -327,6 +355,17 @@ def test_conclusions_about_memory_and_prefixes_follow_from_the_results() -> None
     )
 
 
+def test_only_the_older_run_one_by_one_has_the_higher_peak() -> None:
+    def paged_is_higher(gpu: str) -> bool:
+        modes = evaluations()[f"mmlu-0shot.{gpu}"].tasks["mmlu"].modes
+        return bool(modes["paged"].peak_bytes > modes["default"].peak_bytes)
+
+    assert (paged_is_higher(H200), paged_is_higher(H100)) == (True, False)
+    assert_states(
+        "docs/evaluation.md", "the H200's 0-shot run, one by one, still has the higher peak"
+    )
+
+
 # -- the embedded checkpoint --------------------------------------------------------------------
 
 
@@ -372,7 +411,7 @@ def test_the_glossary_states_the_size_of_a_mamba_state() -> None:
     with torch.device("meta"):
         model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
     geometry = CacheGeometry.from_config(config, page_size=128, dtype=torch.bfloat16)
-    state = row_bytes(model)
+    state = memory_plan.row_bytes(model)
     tokens = round(state / geometry.bytes_per_token, -3)
     assert_states(
         "docs/glossary.md",
@@ -461,14 +500,81 @@ def test_help_states_constants() -> None:
         return " ".join(" ".join(parts).split())
 
     assert f"{verify.DECODE_STEPS} decode steps" in shown("verify")
+    rows = f"[default: {memory_plan.DEFAULT_SEQUENCES}; {answering._CPU_ROWS} on a CPU]"
+    assert rows in shown("batch")
+    steps = ", ".join(map(str, (1, *tuning.ROW_TILES[:-1])))
+    assert f"decode steps of {steps} and {tuning.ROW_TILES[-1]} sequences" in shown("tune")
     assert {4: "one of four shared prefixes"}[Workload().kinds] in shown("bench serve")
     assert {3: "three tries"}[gate.TRIES] in shown("gate")
+
+
+def test_help_of_bench_states_the_shapes_of_its_cases() -> None:
+    shapes = {name: CASES[name].shapes for name in ("batch", "context", "decode", "serve")}
+    batches = {name: sorted({shape.batch for shape in found}) for name, found in shapes.items()}
+    contexts = {name: sorted({shape.context for shape in found}) for name, found in shapes.items()}
+    assert (contexts["batch"], batches["context"]) == ([512], [1])
+    sizes = {
+        "batch": f"{batches['batch'][0]} to {batches['batch'][-1]} prompts of 512 tokens",
+        "context": f"one prompt of {contexts['context'][0]} to {contexts['context'][-1]} tokens",
+        "decode": f"{batches['decode'][0]} to {batches['decode'][-1]} sequences of "
+        f"{contexts['decode'][0]} to {contexts['decode'][-1]} tokens",
+        "serve": " and of ".join(map(str, batches["serve"])) + " requests",
+    }
+    lines = (cli.commands["bench"].help or "").splitlines()
+    for name, size in sizes.items():
+        assert [line for line in lines if line.split()[:1] == [name] and size in line], size
+
+
+def test_help_states_the_defaults_of_a_paged_config() -> None:
+    defaults = {option.name: option.default for option in cli.commands["verify"].params}
+    ours = PagedConfig()
+    assert (defaults["memory_fraction"], defaults["backend"]) == (
+        ours.memory_fraction,
+        ours.backend,
+    )
+    (sizes,) = (o.help for o in cli.commands["verify"].params if o.name == "page_size")  # type: ignore[attr-defined]
+    assert (
+        f"[default: {options._SMALL_PAGE} for the embedded model, else {ours.page_size}]" in sizes
+    )
 
 
 def test_a_docstring_states_what_a_step_of_priority_is_worth() -> None:
     assert f"up to {rank.PRIORITY_WORTH:,} requests" in " ".join(
         (SamplingParams.__doc__ or "").split()
     )
+
+
+def test_pages_state_constants_of_the_engine() -> None:
+    assert_states("docs/guides/scheduling.md", f"up to {admission.LOOK_AHEAD} others may pass")
+    assert_states("docs/limits.md", f"{watch.SAMPLES} of each tensor are compared")
+
+
+def test_limits_state_those_of_files_of_requests() -> None:
+    window, most = f"{batch_lines.WINDOW:,}", batch_run.WINDOW_BYTES >> 20
+    assert output._SYNC_SECONDS == 5
+    assert_states(
+        "docs/limits.md",
+        f"A line of more than {batch_lines.LONGEST >> 20} MiB gets an error.",
+        f"At most {window} lines, and {most} MiB of them, are in memory",
+        f"than the next {batch_lines.WINDOW - 1:,} lines",
+        "those of the last five seconds",
+    )
+
+
+def test_the_guide_names_the_gpu_that_the_constants_were_chosen_on() -> None:
+    device = json.loads((PACKAGE / "layers" / "tuned.json").read_text(encoding="utf-8"))["device"]
+    assert_states(
+        "docs/guides/record.md", f"were chosen on an {device.removeprefix('NVIDIA ')} (compute"
+    )
+
+
+def test_the_readme_says_which_commands_take_a_model_and_write_json() -> None:
+    listed = {name: command for name, command in cli.commands.items() if not command.hidden}
+    shown = {name: {o.name for o in command.params} for name, command in listed.items()}
+    with_model = {name for name, names in shown.items() if "random_weights" in names}
+    assert with_model == set(shown) - {"plot", "report"}
+    assert {name for name in with_model if "json_file" not in shown[name]} == {"batch"}
+    assert_states("README.md", "Those that run a model take", "all but `batch` take `--json FILE`")
 
 
 def test_the_command_reference_lists_every_exit_status() -> None:
@@ -504,6 +610,98 @@ def test_the_readme_states_the_lower_bounds_of_versions() -> None:
         "torch": bounds["torch"],
         "transformers": bounds["transformers"].removesuffix(".0"),
     }
+
+
+def kept_runs() -> list[dict[str, str]]:
+    """Return the versions of each kept run of `verify`, all of which passed on a CPU."""
+    runs = [json.loads(path.read_bytes()) for path in (ROOT / "golden" / "runs").glob("*.json")]
+    assert runs
+    assert all(run["passed"] and run["device"] == "cpu" for run in runs)
+    assert all(case["passed"] for run in runs for case in run["cases"])
+    return [run["versions"] for run in runs]
+
+
+def listed(versions: set[str], parts: int) -> str:
+    """Return versions without builds as a list in words, the oldest first, each with `parts`."""
+    numbers = {tuple(map(int, found.partition("+")[0].split(".")[:parts])) for found in versions}
+    *first, last = [".".join(map(str, each)) for each in sorted(numbers)]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def test_the_readme_lists_the_versions_that_were_run() -> None:
+    cpu, gpu = kept_runs(), [record(name).versions for name in (H200, H100)]
+    gpu += [run.versions for run in evaluations().values()]
+
+    def found(name: str, runs: list[dict[str, str]], parts: int = 2) -> str:
+        return listed({run[name] for run in runs}, parts)
+
+    gpus = sorted(record(name).device.split("NVIDIA ")[1] for name in (H200, H100))
+    expected = {
+        "Python": found("python", cpu + gpu),
+        "torch": f"{found('torch', cpu, 3)} on a CPU; {found('torch', gpu)} on GPUs",
+        "transformers": found("transformers", cpu + gpu),
+        "GPUs": ", ".join(gpus).replace(" HBM3", ""),
+    }
+    rows = dict(re.findall(r"^\| (\w+) \| .*? \| (.*?) \|$", readme(), re.MULTILINE))
+    assert {name: rows[name].partition("; kernels")[0] for name in expected} == expected
+
+
+def test_the_oldest_versions_that_are_allowed_were_run() -> None:
+    settings = project()["project"]
+    bounds = dict(re.findall(r"(torch|transformers)>=([\d.]+)", str(settings["dependencies"])))
+    python = settings["requires-python"].removeprefix(">=")
+    assert [
+        run
+        for run in kept_runs()
+        if run["python"].startswith(f"{python}.")
+        and run["torch"].partition("+")[0] == bounds["torch"]
+        and run["transformers"] == bounds["transformers"]
+    ]
+
+
+def test_pages_state_what_the_workflows_do() -> None:
+    folder = ROOT / ".github" / "workflows"
+    ci, canary = ((folder / f"{name}.yml").read_text(encoding="utf-8") for name in ("ci", "canary"))
+    (deep,) = re.findall(r"\n  deep:\n(.*?)\n\n", ci, re.DOTALL)
+    (minutes,) = re.findall(r"timeout-minutes: (\d+)", deep)
+    assert "property" in deep
+    assert_states("CONTRIBUTING.md", f"CI allows it {minutes} minutes")
+    (weekday,) = re.findall(r'cron: "\d+ \d+ \* \* (\d)"', canary)
+    assert weekday
+    assert "torch=nightly" in canary
+    assert "gh issue create" in canary
+    assert_states(
+        "docs/guides/builds.md", "runs it every week on nightly builds and opens an issue"
+    )
+    (sessions,) = re.findall(r"nox -s (.*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)[:1]
+    assert sessions == "lint typing docs notebook"
+    assert_states("CONTRIBUTING.md", "lint, typing, documentation, notebook and the README's test")
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    assert 'nox.options.sessions = ["lint", "typing", "tests"]' in noxfile
+    assert "reuse_existing_virtualenvs = True" in noxfile
+
+
+def test_pages_quote_other_projects_as_they_are() -> None:
+    """Sentences about torch and transformers that are reasons for what this package does."""
+    from torch._inductor.kernel.flex import flex_decoding  # noqa: PLC0415
+    from transformers.integrations import hub_kernels  # noqa: PLC0415
+
+    assert "must be power of 2" in inspect.getsource(flex_decoding)
+    assert_states(
+        "docs/architecture.md", "`enable_gqa` refuses group sizes that are not a power of two"
+    )
+    if metadata.version("transformers") == record().versions["transformers"]:
+        assert "correct but much slower" in inspect.getsource(hub_kernels)
+    for page in ("README.md", "docs/benchmarks.md"):
+        assert_states(page, 'calls that path "correct but much slower"')
+
+
+def test_the_guide_lists_the_gpus_that_kernels_are_compiled_for() -> None:
+    source = (ROOT / "tests/integration/test_kernels_compile.py").read_text(encoding="utf-8")
+    (sizes,) = re.findall(r"^SHARED = \{(.*)\}", source, re.MULTILINE)
+    gpus = [f"{int(one) / 10}" for one in re.findall(r"(\d+):", sizes)]
+    assert_states("docs/guides/kernel.md", f"capabilities {gpus[0]}, {gpus[1]} and {gpus[2]}")
+    assert_states("README.md", f"kernels compiled for {gpus[0]} and {gpus[1]}, not run there")
 
 
 def test_the_readme_lists_every_extra() -> None:
