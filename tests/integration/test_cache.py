@@ -126,6 +126,49 @@ KINDS: dict[str, Callable[[Any, PagedCache], Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_writing_to_the_keys_of_a_layer_changes_no_page(model: Any, name: str) -> None:
+    own, plain = filled(model), filled(model)
+    layer = own.layers[own.geometry.attention_layers[0]]
+    with pytest.raises(AttributeError):
+        setattr(layer, name, torch.zeros(1))
+    getattr(layer, name).zero_()
+    layer.offload()  # moves nothing
+    layer.prefetch()
+    mask = more(prompts(LENGTHS)[1])
+    assert torch.equal(run(model, own, NEXT, mask), run(model, plain, NEXT, mask))
+
+
+@pytest.mark.parametrize("layers", [4, 12])
+def test_checks_for_nan_wait_for_the_device_twice_per_step(
+    layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a tensor's numbers on the host is what waits on a GPU."""
+    kinds = ["mamba", "attention"] * (layers // 2)
+    deep = tiny_model(num_hidden_layers=layers, layer_types=kinds).requires_grad_(False)
+    reads = 0
+
+    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: Tensor) -> Any:
+            nonlocal reads
+            reads += 1
+            return read(tensor)
+
+        return counted
+
+    counts = []
+    with paged(deep, PAGES):
+        for check in (False, True):
+            own = filled(deep, check_finite=check)
+            with monkeypatch.context() as patched:
+                for name in ("tolist", "item", "__bool__", "__int__", "cpu"):
+                    patched.setattr(Tensor, name, counting(getattr(Tensor, name)))
+                reads = 0
+                run(deep, own, NEXT)
+            counts.append(reads)
+    assert counts[1] - counts[0] == 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_allocator_table_and_pools_agree_after_every_kind_of_step(model: Any, kind: str) -> None:
     own = filled(model)

@@ -159,6 +159,26 @@ def test_a_stream_begins_and_ends_during_a_step_of_another_thread() -> None:
     harness.drain()
 
 
+def test_only_asynchronous_streams_start_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/architecture.md says so: callers step for all other requests."""
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def counted(thread: threading.Thread) -> None:
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", counted)
+    harness = make_engine()
+    harness.engine.generate(PROMPTS, PARAMS)
+    harness.engine.score([(PROMPTS[0], PROMPTS[1:])])
+    harness.engine.search(PROMPTS[0], SamplingParams(max_new_tokens=4), beams=2)
+    assert len(list(harness.engine.stream(PROMPTS[0], PARAMS))) == 4
+    assert started == []
+    assert len(asyncio.run(tokens_of(harness.engine, PROMPTS[0]))) == 4
+    assert len(started) == 1
+
+
 def test_two_hundred_streams_share_one_thread() -> None:
     harness = make_engine(pages=400)
     before = threading.active_count()

@@ -7,12 +7,14 @@ import weakref
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from granite_paged import PagedConfig
 from granite_paged.errors import InvalidRequest, OutOfMemory, PromptError
+from granite_paged.runner.graph import CapturedStep, Inputs
 from granite_paged.runner.memory_plan import weight_bytes
 from granite_paged.runner.runner import Chunk, Runner, scores_of
 from granite_paged.runner.shapes import Shapes
@@ -279,3 +281,23 @@ def test_the_memory_plan_equals_what_is_allocated(driver: Driver, model: Any) ->
     assert runner.plan.row_bytes == sum(state.nbytes for state in storage.states.values())
     pools = sum(pool.nbytes for pool in storage.pages.pools.values())
     assert runner.plan.page_bytes == pools + storage.pages.table.nbytes
+
+
+def test_the_inputs_of_a_call_are_one_buffer() -> None:
+    """So one copy brings rows, positions and tokens to the device."""
+    driver = Driver(tiny_model(), CONFIG)
+    run, seen = CapturedStep.run, []
+
+    def recorded(step: CapturedStep, inputs: Inputs) -> None:
+        seen.append(inputs)
+        run(step, inputs)
+
+    driver.open(1)
+    with mock.patch.object(CapturedStep, "run", recorded):
+        driver.prefill({1: tokens(20)})
+        driver.decode({1: 5})
+    assert len(seen) == 2
+    for flat, *parts in seen:
+        used = [part for part in parts if part.size]
+        assert all(np.shares_memory(part, flat.numpy()) for part in used)
+        assert sum(part.size for part in used) == len(flat)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from granite_paged.bench.profiler import (
     KERNEL_RULES,
     KernelCost,
     Profile,
+    _memory_history,
     kernel_costs,
     kernel_kind,
     layer_ranges,
@@ -218,6 +221,21 @@ def test_profiling_leaves_no_hooks() -> None:
         assert any(module._forward_hooks for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_memory_snapshot_is_written_after_the_steps(failing: bool, tmp_path: Path) -> None:
+    """docs/golden.md names `profile --memory`. What torch records needs a GPU."""
+    snapshot = tmp_path / "decode.memory.pickle"
+    memory = mock.Mock()
+    ended = contextlib.suppress(RuntimeError)
+    with mock.patch.object(torch.cuda, "memory", memory), ended, _memory_history(snapshot):
+        memory.step()
+        if failing:
+            raise RuntimeError
+    dump = [] if failing else [mock.call._dump_snapshot(str(snapshot))]
+    on, off = (mock.call._record_memory_history(**how) for how in ({}, {"enabled": None}))
+    assert memory.mock_calls == [on, mock.call.step(), *dump, off]
 
 
 def test_a_memory_snapshot_needs_a_gpu(tmp_path: Path) -> None:

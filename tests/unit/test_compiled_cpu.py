@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from torch._inductor.exc import InductorError
 
 from granite_paged.layers import attention
 from tests.helpers.strategies import PagedSequences, Step, assert_right, make_geometry
@@ -103,3 +104,11 @@ def test_small_pages_are_refused_inside_a_traced_region() -> None:
     """With AVX2, torch's kernel would write past its block."""
     with pytest.raises(Unsupported, match="GeometryError"):
         traced(make(page_size=8)[2])
+
+
+def test_the_compiled_kernel_needs_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/limits.md says so, and torch refuses by itself."""
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    _, _, step = make(added=2, page_size=32)  # a shape that no other test compiles
+    with pytest.raises(InductorError, match="not supported for CPU"):
+        step.attend(backend="compiled")

@@ -8,9 +8,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from granite_paged import append_file
 from granite_paged.errors import CannotWrite, DataError
 from granite_paged.evaluate.journal import Journal, JournalEntry, held_run
 
@@ -90,6 +92,23 @@ def test_a_second_run_on_an_open_journal_is_refused(path: str) -> None:
     first.append([record("a")])
     first.close()
     assert len(Journal(path, RUN).entries) == 1
+
+
+@pytest.mark.parametrize("locks", ["not on Windows", "not on this file system"])
+def test_a_journal_works_without_locks(
+    locks: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    if locks == "not on Windows":
+        monkeypatch.setattr(append_file, "fcntl", None)
+    else:
+        refusal = OSError(errno.ENOLCK, "No locks available")
+        monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=refusal))
+    written(path, "a")
+    written(path, "b")
+    first = Journal(path, RUN)
+    assert [key for _, _, key in first.entries] == ["a", "b"]
+    Journal(path, RUN)  # nothing keeps a second run out
 
 
 def test_a_refused_journal_is_unlocked(path: str) -> None:

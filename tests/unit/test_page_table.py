@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
 from granite_paged.paging.page_table import UNHELD, PageTable
@@ -35,6 +38,34 @@ def test_a_written_entry_appears_in_both_maps() -> None:
     table = written(PageTable(2, 3, 6, CPU), (0, 2, 5), (1, 0, 3))
     assert table.physical.tolist() == [[0, 0, 5], [3, 0, 0]]
     assert table.logical.tolist() == [UNHELD, UNHELD, UNHELD, 0, UNHELD, 2]
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Counts copies from the host to another device, for which `meta` stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [one for one in args if isinstance(one, torch.Tensor)]
+        devices = {str(one.device) for one in tensors}
+        self.count += isinstance(out, torch.Tensor) and out.is_meta and "cpu" in devices
+        return out
+
+
+def test_all_changes_reach_the_device_in_one_copy() -> None:
+    table = PageTable(2, 3, 6, torch.device("meta"))
+    for entry in [(0, 2, 5), (1, 0, 3), (0, 0, 1)]:
+        table.write(*entry)
+    table.forget([2, 4])
+    with CopiesToMeta() as copies:
+        table.settle()
+        table.settle()  # nothing is left
+    assert copies.count == 1
 
 
 def test_a_forgotten_page_leaves_the_inverse_map() -> None:
