@@ -121,10 +121,10 @@ def bench(
 
     The modes are `default` and `static`, which are transformers' own, and `paged`. They take
     turns in one run, so that drift of the machine affects all of them. The floor is the time that
-    the device's bandwidth and arithmetic allow. `static` compiles each
-    shape, for a minute or more, and runs prefill only with --mode static. A shape that a mode
-    cannot run is listed with the reason. Shapes are small on the CPU. An interrupted run keeps its
-    rows; the same command with --missing goes on.
+    the device's bandwidth and arithmetic allow. `static` compiles each shape first, and runs
+    prefill only with --mode static. A shape that a mode cannot run is listed with the reason.
+    Shapes are small on the CPU. An interrupted run keeps its rows; the same command with --missing
+    goes on.
 
     \b
     granite-paged bench --quick

@@ -50,7 +50,7 @@ class Engine(StepwiseEngine):
             off.
         swap_bytes: host memory for preempted sequences.
         preemption: how a preempted sequence gets its pages back: "recompute", "swap" to host
-            memory, or "auto", the faster of the two.
+            memory, or "auto", the one estimated to be faster.
         warmup: "full" compiles and captures every step on a GPU before the first request; "lazy"
             does so as they occur, while requests wait. A CPU needs neither.
         progress: called during a full warm-up.

@@ -69,6 +69,7 @@ def test_an_answer_ends_at_each_end_of_text_token(loaded: LoadedModel) -> None:
 def test_max_length_includes_the_prompt(loaded: LoadedModel) -> None:
     loaded.model.generation_config.update(max_new_tokens=None, max_length=12, eos_token_id=[])
     with Engine(loaded.model, SIZES) as engine:
+        assert engine.default_params.max_new_tokens == 12, "counted without a prompt"
         short, long = engine.generate([[BOS, 9, 8], [BOS] * 12])
     assert len(short.tokens) == 9
     assert "max_length" in str(long.error)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from granite_paged.device import Fetch
 from granite_paged.engine import intake
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
@@ -410,6 +411,42 @@ def test_an_asynchronous_stream_ended_by_another_caller_raises(how: str, monkeyp
     with pytest.raises(error):
         asyncio.run(consume())
     assert 3 <= len(seen) < 90
+
+
+@pytest.mark.parametrize("method", ["score", "search"])
+def test_the_first_refusal_is_raised_when_the_others_are_done(method: str) -> None:
+    engine = make_engine().engine
+    asked: dict[str, Any] = {
+        "score": [(PROMPTS[0], [PROMPTS[1]]), ([], [PROMPTS[1]]), ([-1], []), (PROMPTS[2], [[1]])],
+        "search": [PROMPTS[0], [], [-1], PROMPTS[2]],
+    }
+    done: list[tuple[str, int, int]] = []
+    with pytest.raises(PromptError, match="empty"):
+        getattr(engine, method)(asked[method], progress=lambda *now: done.append(now))
+    assert done[-1] == (method, 4, 4)
+    assert engine.idle
+
+
+def test_tokens_are_read_after_the_next_step_was_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the device does not wait for the host, and computes one token after a stop token."""
+    harness, order = make_engine(), []
+    read = Fetch.read
+
+    def noted(fetch: Fetch) -> dict[str, list[Any]]:
+        order.append("read")
+        return read(fetch)
+
+    monkeypatch.setattr(Fetch, "read", noted)
+    harness.runner.fault = lambda made, rows: order.append(made)
+    stop = expected(PROMPTS[0])[2]
+    params = SamplingParams(max_new_tokens=NEW, stop_tokens=(stop,))
+    (output,) = harness.engine.generate(PROMPTS[0], params)
+    assert len(output.tokens) == 3
+    calls = [made for made in order if made in ("prefill", "decode")]
+    assert calls == ["prefill", "decode", "decode", "decode"]  # the last token is dropped
+    assert order.index("read") > order.index("decode")
 
 
 def test_a_search_ended_by_another_caller_raises() -> None:

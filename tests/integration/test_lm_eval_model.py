@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -368,6 +370,31 @@ def test_an_argument_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=reason):
         ours(checkpoint, **options)
+
+
+def arguments_of_the_page() -> tuple[set[str], set[str]]:
+    """Return the arguments of a model that docs/evaluation.md lists as taken, and as refused."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    rows = dict(
+        re.findall(r"^\| (model|several devices|batches|texts) \| (.*) \|$", page, re.MULTILINE)
+    )
+    cells = [row.split("|") for row in rows.values()]
+    assert len(cells) == 4
+    taken, refused = (
+        re.findall(r"`(\w+)[`=]", " ".join(side)) for side in zip(*cells, strict=True)
+    )
+    return set(taken) - {"auto", "accelerate"}, set(refused) - {"pretrained"}
+
+
+def test_the_page_lists_what_is_taken_and_what_is_refused() -> None:
+    from granite_paged.evaluate import lm  # noqa: PLC0415
+
+    taken, refused = arguments_of_the_page()
+    assert len(refused) >= 16
+    assert taken <= lm._TAKEN | set(inspect.signature(lm.GranitePagedLM).parameters)
+    for name in refused:
+        with pytest.raises(InvalidArgument, match=f"does not support {name}='x'"):
+            lm._check_arguments({name: "x"})
 
 
 def test_arguments_that_change_nothing_are_taken(checkpoint: Checkpoint) -> None:

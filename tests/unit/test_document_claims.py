@@ -436,6 +436,8 @@ def test_documents_state_constants_of_the_gate() -> None:
     )
     assert_states("docs/glossary.md", f"fails after {tries} tries", f"shape {blocks} times")
     assert_states("docs/glossary.md", f"a block of up to {visits.STEPS} steps")
+    assert geometry_config("granite-4.0-h-1b").num_local_experts == 0
+    assert_states("docs/benchmarks.md", "the model measured here has none.")
     assert_states("docs/guides/gate.md", f"after {tries} tries")
     assert_states("docs/guides/record.md", slug("NVIDIA A100-SXM4-80GB"))
 
@@ -775,6 +777,12 @@ def test_modules_without_torch_import_none(modules: str) -> None:
     """docs/architecture.md lists what depends on torch."""
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+
+
+def test_paged_never_runs_kernels_of_mamba_ssm() -> None:
+    """docs/limits.md says so."""
+    used = set().union(*(imports(path) for path in PACKAGE.rglob("*.py")))
+    assert not {"mamba_ssm", "causal_conv1d"} & used
 
 
 def test_the_oracle_imports_nothing_of_the_package() -> None:

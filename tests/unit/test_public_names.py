@@ -40,6 +40,17 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_loading_every_public_name_loads_no_triton_kernel() -> None:
+    """docs/guides/kernel.md says so: a machine may lack Triton."""
+    code = (
+        "import sys, granite_paged\n"
+        "for name in granite_paged.__all__: getattr(granite_paged, name)\n"
+        "print([name for name in sys.modules if name.startswith('granite_paged.layers.triton.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_help_names_the_main_classes_and_functions() -> None:
     text = pydoc.plain(pydoc.render_doc(granite_paged))
     for name in ("Engine", "SamplingParams", "PagedConfig", "paged", "load", "OutOfPages"):

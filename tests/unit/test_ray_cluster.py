@@ -54,3 +54,12 @@ def test_an_unreachable_address_is_refused_at_once(address: str) -> None:
 )
 def test_an_error_of_ray_is_described_by_its_reason(text: str, line: str) -> None:
     assert described(Exception(text)) == line
+
+
+def test_the_environment_names_the_cluster_where_no_address_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ClusterError, match=r"no Ray cluster at 127\.0\.0\.1:1"), connected(""):
+        pass

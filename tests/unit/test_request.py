@@ -187,3 +187,11 @@ def test_a_workload_is_determined_by_its_seed() -> None:
 def test_an_impossible_workload_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         Workload(**wrong)
+
+
+def test_samples_and_temperatures_have_the_documented_ends() -> None:
+    assert SamplingParams(n=65_535).n == 65_535
+    with pytest.raises(InvalidSampling, match="n must be"):
+        SamplingParams(n=65_536)
+    assert SamplingParams(temperature=1e-8).samples
+    assert not SamplingParams(temperature=0.99e-8).samples
