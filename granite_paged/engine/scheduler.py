@@ -2,7 +2,7 @@
 
 A step decodes one token of every running job, spends what is left of its token budget on chunks of
 prompts, and scores continuations whose context is computed. So a long prompt never stalls running
-jobs for longer than a chunk.
+jobs for longer than a step.
 
 ::
 

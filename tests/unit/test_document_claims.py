@@ -27,7 +27,7 @@ from granite_paged.bench.workload import Workload
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.cli import options
 from granite_paged.cli.main import cli
-from granite_paged.engine import admission, rank
+from granite_paged.engine import admission, limits, rank
 from granite_paged.evaluate import near_ties
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers import tuning
@@ -547,8 +547,29 @@ def test_a_docstring_states_what_a_step_of_priority_is_worth() -> None:
 
 
 def test_pages_state_constants_of_the_engine() -> None:
-    assert_states("docs/guides/scheduling.md", f"up to {admission.LOOK_AHEAD} others may pass")
+    assert_states(
+        "docs/guides/scheduling.md",
+        f"up to {admission.LOOK_AHEAD} others may pass",
+        f"`longest_step` ({limits.LONGEST_STEP:g})",
+    )
     assert_states("docs/limits.md", f"{watch.SAMPLES} of each tensor are compared")
+
+
+def test_constants_of_the_scheduler_follow_from_the_record() -> None:
+    batch, chunk = ms("batch", "paged", 16, 512), ms("context", "paged", 1, 2048)
+    assert pytest.approx(16 * 512 / batch * 1e3, rel=0.05) == limits.PREFILL_TOKENS_PER_SECOND
+    assert limits.STEP_CHUNKS * 2048 == 16 * 512
+    assert_states(
+        "granite_paged/engine/limits.py",
+        f"16 prompts of 512 tokens in {batch:.0f} ms (recorded)",
+        f"({batch:.0f} ms instead of {chunk:.0f} ms on an H200)",
+    )
+    steps = [ms("decode", "paged", rows, 1024 if rows == 128 else 512) for rows in (1, 32, 128)]
+    assert_states(
+        "granite_paged/runner/shapes.py",
+        f"take {ms('context', 'paged', 1, 128):.1f} ms and 2,048 take {chunk:.1f} ms (recorded on",
+        f"{steps[0]:.1f} ms with one row, {steps[1]:.1f} ms with 32 rows, {steps[2]:.1f} ms with",
+    )
 
 
 def test_limits_state_those_of_files_of_requests() -> None:
