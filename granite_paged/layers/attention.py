@@ -296,7 +296,7 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
     A block must not span two pages. For half precision and heads of up to `WIDEST_TUNED_HEAD`,
     block sizes, warps and stages are measured (`tuning.py`). Otherwise warps and stages are
     FlexAttention's defaults, which fit a multiprocessor. Pools that need 64-bit offsets use its
-    main kernel, since its decode kernel does not compile for them (torch 2.11).
+    main kernel: its decode kernel did not compile for them with torch 2.11.
     """
     page_size, prefill = mask.BLOCK_SIZE[1], mask.shape[-2] > SMALLEST_KERNEL_BLOCK
     if prefill and pool.dtype.itemsize == 2 and pool.shape[3] <= WIDEST_TUNED_HEAD:

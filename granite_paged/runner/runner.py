@@ -12,8 +12,8 @@ pages are gathered on the host and cross to the device in one copy, when a step 
     nonfinite[row]    whether the row met NaN or infinity since it was cleared
 
 On a GPU, every step replays a CUDA graph (`graph.py`): there is one decode step for each power of
-two of rows, and a prefill for a few shapes of chunks. No call waits for the device. On the CPU, and
-where the kernels cannot run, the same steps run eagerly in the shape of their inputs.
+two of rows, and a prefill for a few shapes of chunks. No such step waits for the device. On the
+CPU, and where the kernels cannot run, the same steps run eagerly in the shape of their inputs.
 
 Every step names its rows, so running sequences never move.
 """
