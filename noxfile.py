@@ -103,6 +103,14 @@ def soak(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Change the code in small ways that tests must notice: `nox -s mutants -- --sample 60`."""
+    install(session, "mutants")
+    session.run("python", "-m", "pytest", "-q", "tests/unit/test_mutants.py")
+    session.run("python", "-m", "tools.mutants", *session.posargs)
+
+
+@nox.session
 def snapshots(session: nox.Session) -> None:
     """Rewrite golden data and show what changed. Logits must agree with SDPA to be written."""
     install(session, "tests")

@@ -1,0 +1,135 @@
+"""The tool that changes the code, its list of equivalent mutants, and how it judges a mutant.
+
+What needs cosmic-ray runs in `nox -s mutants`, which has it, and is skipped elsewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.mutants.equivalents import Equivalent, read_equivalents, stale
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MODULE = '''
+"""A module."""
+LIMIT: int = 3
+
+class Counter:
+    def add(self, n: int | None, *, most: int = 5) -> int | None:
+        """Add 1."""
+        if n < most and n > 2:
+            raise ValueError(f"{n + 1} is too few")
+        values = {**{"a": n}}
+        return sum(
+            value
+            - 7
+            for value in values.values()
+        )
+'''
+
+
+def write_module(root: Path) -> str:
+    (root / "module.py").write_text(MODULE, encoding="utf-8")
+    return "module.py"
+
+
+def test_the_list_of_equivalent_mutants_matches_the_code() -> None:
+    assert stale(ROOT, read_equivalents()) == []
+
+
+def test_every_equivalent_mutant_has_a_reason_and_is_listed_once() -> None:
+    entries = read_equivalents()
+    assert all(e.reason.endswith(".") and e.line != e.mutant for e in entries)
+    assert len({e[:4] for e in entries}) == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "line", "problem"),
+    [
+        ("module.py", "Counter.add", "- 7", None),
+        ("module.py", "", "LIMIT: int = 3", None),
+        ("module.py", "Counter.add", "- 8", "module.py:Counter.add: is listed, and has no line"),
+        ("module.py", "Counter.gone", "- 7", "module.py:Counter.gone: is listed, and has no line"),
+        ("gone.py", "", "LIMIT: int = 3", "gone.py:module: is listed, and has no line"),
+    ],
+    ids=["function", "module", "another line", "another function", "another module"],
+)
+def test_an_entry_that_no_longer_matches_is_found(
+    tmp_path: Path, module: str, function: str, line: str, problem: str | None
+) -> None:
+    write_module(tmp_path)
+    found = stale(tmp_path, [Equivalent(module, function, line, "x", "No reason.")])
+    assert [text.partition(" `")[0] for text in found] == ([problem] if problem else [])
+
+
+def test_mutants_are_named_by_function_statement_and_line(tmp_path: Path) -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.catalogue import mutants, mutate  # noqa: PLC0415
+
+    found = mutants(tmp_path, write_module(tmp_path))
+    places = {(m.function, m.lines, m.imported, mutate(tmp_path, m)[1]) for m in found}
+    assert places == {
+        ("", (3, 3), True, "LIMIT: int = 4"),
+        ("", (3, 3), True, "LIMIT: int = 2"),
+        ("Counter.add", (6, 6), True, MODULE.split("\n")[5].strip().replace("5", "6")),
+        ("Counter.add", (6, 6), True, MODULE.split("\n")[5].strip().replace("5", "4")),
+        *(
+            ("Counter.add", (8, 8), False, line)
+            for line in (
+                "if n < most or n > 2:",
+                "if not n < most and n > 2:",
+                *(f"if n {sign} most and n > 2:" for sign in ("<=", ">=")),
+                *(f"if n < most and n {sign} 2:" for sign in (">=", "<=")),
+                *(f"if n < most and n > {number}:" for number in (1, 3)),
+            )
+        ),
+        *(("Counter.add", (11, 15), False, line) for line in ("+ 7", "- 8", "- 6")),
+    }
+
+
+def test_the_sample_does_not_depend_on_code_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.catalogue import mutants  # noqa: PLC0415
+
+    module = write_module(tmp_path)
+    before = sorted(mutant.rank(1) for mutant in mutants(tmp_path, module))
+    (tmp_path / module).write_text(MODULE.replace('"""A module."""', "import ast\n"))
+    assert sorted(mutant.rank(1) for mutant in mutants(tmp_path, module)) == before
+    assert sorted(mutant.rank(2) for mutant in mutants(tmp_path, module)) != before
+
+
+def test_a_killed_mutant_names_the_file_and_a_survivor_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.__main__ import judge, reaches, split, survivor, tests_for  # noqa: PLC0415
+    from tools.mutants.catalogue import mutants  # noqa: PLC0415
+
+    (tmp_path / "mutated_here.py").write_text(
+        "def double(n: int) -> int:\n    if n > 99:\n        return 2\n    return n * max(2, 0)\n"
+    )
+    (tmp_path / "test_double.py").write_text(
+        "from mutated_here import double\n\ndef test_double():\n    assert double(3) == 6\n\n"
+        "def test_two():\n    assert double(1) == 2\n\ndef test_other():\n    pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
+    monkeypatch.chdir(tmp_path)
+    reached = list(reaches(tmp_path, ["test_double.py"], ["mutated_here.py"], 1).values())
+    found = mutants(tmp_path, "mutated_here.py")
+    same = Equivalent(
+        *("mutated_here.py", "double", "return n * max(2, 0)", "return n * max(2, -1)"),
+        reason="Both are 2.",
+    )
+    rest, equivalent, unused = split(tmp_path, found, [same, same._replace(mutant="x")])
+    assert (len(rest), equivalent["mutated_here.py"]) == (len(found) - 1, 1)
+    assert [entry.mutant for entry in unused] == ["x"]
+    verdicts = {v.line: v for v in (judge((tmp_path, m, tests_for(m, reached, 9))) for m in rest)}
+    killed = {line for line, verdict in verdicts.items() if verdict.by}
+    assert {"return n + max(2, 0)", "return n * max(3, 0)", "if not n > 99:"} <= killed
+    unreached = verdicts["return 3"]
+    assert "no test reaches it" in survivor(unreached)
+    assert verdicts["if n > 100:"].tests == 2
+    assert "2 tests reach it" in survivor(verdicts["if n > 100:"])

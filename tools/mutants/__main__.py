@@ -1,0 +1,252 @@
+"""Change the code in small ways, one at a time, and see whether the tests notice.
+
+    nox -s mutants                                       every mutant
+    nox -s mutants -- --sample 60                        60 of them, the same ones for the same code
+    nox -s mutants -- --module granite_paged/geometry.py
+
+Exit status: 0 every mutant was killed or is listed in `equivalent.toml`; 1 one survived; 2 nothing
+was judged: the list no longer matches the code, or the tests fail without a mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.mutants.catalogue import Mutant, mutants, mutate
+from tools.mutants.equivalents import Equivalent, read_equivalents, stale
+from tools.mutants.forks import Reach, by_file, record_reach, run_tests, warm_up
+
+KILLED, SURVIVED, UNUSABLE = 0, 1, 2
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".mutants.json"
+
+JUDGES = Path(__file__).with_name("judges.toml")
+NEED_A_GPU = ("granite_paged/runner/graph.py", "granite_paged/runner/triton_model.py")
+"""Modules that no test without a GPU runs."""
+
+TEST_TIME = 60.0  # seconds of tests per mutant, the fastest first
+FILE_LIMIT = 900.0  # seconds for one test file without a mutant
+GRACE = 20.0  # seconds added to five times what tests take without a mutant
+
+
+class Verdict(NamedTuple):
+    """What became of a mutant. `by` is empty for a survivor."""
+
+    mutant: Mutant
+    line: str
+    by: str
+    seconds: float
+    tests: int
+
+
+def read_judges(root: Path = ROOT) -> dict[str, list[str]]:
+    """Return every module that is mutated, with the test files that judge it."""
+    entries: dict[str, list[str]] = tomllib.loads(JUDGES.read_text(encoding="utf-8"))
+    judges: dict[str, list[str]] = {}
+    for path, tests in entries.items():
+        paths = [root / path] if path.endswith(".py") else sorted((root / path).glob("*.py"))
+        for module in (path.relative_to(root).as_posix() for path in paths):
+            if module not in NEED_A_GPU:
+                judges.setdefault(module, []).extend(f"tests/{test}.py" for test in tests)
+    return judges
+
+
+# -- what tests reach --------------------------------------------------------------------------
+
+
+def _digest(root: Path, file: str) -> str:
+    """Return a digest of everything that a test file's reach depends on."""
+    paths = sorted([*root.glob("granite_paged/**/*.py"), *root.glob("tests/helpers/*.py")])
+    digest = hashlib.sha256()
+    for path in (*paths, *sorted(root.glob("tests/**/conftest.py")), root / file):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _record(arguments: tuple[Path, str, Sequence[str]]) -> Reach | str:
+    root, file, modules = arguments
+    reach = record_reach(root, file, modules, FILE_LIMIT)
+    if isinstance(reach, Reach):
+        warm_up(reach.modules)
+    return reach
+
+
+def reaches(
+    root: Path, files: Sequence[str], modules: Sequence[str], jobs: int, cache: Path | None = None
+) -> dict[str, Reach]:
+    """Return what every test file reaches, recorded now or earlier for the same code.
+
+    Raises:
+        RuntimeError: if a test fails without a mutant.
+    """
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache and cache.exists() else {}
+    digests = {file: _digest(root, file) for file in files}
+    missing = [f for f in files if known.get(f, [None])[0] != digests[f]]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        found = pool.map(_record, [(root, file, modules) for file in missing])
+        failures = []
+        for file, reach in zip(missing, found, strict=True):
+            if isinstance(reach, str):
+                failures.append(reach)
+                continue
+            known[file] = [digests[file], *reach]
+            if cache:
+                cache.write_text(json.dumps(known), encoding="utf-8")
+    if failures:
+        raise RuntimeError(f"tests fail without a mutant: {failures[0]}")
+    return {file: Reach(*known[file][1:]) for file in files}
+
+
+def tests_for(mutant: Mutant, reached: Iterable[Reach], budget: float) -> dict[str, float]:
+    """Return the tests that reach a mutant, with their seconds: the fastest, within `budget`."""
+    first, last = mutant.lines
+    found = {}
+    for reach in reached:
+        for node, modules in reach.lines.items():
+            lines = modules.get(mutant.module, ())
+            if (lines and mutant.imported) or any(first <= line <= last for line in lines):
+                found[node] = reach.seconds[node]
+    chosen: dict[str, float] = {}
+    total = 0.0
+    for node in sorted(found, key=lambda node: found[node]):
+        total += found[node]
+        if total > budget and chosen:
+            break
+        chosen[node] = found[node]
+    return chosen
+
+
+# -- mutants -------------------------------------------------------------------------------------
+
+
+def judge(task: tuple[Path, Mutant, dict[str, float]]) -> Verdict:
+    """Run tests against one mutant until one fails."""
+    root, mutant, seconds = task
+    began = time.perf_counter()
+    source, line = mutate(root, mutant)
+    compile(source, mutant.module, "exec")  # one that is no Python would count as killed
+    by, ran = "", 0
+    for file, nodes, needed in by_file(seconds):
+        run = run_tests(root, mutant.module, source, file, nodes, GRACE + 5 * needed)
+        ran += len(nodes)
+        if run.status != 0:
+            by = "timeout" if run.status is None else file
+            break
+    return Verdict(mutant, line, by, time.perf_counter() - began, ran)
+
+
+def split(
+    root: Path, found: Sequence[Mutant], equivalents: Sequence[Equivalent]
+) -> tuple[list[Mutant], Counter[str], list[Equivalent]]:
+    """Return the mutants to judge, how many of each module are not, and entries without one."""
+    listed = {(e.module, e.function, e.line, e.mutant): e for e in equivalents}
+    lines = {(e.module, e.function, e.line) for e in equivalents}
+    rest, used = [], set()
+    equivalent: Counter[str] = Counter()
+    for mutant in found:
+        place = (mutant.module, mutant.function, mutant.source)
+        key = (*place, mutate(root, mutant)[1]) if place in lines else None
+        if key in listed:
+            used.add(key)
+            equivalent[mutant.module] += 1
+        else:
+            rest.append(mutant)
+    modules = {mutant.module for mutant in found}
+    unused = [e for key, e in listed.items() if key not in used and e.module in modules]
+    return rest, equivalent, unused
+
+
+def table(verdicts: Sequence[Verdict], equivalent: Mapping[str, int]) -> str:
+    """Return the score of each module as a Markdown table."""
+    total = Counter(verdict.mutant.module for verdict in verdicts)
+    killed = Counter(verdict.mutant.module for verdict in verdicts if verdict.by)
+    lines = ["| module | mutants | killed | equivalent | score |", "| --- |" + " ---: |" * 4]
+    rows = [(m, total[m], killed[m], equivalent.get(m, 0)) for m in sorted(total)]
+    rows.append(("all", total.total(), killed.total(), sum(equivalent.values())))
+    lines += [f"| {m} | {n} | {k} | {e} | {k / n:.1%} |" for m, n, k, e in rows]
+    return "\n".join(lines)
+
+
+def survivor(verdict: Verdict) -> str:
+    """Describe a survivor: place, operator, and the line before and after."""
+    mutant = verdict.mutant
+    tests = f"{verdict.tests} tests reach it" if verdict.tests else "no test reaches it"
+    return (
+        f"SURVIVED {mutant.module}:{mutant.line} {mutant.operator} ({mutant.function}; {tests})\n"
+        f"  - {mutant.source}\n  + {verdict.line}"
+    )
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("mutants", description=__doc__.partition("\n")[0])
+    parser.add_argument("--module", action="append", default=[], help="only this module; repeat")
+    parser.add_argument("--sample", type=int, help="how many mutants, spread over the modules")
+    parser.add_argument("--seed", type=int, default=1, help="which ones (default: 1)")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--budget", type=float, default=TEST_TIME, help="seconds per mutant")
+    parser.add_argument("--json", type=Path, help="write every verdict to this file")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge mutants and print the survivors. Returns the exit status."""
+    options = _arguments(arguments)
+    os.environ.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.chdir(ROOT)
+    judges = read_judges()
+    modules = options.module or list(judges)
+    if unknown := [module for module in modules if module not in judges]:
+        print(f"mutants: {unknown[0]} is none of the modules that are mutated", file=sys.stderr)
+        return UNUSABLE
+    equivalents = read_equivalents()
+    found = [m for module in modules for m in mutants(ROOT, module)]
+    rest, equivalent, unused = split(ROOT, found, equivalents)
+    problems = stale(ROOT, equivalents)
+    problems += [f"{e.module}: is listed, and no mutant reads `{e.mutant}`" for e in unused]
+    if problems or not rest:
+        print(f"mutants: {problems[0] if problems else 'there is no mutant'}", file=sys.stderr)
+        return UNUSABLE
+    if options.sample:
+        rest = sorted(rest, key=lambda mutant: mutant.rank(options.seed))[: options.sample]
+
+    import torch  # noqa: PLC0415  # it reads the environment that is set above
+
+    torch.set_num_threads(1)
+    try:
+        files = sorted({file for mutant in rest for file in judges[mutant.module]})
+        reached = reaches(ROOT, files, list(judges), options.jobs, CACHE)
+    except RuntimeError as error:
+        print(f"mutants: {error}", file=sys.stderr)
+        return UNUSABLE
+    warm_up(sorted({name for reach in reached.values() for name in reach.modules}))
+    verdicts, tasks = [], []
+    for mutant in rest:
+        judging = [reached[file] for file in judges[mutant.module]]
+        tasks.append((ROOT, mutant, tests_for(mutant, judging, options.budget)))
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
+        for verdict in pool.map(judge, tasks):
+            verdicts.append(verdict)
+            if not verdict.by:
+                print(survivor(verdict), flush=True)
+    print(table(verdicts, equivalent))
+    if options.json:
+        rows = [{**v.mutant._asdict(), **v._asdict(), "mutant": v.line} for v in verdicts]
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return SURVIVED if any(not verdict.by for verdict in verdicts) else KILLED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
