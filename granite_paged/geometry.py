@@ -61,7 +61,7 @@ class PagedConfig:
             ("page_size", 1, False),
             ("max_tokens", 1, True),
             ("max_sequences", 1, True),
-            ("chunk_tokens", 1, False),
+            ("chunk_tokens", 16, False),
         ):
             if not (optional and getattr(self, name) is None):
                 checked = integer(name, getattr(self, name), least, error=GeometryError)
@@ -77,10 +77,8 @@ class PagedConfig:
             raise GeometryError(
                 f"max_tokens must be at least page_size {self.page_size}, got {self.max_tokens}"
             )
-        if self.chunk_tokens < 16 or self.chunk_tokens & (self.chunk_tokens - 1):
-            raise GeometryError(
-                f"chunk_tokens must be a power of two of at least 16, got {self.chunk_tokens}"
-            )
+        if self.chunk_tokens & (self.chunk_tokens - 1):
+            raise GeometryError(f"chunk_tokens must be a power of two, got {self.chunk_tokens}")
         one_of("backend", self.backend, ("auto", "eager", "compiled"), error=GeometryError)
         instance("check_finite", self.check_finite, bool, error=GeometryError)
 
@@ -183,6 +181,6 @@ def bucket(count: int, *, steps: int = 1) -> int:
     With one step: 1, 2, 4, 8 ... With two: 1, 2, 3, 4, 6, 8, 12, 16 ... The excess is below
     1 / steps of `count`.
     """
-    octave = 1 << max(0, (count - 1).bit_length() - 1)
+    octave = 1 << max(0, count.bit_length() - 1)
     step = max(1, octave // steps)
     return -(-count // step) * step

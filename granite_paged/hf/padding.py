@@ -193,4 +193,4 @@ def _refuse_right_padding(tokens: Tensor, after_first: Tensor) -> None:
 
 def _names(marked: Tensor) -> str:
     """Numbers of the rows that are True in [B] bool."""
-    return ", ".join(map(str, marked.nonzero()[:, 0].tolist()))
+    return ", ".join(map(str, marked.nonzero().flatten().tolist()))

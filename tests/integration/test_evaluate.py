@@ -17,13 +17,10 @@ from granite_paged import PagedConfig
 from granite_paged.digests import tensor_digest
 from granite_paged.errors import DataError, RequestError
 from granite_paged.evaluate import peak_memory, run
-from granite_paged.evaluate.journal import Journal, JournalEntry
+from granite_paged.evaluate.journal import Journal
 from granite_paged.evaluate.metrics import (
     Agreement,
     agreement,
-    credit,
-    gap_error,
-    mode_metrics,
 )
 from granite_paged.evaluate.near_ties import judge_near_ties
 from granite_paged.evaluate.peak_memory import PeakMemory
@@ -214,10 +211,6 @@ def test_every_difference_in_bfloat16_is_a_near_tie(batch: int) -> None:
 
 def choices_of(count: int, draw: random.Random) -> list[list[int]]:
     return [[token] for token in draw.sample(range(3, VOCABULARY), count)]
-
-
-def test_the_gap_error_is_that_of_the_worst_pair() -> None:
-    assert gap_error([-1.0, -2.0, -3.0], [-1.1, -2.0, -2.8]) == pytest.approx(0.3)
 
 
 # -- resuming -----------------------------------------------------------------------------------
@@ -418,40 +411,7 @@ def test_a_non_finite_log_likelihood_is_refused() -> None:
         tiny_evaluation(loaded, modes=("default",))
 
 
-# -- metrics ------------------------------------------------------------------------------------
-
-
-def question(key: str, labels: tuple[int, ...]) -> Question:
-    return Question(key, "g", ScoreRequest([1, 2], [[3]] * len(labels)), labels)
-
-
-def test_metrics_follow_from_the_records() -> None:
-    task = Task("t", tuple(question(str(i), (1, 0)) for i in range(4)))
-    records = {
-        str(i): JournalEntry(
-            "paged", "t", str(i), (-1.0, -2.0) if i else (-2.0, -1.0), (True, False),
-            seconds=0.1 * (i + 1), tokens=10, full=20, computed=5, reused=1, peak=100 + i,
-        )
-        for i in range(4)
-    }  # fmt: skip
-    metrics = mode_metrics(task, records)
-    assert metrics.accuracy == 0.75
-    assert metrics.stderr == pytest.approx(0.25)
-    assert metrics.latency_mean_ms == pytest.approx(250)
-    assert metrics.latency_p50_ms == pytest.approx(250)
-    assert metrics.latency_p99_ms == pytest.approx(397)
-    assert metrics.questions_per_second == pytest.approx(4)
-    assert metrics.tokens_per_second == pytest.approx(40)
-    assert metrics.peak_bytes == 103
-    assert metrics.saved_tokens == 60
-    assert metrics.hit_rate == pytest.approx(4 / 8)
-
-
-def test_mc2_is_the_probability_mass_on_right_choices() -> None:
-    asked = question("0", (1, 0, 1))
-    logprobs = [-2000 + math.log(part) for part in (0.2, 0.5, 0.3)]
-    assert credit(asked, logprobs, mass=True) == pytest.approx(0.5)
-    assert credit(asked, logprobs, mass=False) == 0.0
+# -- what a scorer needs ----------------------------------------------------------------------
 
 
 def test_needs_are_the_maximum_over_requests() -> None:

@@ -22,8 +22,28 @@ def from_config(**sizes: object) -> CacheGeometry:
 # -- PagedConfig --------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_valid() -> None:
-    assert PagedConfig().page_size == 128
+def test_no_config_means_the_documented_defaults() -> None:
+    assert PagedConfig.checked(None) == PagedConfig(
+        page_size=128,
+        memory_fraction=0.5,
+        max_tokens=None,
+        max_sequences=None,
+        chunk_tokens=2048,
+        backend="auto",
+        check_finite=True,
+    )
+
+
+def test_a_config_of_another_type_is_refused() -> None:
+    assert PagedConfig.checked(PagedConfig(page_size=16)).page_size == 16
+    with pytest.raises(GeometryError, match="config"):
+        PagedConfig.checked({"page_size": 16})
+
+
+def test_the_bounds_of_each_field_are_valid() -> None:
+    least = PagedConfig(page_size=1, max_tokens=1, max_sequences=1, chunk_tokens=16)
+    assert (least.max_tokens, least.max_sequences, least.chunk_tokens) == (1, 1, 16)
+    assert PagedConfig(memory_fraction=1).memory_fraction == 1
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16, 1024])
@@ -34,7 +54,8 @@ def test_every_power_of_two_is_a_valid_page_size(page_size: int) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("page_size", size) for size in (0, -1, -16, 3, 12, 96, 100)],
+        *[("page_size", size) for size in (0, -1, -16, 3, 12, 96, 100, None)],
+        *[("chunk_tokens", tokens) for tokens in (0, 8, 15, 17, 24, 48, 1000, None)],
         *[("memory_fraction", part) for part in (0.0, -0.1, 1.01, float("nan"), float("inf"))],
         *[("max_tokens", tokens) for tokens in (0, -1, 127)],
         *[("max_sequences", rows) for rows in (0, -1)],
@@ -123,10 +144,20 @@ def test_another_model_type_is_refused_by_name() -> None:
         CacheGeometry.from_config(LlamaConfig(), page_size=16, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 4), (2, 4), (6, 0), (6, -2)])
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 4), (2, 4), (6, 0), (6, -2), (0, 2)])
 def test_query_heads_must_divide_by_kv_heads(query_heads: int, kv_heads: int) -> None:
     with pytest.raises(GeometryError, match=f"{query_heads} query heads"):
         dataclasses.replace(make_geometry(), query_heads=query_heads, kv_heads=kv_heads)
+
+
+def test_one_head_of_each_kind_is_enough() -> None:
+    assert dataclasses.replace(make_geometry(), query_heads=1, kv_heads=1).group == 1
+
+
+def test_a_page_holds_a_token() -> None:
+    assert make_geometry(page_size=1).pages_for(3) == 3
+    with pytest.raises(GeometryError, match="page_size"):
+        make_geometry(page_size=0)
 
 
 # -- derived sizes ------------------------------------------------------------------------------
@@ -138,6 +169,10 @@ def test_query_heads_must_divide_by_kv_heads(query_heads: int, kv_heads: int) ->
 )
 def test_pages_for_rounds_up(tokens: int, pages: int) -> None:
     assert make_geometry(page_size=16).pages_for(tokens) == pages
+
+
+def test_a_bucket_is_a_power_of_two_by_default() -> None:
+    assert [bucket(count) for count in range(10)] == [0, 1, 2, 4, 4, 8, 8, 8, 8, 16]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8])

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from tools.mutants.catalogue import Mutant, mutants, mutate
 from tools.mutants.equivalents import Equivalent, read_equivalents, stale
-from tools.mutants.forks import Reach, by_file, record_reach, run_tests, warm_up
+from tools.mutants.forks import Part, Reach, by_file, record_reach, run_tests, warm_up
 
 KILLED, SURVIVED, UNUSABLE = 0, 1, 2
 
@@ -39,7 +39,7 @@ NEED_A_GPU = ("granite_paged/runner/graph.py", "granite_paged/runner/triton_mode
 
 TEST_TIME = 60.0  # seconds of tests per mutant, the fastest first
 FILE_LIMIT = 900.0  # seconds for one test file without a mutant
-GRACE = 20.0  # seconds added to five times what tests take without a mutant
+SAMPLE_TIME = 30.0  # seconds that a test file is taken to need where nothing was recorded
 
 
 class Verdict(NamedTuple):
@@ -56,11 +56,11 @@ def read_judges(root: Path = ROOT) -> dict[str, list[str]]:
     """Return every module that is mutated, with the test files that judge it."""
     entries: dict[str, list[str]] = tomllib.loads(JUDGES.read_text(encoding="utf-8"))
     judges: dict[str, list[str]] = {}
-    for path, tests in entries.items():
+    for path in sorted(entries, key=len):  # a folder, then what is in it
         paths = [root / path] if path.endswith(".py") else sorted((root / path).glob("*.py"))
         for module in (path.relative_to(root).as_posix() for path in paths):
             if module not in NEED_A_GPU:
-                judges.setdefault(module, []).extend(f"tests/{test}.py" for test in tests)
+                judges[module] = [f"tests/{test}.py" for test in entries[path]]
     return judges
 
 
@@ -78,7 +78,7 @@ def _digest(root: Path, file: str) -> str:
 
 def _record(arguments: tuple[Path, str, Sequence[str]]) -> Reach | str:
     root, file, modules = arguments
-    reach = record_reach(root, file, modules, FILE_LIMIT)
+    reach = record_reach(root, [file], modules, FILE_LIMIT)
     if isinstance(reach, Reach):
         warm_up(reach.modules)
     return reach
@@ -132,20 +132,27 @@ def tests_for(mutant: Mutant, reached: Iterable[Reach], budget: float) -> dict[s
 # -- mutants -------------------------------------------------------------------------------------
 
 
-def judge(task: tuple[Path, Mutant, dict[str, float]]) -> Verdict:
+def judge(task: tuple[Path, Mutant, list[Part]]) -> Verdict:
     """Run tests against one mutant until one fails."""
-    root, mutant, seconds = task
+    root, mutant, parts = task
     began = time.perf_counter()
     source, line = mutate(root, mutant)
     compile(source, mutant.module, "exec")  # one that is no Python would count as killed
     by, ran = "", 0
-    for file, nodes, needed in by_file(seconds):
-        run = run_tests(root, mutant.module, source, file, nodes, GRACE + 5 * needed)
-        ran += len(nodes)
-        if run.status != 0:
-            by = "timeout" if run.status is None else file
+    for part in parts:
+        ran += len(part.nodes)
+        if run_tests(root, mutant.module, source, part).status != 0:
+            by = part.file
             break
     return Verdict(mutant, line, by, time.perf_counter() - began, ran)
+
+
+def _passes(task: tuple[Path, str, str]) -> str:
+    """Return pytest's output if a file's tests fail without a mutant."""
+    root, module, file = task
+    source = (root / module).read_text(encoding="utf-8")
+    run = run_tests(root, module, source, Part(file, [], SAMPLE_TIME))
+    return "" if run.status == 0 else f"{file}: exit status {run.status}\n{run.output[-2000:]}"
 
 
 def split(
@@ -183,7 +190,7 @@ def table(verdicts: Sequence[Verdict], equivalent: Mapping[str, int]) -> str:
 def survivor(verdict: Verdict) -> str:
     """Describe a survivor: place, operator, and the line before and after."""
     mutant = verdict.mutant
-    tests = f"{verdict.tests} tests reach it" if verdict.tests else "no test reaches it"
+    tests = f"{verdict.tests} tests reach it" if verdict.tests else "no recorded test reaches it"
     return (
         f"SURVIVED {mutant.module}:{mutant.line} {mutant.operator} ({mutant.function}; {tests})\n"
         f"  - {mutant.source}\n  + {verdict.line}"
@@ -225,27 +232,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch  # noqa: PLC0415  # it reads the environment that is set above
 
     torch.set_num_threads(1)
+    files = sorted({file for mutant in rest for file in judges[mutant.module]})
     try:
-        files = sorted({file for mutant in rest for file in judges[mutant.module]})
-        reached = reaches(ROOT, files, list(judges), options.jobs, CACHE)
+        collected = record_reach(ROOT, files, (), FILE_LIMIT, "--collect-only")
+        if isinstance(collected, str):
+            raise RuntimeError(f"tests cannot be collected: {collected}")
+        warm_up(collected.modules)
+        if options.sample:
+            parts = {m: [Part(file, [], SAMPLE_TIME) for file in judges[m.module]] for m in rest}
+        else:
+            reached = reaches(ROOT, files, list(judges), options.jobs, CACHE)
+            warm_up(sorted({name for reach in reached.values() for name in reach.modules}))
+            parts = {}
+            for mutant in rest:
+                judging = [reached[file] for file in judges[mutant.module]]
+                parts[mutant] = by_file(tests_for(mutant, judging, options.budget))
+        verdicts = run(parts, options.jobs)
     except RuntimeError as error:
         print(f"mutants: {error}", file=sys.stderr)
         return UNUSABLE
-    warm_up(sorted({name for reach in reached.values() for name in reach.modules}))
-    verdicts, tasks = [], []
-    for mutant in rest:
-        judging = [reached[file] for file in judges[mutant.module]]
-        tasks.append((ROOT, mutant, tests_for(mutant, judging, options.budget)))
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
-        for verdict in pool.map(judge, tasks):
-            verdicts.append(verdict)
-            if not verdict.by:
-                print(survivor(verdict), flush=True)
     print(table(verdicts, equivalent))
     if options.json:
         rows = [{**v.mutant._asdict(), **v._asdict(), "mutant": v.line} for v in verdicts]
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return SURVIVED if any(not verdict.by for verdict in verdicts) else KILLED
+
+
+def run(parts: Mapping[Mutant, list[Part]], jobs: int) -> list[Verdict]:
+    """Judge every mutant and print the survivors.
+
+    Raises:
+        RuntimeError: if a file that killed one, and was not recorded, fails without a mutant.
+    """
+    verdicts = []
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for verdict in pool.map(judge, [(ROOT, *task) for task in parts.items()]):
+            verdicts.append(verdict)
+            if not verdict.by:
+                print(survivor(verdict), flush=True)
+        killers = {v.by: v.mutant.module for v in verdicts if v.by and not v.tests}
+        for failure in pool.map(_passes, [(ROOT, m, file) for file, m in killers.items()]):
+            if failure:
+                raise RuntimeError(f"tests fail without a mutant: {failure}")
+    return verdicts
 
 
 if __name__ == "__main__":

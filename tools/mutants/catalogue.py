@@ -1,8 +1,9 @@
 """The mutants of a module: cosmic-ray's operators, at every place where a change could matter.
 
-Left out are annotations, decorators, imports for type checkers, and the texts of errors. Of the
-replacements of one operator only the nearest are taken: a suite that sees `<=` for `<` also sees
-`==`, and counting both would only raise the score.
+Left out are annotations, decorators, imports for type checkers, the texts of errors, and
+`strict=True` of zip, which asserts what holds. Of the replacements of one operator only the nearest
+are taken: a suite that sees `<=` for `<` also sees `==`, and counting both would only raise the
+score.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def _left_out(tree: ast.Module) -> Iterator[Span]:
                 yield _span(node.returns)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             yield _span(node)
+        elif isinstance(node, ast.keyword) and node.arg == "strict":
+            yield _span(node.value)
         elif isinstance(node, ast.Raise):
             yield from (_span(part) for part in ast.walk(node) if isinstance(part, ast.JoinedStr))
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import pytest
 
 MEMORY = 16 << 30  # bytes of address space a child may add: a mutant can allocate without end
+GRACE = 20.0  # seconds added to five times what tests take without a mutant
 OWN = ("granite_paged", "tests", "conftest", "tools", "__main__", "__mp_main__")
 OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line", "--color=no")
 
@@ -50,6 +51,14 @@ class Reach(NamedTuple):
     seconds: dict[str, float]
     lines: dict[str, dict[str, list[int]]]
     modules: list[str]
+
+
+class Part(NamedTuple):
+    """Tests of one file, all of them if none is named, and the time that they take."""
+
+    file: str
+    nodes: list[str]
+    seconds: float
 
 
 def in_child(work: Callable[[], int], limit: float) -> Run:
@@ -195,14 +204,17 @@ class _Recorder:
             self.lines[item.nodeid] = ran
 
 
-def record_reach(root: Path, file: str, modules: Collection[str], limit: float) -> Reach | str:
-    """Run the tests of a file and return what they reach, or pytest's output if they fail."""
+def record_reach(
+    root: Path, files: Sequence[str], modules: Collection[str], limit: float, *options: str
+) -> Reach | str:
+    """Run the tests of files and return what they reach, or pytest's output if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "reach.json")
 
         def work() -> int:
             recorder = _Recorder(root, modules)
-            status = pytest.main([*OPTIONS, file], plugins=[recorder, _NoShrinking()])
+            plugins = [recorder, _NoShrinking()]
+            status = pytest.main([*OPTIONS, *options, *files], plugins=plugins)
             others = [m for m in sys.modules if m.partition(".")[0] not in OWN]
             reach = Reach(recorder.seconds, recorder.lines, others)
             report.write_text(json.dumps(reach), encoding="utf-8")
@@ -211,7 +223,7 @@ def record_reach(root: Path, file: str, modules: Collection[str], limit: float) 
         run = in_child(work, limit)
         empty = int(pytest.ExitCode.NO_TESTS_COLLECTED)
         if run.status not in (0, empty) or not report.exists():
-            return f"{file}: exit status {run.status}\n{run.output[-2000:]}"
+            return f"{files[0]}: exit status {run.status}\n{run.output[-2000:]}"
         return Reach(*json.loads(report.read_text(encoding="utf-8")))
 
 
@@ -225,23 +237,21 @@ def warm_up(modules: Collection[str]) -> None:
                 continue
 
 
-def run_tests(
-    root: Path, module: str, source: str, file: str, nodes: Sequence[str], limit: float
-) -> Run:
-    """Run some tests of a file in a child, with one module changed."""
+def run_tests(root: Path, module: str, source: str, part: Part) -> Run:
+    """Run some tests of a file, or all where none is named, with one module changed."""
 
     def work() -> int:
         replace_module(root, module, source)
-        plugins = [_Selection(nodes), _NoShrinking()]
-        return int(pytest.main([*OPTIONS, file], plugins=plugins))
+        selection = [_Selection(part.nodes)] if part.nodes else []
+        return int(pytest.main([*OPTIONS, part.file], plugins=[*selection, _NoShrinking()]))
 
-    return in_child(work, limit)
+    return in_child(work, GRACE + 5 * part.seconds)
 
 
-def by_file(seconds: Mapping[str, float]) -> list[tuple[str, list[str], float]]:
-    """Group tests by file: names, fastest first, and their time together; fastest file first."""
+def by_file(seconds: Mapping[str, float]) -> list[Part]:
+    """Group tests by file, the fastest tests and files first."""
     files: dict[str, list[str]] = {}
     for node in sorted(seconds, key=lambda node: seconds[node]):
         files.setdefault(node.partition("::")[0], []).append(node)
-    groups = [(file, nodes, sum(seconds[n] for n in nodes)) for file, nodes in files.items()]
-    return sorted(groups, key=lambda group: group[2])
+    parts = [Part(file, nodes, sum(seconds[n] for n in nodes)) for file, nodes in files.items()]
+    return sorted(parts, key=lambda part: part.seconds)
