@@ -91,10 +91,9 @@ class PaddedBatch:
             PaddingError: for padding on the right, or a mask that shows what was padding.
             PromptError: for no rows or no columns.
         """
-        batch, tokens, padded, inside = len(started), None, None, False
+        batch, tokens, padded, inside, hidden_by = len(started), None, None, None, None
         if batch < 1 or columns < 1:
             raise PromptError("empty prompt: give every row at least one token")
-        hides = False
         if mask is not None:
             if tuple(mask.shape) != (batch, self.count + columns):
                 raise InvalidRequest(
@@ -105,8 +104,8 @@ class PaddedBatch:
             tokens = padded.bool().cpu()
             after_first = tokens.cumsum(dim=1).bool() | torch.tensor(started)[:, None]
             _refuse_right_padding(tokens, after_first)
-            inside = bool((after_first & ~tokens).any())
-            hides = self._hides(mask)
+            inside = padded if bool((after_first & ~tokens).any()) else None
+            hidden_by = mask if self._hides(mask) else None
             if bool(tokens.all()):
                 tokens = padded = None
         stored = self._extended(padded, batch, columns)
@@ -114,9 +113,9 @@ class PaddedBatch:
             count=columns,
             before=self.count,
             tokens=tokens,
-            mask=padded if inside else None,
+            mask=inside,
             stored=stored,
-            hidden_by=mask if hides else None,
+            hidden_by=hidden_by,
         )
 
     def extend(self, new: PaddedStep) -> None:

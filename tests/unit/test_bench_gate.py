@@ -143,6 +143,12 @@ def test_memory_of_default_times_1_015_fails() -> None:
     assert red(seen(memory=1.009 * 4 / 3), Against()) == []
 
 
+def test_memory_is_reported_in_gigabytes() -> None:
+    found = replace(seen(), peaks={"paged": 10**15, "default": 2 * 10**15})
+    (check,) = [c for c in checks_of(GATE, found, Against(), FLOOR) if c.law == LARGER]
+    assert (check.found, check.bound) == ("1000000.0000 GB", "1.01 x 2000000.0000 GB")
+
+
 def test_a_microsecond_is_never_a_loss() -> None:
     bound = bound_of([[1.0] * 10], 9)
     assert bound is not None
@@ -195,10 +201,29 @@ def test_a_swapped_comparison_fails() -> None:
     assert (check.verdict, back.verdict) == ("failed", "passed")
     assert float(check.found.split()[0]) == pytest.approx(1.2, rel=0.01)
     assert check.bound == "< 1.0250"
-    time = next(
-        c for c in checks_of(GATE, seen(loss=1.05), record(), FLOOR) if c.law == TIME_RECORD
-    )
-    assert float(time.found) > float(time.bound.removeprefix("<= "))
+    for loss, slower in ((1.0, False), (1.05, True)):
+        found = checks_of(GATE, seen(loss=loss), record(), FLOOR)
+        (time,) = [check for check in found if check.law == TIME_RECORD]
+        assert (float(time.found) > float(time.bound.removeprefix("<= "))) == slower
+
+
+@pytest.mark.parametrize(
+    ("low", "estimate", "high", "verdict"),
+    [
+        (1.030, 1.035, 1.040, "failed"),
+        (1.010, 1.015, 1.020, "passed"),
+        (1.015, 1.020, 1.035, "passed"),  # across the limit and narrow: the estimate decides
+        (1.015, 1.030, 1.035, "failed"),
+        (1.015, 1.020, 1.0397, "passed"),
+        (1.015, 1.020, 1.0398, "unmeasurable"),  # wider than 1.05 / 1.025
+    ],
+)
+@pytest.mark.parametrize("base", [1.0, 2.0])
+def test_an_interval_is_judged_by_its_place_and_width(
+    base: float, low: float, estimate: float, high: float, verdict: str
+) -> None:
+    interval = Interval(base * estimate, base * low, base * high)
+    assert judge_ratio(interval, base=base, seen=LAW_SEEN) == verdict
 
 
 # -- noise --------------------------------------------------------------------------------------
@@ -230,7 +255,23 @@ def test_visits_that_scatter_are_unmeasurable() -> None:
     assert scattered([1.0, 1.05, 0.95, 1.08, 1.0], SEEN)
     assert not scattered([1.0, 1.01, 0.99, 1.01, 1.0], SEEN)
     assert scattered([1.0], SEEN)
+    assert not scattered([1.0, 1.0], SEEN)
     assert TIME_RECORD in red(seen(noise=0.08), record())
+
+
+def test_visits_scatter_when_two_standard_errors_reach_half_way() -> None:
+    """Four visits at plus and minus s: the median's standard error is 0.7236 s."""
+    half_way = math.log(1.025) / 2 / 0.7236
+    for factor, verdict in ((0.98, False), (1.02, True)):
+        up, down = math.exp(factor * half_way), math.exp(-factor * half_way)
+        assert scattered([up, down, up, down], SEEN) == verdict
+
+
+def test_the_interval_is_students_with_one_degree_of_freedom_less_than_visits() -> None:
+    found = visit_ratio([math.exp(-0.01), 1.0, math.exp(0.01)], [1.0] * 3)
+    reach = 22.327 * 0.01 / math.sqrt(3)  # 0.999 quantile of Student's t with 2 degrees of freedom
+    assert math.log(found.high) == pytest.approx(reach, rel=1e-3)
+    assert math.log(found.low) == pytest.approx(-reach, rel=1e-3)
 
 
 def test_a_calibration_that_cannot_see_the_loss_is_not_green() -> None:
@@ -396,15 +437,30 @@ def test_a_published_figure_is_an_absolute_ceiling(
     assert [c.verdict for c in checks if c.law == "below the published figure"] == expected
 
 
+def test_a_published_figure_counts_a_query_of_the_batch() -> None:
+    eight = Gated("batch", Shape(8, 512), default=False)
+    row = PublishedRow("batch", "paged", 8, 512, ms_per_query=2.0, peak_gb=1.0)
+    study = Published("a study", "NVIDIA A100 80GB", ["granite-4.0-h-1b"], [row], [])
+    for seconds, peak, expected in (
+        (0.016, 1_010_000_000, ["passed", "passed"]),
+        (0.01601, 1_010_000_001, ["failed", "failed"]),
+    ):
+        found = Seen(paged=[seconds, seconds, 9.0], peaks={"paged": peak})
+        checks = checks_of(eight, found, Against(None, (study,)), None)
+        assert [check.verdict for check in checks] == expected
+        assert [check.bound for check in checks] == ["<= 2 ms", "1.01 x 1.0000 GB"]
+        assert [check.found.split()[0] for check in checks] == [f"{125 * seconds:.2f}", "1.0100"]
+
+
 def test_gated_shapes_are_those_that_are_promised() -> None:
-    places = {gated.place for gated in GATED}
-    assert {
-        ("decode", 128, 512),
-        ("decode", 1, 512),
-        ("batch", 32, 512),
-        ("context", 1, 131072),
-    } <= places
-    assert any(gated.case == "serve" for gated in GATED)
+    assert {(*gated.place, gated.time, gated.default, gated.seen) for gated in GATED} == {
+        *(("batch", batch, 512, True, True, 1.05) for batch in (8, 32)),
+        *(("context", 1, context, True, True, 1.05) for context in (512, 4096)),
+        ("context", 1, 131072, False, False, 1.05),  # the peak of a prompt of 128 Ki tokens
+        *(("decode", batch, 512, True, True, 1.05) for batch in (1, 8, 32, 128)),
+        ("serve", 64, 96, True, False, 1.10),
+    }
+    assert [gated.case for gated in GATED if not gated.on_device] == ["serve"]
 
 
 # -- repeating ----------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def test_gate_limits_lie_half_way_to_the_loss_to_detect() -> None:
         f"at least {calibration.LEAST:.0%}".replace("%", " %"),
         f"{judge.SEEN - 1:.0%} against the record".replace("%", " %"),
         f"{judge.ENGINE_SEEN - 1:.0%} for the engine".replace("%", " %"),
+        f"Less than {1e6 * judge.LEAST_SECONDS:g} microseconds",
+        f"{judge.LEAST_BYTES / 2**20:g} MiB more",
     ],
 )
 def test_the_documents_state_the_bounds(sentence: str) -> None:
