@@ -22,7 +22,8 @@ class Counter:
         """Add 1."""
         if n < most and n > 2:
             raise ValueError(f"{n + 1} is too few")
-        values = {**{"a": n}}
+        if limit := n:
+            values = {**{"a": limit}}
         return sum(
             value
             - 7
@@ -65,6 +66,19 @@ def test_an_entry_that_no_longer_matches_is_found(
     assert [text.partition(" `")[0] for text in found] == ([problem] if problem else [])
 
 
+def test_every_module_is_judged_by_tests_that_exist() -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.__main__ import read_judges  # noqa: PLC0415
+    from tools.mutants.forks import TIMED  # noqa: PLC0415
+
+    judges = read_judges()
+    files = {file for tests in judges.values() for file in tests}
+    assert all((ROOT / path).is_file() for path in {*judges, *files})
+    for node in TIMED:
+        file, _, test = node.partition("::")
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), node
+
+
 def test_mutants_are_named_by_function_statement_and_line(tmp_path: Path) -> None:
     pytest.importorskip("cosmic_ray")
     from tools.mutants.catalogue import mutants, mutate  # noqa: PLC0415
@@ -86,7 +100,7 @@ def test_mutants_are_named_by_function_statement_and_line(tmp_path: Path) -> Non
                 *(f"if n < most and n > {number}:" for number in (1, 3)),
             )
         ),
-        *(("Counter.add", (11, 15), False, line) for line in ("+ 7", "- 8", "- 6")),
+        *(("Counter.add", (12, 16), False, line) for line in ("+ 7", "- 8", "- 6")),
     }
 
 
@@ -98,6 +112,7 @@ def test_the_sample_does_not_depend_on_code_elsewhere(tmp_path: Path) -> None:
     before = sorted(mutant.rank(1) for mutant in mutants(tmp_path, module))
     (tmp_path / module).write_text(MODULE.replace('"""A module."""', "import ast\n"))
     assert sorted(mutant.rank(1) for mutant in mutants(tmp_path, module)) == before
+    assert len(set(before)) == len(before)
     assert sorted(mutant.rank(2) for mutant in mutants(tmp_path, module)) != before
 
 
@@ -135,3 +150,33 @@ def test_a_killed_mutant_names_the_file_and_a_survivor_does_not(
     assert "no recorded test reaches it" in survivor(unreached)
     assert verdicts["if n > 100:"].tests == 2
     assert "2 tests reach it" in survivor(verdicts["if n > 100:"])
+
+
+@pytest.mark.parametrize(
+    ("scores", "whole", "expected"),
+    [
+        ([(100, 100)], False, True),
+        ([(100, 99)], False, False),
+        ([(100, 97)], True, True),
+        ([(100, 96)], True, False),
+        ([(100, 100), (20, 19), (20, 20)], True, True),
+        ([(200, 200), (20, 18)], True, False),
+        ([(200, 200), (19, 14)], True, True),
+    ],
+    ids=str,
+)
+def test_the_scores_of_all_mutants_pass_from_a_threshold_on(
+    scores: list[tuple[int, int]], whole: bool, expected: bool
+) -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.__main__ import Verdict, passed  # noqa: PLC0415
+    from tools.mutants.catalogue import Mutant  # noqa: PLC0415
+
+    verdicts = [
+        Verdict(
+            Mutant(str(n), "", 0, 1, (1, 1), "", False, "", 1), "", "x" if i < killed else "", 0, 0
+        )
+        for n, (total, killed) in enumerate(scores)
+        for i in range(total)
+    ]
+    assert passed(verdicts, whole=whole) == expected

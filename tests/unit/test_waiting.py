@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from granite_paged.engine.job import State
+from granite_paged.engine.rank import PRIORITY_WORTH
 from granite_paged.engine.waiting import LateCleanups, WaitingQueue
 from granite_paged.errors import BrokenInvariant, QueueFull
 
@@ -65,6 +66,12 @@ def test_jobs_come_out_in_order_of_arrival_and_priority() -> None:
         first.state = State.DECODE
     assert found == [2, 0, 1]
     assert (len(queue), queue.jobs()) == (0, [])
+
+
+def test_arrivals_are_counted_one_by_one() -> None:
+    queue, _ = make_queue()
+    assert [queue.rank(0).place for _ in range(3)] == [1, 2, 3]
+    assert queue.rank(2) == (4 - 2 * PRIORITY_WORTH, 2)
 
 
 def test_room_counts_what_waits_and_what_comes() -> None:

@@ -4,8 +4,9 @@
     nox -s mutants -- --sample 60                        60 of them, the same ones for the same code
     nox -s mutants -- --module granite_paged/geometry.py
 
-Exit status: 0 every mutant was killed or is listed in `equivalent.toml`; 1 one survived; 2 nothing
-was judged: the list no longer matches the code, or the tests fail without a mutant.
+Exit status: 0 every mutant was killed or is listed in `equivalent.toml`; 1 one survived, or, where
+every mutant was judged, a score is below `LEAST_OF_MODULE` or `LEAST_OF_ALL`; 2 nothing was judged:
+the list no longer matches the code, or the tests fail without a mutant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from tools.mutants.catalogue import Mutant, mutants, mutate
@@ -29,6 +31,12 @@ from tools.mutants.equivalents import Equivalent, read_equivalents, stale
 from tools.mutants.forks import Part, Reach, by_file, record_reach, run_tests, warm_up
 
 KILLED, SURVIVED, UNUSABLE = 0, 1, 2
+
+LEAST_OF_MODULE, LEAST_OF_ALL = 0.95, 0.97
+"""Least score, as killed of those that are not equivalent: of each module with at least `ENOUGH`
+mutants, and of all together."""
+
+ENOUGH = 20
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".mutants.json"
@@ -187,6 +195,19 @@ def table(verdicts: Sequence[Verdict], equivalent: Mapping[str, int]) -> str:
     return "\n".join(lines)
 
 
+def passed(verdicts: Sequence[Verdict], *, whole: bool) -> bool:
+    """Whether no mutant survived; of all mutants, whether the scores are high enough."""
+    if not whole:
+        return all(verdict.by for verdict in verdicts)
+    modules: dict[str, list[bool]] = {}
+    for verdict in verdicts:
+        modules.setdefault(verdict.mutant.module, []).append(bool(verdict.by))
+    large = [killed for killed in modules.values() if len(killed) >= ENOUGH]
+    return fmean(bool(verdict.by) for verdict in verdicts) >= LEAST_OF_ALL and all(
+        fmean(killed) >= LEAST_OF_MODULE for killed in large
+    )
+
+
 def survivor(verdict: Verdict) -> str:
     """Describe a survivor: place, operator, and the line before and after."""
     mutant = verdict.mutant
@@ -255,7 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         rows = [{**v.mutant._asdict(), **v._asdict(), "mutant": v.line} for v in verdicts]
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return SURVIVED if any(not verdict.by for verdict in verdicts) else KILLED
+    whole = not (options.sample or options.module)
+    return KILLED if passed(verdicts, whole=whole) else SURVIVED
 
 
 def run(parts: Mapping[Mutant, list[Part]], jobs: int) -> list[Verdict]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,7 @@ class Mutant(NamedTuple):
         function: qualified name of the function or class around it; empty at module level.
         imported: whether the statement runs when the module is imported.
         source: the text of the line.
+        copy: how many mutants before it have the same operator, function and text of the line.
     """
 
     module: str
@@ -73,10 +75,11 @@ class Mutant(NamedTuple):
     function: str
     imported: bool
     source: str
+    copy: int
 
     def rank(self, seed: int) -> str:
         """Return a key to sample by, which does not depend on code elsewhere in the module."""
-        text = f"{seed} {self.module} {self.function} {self.operator} {self.source}"
+        text = f"{seed} {self.module} {self.function} {self.operator} {self.source} {self.copy}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -142,7 +145,8 @@ def mutants(root: Path, module: str) -> list[Mutant]:
     lines = source.split("\n")
     left_out, gaps, scopes = list(_left_out(tree)), list(_gaps(tree)), list(_scopes(tree))
     provider, nodes = OperatorProvider(), list(ast_nodes(get_ast(source)))
-    found = []
+    found: list[Mutant] = []
+    copies: Counter[tuple[str, str, str]] = Counter()
     for operator in OPERATORS:
         visitor = provider[operator]()
         places = [place for node in nodes for place in visitor.mutation_positions(node)]
@@ -156,8 +160,20 @@ def mutants(root: Path, module: str) -> list[Mutant]:
             around = [scope for scope in scopes if scope.span[0] <= line <= scope.span[1]]
             scope = around[-1] if around else _Scope((line, line), "", imported=True)
             text = lines[line - 1].strip()
-            found.append(Mutant(module, operator, occurrence, line, *scope, source=text))
+            copies[key := (operator, scope.function, text)] += 1
+            mutant = Mutant(module, operator, occurrence, line, *scope, text, copies[key])
+            if ":=" not in text or _is_python(mutate(root, mutant)[0]):
+                found.append(mutant)
     return found
+
+
+def _is_python(source: str) -> bool:
+    """Whether a text parses. cosmic-ray negates `x := y` without parentheses."""
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
 
 
 def mutate(root: Path, mutant: Mutant) -> tuple[str, str]:
