@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from granite_paged.errors import BrokenInvariant
 from granite_paged.paging.allocator import NULL_PAGE, PageAllocator
 from granite_paged.paging.page_table import UNHELD, PageTable
 from tests.helpers.strategies import CPU, PagedSequences, make_geometry
@@ -100,6 +101,21 @@ def test_growing_a_table_keeps_its_entries(rows: int, width: int, pages: int) ->
     assert (table.logical[5:] == UNHELD).all()
 
 
+@pytest.mark.parametrize(("asked", "width"), [(4, 4), (5, 8), (8, 8), (9, 9)])
+def test_a_table_that_is_too_narrow_doubles(asked: int, width: int) -> None:
+    table = PageTable(1, 4, 5, CPU)
+    table.fit(rows=2, width=asked, pages=5)
+    assert table.physical.shape == (2, width)
+
+
+def test_slots_follow_the_table_and_padding_goes_to_the_null_page() -> None:
+    table = written(PageTable(3, 2, 9, CPU), (0, 0, 3), (0, 1, 5), (1, 0, 7), (2, 0, 1), (2, 1, 4))
+    positions = torch.tensor([[0, 3, 4, 7], [1, -1, 2, -1]])
+    assert table.slots(positions, 4).tolist() == [[12, 15, 20, 23], [29, 0, 30, 0]]
+    assert table.slots(positions, 4, index(2, 1)).tolist() == [[4, 7, 16, 19], [29, 0, 30, 0]]
+    assert table.slots(positions[:1, :2], 4).dtype == torch.int64
+
+
 def test_a_table_that_fits_is_not_reallocated() -> None:
     """A captured graph holds its address."""
     table = PageTable(4, 4, 9, CPU)
@@ -137,6 +153,21 @@ def test_a_table_that_matches_the_allocator_is_valid() -> None:
     paged.open(3)
     paged.store.table.check_valid(paged.allocator, paged.rows)
     assert (paged.store.table.logical >= 0).sum() == paged.allocator.held
+
+
+def test_a_stale_entry_or_inverse_is_found() -> None:
+    allocator = PageAllocator(5, 4)
+    sequence = allocator.open()
+    writes = [write[1:] for write in allocator.append({sequence: 8}).writes]
+    table = written(PageTable(1, 2, 5, CPU), *((0, *write) for write in writes))
+    table.check_valid(allocator, [sequence])
+    table.physical[0, 1] = NULL_PAGE
+    with pytest.raises(BrokenInvariant, match="row 0: page table is stale"):
+        table.check_valid(allocator, [sequence])
+    table = written(PageTable(1, 2, 5, CPU), *((0, *write) for write in writes))
+    table.logical[4] = 0  # a page that no sequence holds
+    with pytest.raises(BrokenInvariant, match="page 4: the inverse map says 0"):
+        table.check_valid(allocator, [sequence])
 
 
 @pytest.mark.parametrize("entry", [(0, 2, 1), (2, 0, 1), (0, 0, 4)], ids=str)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.engine.detokenizer import Detokenizer
 from granite_paged.engine.prompts import check_tokens
-from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.request import COLDEST, SamplingParams
 from granite_paged.errors import InvalidArgument, InvalidSampling, PromptError
 
 WRONG: dict[str, Any] = {
@@ -55,6 +55,31 @@ WRONG_TYPES: dict[str, list[Any]] = {
 def test_a_parameter_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidSampling, match=f"^{name} must .*, got "):
         SamplingParams(**{name: value})
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    assert SamplingParams() == SamplingParams(
+        max_new_tokens=64,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        seed=0,
+        logprobs=None,
+        stop_tokens=None,
+        stop_strings=(),
+        n=1,
+        priority=0,
+        namespace="",
+    )
+
+
+def test_the_coldest_temperature_still_samples() -> None:
+    assert SamplingParams(temperature=COLDEST).samples
+    assert not SamplingParams(temperature=COLDEST / 2).samples
+    assert SamplingParams().greedy
+    for field in ({"temperature": 1.0}, {"repetition_penalty": 1.5}, {"logprobs": 0}):
+        assert not SamplingParams(**field).greedy
 
 
 def test_common_number_types_are_converted() -> None:

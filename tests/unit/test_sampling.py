@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from granite_paged.engine import sampling
 from granite_paged.engine.request import SamplingParams
 from granite_paged.engine.sampling import Draw, draw, gumbel, penalised, seen_tokens, truncated
 
@@ -111,6 +112,21 @@ def test_noise_has_the_moments_of_a_gumbel_distribution() -> None:
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
     assert noise.isfinite().all()
+
+
+def test_a_seed_gives_the_same_noise_in_every_version() -> None:
+    noise = gumbel([5, 2**62], [0, 9], torch.zeros(2, 4))
+    expected = [[3.52242899, 2.14760256, 1.04713106, 1.63097918]]
+    expected += [[-0.96836734, -0.08756146, 2.41244030, 0.20414476]]
+    torch.testing.assert_close(noise, torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_the_extremes_of_the_noise_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_mix_bits", lambda words: torch.tensor([[0, 2**32 - 1]]))
+    noise = gumbel([0], [0], torch.zeros(1, 2))
+    half = 2.0**-24  # of the 2**23 intervals of the uniform number that the noise comes from
+    assert noise[0, 0].item() == pytest.approx(-math.log(-math.log(half)))
+    assert noise[0, 1].item() == pytest.approx(-math.log(half), rel=1e-3)
 
 
 def test_noise_differs_by_seed_place_and_token() -> None:

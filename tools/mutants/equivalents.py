@@ -1,7 +1,7 @@
 """The list of mutants that no test can kill, because they change nothing: `equivalent.toml`.
 
-An entry names a mutant by texts, not by line numbers: the module, the function around it, the line
-as it stands and as the mutant has it. It gives the reason why both do the same.
+An entry names mutants by texts, not by line numbers: the module, the function around them, the line
+as it stands and as each mutant has it. It gives the reason why they do the same.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ class Equivalent(NamedTuple):
 
 
 def read_equivalents(path: Path = EQUIVALENTS) -> list[Equivalent]:
-    """Read the list. Raises TypeError for an entry that lacks a field or has another."""
+    """Read the list, an entry for each mutant. Raises TypeError or KeyError for other fields."""
     entries = tomllib.loads(path.read_text(encoding="utf-8")).get("equivalent", [])
-    return [Equivalent(**entry) for entry in entries]
+    return [
+        Equivalent(mutant=mutant, **{k: v for k, v in entry.items() if k != "mutants"})
+        for entry in entries
+        for mutant in entry["mutants"]
+    ]
 
 
 def stale(root: Path, equivalents: Iterable[Equivalent]) -> list[str]:
