@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ def test_overrides_win_and_none_stands_for_not_set() -> None:
 
 
 def test_max_length_counts_the_prompt_and_max_new_tokens_wins() -> None:
+    assert params_of(max_length=50).max_new_tokens == 50
     assert params_of({"prompt_tokens": 10}, max_length=50).max_new_tokens == 40
     assert params_of({"prompt_tokens": 10}, max_length=50, max_new_tokens=7).max_new_tokens == 7
     assert params_of({"prompt_tokens": 60, "max_new_tokens": 3}, max_length=50).max_new_tokens == 3
@@ -69,6 +71,17 @@ def test_fields_that_the_engine_ignores_are_named() -> None:
     assert ignored_fields(GenerationConfig(do_sample=True, top_p=0.5, num_beams=1)) == []
     found = ignored_fields(GenerationConfig(num_beams=4, no_repeat_ngram_size=3, min_p=0.1))
     assert sorted(found) == ["min_p", "no_repeat_ngram_size", "num_beams"]
+
+
+def test_the_values_of_ignored_fields_that_do_nothing_are_those_of_transformers() -> None:
+    defaults = GenerationConfig._get_default_generation_params()
+    assert ignored_fields(SimpleNamespace(**defaults)) == []
+    assert ignored_fields(SimpleNamespace(min_new_tokens=0, min_p=0.0, guidance_scale=1.0)) == []
+    assert ignored_fields(SimpleNamespace(min_new_tokens=-1, min_p=1, guidance_scale=2)) == [
+        "min_new_tokens",
+        "min_p",
+        "guidance_scale",
+    ]
 
 
 @pytest.mark.parametrize(("given", "expected"), [(5, {5}), ([5, 9], {5, 9}), ([], set())])

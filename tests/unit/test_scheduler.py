@@ -290,6 +290,18 @@ def test_a_long_continuation_is_scored_in_chunks() -> None:
     assert harness.runner.calls["score"] >= 5
 
 
+def test_a_context_scores_one_token_per_step_next_to_a_prompt_that_takes_the_budget() -> None:
+    options = {"step_tokens": 8, "state_bytes": 0}
+    harness = make_harness(options, rows=8, pages=200, chunk_tokens=8)
+    harness.score([1, 2, 3], [[4], [5], [6], [7, 8]])
+    ask(harness, range(10, 90), new=1)
+    for calls in (0, 1, 2, 3):
+        harness.step()
+        assert harness.runner.calls["score"] == calls, "one continuation of one token per step"
+    harness.drain()
+    assert harness.met["scored"] == 4
+
+
 @pytest.mark.parametrize(("count", "length"), [(100, 2), (400, 2), (100, 60)])
 def test_a_context_with_many_continuations_lets_a_later_prompt_in_at_once(
     count: int, length: int
