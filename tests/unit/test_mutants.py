@@ -5,11 +5,15 @@ What needs cosmic-ray runs in `nox -s mutants`, which has it, and is skipped els
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from tools.mutants.equivalents import Equivalent, read_equivalents, stale
+from tools.mutants.forks import Run, in_child
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,6 +154,19 @@ def test_a_killed_mutant_names_the_file_and_a_survivor_does_not(
     assert "no recorded test reaches it" in survivor(unreached)
     assert verdicts["if n > 100:"].tests == 2
     assert "2 tests reach it" in survivor(verdicts["if n > 100:"])
+
+
+def test_a_child_ends_by_its_status_its_time_or_an_error() -> None:
+    assert in_child(lambda: os.write(1, b"said\n") and 3, 9.0) == Run(3, "said\n")
+    assert in_child(lambda: time.sleep(9) or 0, 0.1).status is None
+
+    def crash() -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert in_child(crash, 9.0).status == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        in_child(lambda: 1 // 0, 9.0)
 
 
 @pytest.mark.parametrize(

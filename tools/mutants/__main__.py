@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+import pytest
+
 from tools.mutants.catalogue import Mutant, mutants, mutate
 from tools.mutants.equivalents import Equivalent, read_equivalents, stale
 from tools.mutants.forks import Part, Reach, by_file, record_reach, run_tests, warm_up
@@ -44,6 +46,8 @@ CACHE = ROOT / ".mutants.json"
 JUDGES = Path(__file__).with_name("judges.toml")
 NEED_A_GPU = ("granite_paged/runner/graph.py", "granite_paged/runner/triton_model.py")
 """Modules that no test without a GPU runs."""
+
+SURVIVES = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 TEST_TIME = 60.0  # seconds of tests per mutant, the fastest first
 FILE_LIMIT = 900.0  # seconds for one test file without a mutant
@@ -149,18 +153,18 @@ def judge(task: tuple[Path, Mutant, list[Part]]) -> Verdict:
     by, ran = "", 0
     for part in parts:
         ran += len(part.nodes)
-        if run_tests(root, mutant.module, source, part).status != 0:
+        if run_tests(root, mutant.module, source, part).status not in SURVIVES:
             by = part.file
             break
     return Verdict(mutant, line, by, time.perf_counter() - began, ran)
 
 
-def _passes(task: tuple[Path, str, str]) -> str:
-    """Return pytest's output if a file's tests fail without a mutant."""
-    root, module, file = task
+def _fails(task: tuple[Path, str, Part]) -> str:
+    """Return pytest's output if tests fail where a module is replaced by its own text."""
+    root, module, part = task
     source = (root / module).read_text(encoding="utf-8")
-    run = run_tests(root, module, source, Part(file, [], SAMPLE_TIME))
-    return "" if run.status == 0 else f"{file}: exit status {run.status}\n{run.output[-2000:]}"
+    run = run_tests(root, module, source, part)
+    return "" if run.status == 0 else f"{part.file}: exit {run.status}\n{run.output[-2000:]}"
 
 
 def split(
@@ -287,7 +291,7 @@ def run(parts: Mapping[Mutant, list[Part]], jobs: int) -> list[Verdict]:
     """Judge every mutant and print the survivors.
 
     Raises:
-        RuntimeError: if a file that killed one, and was not recorded, fails without a mutant.
+        RuntimeError: if tests that killed one fail without a mutant.
     """
     verdicts = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
@@ -295,8 +299,13 @@ def run(parts: Mapping[Mutant, list[Part]], jobs: int) -> list[Verdict]:
             verdicts.append(verdict)
             if not verdict.by:
                 print(survivor(verdict), flush=True)
-        killers = {v.by: v.mutant.module for v in verdicts if v.by and not v.tests}
-        for failure in pool.map(_passes, [(ROOT, m, file) for file, m in killers.items()]):
+        killers = {
+            v.by: (ROOT, v.mutant.module, part)
+            for v in verdicts
+            for part in parts[v.mutant]
+            if part.file == v.by
+        }
+        for failure in pool.map(_fails, killers.values()):
             if failure:
                 raise RuntimeError(f"tests fail without a mutant: {failure}")
     return verdicts

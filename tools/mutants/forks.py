@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -28,6 +29,7 @@ import pytest
 
 MEMORY = 16 << 30  # bytes of address space a child may add: a mutant can allocate without end
 GRACE = 20.0  # seconds added to five times what tests take without a mutant
+RAISED = 70  # exit status of a child whose work raised; pytest has none like it
 OWN = ("granite_paged", "tests", "conftest", "tools", "__main__", "__mp_main__")
 TIMED = (  # tests of times, whose failures depend on the load
     "tests/unit/test_scheduler.py::test_scheduling_256_sequences_is_fast",
@@ -71,7 +73,11 @@ class Part(NamedTuple):
 
 
 def in_child(work: Callable[[], int], limit: float) -> Run:
-    """Call `work` in a fork for at most `limit` seconds. What it prints is returned."""
+    """Call `work` in a fork for at most `limit` seconds. What it prints is returned.
+
+    Raises:
+        RuntimeError: if `work` raises.
+    """
     with tempfile.TemporaryFile() as output:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -80,11 +86,14 @@ def in_child(work: Callable[[], int], limit: float) -> Run:
             _be_child(work, output.fileno())
         status = _wait(child, limit)
         output.seek(0)
-        return Run(status, output.read().decode(errors="replace"))
+        text = output.read().decode(errors="replace")
+    if status == RAISED:
+        raise RuntimeError(text[-2000:])
+    return Run(status, text)
 
 
 def _be_child(work: Callable[[], int], output: int) -> None:
-    status = 70
+    status = RAISED
     try:
         os.setsid()  # so that what it starts ends with it
         os.dup2(output, 1)
@@ -95,6 +104,8 @@ def _be_child(work: Callable[[], int], output: int) -> None:
         status = work()
         sys.stdout.flush()
         sys.stderr.flush()
+    except BaseException:
+        os.write(output, traceback.format_exc().encode())
     finally:
         os._exit(status)
 
