@@ -297,7 +297,7 @@ def test_a_context_scores_one_token_per_step_next_to_a_prompt_that_takes_the_bud
     ask(harness, range(10, 90), new=1)
     for calls in (0, 1, 2, 3):
         harness.step()
-        assert harness.runner.calls["score"] == calls, "one continuation of one token per step"
+        assert harness.runner.calls["score"] == harness.runner.forked == calls, "one per step"
     harness.drain()
     assert harness.met["scored"] == 4
 
