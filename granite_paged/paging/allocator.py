@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from granite_paged.errors import (
@@ -62,8 +62,8 @@ class AppendPlan:
 
 @dataclass(slots=True)
 class _Sequence:
-    length: int = 0
-    pages: list[int] = field(default_factory=list)
+    length: int
+    pages: list[int]
 
 
 class PageAllocator:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from granite_paged.errors import (
+    BrokenInvariant,
     DoubleFree,
     GeometryError,
     InvalidRequest,
@@ -394,3 +395,29 @@ def test_unheld_pages_cannot_be_shared(pages: tuple[int, ...]) -> None:
         allocator.open(pages)
     assert allocator.sequences == (0,)
     assert allocator.open() == 1
+
+
+# -- proving ------------------------------------------------------------------------------------
+
+
+def test_a_length_that_does_not_fit_the_pages_is_found() -> None:
+    allocator = PageAllocator(5, 4)
+    sequence = allocator.open()
+    allocator.append({sequence: 8})
+    allocator.check_valid()
+    for wrong in (4, 9):
+        allocator._sequences[sequence].length = wrong
+        with pytest.raises(BrokenInvariant, match="pages/length"):
+            allocator.check_valid()
+
+
+def test_a_page_twice_in_one_sequence_is_found() -> None:
+    allocator = PageAllocator(5, 4)
+    sequence = allocator.open()
+    allocator.append({sequence: 8})
+    first, second = allocator.pages_of(sequence)
+    allocator._sequences[sequence].pages[1] = first  # all counts agree with that
+    allocator._references = {first: 2}
+    allocator._recycled.append(second)
+    with pytest.raises(BrokenInvariant, match="a page twice"):
+        allocator.check_valid()
