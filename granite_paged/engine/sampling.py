@@ -135,7 +135,7 @@ def _with_logprobs(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> Dra
     # the model's own distribution, before temperature, penalty and truncation
     logprobs = logits.float().log_softmax(dim=-1)
     top_tokens = _top(logits.float(), min(max(wanted), logits.shape[-1]))
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     return Drawn(tokens, chosen, logprobs.gather(1, top_tokens), top_tokens)
 
 

@@ -115,9 +115,10 @@ def test_noise_has_the_moments_of_a_gumbel_distribution() -> None:
 
 
 def test_a_seed_gives_the_same_noise_in_every_version() -> None:
-    noise = gumbel([5, 2**62], [0, 9], torch.zeros(2, 4))
+    noise = gumbel([5, 2**62, 4], [0, 9, 0], torch.zeros(3, 4))
     expected = [[3.52242899, 2.14760256, 1.04713106, 1.63097918]]
     expected += [[-0.96836734, -0.08756146, 2.41244030, 0.20414476]]
+    expected += [[4.43283319, 0.27797586, 2.55321717, -0.00315549]]
     torch.testing.assert_close(noise, torch.tensor(expected), rtol=1e-5, atol=0)
 
 
@@ -182,3 +183,41 @@ def test_logprobs_are_computed_before_truncation() -> None:
     expected = scores.log_softmax(-1)
     torch.testing.assert_close(drawn.logprobs, expected.gather(1, drawn.tokens[:, None])[:, 0])
     torch.testing.assert_close(drawn.top_logprobs, expected.topk(3).values)
+
+
+def test_the_penalty_divides_positive_logits_and_multiplies_others() -> None:
+    scores = torch.tensor([[0.5, -0.5, 0.0, 2.0, -2.0, 0.5]])
+    seen = torch.tensor([True, True, True, True, True, False])
+    found = penalised(scores, [wanted(seen=seen, repetition_penalty=2.0)])
+    assert found.tolist() == [[0.25, -1.0, 0.0, 1.0, -4.0, 0.5]]
+
+
+def test_a_row_remembers_its_own_token_only() -> None:
+    seen = [torch.zeros(4, dtype=torch.bool) for _ in range(2)]
+    scores = torch.eye(4)[[1, 3]]
+    draw(scores, [wanted(seen=tokens, repetition_penalty=2.0) for tokens in seen])
+    assert [tokens.nonzero().flatten().tolist() for tokens in seen] == [[1], [3]]
+
+
+@pytest.mark.parametrize("top_k", [0, VOCABULARY])
+def test_nothing_is_sorted_where_nothing_is_truncated(top_k: int) -> None:
+    scores = logits(2)
+    assert truncated(scores, [wanted(top_k=top_k)] * 2) is scores
+
+
+@pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-46}])
+def test_the_top_token_is_never_excluded(params: dict[str, Any]) -> None:
+    scores = logits(3)
+    kept = truncated(scores, [wanted(**params)] * 3) > -math.inf
+    assert kept.sum(dim=1).tolist() == [1, 1, 1]
+    assert kept.float().argmax(dim=1).tolist() == scores.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(1e-8, 2e-8), (-2e-8, -1e-8), (-1.0000001, -1.0), (-1.0, 0.0), (0.0, 1e-45), (-1e-45, 0.0)],
+)
+def test_top_tokens_are_ordered_to_the_last_bit(low: float, high: float) -> None:
+    found = draw(torch.tensor([[low, high]]), [wanted(logprobs=2)])
+    assert found.top_tokens is not None
+    assert found.top_tokens.tolist() == [[1, 0]]
