@@ -221,3 +221,17 @@ def test_top_tokens_are_ordered_to_the_last_bit(low: float, high: float) -> None
     found = draw(torch.tensor([[low, high]]), [wanted(logprobs=2)])
     assert found.top_tokens is not None
     assert found.top_tokens.tolist() == [[1, 0]]
+
+
+def test_zeros_of_either_sign_are_ordered_by_their_id() -> None:
+    found = draw(torch.tensor([[-0.0, 0.0, -0.0]]), [wanted(logprobs=3)])
+    assert found.top_tokens is not None
+    assert found.top_tokens.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("temperature", [0.25, 4.0])
+def test_logits_are_divided_by_the_temperature(temperature: float) -> None:
+    scores = logits(64)
+    warm = draw(scores, [wanted(n, temperature=temperature) for n in range(64)]).tokens
+    scaled = draw(scores / temperature, [wanted(n, temperature=1.0) for n in range(64)]).tokens
+    assert warm.tolist() == scaled.tolist()
