@@ -205,6 +205,11 @@ def test_nothing_is_sorted_where_nothing_is_truncated(top_k: int) -> None:
     assert truncated(scores, [wanted(top_k=top_k)] * 2) is scores
 
 
+def test_a_token_that_begins_at_top_p_is_excluded() -> None:
+    kept = truncated(torch.zeros(1, 2), [wanted(top_p=0.5)]).isfinite()
+    assert kept.tolist() == [[True, False]]
+
+
 @pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-6}, {"top_p": 1e-46}])
 def test_the_top_token_is_never_excluded(params: dict[str, Any]) -> None:
     scores = logits(3)
