@@ -8,6 +8,9 @@ BASELINES = ("default", "static")
 MODES = (*BASELINES, "paged")
 """All modes that are compared; `paged` is ours."""
 
+SERVING_ENGINES = ("paged", "vllm float32 state", "vllm defaults")
+"""What `bench serve --mode vllm` compares: our engine, and vLLM with two types of Mamba state."""
+
 CASE_NAMES = ("batch", "context", "decode", "kernel", "memory", "coldstart", "serve")
 """What `granite-paged bench` measures."""
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
+from granite_paged.bench.serve_results import Baseline, Served
 from granite_paged.bench.workload import FIRST_TOKEN, Arrival
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import OnToken, Request, SamplingParams
@@ -29,55 +30,14 @@ _NO_TOKEN = -1  # as the end-of-text token: answers never end early, so all mode
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """How a workload was served. Times are milliseconds: median and 99th percentile.
-
-    Attributes:
-        first_token_ms: from a request's arrival to its first token.
-        between_tokens_ms: from one token of a request to its next.
-    """
-
-    requests: int
-    output_tokens: int
-    seconds: float
-    tokens_per_second: float
-    first_token_ms: tuple[float, float]
-    between_tokens_ms: tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """How one of transformers' modes served the same requests.
-
-    Attributes:
-        speedup: output tokens per second of the engine, divided by those of this mode.
-        tokens_equal: share of requests that got the same tokens from the engine.
-    """
-
-    served: Served
-    speedup: float
-    tokens_equal: float
-
-
-@dataclass(frozen=True, slots=True)
 class ServingReport:
-    """How the engine and transformers' modes served a workload.
-
-    Attributes:
-        schedule_ms: scheduler time per engine step, on the host.
-        prefix_hit_rate: share of prompt tokens found in the prefix cache.
-        preempted: sequences that were preempted.
-    """
+    """How the engine and transformers' modes served a workload; see `ServeResult`."""
 
     engine: Served
     baselines: dict[str, Baseline]
     schedule_ms: float
     prefix_hit_rate: float
     preempted: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain types only."""
-        return asdict(self)
 
 
 @dataclass(slots=True)
@@ -92,29 +52,28 @@ class RequestTrace:
 def compare(
     engine: Engine,
     model: Any,
-    coming: Sequence[Arrival],
+    ours: Sequence[RequestTrace],
     *,
     modes: Sequence[str],
     batch: int,
     limit: int | None = None,
     progress: Progress = silent,
 ) -> ServingReport:
-    """Serve the requests with the engine, then with transformers.
+    """Serve with transformers the requests that the engine has served.
 
     Args:
-        engine: serves `paged`; its compiled shapes should be warm.
+        engine: has served the requests, and nothing after them.
         model: for transformers' modes; not patched.
-        coming: the requests, in order of arrival.
+        ours: the requests, in order of arrival, with the engine's tokens.
         modes, batch: names from `names.BASELINES`, and their batch size.
         limit: number of requests that these modes serve, from the first on; None for all.
         progress: called as requests finish.
     """
-    engine.generate([(FIRST_TOKEN,) * 8], SamplingParams(max_new_tokens=2))  # warms up, untimed
-    ours = serve(engine, coming, progress)
     by_engine, stats = summary(ours), engine.stats()
+    coming = [trace.arrival for trace in ours[:limit]]
     baselines = {}
     for mode in modes:
-        batches = Batches(model, coming[:limit], batch, static=mode == "static")
+        batches = Batches(model, coming, batch, static=mode == "static")
         batches.warm_up()
         theirs = batches.serve(mode, progress)
         served = summary(theirs)
@@ -128,6 +87,11 @@ def compare(
         prefix_hit_rate=stats.prefix_hit_rate,
         preempted=stats.preempted,
     )
+
+
+def warm_up(engine: Engine) -> None:
+    """Serve one short request, outside the timed region."""
+    engine.generate([(FIRST_TOKEN,) * 8], SamplingParams(max_new_tokens=2))
 
 
 def serve(

@@ -56,7 +56,7 @@ def plot(
 
     The figures show time and memory against batch and context, decode steps, and attention alone,
     with the floor. The original study's published curves are drawn in grey and labelled with their
-    GPU. Several results share the figures.
+    GPU. Several results share the figures. Reports of `bench serve` add tables, and no figures.
 
     \b
     granite-paged plot result.json --out golden/figures
@@ -64,6 +64,7 @@ def plot(
     granite-paged plot decode.json --markdown decode.md
     granite-paged plot result.json --out golden/figures --page docs/benchmarks.md
     """  # noqa: D301
+    from granite_paged.bench.serve_results import is_serve, read_serve, serve_table
     from granite_paged.files import write_file
     from granite_paged.report.bench_figures import draw_all
     from granite_paged.report.bench_results import read_result, writable_folder
@@ -77,10 +78,14 @@ def plot(
         raise click.UsageError("--page shows figures: pass --out DIR and leave --format at png")
     if page is not None:
         split_at(page, "bench")  # refuses a page without a place before anything is drawn
-    read = [read_result(path) for path in results]
+    served = [read_serve(path) for path in results if is_serve(path)]
+    read = [read_result(path) for path in results if not is_serve(path)]
+    if folder is not None and not read:
+        raise click.UsageError("reports of `bench serve` have no figures: pass --markdown alone")
     with keeping(lambda: _KEPT):
         if markdown_file is not None:
-            write_file(markdown_file, tables(read))
+            parts = filter(None, [tables(read), *map(serve_table, served)])
+            write_file(markdown_file, "\n".join(parts))
             click.echo(markdown_file)
         drawn = []
         if folder is not None:

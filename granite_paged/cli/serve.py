@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 from rich.table import Table
 
 from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.cli.options import (
+    FAILED,
     NATURAL,
     OK,
     POSITIVE,
@@ -27,7 +34,10 @@ from granite_paged.cli.options import (
 from granite_paged.names import BASELINES, MODES
 
 if TYPE_CHECKING:
-    from granite_paged.bench.serving import ServingReport
+    import torch
+
+    from granite_paged.bench.serve_results import ServeResult
+    from granite_paged.bench.vllm_serving import EngineRun, Rounds
     from granite_paged.geometry import PagedConfig
 
 _workload_options = options(
@@ -78,10 +88,15 @@ _workload_options = options(
 @option(
     "--mode modes",
     "Serve with this mode; may be repeated. `paged` is always served; `static` first "
-    "compiles for minutes.",
-    click.Choice(MODES),
+    "compiles for minutes; `vllm` starts vLLM twice.",
+    click.Choice((*MODES, "vllm")),
     multiple=True,
     default=("default", "paged"),
+)
+@option(
+    "--python",
+    "Run vLLM with this interpreter.  [default: the one that runs this command]",
+    metavar="PATH",
 )
 @option("--batch", "Batch size of transformers' modes.", POSITIVE, default=32)
 @option(
@@ -96,6 +111,7 @@ def serve(
     rows: int,
     batch: int,
     modes: tuple[str, ...],
+    python: str | None,
     batched_requests: int | None,
     json_file: str | None,
     **params: Any,
@@ -108,40 +124,168 @@ def serve(
     to the first token, time between tokens, time spent in the scheduler, and the share of prompt
     tokens found in the prefix cache.
 
+    `vllm` adds a comparison with vLLM, once with its Mamba states in float32 and once at its
+    defaults, in its own process and with as many rows as the engine. Each engine serves two rounds
+    of requests, sent at once, whose tokens nobody reads as they come; the second is this workload.
+
     \b
     granite-paged bench serve
     granite-paged bench serve --shared-tokens 96 --rate 50 --requests 200
     granite-paged bench serve --random-weights granite-4.0-h-1b --requests 512 --json serve.json
+    granite-paged bench serve --model ./granite --mode vllm --python /opt/vllm/bin/python
     """  # noqa: D301
-    from granite_paged.bench.serving import compare
-    from granite_paged.engine.engine import Engine
-    from granite_paged.environment import mamba_note
-
+    if python is not None and "vllm" not in modes:
+        raise click.UsageError("--python is the interpreter of vLLM: pass --mode vllm too")
     workload = Workload(**params)
-    loaded = choice.load()
-    coming = arrivals(workload, loaded.model.config.vocab_size, choice.seed)
-    config = sized(
-        choice.config, loaded.model, rows=min(rows, len(coming)), tokens=workload.longest
-    )
-    with (
-        progress("capture") as report_progress,
-        Engine(loaded.model, config, queue=len(coming), progress=report_progress) as engine,
-    ):
-        report = compare(
-            engine,
-            loaded.model,
-            coming,
+    python = python or sys.executable
+    if "vllm" in modes:
+        _check_vllm(python, workload)
+    with tempfile.TemporaryDirectory(prefix="granite-paged-") as folder:
+        ours = _serve_ours(
+            choice,
+            workload,
+            rows=rows,
             modes=[mode for mode in BASELINES if mode in modes],
             batch=batch,
             limit=batched_requests,
+            checkpoint=folder if "vllm" in modes else None,
+        )
+        result = ours.result
+        if ours.vllm is not None:
+            result = _serve_vllm(ours, python, json_file)
+    _print(result, report_console(json_file))
+    write_json(json_file, result.to_json())
+    return FAILED if any(row.error for row in result.rows) else OK
+
+
+@dataclass(frozen=True)
+class _Ours:
+    """What our engine and transformers' modes did, and what vLLM needs to do the same."""
+
+    result: ServeResult
+    run: EngineRun | None
+    rounds: Rounds
+    device: torch.device
+    vllm: dict[str, Any] | None  # arguments of vllm.LLM; None without vLLM
+
+
+def _serve_ours(
+    choice: ModelChoice,
+    workload: Workload,
+    *,
+    rows: int,
+    modes: Sequence[str],
+    batch: int,
+    limit: int | None,
+    checkpoint: str | None,
+) -> _Ours:
+    """Serve with the engine and transformers' modes; when this returns, their memory is free.
+
+    With `checkpoint`, an empty folder, random weights are saved there, and the engine serves two
+    rounds first, as vLLM will.
+    """
+    import torch
+
+    from granite_paged.bench.serve_results import ServeResult
+    from granite_paged.bench.serving import compare, warm_up
+    from granite_paged.bench.serving import serve as serve_arrivals
+    from granite_paged.bench.vllm_serving import (
+        EngineRun,
+        device_bytes,
+        serve_offline,
+        vllm_arguments,
+    )
+    from granite_paged.checkpoints import TINY_RECALL
+    from granite_paged.device import device_name, dtype_name
+    from granite_paged.engine.engine import Engine
+    from granite_paged.environment import versions
+
+    loaded = choice.load()
+    model, device = loaded.model, torch.device(loaded.model.device)
+    other, coming = (
+        arrivals(workload, model.config.vocab_size, seed) for seed in (choice.seed + 1, choice.seed)
+    )
+    count = len(coming)
+    config = sized(choice.config, model, rows=min(rows, count), tokens=workload.longest)
+    arguments = None
+    if checkpoint:
+        weights = choice.model or str(TINY_RECALL)
+        if choice.random_weights:
+            weights = checkpoint
+            model.save_pretrained(checkpoint)
+        arguments = vllm_arguments(
+            model, weights, rows=config.max_sequences or rows, seed=choice.seed
+        )
+    begin = time.perf_counter()
+    with (
+        progress("capture") as report_progress,
+        Engine(model, config, queue=count, progress=report_progress) as engine,
+    ):
+        warm_up(engine)
+        start_seconds = time.perf_counter() - begin
+        if checkpoint:
+            served = serve_offline(engine, other), serve_offline(engine, coming)
+            used = device_bytes(device)
+            engine.forget_prefixes()
+        traces = serve_arrivals(engine, coming, report_progress)
+        report = compare(
+            engine,
+            model,
+            traces,
+            modes=modes,
+            batch=batch,
+            limit=limit,
             progress=report_progress,
         )
-    console = report_console(json_file)
-    console.print(_table(report, loaded.name))
-    if (note := mamba_note()) and report.baselines:
-        console.print(note, soft_wrap=True)
-    write_json(json_file, {"workload": dataclasses.asdict(workload), **report.to_json()})
-    return OK
+    result = ServeResult(
+        device=device_name(device),
+        model=loaded.name,
+        dtype=dtype_name(model.dtype),
+        versions=versions(),
+        seed=choice.seed,
+        workload=workload,
+        engine=report.engine,
+        baselines=report.baselines,
+        schedule_ms=report.schedule_ms,
+        prefix_hit_rate=report.prefix_hit_rate,
+        preempted=report.preempted,
+    )
+    run = None
+    if checkpoint:
+        settings = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        run = EngineRun(served, start_seconds, result.versions, settings, used)
+    return _Ours(result, run, (other, coming), device, arguments)
+
+
+def _check_vllm(python: str, workload: Workload) -> None:
+    """Refuse, before the work, what cannot be served with vLLM."""
+    from granite_paged.bench.vllm_serving import check_vllm
+
+    if workload.rate:
+        raise click.UsageError("vLLM gets all requests at once: leave --rate at 0 for --mode vllm")
+    check_vllm(python)
+
+
+def _serve_vllm(ours: _Ours, python: str, json_file: str | None) -> ServeResult:
+    """Serve with vLLM in each of its settings; the file is written after each engine."""
+    from granite_paged.bench.serve_results import EngineRow
+    from granite_paged.bench.vllm_serving import OURS, SETTINGS, release_memory, row_of, run_vllm
+    from granite_paged.errors import Unsupported
+
+    assert ours.run is not None
+    assert ours.vllm is not None
+    release_memory(ours.device)
+    result = dataclasses.replace(ours.result, rows=[row_of(OURS, ours.run, ours.run)])
+    for engine, settings in SETTINGS.items():
+        if json_file != "-":
+            write_json(json_file, result.to_json())  # a crash or an interruption keeps the rows
+        try:
+            run = run_vllm(python, {**ours.vllm, **settings}, ours.rounds, ours.device)
+            row = row_of(engine, run, ours.run)
+        except Unsupported as error:
+            row = EngineRow(engine, len(ours.rounds[-1]), error=str(error))
+        result = dataclasses.replace(result, rows=[*result.rows, row])
+    return result
 
 
 def sized(config: PagedConfig, model: Any, *, rows: int, tokens: int) -> PagedConfig:
@@ -155,9 +299,31 @@ def sized(config: PagedConfig, model: Any, *, rows: int, tokens: int) -> PagedCo
     return dataclasses.replace(config, max_sequences=rows, max_tokens=tokens)
 
 
-def _table(report: ServingReport, model: str) -> Table:
+def _print(result: ServeResult, console: Console) -> None:
+    from granite_paged.bench.serve_results import COLUMNS, cells, conditions
+    from granite_paged.environment import mamba_note
+
+    console.print(_table(result))
+    if (note := mamba_note()) and result.baselines:
+        console.print(note, soft_wrap=True)
+    if not result.rows:
+        return
+    caption = "the second of two rounds; start is the time until the engine was ready"
+    title = f"serving beside vLLM, {result.model}"
+    table = table_of([""], COLUMNS, title=title, caption=caption)
+    for row in (row for row in result.rows if not row.error):
+        table.add_row(row.engine, *cells(row))
+    console.print(table)
+    for row in result.rows:
+        if row.error:
+            click.echo(conditions(row), err=True)
+        else:
+            console.print(conditions(row), soft_wrap=True, markup=False, highlight=False)
+
+
+def _table(report: ServeResult) -> Table:
     numbers = ("tokens/s", "first token p50", "p99", "between tokens p50", "p99")
-    table = table_of([""], numbers, title=f"serving, {model}", caption=_caption(report))
+    table = table_of([""], numbers, title=f"serving, {report.model}", caption=_caption(report))
     batched = {name: baseline.served for name, baseline in report.baselines.items()}
     for name, served in {"paged": report.engine, **batched}.items():
         times = (*served.first_token_ms, *served.between_tokens_ms)
@@ -165,7 +331,7 @@ def _table(report: ServingReport, model: str) -> Table:
     return table
 
 
-def _caption(report: ServingReport) -> str:
+def _caption(report: ServeResult) -> str:
     parts = [
         f"scheduler {report.schedule_ms:.3f} ms per step",
         f"{report.prefix_hit_rate:.0%} of prompt tokens from the prefix cache",
