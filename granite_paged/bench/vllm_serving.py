@@ -142,7 +142,7 @@ def run_vllm(
 def serve_offline(engine: Engine, coming: Sequence[Arrival]) -> ServedRound:
     """Submit all requests at once and step the engine until they are done.
 
-    Nobody reads tokens as they come, as in vLLM's `generate()`.
+    No tokens are streamed, as in vLLM's `generate()`.
     """
     started = time.perf_counter()
     requests = [

@@ -126,7 +126,7 @@ def serve(
 
     `vllm` adds a comparison with vLLM, once with its Mamba states in float32 and once at its
     defaults, in its own process and with as many rows as the engine. Each engine serves two rounds
-    of requests, sent at once, whose tokens nobody reads as they come; the second is this workload.
+    of requests, sent at once, whose tokens are not streamed; the second is this workload.
 
     \b
     granite-paged bench serve
