@@ -124,7 +124,11 @@ def run_vllm(
         ) as log:
             command = [python, str(_CHILD), str(asked), str(answer)]
             status = subprocess.run(
-                command, check=False, stdout=log, stderr=subprocess.STDOUT, env=_environment(device)
+                command,
+                check=False,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment_for(device),
             ).returncode
         if status:
             output = Path(log.name).read_text(encoding="utf-8", errors="replace")
@@ -213,7 +217,7 @@ def _plain(coming: Sequence[Arrival]) -> list[dict[str, Any]]:
     ]
 
 
-def _environment(device: torch.device) -> dict[str, str]:
+def environment_for(device: torch.device) -> dict[str, str]:
     """Return our environment variables, with this device as the only one, and output in order."""
     ours = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     if device.type == "cuda" and device.index:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from granite_paged.bench import vllm_serving
 from granite_paged.bench.serve_results import read_serve
-from granite_paged.cli.main import OK, USAGE, run
+from granite_paged.cli.main import INTERRUPTED, OK, USAGE, run
 from granite_paged.cli.options import FAILED, ModelChoice
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import Request
@@ -197,6 +198,34 @@ def test_a_crash_of_vllm_keeps_the_other_rows(
     assert line.startswith("vllm defaults: ")
     (log,) = re.findall(r"its output: (\S+)", line)
     assert "Traceback" in Path(log).read_text(encoding="utf-8")
+
+
+def test_an_interruption_keeps_the_rows_that_are_done(
+    called: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_vllm = vllm_serving.run_vllm
+
+    def interrupted(python: str, settings: Any, *others: Any) -> Any:
+        if "mamba_ssm_cache_dtype" not in settings:
+            raise KeyboardInterrupt
+        return run_vllm(python, settings, *others)
+
+    monkeypatch.setattr(vllm_serving, "run_vllm", interrupted)
+    status, file = serve(tmp_path)
+    assert status == INTERRUPTED
+    assert [row.engine for row in read_serve(file).rows] == list(SERVING_ENGINES[:2])
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "expected"),
+    [("", "cuda:1", "1"), ("4,6", "cuda:1", "6"), ("4,6", "cuda:0", "4,6"), ("4", "cpu", "4")],
+)
+def test_vllm_sees_the_device_of_the_engine(
+    visible: str, device: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    environment = vllm_serving.environment_for(torch.device(device))
+    assert environment["CUDA_VISIBLE_DEVICES"] == expected
 
 
 def test_other_work_than_asked_for_is_no_result(
