@@ -7,7 +7,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from tests.helpers.batch_files import (
     write_requests,
 )
 from tests.helpers.command_line import Capture, assert_one_line
+from tests.helpers.killed import kill_soon
 from tests.helpers.tiny_models import tiny_model
 
 REQUESTS = recall_requests(40)
@@ -272,26 +272,14 @@ def test_an_interrupted_batch_says_what_is_kept_and_resumes(
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 
-def kill_soon(command: list[str], output: Path, draw: random.Random) -> None:
-    """Start a batch and kill it some time after its first new answer, unless it ends before."""
-    before = output.stat().st_size if output.exists() else 0
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (output.exists() and output.stat().st_size > before):
-        time.sleep(0.002)
-    time.sleep(draw.uniform(0, 0.2))
-    process.kill()
-    process.wait()
-
-
 @pytest.mark.parametrize("seed", range(KILLS))
 @pytest.mark.usefixtures("one_load")
 def test_a_batch_killed_twice_resumes_to_the_same_bytes(seed: int, tmp_path: Path) -> None:
     requests = [*recall_requests(300, seed), "{broken"]
     source, output = write_requests(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "granite_paged", "batch", source, str(output), *SIZES]
     draw = random.Random(seed)
     for _ in range(2):
-        kill_soon(command, output, draw)
+        kill_soon(["batch", source, str(output), *SIZES], output, draw)
     assert batch(requests, tmp_path) == FAILED
     resumed = output.read_bytes()
     output.unlink()

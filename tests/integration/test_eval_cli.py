@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from granite_paged.evaluate.journal import Journal, held_run
 from granite_paged.report.eval_results import Difference
 from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.evaluation import MMLU, tiny_evaluation, write
+from tests.helpers.killed import kill_soon
 from tests.helpers.tiny_models import tiny_model
 
 FEW = ["--device", "cpu", "--limit", "3", "--seed", "7"]
@@ -201,28 +200,6 @@ def test_a_second_eval_on_one_output_is_refused(tmp_path: Path, capsys: Capture)
 
 KILLS = int(os.environ.get("GRANITE_PAGED_KILLS", "1"))  # runs, each of which is killed twice
 
-SCRIPT = """
-from granite_paged.cli import main
-from granite_paged.evaluate import tasks
-tasks.RECALL_LONGEST = 32
-main.main()
-"""
-
-
-def kill_soon(options: list[str], journal: Path, draw: random.Random) -> None:
-    """Start an eval and kill it some time after its first new answer, unless it ends before."""
-    before = journal.stat().st_size if journal.exists() else 0
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "eval", *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while process.poll() is None and (not journal.exists() or journal.stat().st_size <= before):
-        time.sleep(0.001)
-    time.sleep(draw.uniform(0, 0.1))
-    process.kill()
-    process.wait()
-
 
 def without_times(value: Any) -> Any:
     """Return a result without its command and without all that is measured."""
@@ -242,7 +219,7 @@ def test_a_run_killed_twice_resumes_to_the_same_result(seed: int, tmp_path: Path
     expected = without_times(json.loads(result.read_text()))
     options += ["--output", str(journal)]
     for _ in range(2):
-        kill_soon(options, journal, draw)
+        kill_soon(["eval", *options], journal, draw)
     assert run(["eval", *options]) == OK
     assert without_times(json.loads(result.read_text())) == expected
 
