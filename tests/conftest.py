@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -43,6 +44,10 @@ def sharded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     # workers share the cores: one thread each is faster, and fixes the order of sums
     torch.set_num_threads(1)
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        from tests.helpers import fast_interpreter  # noqa: PLC0415  # after TRITON_INTERPRET is set
+
+        fast_interpreter.install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.golden_models import DECODED, MODELS
+from tests.helpers.golden_models import CHUNK, DECODED, MODELS
 from tests.helpers.golden_runner import decoded, make_driver, prefilled, recorded
 from tests.helpers.tolerance import LOGITS_FLOAT32, largest_error
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 @every_model
 @both_models
 def test_runner_prefill_equals_golden_logits(name: str, kernels: bool) -> None:
-    logits = prefilled(make_driver(name, "cpu", kernels=kernels), name)
+    logits = prefilled(make_driver(name, "cpu", kernels=kernels), name, CHUNK)
     assert largest_error(logits, recorded("prefill", name)["prefill"][0, -1]) <= LOGITS_FLOAT32
 
 
@@ -31,6 +31,6 @@ def test_runner_prefill_equals_golden_logits(name: str, kernels: bool) -> None:
 @both_models
 def test_runner_decode_equals_golden_logits(name: str, kernels: bool) -> None:
     steps = INTERPRETED_STEPS if kernels else DECODED
-    logits = decoded(make_driver(name, "cpu", kernels=kernels), name, steps)
+    logits = decoded(make_driver(name, "cpu", kernels=False), name, steps, kernels=kernels)
     expected = recorded("chunked_prefill_then_decode", name)["decode"][:, :steps]
     assert largest_error(logits, expected) <= LOGITS_FLOAT32

@@ -42,5 +42,6 @@ Commands
 Faults
     faults            bugs of paging injected on purpose; a new check must detect one
     call_sites        every call that a step makes, and a fault at each
+    fast_interpreter  Triton's interpreter without most of its searches, for all tests
     compile_kernels   a program that compiles every Triton kernel for a GPU that is not present
 """

@@ -29,27 +29,42 @@ def make_driver(name: str, device: str, *, kernels: bool) -> Driver:
     """Build a float32 runner for a golden model, with the Triton kernels if `kernels`."""
     model = golden_model(name).model
     driver = Driver(model if device == "cpu" else _copy(name, device), CONFIG)
-    if kernels:  # a runner chooses them for half precision only, but they are right in every dtype
-        runner = driver.runner
-        runner._steps.model = TritonModel(model, runner.storage, "auto")
+    if kernels:
+        use_kernels(driver, name)
     return driver
 
 
-def prefilled(driver: Driver, name: str) -> Tensor:
-    """Return the logits of the golden prefill's last token, [V]."""
+def use_kernels(driver: Driver, name: str) -> None:
+    """Run the next steps with the Triton kernels.
+
+    A runner chooses them for half precision only, but they are right in every dtype.
+    """
+    runner = driver.runner
+    runner._steps.model = TritonModel(golden_model(name).model, runner.storage, "auto")
+
+
+def prefilled(driver: Driver, name: str, chunk: int = 37) -> Tensor:
+    """Return the logits of the golden prefill's last token, [V], after chunks of `chunk` tokens."""
     prompt = tokens(golden_model(name).model, (37,), seed=1).ids[0].tolist()
     driver.open(1)
-    return driver.prefill({1: prompt})[0].cpu()
+    for start in range(0, len(prompt), chunk):
+        logits = driver.prefill({1: prompt[start : start + chunk]})
+    return logits[0].cpu()
 
 
-def decoded(driver: Driver, name: str, steps: int = DECODED) -> Tensor:
-    """Return the logits of the first golden decode steps, in one batch, [rows, steps, V]."""
+def decoded(driver: Driver, name: str, steps: int = DECODED, *, kernels: bool = False) -> Tensor:
+    """Return the logits of the first golden decode steps, in one batch, [rows, steps, V].
+
+    With `kernels`, a runner in plain PyTorch fills the cache and the Triton kernels decode.
+    """
     golden = tokens(golden_model(name).model, (40, 31), seed=3)
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(golden.ids, golden.mask, strict=True)]
     for row, text in enumerate(rows, start=1):
         driver.open(row)
         for start in range(0, len(text) - DECODED, CHUNK):
             driver.prefill({row: text[start : min(start + CHUNK, len(text) - DECODED)]})
+    if kernels:
+        use_kernels(driver, name)
     logits = [
         driver.decode({row: text[at] for row, text in enumerate(rows, start=1)}).cpu().clone()
         for at in range(-DECODED, steps - DECODED)
