@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.helpers import fast_interpreter  # noqa: PLC0415  # after TRITON_INTERPRET is set
 
         fast_interpreter.install()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip a folder that `-m` selects nothing from, since to import its modules takes seconds."""
+    layer, expression = collection_path.name, config.option.markexpr
+    names = set(re.findall(r"\w+", expression)) - {"and", "or", "not"}
+    if collection_path.parent != TESTS or layer not in LAYERS or not names or names - {*LAYERS}:
+        return None
+    return None if eval(expression, {}, {name: name == layer for name in LAYERS}) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
-from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 from transformers import DynamicCache, StaticCache
 
 from granite_paged.bench.cases import Kind, Shape
@@ -149,6 +147,9 @@ def _next_token(model: Any, token: Tensor, cache: Any) -> Tensor:
 
 def _forget_compiled_step() -> None:
     """Drop the compiled code and graphs of `static`, which keep its cache alive."""
+    from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
     reset_code(_next_token.__code__)
     reset_cudagraph_trees()
 

@@ -220,8 +220,8 @@ class Suite:
         return self.run("--snapshot-update", **environment)
 
     def spread(self) -> pytest.RunResult:
-        """Run the suite over two workers of pytest-xdist."""
-        return self._pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "2")
+        """Run the suite in a worker of pytest-xdist."""
+        return self.run("-n", "1")
 
     def files(self) -> dict[str, tuple[bytes, int]]:
         """Return the bytes and the modification time of every golden file."""
