@@ -55,6 +55,8 @@ LEAST_BYTES = 2**21
 """Excess of peak memory that always passes: a block of the allocator."""
 
 CONFIDENCE = 0.998
+"""Of an interval of a ratio. Each end errs in 0.1 % of suites, so that with eight to ten such
+ratios at most `ALARMS` of the suites call identical code slower."""
 
 NOT_COMPARED = "not compared"
 TIME_LAW, MEMORY_LAW = "time as recorded", "memory as recorded"

@@ -54,6 +54,17 @@ def test_gate_limits_lie_half_way_to_the_loss_to_detect() -> None:
     assert judge.limit_of(judge.SEEN) - 1 > calibration.LEAST
 
 
+def test_the_intervals_share_the_false_alarms_of_a_suite() -> None:
+    ratios = sum(gated.time and gated.default for gated in judge.GATED)
+    assert 0.75 < ratios * (1 - judge.CONFIDENCE) / 2 / calibration.ALARMS <= 1
+
+
+@pytest.mark.parametrize(("suites", "enough"), [([5], True), ([4], False), ([3, 3], True)])
+def test_a_bound_needs_a_spread_of_four_degrees_of_freedom(suites: list[int], enough: bool) -> None:
+    sessions = [[1.0] * count for count in suites]
+    assert (calibration.bound_of(sessions, 9) is not None) == enough
+
+
 # -- documents ----------------------------------------------------------------------------------
 
 
