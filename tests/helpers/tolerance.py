@@ -21,6 +21,7 @@ __all__ = [
     "RECALL",
     "SDPA_RATIO",
     "WASTE",
+    "assert_as_defined",
     "assert_same_logits",
     "largest_error",
     "relative_error",
@@ -39,7 +40,17 @@ def assert_same_logits(actual: Tensor, expected: Tensor) -> None:
     """Check that float32 logits differ by rounding only: sums may be in another order."""
     error = largest_error(actual, expected)
     assert error <= LOGITS_FLOAT32, (
-        f"logits differ by {error:.1e} of the largest logit, the bound is {LOGITS_FLOAT32:.1e}"
+        f"logits differ by {error:.1e} of the largest logit, the bound is {LOGITS_FLOAT32:.1e}; "
+        "tests/golden/test_golden_logits.py says whether SDPA or paged moved"
+    )
+
+
+def assert_as_defined(actual: Tensor, expected: Tensor, bound: float) -> None:
+    """Check a kernel's result against that of the plain PyTorch or the formula that defines it."""
+    error = largest_error(actual, expected)
+    assert error <= bound, (
+        f"the kernel is off its definition by {error:.1e} of the largest value, the bound is "
+        f"{bound:.1e}; if the definition changed on purpose, change the kernel as well"
     )
 
 

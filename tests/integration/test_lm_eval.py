@@ -9,6 +9,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,14 @@ def assert_same_tokens(ours: Task, asked: list[list[tuple[str, str]]], hflm: Any
     assert len(ours.questions) == len(asked)
     for question, pairs in zip(ours.questions, asked, strict=True):
         encoded = [hflm._encode_pair(context, continuation) for context, continuation in pairs]
-        assert [list(question.request.context)] * len(pairs) == [context for context, _ in encoded]
-        assert [list(c) for c in question.request.continuations] == [c for _, c in encoded]
+        advice = (
+            f"our prompt of {question.key} is not that of lm-eval {version('lm-eval')}, which is "
+            f"{pairs[0][0]!r}; change granite_paged/evaluate/tasks.py to it"
+        )
+        request = question.request
+        same = [list(request.context)] * len(pairs) == [context for context, _ in encoded]
+        assert same, advice
+        assert [list(c) for c in request.continuations] == [c for _, c in encoded], advice
 
 
 def test_accuracy_equals_that_of_lm_eval(

@@ -51,8 +51,13 @@ def text_of(page: str) -> str:
 
 def assert_states(page: str, *sentences: str) -> None:
     text = text_of(page)
-    missing = [sentence for sentence in sentences if sentence not in text]
-    assert not missing, f"{page} must state what was measured or is configured"
+    missing = "".join(f"\n    {sentence}" for sentence in sentences if sentence not in text)
+    if missing:
+        pytest.fail(
+            f"the code or a record says what {page} does not. If that is intended, write there:"
+            f"{missing}",
+            pytrace=False,
+        )
 
 
 def project() -> dict[str, Any]:
