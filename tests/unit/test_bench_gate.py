@@ -50,6 +50,7 @@ from granite_paged.report.bench_results import (
 )
 from granite_paged.report.published import Published, PublishedRow
 
+RECORDS = Path(gate.__file__).parents[1] / "records"
 GATE = Gated("decode", Shape(1, 512))
 DEFAULT, RATIO = 0.075, 0.03  # seconds of a step of default; time of paged relative to it
 FLOOR = 0.001  # seconds
@@ -563,6 +564,26 @@ def test_a_record_of_this_device_model_and_kernels_is_compared(
     report = report_with(tmp_path, session, versions=versions)
     assert (report.passed, report.record) == (True, "recorded")
     assert TIME_RECORD in verdicts(report.checks)
+
+
+SHIPPED = [path for path in RECORDS.glob("*.json") if ".published." not in path.name]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_record_has_the_gates_contract(path: Path) -> None:
+    """No machine without its GPU compares with it, so a wrong one would refuse users only."""
+    found, ours = read_result(path), PagedConfig()
+    assert record_name(found.device, found.model, found.dtype) == path.name
+    if found.calibration is None:
+        return
+    made = (found.calibration.page_size, found.calibration.backend, found.calibration.visits)
+    if made != (ours.page_size, ours.backend, VISITS):
+        pytest.fail(
+            f"{path} was recorded with (page size, backend, visits) {made}, and the gate measures "
+            f"with {(ours.page_size, ours.backend, VISITS)}. If those are intended, record again "
+            "with `nox -s perf_record`; a record is never edited by hand",
+            pytrace=False,
+        )
 
 
 @pytest.mark.parametrize(

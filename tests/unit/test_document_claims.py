@@ -427,7 +427,7 @@ def test_the_glossary_states_the_size_of_a_mamba_state() -> None:
 
 
 def test_documents_state_constants_of_the_gate() -> None:
-    words = {3: "three", 5: "five"}
+    words = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     tries, blocks = words[gate.TRIES], words[visits.VISITS]
     assert_states(
         "docs/golden.md",

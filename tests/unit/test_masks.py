@@ -52,7 +52,7 @@ def seen(mask, row: int = 0, folded_row: int = 0) -> list[int]:
     ],
 )
 def test_a_query_sees_its_own_tokens_up_to_itself(position: int, slots: list[int]) -> None:
-    assert seen(make([[position], [0]])) == slots
+    assert seen(make([[position], [0]])) == slots, "the mask's slots, then those it must show"
 
 
 def test_the_tail_of_a_partly_filled_page_is_never_seen() -> None:
