@@ -509,8 +509,8 @@ def test_help_states_constants() -> None:
     assert f"{verify.DECODE_STEPS} decode steps" in shown("verify")
     rows = f"[default: {memory_plan.DEFAULT_SEQUENCES}; {answering._CPU_ROWS} on a CPU]"
     assert rows in shown("batch")
-    steps = ", ".join(map(str, (1, *tuning.ROW_TILES[:-1])))
-    assert f"decode steps of {steps} and {tuning.ROW_TILES[-1]} sequences" in shown("tune")
+    steps = ", ".join(map(str, (1, *tuning.ROW_TILES)))
+    assert f"matrix products of {steps} sequences" in shown("tune")
     assert {4: "one of four shared prefixes"}[Workload().kinds] in shown("bench serve")
     assert {3: "three tries"}[gate.TRIES] in shown("gate")
 
@@ -523,9 +523,9 @@ def test_help_of_bench_states_the_shapes_of_its_cases() -> None:
     sizes = {
         "batch": f"{batches['batch'][0]} to {batches['batch'][-1]} prompts of 512 tokens",
         "context": f"one prompt of {contexts['context'][0]} to {contexts['context'][-1]} tokens",
-        "decode": f"{batches['decode'][0]} to {batches['decode'][-1]} sequences of "
-        f"{contexts['decode'][0]} to {contexts['decode'][-1]} tokens",
-        "serve": " and of ".join(map(str, batches["serve"])) + " requests",
+        "decode": f"{batches['decode'][0]}-{batches['decode'][-1]} sequences of "
+        f"{contexts['decode'][0]}-{contexts['decode'][-1]} tokens",
+        "serve": " and ".join(map(str, batches["serve"])) + " seeded requests",
     }
     lines = (cli.commands["bench"].help or "").splitlines()
     for name, size in sizes.items():
