@@ -16,8 +16,7 @@ A slowdown of five per cent must be seen, so the limit lies half way, at 1.025::
                                           after three tries
 
 A suite whose own visits scatter so much that two standard errors reach half way is unmeasurable as
-well. Peak memory repeats to the byte, so it is compared directly, with 1 % for the allocator's
-rounding.
+well. Peak memory hardly varies, so it is compared directly, with 1 % for the allocator's rounding.
 """
 
 from __future__ import annotations

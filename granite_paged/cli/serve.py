@@ -88,7 +88,7 @@ _workload_options = options(
 @option(
     "--mode modes",
     "Serve with this mode; may be repeated. `paged` is always served; `static` first "
-    "compiles for minutes; `vllm` starts vLLM twice.",
+    "compiles first; `vllm` starts vLLM twice.",
     click.Choice((*MODES, "vllm")),
     multiple=True,
     default=("default", "paged"),

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -232,6 +233,43 @@ def test_limits_state_the_recorded_cold_start_of_one_process() -> None:
     )
 
 
+# -- the engine on an H100, from golden/engine ---------------------------------------------------
+
+
+def test_pages_state_the_session_on_an_h100() -> None:
+    path = ROOT / "golden" / "engine" / f"{H100}.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    median = statistics.median
+
+    def row(name: str, form: str) -> str:
+        times = (median(run[name][when]) for when in ("limit_on_every_step", "now"))
+        return " | ".join(form.format(each) for each in times)
+
+    two = run["two_gpus"]
+    ratios = [a / b for a, b in zip(two["one_seconds"], two["two_seconds"], strict=True)]
+    first, second, _ = run["shared_64x4096_32_seconds"]
+    assert_states(
+        "docs/benchmarks.md",
+        row("burst_128x1024x130_seconds", "{:.2f} s"),
+        row("mixed_512_tokens_per_second", "{:,.0f}"),
+        f"{first:.2f} s, {second:.2f} s",
+        f"{100 * run['batch_over_generate']:.1f} %",
+        f"{ratios[0]:.2f} and {ratios[1]:.2f} times",
+    )
+    assert_states(
+        "docs/limits.md",
+        f"answered {two['requests']:,} requests in half the time of one",
+        f"{two['equal_to_one_gpu_answering_each_share']:,} answers had the tokens",
+        f"and {two['equal_to_one_gpu_answering_all']} those of one that answers all",
+    )
+    warm = run["warm_up_seconds"]
+    empty, filled = f"{warm['empty_caches']:.0f} s", f"{median(warm['warm_caches']):.0f} s"
+    assert_states("README.md", f"on an H100 in {empty}, in {filled} the second time")
+    assert_states("docs/limits.md", f"took {empty} with empty caches and {filled} with warm ones")
+    overheads = [each["engine"] / each["runner"] for each in run["decode_step_ms"].values()]
+    assert max(overheads) < 1.05
+
+
 # -- vLLM, from golden/vllm ----------------------------------------------------------------------
 
 MODES_OF_VLLM = ("engine", "vllm_float32", "vllm_default")
@@ -277,7 +315,7 @@ def vllm_cells(row: dict[str, str], *, one_vllm: bool = False) -> dict[str, str]
 
 def test_the_benchmark_page_shows_the_comparison_with_vllm() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    section = page[page.index("## Compared with vLLM") : page.index("## Recorded measurements")]
+    section = page[page.index("## Compared with vLLM") : page.index("## Since that run")]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     cells = [(row["work"], *vllm_cells(row).values()) for row in vllm()["rows"]]
     assert rows == [f"| {' | '.join(row)} |" for row in cells]
