@@ -91,8 +91,8 @@ def _part(part: ScoreChunk) -> str:
 
 def test_a_long_prompt_joins_running_requests(golden_table: SnapshotAssertion) -> None:
     recorder = ScheduleRecorder(pages=40, rows=3, chunk_tokens=16)
-    recorder.ask([1, 2, 3], 9)
-    recorder.ask([4] * 5, 6)
+    recorder.ask([1, 2, 3], 9, streamed=True)
+    recorder.ask([4] * 5, 6, streamed=True)
     recorder.step()
     recorder.ask(list(range(60)), 3)
     recorder.ask([5], 2)

@@ -122,10 +122,10 @@ def serve_tables() -> Iterator[Table]:
     )  # fmt: skip
     baseline = SimpleNamespace(served=served, tokens_equal=0.99, speedup=7.5)
     report: Any = SimpleNamespace(
-        engine=served, baselines={"default": baseline, "static": baseline}, schedule_ms=0.123,
-        prefix_hit_rate=0.5, preempted=3,
+        model=WHERE["model"], engine=served, baselines={"default": baseline, "static": baseline},
+        schedule_ms=0.123, prefix_hit_rate=0.5, preempted=3,
     )  # fmt: skip
-    yield serve._table(report, WHERE["model"])
+    yield serve._table(report)
 
 
 def tune_tables() -> Iterator[Table]:
