@@ -245,7 +245,10 @@ def test_a_fault_at_any_call_of_user_code_ends_its_request_only(kind: str) -> No
 def test_a_fault_at_any_call_that_encodes_refuses_its_prompt_only() -> None:
     texts = ["w1 w2 w3", "w4 w5", "w6"]
     expected = [
-        expected_tokens(HashOracle(), Words()(text, add_special_tokens=False)["input_ids"], params(3)) for text in texts
+        expected_tokens(
+            HashOracle(), Words()(text, add_special_tokens=False)["input_ids"], params(3)
+        )
+        for text in texts
     ]
     for number in range(len(texts)):
         harness = EngineHarness(HashOracle(), {"tokenizer": Words()}, pages=40, rows=4)
