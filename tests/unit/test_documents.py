@@ -188,8 +188,8 @@ def test_the_evaluation_page_shows_the_recorded_results() -> None:
         assert part in text
 
 
-def test_the_session_of_ci_has_ray() -> None:
-    """Without it, tests/integration/test_ray.py is skipped."""
+def test_the_session_of_ci_has_ray_and_lm_eval() -> None:
+    """Without them, tests/integration/test_ray.py and test_lm_eval*.py are skipped."""
     (session,) = re.findall(r"\ndef tests\(.*?\n\n\n", read("noxfile.py"), flags=re.DOTALL)
-    assert 'package=".[ray]"' in session
+    assert 'package=".[ray,eval]"' in session
     assert '"--dist", "loadgroup"' in session, "each process would start a cluster"
