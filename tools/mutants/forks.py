@@ -33,7 +33,6 @@ RAISED = 70  # exit status of a child whose work raised; pytest has none like it
 OWN = ("granite_paged", "tests", "conftest", "tools", "__main__", "__mp_main__")
 TIMED = (  # tests of times, whose failures depend on the load
     "tests/unit/test_scheduler.py::test_scheduling_256_sequences_is_fast",
-    "tests/unit/test_bench_suites.py::test_a_visit_is_as_long_as_its_steps_allow",
     "tests/integration/test_engine_asyncio.py::test_a_request_during_a_step_does_not_block_the_loop",
     "tests/integration/test_engine_asyncio.py::test_a_disconnect_during_a_step_does_not_block_the_loop",
 )
