@@ -269,7 +269,9 @@ class Runner:
                 raise UnsupportedModel(what, "make another engine for it")
             self.fallback = self.fallback or triton_refusal(model, self.config.backend)
             parts = (self._storage, self.config, self.geometry, self.fallback)
+            late = self._steps.late
             self._steps = Steps(model, *parts)  # the captured ones read the old places
+            self._steps.late = late
         self._look = Look(model)
         return True
 

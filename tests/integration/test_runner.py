@@ -274,6 +274,15 @@ def test_close_releases_pages_and_states(driver: Driver) -> None:
     assert not any(reference() is not None for reference in held)
 
 
+def test_a_model_that_changes_loses_no_count_of_late_captures() -> None:
+    model = tiny_model()
+    runner = Driver(model, CONFIG).runner
+    runner._steps.late = 3
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())
+    assert runner.notice_changes(idle=True)
+    assert runner.late_captures == 3
+
+
 def test_the_memory_plan_equals_what_is_allocated(driver: Driver, model: Any) -> None:
     runner = driver.runner
     storage = runner.storage
