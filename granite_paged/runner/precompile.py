@@ -44,20 +44,20 @@ MOST_WORKERS = 8
 """A worker takes 0.5 GB of device memory for its context, and a core."""
 
 _CACHES = {"TORCHINDUCTOR_CACHE_DIR": "Inductor's", "TRITON_CACHE_DIR": "Triton's"}
+_SOURCES = ("layers", "paging", "runner")  # folders whose code decides what is compiled
 _READY = "compiled "
 _GOODBYE_SECONDS = 5.0
 
 
 @contextlib.contextmanager
 def compiled_ahead(
-    steps: Steps, shapes: Sequence[StepShape], content: Any
+    steps: Steps, shapes: Sequence[StepShape]
 ) -> Iterator[Callable[[StepShape], None]]:
     """Let workers compile steps of these shapes while the block runs.
 
     Args:
         steps: of one runner; pickled, they are what workers compile.
         shapes: in the order in which the block needs them.
-        content: what their kernels depend on, besides versions and the device.
 
     Yields:
         A function that waits until no worker will compile a shape any more.
@@ -66,7 +66,7 @@ def compiled_ahead(
     if count < 1:
         yield lambda shape: None
         return
-    note = keep_caches() / "granite_paged" / _digest(shapes, content)
+    note = keep_caches() / "granite_paged" / _digest(shapes, steps.content())
     if note.exists():
         yield lambda shape: None
         return
@@ -105,7 +105,8 @@ def _digest(shapes: Sequence[StepShape], content: Any) -> str:
     import triton  # not everywhere
 
     package = Path(__file__).parents[1]
-    sources = [sha256(file.read_text()) for file in sorted(package.glob("[lpr]*/**/*.py"))]
+    files = [file for name in _SOURCES for file in sorted((package / name).rglob("*.py"))]
+    sources = [sha256(file.read_text()) for file in files]
     versions = [torch.__version__, triton.__version__]
     return sha256([sources, versions, torch.cuda.get_device_name(), sorted(shapes), content])
 

@@ -64,7 +64,7 @@ class Steps:
     def warm_up(self, shapes: Sequence[StepShape], progress: Progress) -> None:
         """Compile steps of these shapes in several processes, and capture them here."""
         missing = [shape for shape in shapes if (*shape, shape[1] == 1) not in self._captured]
-        with compiled_ahead(self, missing, self._content()) as wait:
+        with compiled_ahead(self, missing) as wait:
             for done, (batch, length) in enumerate(missing, len(shapes) - len(missing)):
                 what = "decode" if length == 1 else "prefill"
                 progress(f"{what} {batch} x {length}", done, len(shapes))
@@ -79,6 +79,12 @@ class Steps:
     def forget(self) -> None:
         """Discard the captured steps. Each is captured again at its next use."""
         self._captured.clear()
+
+    def content(self) -> list[Any]:
+        """Return what the kernels depend on, apart from code, versions and the device."""
+        live, storage, config, geometry, _ = self._parts
+        tensors = [*storage.stacked, storage.pages.table.physical, storage.pages.table.logical]
+        return [live.config.to_dict(), geometry, config, [tuple(each.shape) for each in tensors]]
 
     # -- details --------------------------------------------------------------------------------
 
@@ -95,12 +101,6 @@ class Steps:
             step.capture(self._graphs, self._stream)
             self._captured[batch, length, decodes] = step
         return step
-
-    def _content(self) -> list[Any]:
-        """Return what the kernels depend on, apart from versions and the device."""
-        live, storage, config, geometry, _ = self._parts
-        tensors = [*storage.stacked, storage.pages.table.physical, storage.pages.table.logical]
-        return [live.config.to_dict(), geometry, config, [tuple(each.shape) for each in tensors]]
 
 
 @functools.cache

@@ -18,8 +18,13 @@ SHAPES = [(1, 32), (1, 64), (1, 1), (2, 1), (16, 32)]
 class Compiler:
     """In place of `Steps`: pickled, it is what a worker calls."""
 
-    def __init__(self, folder: Path, broken: tuple[int, int] | None = None) -> None:
-        self.folder, self.broken = folder, broken
+    def __init__(
+        self, folder: Path, broken: tuple[int, int] | None = None, content: str = "a"
+    ) -> None:
+        self.folder, self.broken, self._content = folder, broken, content
+
+    def content(self) -> str:
+        return self._content
 
     def compile(self, batch: int, length: int) -> None:
         if (batch, length) == self.broken:
@@ -40,8 +45,8 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def warm_up(compiler: Any, content: str = "a") -> None:
-    with compiled_ahead(compiler, SHAPES, content) as wait:
+def warm_up(compiler: Any) -> None:
+    with compiled_ahead(compiler, SHAPES) as wait:
         for shape in SHAPES:
             wait(shape)
 
@@ -50,7 +55,7 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
     caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = Compiler(caches / "done")
-    with compiled_ahead(compiler, SHAPES, "a") as wait:
+    with compiled_ahead(compiler, SHAPES) as wait:
         wait((1, 32))  # returns at once: this process compiles it
         for shape in SHAPES[1:]:
             wait(shape)
@@ -59,12 +64,12 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
     monkeypatch.setattr(precompile, "_Worker", None)
     warm_up(compiler)  # its kernels are in the caches
     with pytest.warns(UserWarning, match="a worker failed: 'NoneType'"):
-        warm_up(compiler, "another")
+        warm_up(Compiler(caches / "done", content="another"))
 
 
 def test_an_interrupted_warm_up_is_not_noted(caches: Path) -> None:
     def interrupt() -> None:
-        with compiled_ahead(Compiler(caches / "done"), SHAPES, "a"):
+        with compiled_ahead(Compiler(caches / "done"), SHAPES):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -81,7 +86,9 @@ def test_a_worker_that_fails_leaves_its_shapes_with_one_warning(caches: Path) ->
 
 
 def test_what_cannot_be_shared_is_compiled_here(caches: Path) -> None:
-    compiler = SimpleNamespace(compile=lambda batch, length: None)  # lambdas cannot be pickled
+    compiler = SimpleNamespace(
+        content=str, compile=lambda batch, length: None
+    )  # lambdas cannot be pickled
     with pytest.warns(UserWarning, match="one by one: a worker failed: .*pickle") as caught:
         warm_up(compiler)
     assert len(caught) == 1
