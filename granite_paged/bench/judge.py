@@ -54,8 +54,8 @@ LEAST_BYTES = 2**21
 """Excess of peak memory that always passes: a block of the allocator."""
 
 CONFIDENCE = 0.998
-"""Of an interval of a ratio. Each end errs in 0.1 % of suites, so that with eight to ten such
-ratios at most `ALARMS` of the suites call identical code slower."""
+"""Confidence level of a ratio's interval. Identical code lies beyond its upper end in 0.1 % of
+suites, so with eight to ten ratios at most a share of `ALARMS` of all suites calls it slower."""
 
 NOT_COMPARED = "not compared"
 TIME_LAW, MEMORY_LAW = "time as recorded", "memory as recorded"
