@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -90,6 +91,21 @@ def available_bytes(device: torch.device) -> int:
 def allocated_bytes(device: torch.device) -> int | None:
     """Return the bytes of live tensors on a GPU; None on other devices."""
     return int(torch.cuda.memory_allocated(device)) if device.type == "cuda" else None
+
+
+def release_memory(device: torch.device) -> None:
+    """Return to the device what freed models and engines held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def used_bytes(device: torch.device) -> int | None:
+    """Return the device memory in use, of all processes; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free)
 
 
 def graph_bytes(device: torch.device) -> int:

@@ -6,7 +6,6 @@ hold the device together: ours is freed before vLLM starts.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -194,21 +193,6 @@ def row_of(engine: str, run: EngineRun, ours: EngineRun) -> EngineRow:
         versions=run.versions,
         settings=run.settings,
     )
-
-
-def release_memory(device: torch.device) -> None:
-    """Return to the device what freed models and engines held."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def device_bytes(device: torch.device) -> int | None:
-    """Return the device memory in use, of all processes; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
 
 
 def _plain(coming: Sequence[Arrival]) -> list[dict[str, Any]]:

@@ -191,12 +191,11 @@ def _serve_ours(
     from granite_paged.bench.serving import serve as serve_arrivals
     from granite_paged.bench.vllm_serving import (
         EngineRun,
-        device_bytes,
         serve_offline,
         vllm_arguments,
     )
     from granite_paged.checkpoints import TINY_RECALL
-    from granite_paged.device import device_name, dtype_name
+    from granite_paged.device import device_name, dtype_name, used_bytes
     from granite_paged.engine.engine import Engine
     from granite_paged.environment import versions
 
@@ -225,7 +224,7 @@ def _serve_ours(
         start_seconds = time.perf_counter() - begin
         if checkpoint:
             served = serve_offline(engine, other), serve_offline(engine, coming)
-            used = device_bytes(device)
+            used = used_bytes(device)
             engine.forget_prefixes()
         traces = serve_arrivals(engine, coming, report_progress)
         report = compare(
@@ -269,7 +268,8 @@ def _check_vllm(python: str, workload: Workload) -> None:
 def _serve_vllm(ours: _Ours, python: str, json_file: str | None) -> ServeResult:
     """Serve with vLLM in each of its settings; the file is written after each engine."""
     from granite_paged.bench.serve_results import EngineRow
-    from granite_paged.bench.vllm_serving import OURS, SETTINGS, release_memory, row_of, run_vllm
+    from granite_paged.bench.vllm_serving import OURS, SETTINGS, row_of, run_vllm
+    from granite_paged.device import release_memory
     from granite_paged.errors import Unsupported
 
     assert ours.run is not None
