@@ -242,6 +242,18 @@ class UnsupportedModel(ModelError, TypeError):
         )
 
 
+class CannotBeExact(UnsupportedModel):
+    """Exact mode was asked for, and this model, device or use cannot run in it."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        ModelError.__init__(
+            self,
+            f"exact mode is not possible here: {reason}; "
+            "run without it (PagedConfig.exact, --exact)",
+        )
+
+
 class CheckpointError(ModelError):
     """A checkpoint that is missing, incomplete or corrupt."""
 

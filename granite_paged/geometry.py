@@ -43,6 +43,8 @@ class PagedConfig:
         check_finite: raise `NonFinite`, which names the part, after a step of `PagedCache` with
             NaN or infinity in K or V, in a later layer, or in the logits. This waits for the device
             twice per step. If False, such numbers count as 0 in K and V.
+        exact: give each request the same bits whatever else runs. Slower. Models and devices that
+            cannot do it are refused.
 
     Raises:
         GeometryError: for a value of the wrong type or out of range.
@@ -55,6 +57,7 @@ class PagedConfig:
     chunk_tokens: int = 2048
     backend: Backend = "auto"
     check_finite: bool = True
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name, least, optional in (
@@ -80,7 +83,8 @@ class PagedConfig:
         if self.chunk_tokens & (self.chunk_tokens - 1):
             raise GeometryError(f"chunk_tokens must be a power of two, got {self.chunk_tokens}")
         one_of("backend", self.backend, ("auto", "eager", "compiled"), error=GeometryError)
-        instance("check_finite", self.check_finite, bool, error=GeometryError)
+        for name in ("check_finite", "exact"):
+            instance(name, getattr(self, name), bool, error=GeometryError)
 
     @classmethod
     def checked(cls, config: PagedConfig | None) -> PagedConfig:

@@ -150,7 +150,9 @@ class Executor:
                 )
                 places.append(place)
                 tokens.append(job.continuation(number)[0])
-        return self._scored(scores_of(logits, self._upload(tokens), self._upload(places)), chunks)
+        targets, rows = self._upload(tokens), self._upload(places)
+        scores = scores_of(logits, targets, rows, exact=self._runner.config.exact)
+        return self._scored(scores, chunks)
 
     def _score(self, parts: Sequence[ScoreChunk]) -> list[PendingResult]:
         chunks, targets = [], []
@@ -194,7 +196,8 @@ class Executor:
         if decoded and all(job.greedy for job in jobs):
             drawn = Drawn(fed.index_select(0, rows))
         else:
-            drawn = draw(logits, [_draw_of(job, logits) for job in jobs])
+            exact = self._runner.config.exact
+            drawn = draw(logits, [_draw_of(job, logits) for job in jobs], exact=exact)
             fed.index_copy_(0, rows, drawn.tokens)
         fetch = Fetch(
             self._runner.device,

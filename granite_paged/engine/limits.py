@@ -40,8 +40,9 @@ STEP_CHUNKS = 4
 delay the first token (50 ms instead of 13 ms on an H200)."""
 
 SMALLEST_CHUNK = 256
-"""Smallest prefill chunk worth a call. Applies to attention-only models, whose prompts can be split
-anywhere; hybrids split at the Mamba chunk size (256 for Granite)."""
+"""Smallest prefill chunk worth a call. Applies where prompts can be split anywhere: those of
+attention-only models, and of exact mode on the CPU. Others split at the Mamba chunk size (256 for
+Granite)."""
 
 
 def check_options(
@@ -133,7 +134,7 @@ class Limits:
     ) -> Limits:
         """Return the limits of an engine on this runner."""
         stateful = bool(runner.geometry.mamba_layers)
-        smallest = runner.alignment if stateful else SMALLEST_CHUNK
+        smallest = runner.alignment if stateful and runner.alignment > 1 else SMALLEST_CHUNK
         return cls(
             rows=runner.rows,
             longest=runner.longest,

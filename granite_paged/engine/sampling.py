@@ -16,8 +16,12 @@ from torch import Tensor
 
 from granite_paged.device import upload
 from granite_paged.engine.request import SamplingParams
+from granite_paged.layers.logprobs import by_row, log_probabilities
 
 _LOW_32 = 0xFFFFFFFF
+_WHOLE = 2**40
+"""Probability 1 as an integer, while probabilities are summed."""
+
 _NOISE_BITS = 23  # of float32: noise in the middle of its 2**23 intervals is never 0 or 1
 
 
@@ -48,8 +52,11 @@ class Drawn:
     top_tokens: Tensor | None = None
 
 
-def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
-    """Draw one token per row of logits [n, V], of any float dtype."""
+def draw(logits: Tensor, draws: Sequence[Draw], *, exact: bool = False) -> Drawn:
+    """Draw one token per row of logits [n, V], of any float dtype.
+
+    exact: give a row the same bits whatever the other rows are.
+    """
     if all(wanted.params.greedy for wanted in draws):
         return Drawn(logits.argmax(dim=-1))
     scores = penalised(logits.float(), draws)
@@ -57,9 +64,9 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Drawn:
     sampled = [row for row, wanted in enumerate(draws) if wanted.params.samples]
     if sampled:
         rows = _tensor(sampled, logits)
-        tokens[rows] = _sampled(scores[rows], [draws[row] for row in sampled])
+        tokens[rows] = _sampled(scores[rows], [draws[row] for row in sampled], exact=exact)
     _remember(tokens, draws)
-    return _with_logprobs(tokens, logits, draws)
+    return _with_logprobs(tokens, logits, draws, exact=exact)
 
 
 def penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -78,8 +85,11 @@ def penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return logits.index_copy(0, at, torch.where(seen, pressed, picked))
 
 
-def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Return scores [n, V] with -inf where top-k or top-p excludes a token, never the top one."""
+def truncated(scores: Tensor, draws: Sequence[Draw], *, exact: bool = False) -> Tensor:
+    """Return scores [n, V] with -inf where top-k or top-p excludes a token, never the top one.
+
+    exact: as for `draw`.
+    """
     vocabulary = scores.shape[-1]
     if all(w.params.top_k in (0, vocabulary) and w.params.top_p == 1 for w in draws):
         return scores
@@ -87,11 +97,12 @@ def truncated(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
     most = [min(w.params.top_k or vocabulary, vocabulary) for w in draws]
     place = torch.arange(vocabulary, device=scores.device)
     kept = place < _tensor(most, scores)[:, None]
-    chances = ordered.masked_fill(~kept, -math.inf).softmax(dim=-1)
-    before = chances.cumsum(dim=-1) - chances
-    # float32 sums may pass 1 before the last token, which top_p = 1 includes
-    mass = [w.params.top_p if w.params.top_p < 1 else math.inf for w in draws]
-    kept &= (before < _column(mass, scores)) | (place == 0)
+    chances = by_row(_softmax, ordered.masked_fill(~kept, -math.inf), exact=exact)
+    fixed = (chances * _WHOLE).round().long()  # integers: their sums need no order
+    before = fixed.cumsum(dim=-1) - fixed
+    # the sum may pass 1 before the last token, which top_p = 1 includes
+    mass = [int(w.params.top_p * _WHOLE) if w.params.top_p < 1 else 2 * _WHOLE for w in draws]
+    kept &= (before < _tensor(mass, scores)[:, None]) | (place == 0)
     dropped = torch.zeros_like(kept).scatter_(1, tokens, ~kept)
     return scores.masked_fill(dropped, -math.inf)
 
@@ -116,10 +127,13 @@ def seen_tokens(tokens: Sequence[int], like: Tensor) -> Tensor:
 # -- details ------------------------------------------------------------------------------------
 
 
-def _sampled(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _sampled(scores: Tensor, draws: Sequence[Draw], *, exact: bool) -> Tensor:
+    if exact and len(draws) > 1 and not scores.is_cuda:  # the bits of a logarithm, see `by_row`
+        rows = zip(torch.split(scores, 1), draws, strict=True)
+        return torch.cat([_sampled(row.clone(), [wanted], exact=True) for row, wanted in rows])
     scaled = scores / _column([wanted.params.temperature for wanted in draws], scores)
     noise = gumbel([w.seed for w in draws], [w.place for w in draws], scores)
-    return (truncated(scaled, draws) + noise).argmax(dim=-1)
+    return (truncated(scaled, draws, exact=exact) + noise).argmax(dim=-1)
 
 
 def _remember(tokens: Tensor, draws: Sequence[Draw]) -> None:
@@ -128,12 +142,12 @@ def _remember(tokens: Tensor, draws: Sequence[Draw]) -> None:
             wanted.seen.index_fill_(0, tokens[row : row + 1], True)
 
 
-def _with_logprobs(tokens: Tensor, logits: Tensor, draws: Sequence[Draw]) -> Drawn:
+def _with_logprobs(tokens: Tensor, logits: Tensor, draws: Sequence[Draw], *, exact: bool) -> Drawn:
     wanted = [w.params.logprobs for w in draws if w.params.logprobs is not None]
     if not wanted:
         return Drawn(tokens)
     # the model's own distribution, before temperature, penalty and truncation
-    logprobs = logits.float().log_softmax(dim=-1)
+    logprobs = log_probabilities(logits, exact=exact)
     top_tokens = _top(logits.float(), min(max(wanted), logits.shape[-1]))
     chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
     return Drawn(tokens, chosen, logprobs.gather(1, top_tokens), top_tokens)
@@ -150,6 +164,10 @@ def _top(scores: Tensor, most: int) -> Tensor:
     from_end = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
     keys = (rising << 32) | from_end
     return scores.shape[-1] - 1 - (keys.topk(most, dim=-1).values & _LOW_32)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(dim=-1)
 
 
 def _tensor(numbers: Sequence[int], like: Tensor) -> Tensor:

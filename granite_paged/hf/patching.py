@@ -35,6 +35,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import eager
 from granite_paged.device import finite_rows
 from granite_paged.errors import (
     AlreadyPatched,
+    CannotBeExact,
     GeometryError,
     InferenceOnly,
     InvalidRequest,
@@ -106,11 +107,14 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
 
     Raises:
         UnsupportedModel: for any other model, or one on several devices.
+        CannotBeExact: in exact mode.
         GeometryError: for sizes that cannot be paged.
         AlreadyPatched: if the model is patched.
     """
     config = PagedConfig.checked(config)
     check_supported(model)
+    if config.exact:
+        raise CannotBeExact("generate() of a patched model has no exact form yet, an Engine has")
     if is_patched(model):
         raise AlreadyPatched("this model is patched already; call unpatch(model) first")
     CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)

@@ -6,6 +6,7 @@
     check_compilable    refuse sizes and dtypes that the fused kernel cannot compute
     kernel_refusal      why the package's Triton kernels cannot run on a device and dtype
     triton_refusal      why a runner uses `EagerModel` and not `TritonModel` with CUDA graphs
+    exact_refusal       why a runner cannot give the same bits whatever else runs
     warn_if_slow        tell the user about it, once per process
 
 A refusal is a reason in words, for a warning or an error; an empty string means that nothing is in
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import shutil
 import threading
@@ -24,8 +26,9 @@ from typing import Any
 
 import torch
 
-from granite_paged.errors import GeometryError
+from granite_paged.errors import CannotBeExact, GeometryError
 from granite_paged.geometry import Backend
+from granite_paged.layers.mamba import MambaSizes, mixers
 from granite_paged.layers.modules import changed_part
 
 HALF = (torch.bfloat16, torch.float16)
@@ -113,6 +116,29 @@ def kernel_refusal(
     if dtype not in HALF:
         return f"{dtype} is computed in full precision".replace("torch.", "")
     return _cannot_compile(device) or _too_old(device, _KERNEL_CAPABILITY)
+
+
+def exact_refusal(model: Any, backend: Backend) -> str:
+    """Return why a runner cannot run this model in exact mode; empty where it can.
+
+    model: a `GraniteMoeHybridForCausalLM`.
+    """
+    if changed := changed_part(model):
+        return f"{changed}, and its arithmetic may depend on what else runs"
+    limits = {MambaSizes.of(mixer).time_step_limit for mixer in mixers(model).values()}
+    if limits - {(0.0, math.inf)}:
+        return "transformers applies this model's time_step_limit to prompts, not to new tokens"
+    if model.device.type == "cpu":
+        return "backend 'compiled' sums blocks of tokens" if backend == "compiled" else ""
+    if model.config.num_local_experts:
+        return "experts have no exact kernel"
+    return triton_refusal(model, backend) or "a GPU has no exact kernels yet"
+
+
+def check_exact(model: Any, backend: Backend) -> None:
+    """Raise CannotBeExact, with the reason, where `exact_refusal` gives one."""
+    if reason := exact_refusal(model, backend):
+        raise CannotBeExact(reason)
 
 
 def warn_if_slow(refusal: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -4,7 +4,8 @@ transformers' decoder layer is a short frame around its parts: norm, mixer, scal
 MLP, scaled residual. Two models keep that frame and use the weights of the live modules.
 `EagerModel` calls the modules themselves, on any device and dtype. `TritonModel`
 (`triton_model.py`) computes in half precision on a GPU. `layers/backend.py` says which one runs. In
-both, attention is FlexAttention over the pool.
+both, attention is FlexAttention over the pool. `ExactModel` (`exact_model.py`) is `EagerModel` for
+exact mode on the CPU, one token at a time.
 """
 
 from __future__ import annotations
@@ -118,18 +119,17 @@ class EagerModel:
         query, key, value = (by_head(part, attention.head_dim) for part in projected)
         if rotary is not None:
             query, key = apply_rotary_pos_emb(query, key, *rotary)
-        pool = self._storage.pages.pools[index]
         self._write(index, key, value, step)
-        out = paged_attention(
-            query,
-            pool.keys,
-            pool.values,
-            step.block_mask,
-            scale=attention.scaling,
-            backend=self._backend,
-        )
+        out = self._attend_pages(index, query, step, attention.scaling)
         attended: Tensor = attention.o_proj(out.transpose(1, 2).flatten(2))
         return attended
+
+    def _attend_pages(self, index: int, query: Tensor, step: ModelStep, scale: float) -> Tensor:
+        """Attend over the pool of a layer. query and result: [B, Hq, S, D]."""
+        pool = self._storage.pages.pools[index]
+        return paged_attention(
+            query, pool.keys, pool.values, step.block_mask, scale=scale, backend=self._backend
+        )
 
     def _write(self, index: int, key: Tensor, value: Tensor, step: ModelStep) -> None:
         """Store new K and V, and flag the rows in which they were not finite."""

@@ -30,7 +30,8 @@ from granite_paged.device import available_bytes, to_device
 from granite_paged.errors import InvalidRequest, PromptError, UnsupportedModel
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.hf.patching import is_patched
-from granite_paged.layers.backend import triton_refusal, warn_if_slow
+from granite_paged.layers.backend import check_exact, triton_refusal, warn_if_slow
+from granite_paged.layers.logprobs import log_probabilities
 from granite_paged.layers.mamba import mixers
 from granite_paged.layers.modules import check_model
 from granite_paged.paging.allocator import AppendPlan
@@ -104,6 +105,8 @@ class Runner:
         self.row_bytes = row_bytes(model)
         layers = mixers(model)
         self.alignment = max((mixer.chunk_size for mixer in layers.values()), default=1)
+        if config.exact and self.device.type == "cpu":
+            self.alignment = 1  # each token is computed by itself
         self.shapes = Shapes(
             config.chunk_tokens, self.rows, captured=not fallback, alignment=self.alignment
         )
@@ -122,12 +125,15 @@ class Runner:
         Raises:
             OutOfMemory: with the bytes needed and free.
             UnsupportedModel, GeometryError: see `check_model` and `CacheGeometry.from_config`.
+            CannotBeExact: see `check_exact`.
         """
         check_model(model)
         config = PagedConfig.checked(config)
         geometry = CacheGeometry.from_config(
             model.config, page_size=config.page_size, dtype=model.dtype
         )
+        if config.exact:
+            check_exact(model, config.backend)
         fallback = triton_refusal(model, config.backend)
         warn_if_slow(fallback, model.device, model.dtype)
         return cls(model, config, geometry, fallback)
@@ -188,7 +194,8 @@ class Runner:
             wanted = [target for member in members for target in targets[member]]
             at, after = to_device(self.device, torch.tensor(places), torch.tensor(wanted))
             hidden = self._run_chunks(chunks, step).hidden
-            scores = _scored(self._steps.model, hidden.flatten(0, 1).index_select(0, at), after)
+            at_targets = hidden.flatten(0, 1).index_select(0, at)
+            scores = _scored(self._steps.model, at_targets, after, exact=self.config.exact)
             by_chunk = (torch.split(part, counts) for part in scores)
             found.update(zip(members, map(Scores, *by_chunk), strict=True))
         in_order = [found[i] for i in range(len(chunks))]
@@ -256,6 +263,7 @@ class Runner:
 
         Raises:
             UnsupportedModel: if it cannot be run any more, or has another dtype or device.
+            CannotBeExact: if it cannot be run in exact mode any more.
         """
         model, idle = self._live, idle or self.device.type == "cpu"
         has_moved = self._look.has_moved()
@@ -267,6 +275,8 @@ class Runner:
             if (model.dtype, model.device) != (self.dtype, self.device):
                 what = f"a model that became {model.dtype} on {model.device}"
                 raise UnsupportedModel(what, "make another engine for it")
+            if self.config.exact:
+                check_exact(model, self.config.backend)
             self.fallback = self.fallback or triton_refusal(model, self.config.backend)
             parts = (self._storage, self.config, self.geometry, self.fallback)
             late = self._steps.late
@@ -359,13 +369,13 @@ class Runner:
 
 
 @torch.inference_mode()
-def _scored(model: EagerModel, hidden: Tensor, targets: Tensor) -> Scores:
+def _scored(model: EagerModel, hidden: Tensor, targets: Tensor, *, exact: bool) -> Scores:
     """Score targets [n] after hidden states [n, hidden], a part at a time."""
     logprobs, greedy = [], []
     for part, wanted in zip(
         torch.split(hidden, SCORED_AT_ONCE), torch.split(targets, SCORED_AT_ONCE), strict=True
     ):
-        scores = scores_of(model.logits(part), wanted)
+        scores = scores_of(model.logits(part), wanted, exact=exact)
         logprobs.append(scores.logprobs)
         greedy.append(scores.greedy)
     return Scores(torch.cat(logprobs), torch.cat(greedy))
@@ -386,11 +396,15 @@ def _check_chunk(chunk: Chunk, chunk_tokens: int, longest: int) -> None:
         )
 
 
-def scores_of(logits: Tensor, targets: Tensor, rows: Tensor | None = None) -> Scores:
+def scores_of(
+    logits: Tensor, targets: Tensor, rows: Tensor | None = None, *, exact: bool = False
+) -> Scores:
     """Score targets [n] after logits [n, V], or each after the row of logits that `rows` names.
 
-    rows: [n] int64.
+    Args:
+        rows: [n] int64.
+        exact: give a row the same bits whatever the other rows are.
     """
     at = torch.arange(len(targets), device=targets.device) if rows is None else rows
-    logprobs = logits.log_softmax(dim=1, dtype=torch.float32)
+    logprobs = log_probabilities(logits, exact=exact)
     return Scores(logprobs[at, targets], logits.argmax(dim=1)[at] == targets)

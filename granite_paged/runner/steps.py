@@ -10,7 +10,9 @@ import torch
 
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
+from granite_paged.layers.backend import check_exact
 from granite_paged.progress import Progress
+from granite_paged.runner.exact_model import ExactModel
 from granite_paged.runner.graph import CapturedStep
 from granite_paged.runner.model import EagerModel
 from granite_paged.runner.precompile import StepShape, compiled_ahead
@@ -111,8 +113,15 @@ def _capture_stream(device: torch.device) -> Any:
 
 
 def _model(model: Any, storage: Storage, config: PagedConfig, fallback: str) -> EagerModel:
+    if config.exact:
+        return _exact_model(model, storage, config)
     if fallback:
         return EagerModel(model, storage, config.backend)
     from granite_paged.runner.triton_model import TritonModel  # needs Triton
 
     return TritonModel(model, storage, config.backend)
+
+
+def _exact_model(model: Any, storage: Storage, config: PagedConfig) -> EagerModel:
+    check_exact(model, config.backend)
+    return ExactModel(model, storage, config.backend)

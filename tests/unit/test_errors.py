@@ -12,6 +12,7 @@ import pytest
 from granite_paged import errors
 from granite_paged.errors import (
     CallbackFailed,
+    CannotBeExact,
     CannotWrite,
     CheckpointError,
     DataError,
@@ -49,6 +50,7 @@ EXAMPLES = [
     DoubleFree(7),
     NonFinite([2, 6]),
     UnsupportedModel("model type 'llama'"),
+    CannotBeExact("experts have no exact kernel"),
     GeometryError("page_size must be a power of two, got 12"),
     InvalidRequest("sequence 3 cannot grow by -1 tokens"),
     CheckpointError("model.safetensors is missing"),

@@ -31,6 +31,7 @@ def test_no_config_means_the_documented_defaults() -> None:
         chunk_tokens=2048,
         backend="auto",
         check_finite=True,
+        exact=False,
     )
 
 
