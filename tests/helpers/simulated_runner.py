@@ -120,7 +120,7 @@ class SimulatedRunner:
         self.oracle = oracle
         self.vocabulary = oracle.vocabulary
         self.rows, self.pages = rows, pages
-        self.config = SimpleNamespace(page_size=page_size)
+        self.config = SimpleNamespace(page_size=page_size, exact=False)
         self.geometry = SimpleNamespace(
             mamba_layers=(0,) if stateful else (),
             bytes_per_page=10,
