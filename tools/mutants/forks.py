@@ -7,6 +7,7 @@ itself; a child imports the project, with one module changed, and runs the tests
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -37,7 +38,9 @@ TIMED = (  # tests of times, whose failures depend on the load
     "tests/integration/test_engine_asyncio.py::test_a_disconnect_during_a_step_does_not_block_the_loop",
 )
 OPTIONS = (
-    *("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line", "--color=no"),
+    *("-x", "-q", "-W", "ignore", "--tb=line", "--color=no"),
+    "--assert=plain",  # rewriting a test file takes longer than its tests, and only explains
+    *("-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception"),
     *(f"--deselect={test}" for test in TIMED),
 )
 
@@ -94,6 +97,7 @@ def in_child(work: Callable[[], int], limit: float) -> Run:
 def _be_child(work: Callable[[], int], output: int) -> None:
     status = RAISED
     try:
+        gc.freeze()  # so that no collection walks what the parent imported
         os.setsid()  # so that what it starts ends with it
         os.dup2(output, 1)
         os.dup2(output, 2)
