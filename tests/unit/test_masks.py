@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
 
 from granite_paged.paging.allocator import NULL_PAGE
-from granite_paged.paging.masks import PADDING, QUERY_BLOCK, paged_block_mask
+from granite_paged.paging.masks import (
+    PADDING,
+    QUERY_BLOCK,
+    paged_block_mask,
+    split_block_mask,
+    split_mask_mod,
+)
 from granite_paged.paging.page_table import UNHELD
 from tests.helpers.strategies import (
     PagedSequences,
@@ -122,6 +129,98 @@ def test_table_entries_that_contradict_the_inverse_map_are_hidden(stale: int) ->
     assert not set(seen(mask, row=1)) & set(range(4 * stale, 4 * stale + 4))
 
 
+def test_a_longer_row_in_the_pool_is_hidden_from_a_narrower_table() -> None:
+    """The pool holds logical page 2 of row 0; the table of row 1 alone has one column."""
+    mask = paged_block_mask(
+        PHYSICAL[1:, :1], LOGICAL, torch.tensor([[3]], dtype=torch.int32), page_size=4, group=1
+    )
+    assert seen(mask) == [8, 9, 10, 11]
+
+
+def test_tokens_that_the_users_mask_hides_are_not_seen() -> None:
+    visible = torch.tensor([[False, True, True, True, True, False], [True] * 5 + [False]])
+    mask = paged_block_mask(
+        PHYSICAL,
+        LOGICAL,
+        torch.tensor([[4, 5], [1, 2]], dtype=torch.int32),
+        page_size=4,
+        group=1,
+        visible=visible,
+    )
+    assert seen(mask, 0, 0) == [4, 13, 14, 15]
+    assert seen(mask, 0, 1) == [4, 13, 14, 15]
+    assert seen(mask, 1, 0) == [8, 9]
+    assert seen(mask, 1, 1) == [8, 9, 10]
+
+
+def test_a_page_with_a_hidden_token_is_never_listed_whole() -> None:
+    mask = paged_block_mask(
+        PHYSICAL,
+        LOGICAL,
+        torch.tensor([[11], [3]], dtype=torch.int32),
+        page_size=4,
+        group=1,
+        visible=torch.ones(2, 12, dtype=torch.bool),
+    )
+    assert named(whole_pages(mask)) == [[]]
+    assert named(partial_pages(mask)) == [[1, 3, 5]]
+
+
+# -- split rows ---------------------------------------------------------------------------------
+
+
+def seen_by_parts(position: int, splits: int, *, row: int = 0, width: int = 3) -> list[list[int]]:
+    """Return the pages that each part of a row sees a slot of, by a table of `width` pages."""
+    mask_mod = split_mask_mod(
+        PHYSICAL[:, :width],
+        LOGICAL,
+        torch.tensor([row]),
+        torch.tensor([position], dtype=torch.int32),
+        page_size=4,
+        splits=splits,
+    )
+    part, slot = torch.arange(splits)[:, None], torch.arange(4 * len(LOGICAL))[None]
+    allowed = mask_mod(part, part * 0, part * 0, slot).expand(splits, -1)
+    return [sorted({at // 4 for at in slots.nonzero()[:, 0].tolist()}) for slots in allowed]
+
+
+@pytest.mark.parametrize(
+    ("position", "splits", "parts"),
+    [
+        (11, 1, [[1, 3, 5]]),
+        (11, 2, [[1, 3], [5]]),
+        (11, 3, [[3], [1], [5]]),
+        (7, 2, [[3], [1]]),
+        (8, 2, [[1, 3], [5]]),
+        (4, 4, [[3], [1], [], []]),
+    ],
+)
+def test_parts_see_equal_runs_of_pages(position: int, splits: int, parts: list[list[int]]) -> None:
+    assert seen_by_parts(position, splits) == parts
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_every_part_of_a_padding_row_sees_nothing(splits: int) -> None:
+    assert seen_by_parts(PADDING, splits) == [[]] * splits
+
+
+def test_a_longer_row_in_the_pool_is_hidden_from_a_narrower_table_of_parts() -> None:
+    assert seen_by_parts(7, 2, width=2) == [[3], [1]]
+
+
+def test_parts_do_not_see_another_rows_pages() -> None:
+    assert seen_by_parts(3, 2, row=1) == [[2], []]
+
+
+def test_a_mask_of_parts_has_no_lists_for_the_backward_pass() -> None:
+    count, page = torch.tensor([1]), torch.tensor([[3]])
+    mask = split_block_mask(
+        (count, page, count, page), lambda b, h, q, kv: kv >= 0, page_size=4, group=2, slots=24
+    )
+    assert mask.q_indices is None
+    assert mask.shape == (1, 1, 2, 24)
+
+
 # -- the lists ----------------------------------------------------------------------------------
 
 
@@ -172,6 +271,13 @@ def test_a_padding_row_lists_no_pages() -> None:
     assert (named(whole_pages(mask)), named(partial_pages(mask))) == ([[]], [[]])
 
 
+def test_the_full_list_names_the_rows_pages_and_then_null_pages() -> None:
+    """A kernel may read the list beyond its count."""
+    mask = make([[5], [0]])
+    assert mask.full_kv_indices[:, 0, 0].tolist() == [[3, 1, 5, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
+    assert mask.kv_indices[0, 0, 0].tolist() == [1, 5, 0, 0, 0, 0]
+
+
 def long_prefill(
     tokens: int, group: int, past: int = 0
 ) -> tuple[PagedSequences, dict[int, int], Step]:
@@ -200,6 +306,11 @@ def test_query_counts_off_the_tile_size_are_right(tokens: int) -> None:
     """Seen in torch: wrong output if the query count is not a multiple of the tile."""
     paged, added, step = long_prefill(tokens, group=3)
     assert_right(paged, step, added, step.attend())
+
+
+def test_a_query_block_is_the_one_that_flex_attention_expects() -> None:
+    """Its GPU kernels split a block of the mask into tiles, so another size would not divide."""
+    assert QUERY_BLOCK == _DEFAULT_SPARSE_BLOCK_SIZE
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16, 128, 256])

@@ -25,6 +25,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -211,6 +212,21 @@ class _Recorder:
         self._ran.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno)
         return self._line
 
+    @contextlib.contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Record what `torch.compile` reads as well: those lines never run as Python."""
+        from torch._guards import TracingContext  # noqa: PLC0415  # not before the environment is set
+
+        before = TracingContext.set_current_loc
+
+        def read(path: str, line: int, function: str) -> None:
+            if path in self.paths:
+                self._ran.setdefault(path, set()).add(line)
+            before(path, line, function)
+
+        with mock.patch.object(TracingContext, "set_current_loc", read):
+            yield
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self._ran = {}
@@ -218,7 +234,8 @@ class _Recorder:
         threading.settrace(self._called)
         sys.settrace(self._called)
         try:
-            return (yield)
+            with self._compiled():
+                return (yield)
         finally:
             sys.settrace(None)
             threading.settrace(None)
