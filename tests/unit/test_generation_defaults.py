@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from granite_paged.engine.defaults import end_of_text, ignored_fields
+from granite_paged.engine.defaults import end_of_text, ignored_fields, sampling_fields
 from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import InvalidSampling
 
@@ -59,6 +59,17 @@ def test_max_length_counts_the_prompt_and_max_new_tokens_wins() -> None:
         params_of({"prompt_tokens": 50}, max_length=50)
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, "50"])
+def test_a_max_length_that_is_no_positive_integer_is_refused(wrong: Any) -> None:
+    config = SimpleNamespace(max_length=wrong)
+    with pytest.raises(InvalidSampling, match=f"an integer of at least 1, got {wrong!r}"):
+        sampling_fields(config)
+
+
+def test_max_length_is_all_for_the_answer_where_no_prompt_is_counted() -> None:
+    assert sampling_fields(SimpleNamespace(max_length=1)) == {"max_new_tokens": 1}
+
+
 @pytest.mark.parametrize(("name", "wrong"), [("top_p", 2.0), ("top_k", "x"), ("max_length", -1)])
 def test_a_wrong_value_is_refused_by_name(name: str, wrong: Any) -> None:
     config = GenerationConfig()
@@ -84,7 +95,7 @@ def test_the_values_of_ignored_fields_that_do_nothing_are_those_of_transformers(
     ]
 
 
-@pytest.mark.parametrize(("given", "expected"), [(5, {5}), ([5, 9], {5, 9}), ([], set())])
+@pytest.mark.parametrize(("given", "expected"), [(5, {5}), (0, {0}), ([5, 9], {5, 9}), ([], set())])
 def test_every_end_of_text_token_is_taken(given: Any, expected: set[int]) -> None:
     assert end_of_text(None, GenerationConfig(eos_token_id=given)) == expected
 

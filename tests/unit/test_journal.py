@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -118,6 +118,22 @@ def test_a_refused_journal_is_unlocked(path: str) -> None:
     Journal(path, RUN).close()
 
 
+def test_an_answer_that_is_not_a_number_is_not_written(path: str) -> None:
+    """Its line could not be read back."""
+    journal = Journal(path, RUN)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.append([record("a"), replace(record("b"), logprobs=(float("nan"),))])
+    assert journal.entries == {}
+    assert Path(path).read_text() == HEAD
+
+
+def test_a_refused_question_counts_no_time_and_no_tokens() -> None:
+    refused = JournalEntry("paged", "mmlu", "a", refused="too long")
+    assert (refused.logprobs, refused.greedy, refused.seconds) == ((), (), 0)
+    counts = (refused.tokens, refused.full, refused.computed, refused.reused, refused.peak)
+    assert counts == (0, 0, 0, 0, 0)
+
+
 def test_every_append_reaches_the_disk(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", synced.append)
@@ -168,6 +184,8 @@ def test_a_journal_of_another_run_is_refused(
         ("dear diary\n", "line 1: not a JSON object"),
         ("[1]\n", "line 1: not a JSON object"),
         ("{}\n", "holds no answers of this program"),
+        (json.dumps({"format": 2, "run": RUN}) + "\n", "holds no answers of this program"),
+        (json.dumps({"format": 1, "run": [RUN]}) + "\n", "holds no answers of this program"),
         ("a diary without a newline", "line 1: not a JSON object"),
         (f"{HEAD}nonsense\n{LINE}", "line 2: not a JSON object"),
         (f"{HEAD}{LINE}\0\0\n{LINE}", "line 3: not a JSON object"),

@@ -38,7 +38,7 @@ def steps_to_first_token(harness: EngineHarness, request: Request) -> int:
 
 
 def test_a_step_of_priority_is_worth_a_thousand_arrivals() -> None:
-    low, high, late = Rank.of(1, 0), Rank.of(1000, 1), Rank.of(1002, 1)
+    low, high, late = Rank.of(1, 0), Rank.of(1000, 1), Rank.of(1001, 1)
     assert high.preempts(low)
     assert not late.preempts(low), "a thousand arrivals, and no more"
     assert low < late

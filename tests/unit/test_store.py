@@ -37,6 +37,12 @@ def grown(allocator: PageAllocator, store: PageStore, growth: dict[int, int]) ->
     store.apply(allocator.append(growth), {sequence: sequence for sequence in growth})
 
 
+def test_a_new_store_has_a_table_of_one_entry_until_it_grows() -> None:
+    store = PageStore(GEOMETRY, 9, CPU)
+    assert store.table.physical.shape == (1, 1)
+    assert store.pages == 9
+
+
 def test_a_plan_reaches_the_table_when_it_settles() -> None:
     allocator, store = make()
     sequence = allocator.open()

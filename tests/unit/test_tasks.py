@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from granite_paged.checkpoints.recall import ASK
-from granite_paged.errors import InvalidArgument, TokenizerError
+from granite_paged.checkpoints.recall import (
+    ASK,
+    FIRST_FILLER,
+    FIRST_VALUE,
+    PLAIN_VALUES,
+    VALUES,
+    recall_batch,
+    usual_pairs,
+)
+from granite_paged.errors import DataError, InvalidArgument, TokenizerError
 from granite_paged.evaluate.encoding import Encoder, TextQuestion, shared_prefix
+from granite_paged.evaluate.scorer import ScoreRequest
 from granite_paged.evaluate.tasks import (
     RECALL_LONGEST,
     TASKS,
+    Question,
+    Task,
     TaskOptions,
+    _recall_choices,
+    check_data,
     make_task,
     mmlu_prefix,
     mmlu_text,
@@ -119,6 +133,17 @@ def test_too_many_examples_are_refused(folder: str) -> None:
         make_task("mmlu", TaskOptions(data=folder, num_fewshot=9), LOADED, Letters())
 
 
+def test_mmlu_has_five_examples_unless_told_otherwise(folder: str) -> None:
+    with pytest.raises(InvalidArgument, match="at most 4 for anatomy, got 5"):
+        make_task("mmlu", TaskOptions(data=folder), LOADED, Letters())
+
+
+def test_the_right_letter_of_mmlu_is_labelled(folder: str) -> None:
+    labels = [q.labels for q in made("mmlu", folder, subjects=("anatomy",)).questions]
+    assert [label.index(1) for label in labels] == [0, 1, 2, 3, 0, 1]
+    assert {sum(label) for label in labels} == {1}
+
+
 def test_limit_draws_by_seed_and_keeps_the_order(folder: str) -> None:
     whole = [q.key for q in made("mmlu", folder).questions]
     drawn = [q.key for q in made("mmlu", folder, limit=5).questions]
@@ -133,7 +158,7 @@ def test_subjects_are_chosen_by_name(folder: str) -> None:
     task = made("mmlu", folder, subjects=("college_biology",))
     assert {q.group for q in task.questions} == {"college_biology"}
     with pytest.raises(InvalidArgument, match="unknown subject 'law': use one of anatomy, college"):
-        made("mmlu", folder, subjects=("law",))
+        made("mmlu", folder, subjects=("law", "anatomy", "art"))
 
 
 def test_truthfulqa_mc1_has_one_right_choice_and_mc2_mass(folder: str) -> None:
@@ -158,6 +183,40 @@ def test_an_unknown_task_error_lists_the_known_ones(names: list[str]) -> None:
         task_names(names)
 
 
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["recall"], None),
+        (["recall", "mmlu"], "mmlu_test"),
+        (["truthfulqa_mc2"], "truthfulqa_mc"),
+        (["truthfulqa_mc1", "truthfulqa_mc2", "mmlu"], "mmlu_test"),
+    ],
+    ids=str,
+)
+def test_only_the_data_of_the_named_tasks_is_checked(
+    folder: str, names: list[str], missing: str | None
+) -> None:
+    check_data(names, folder)
+    for path in Path(folder).glob("*.jsonl"):
+        if path.stem != missing:
+            path.rename(path.with_suffix(".kept"))
+    if not missing:
+        check_data(names, folder)
+        return
+    for path in Path(folder).glob("*.kept"):
+        path.rename(path.with_suffix(".jsonl"))
+    (Path(folder) / f"{missing}.jsonl").unlink()
+    with pytest.raises(DataError, match=missing):
+        check_data(names, folder)
+
+
+def test_a_task_scores_the_top_choice_and_its_questions_share_nothing_by_default() -> None:
+    question = Question("1", "g", ScoreRequest([1], [[2]]), (1,))
+    task = Task("own", (question,))
+    assert (question.shared, task.mass, task.fewshot) == (0, False, 0)
+    assert "question" not in repr(task).lower(), "thousands of them"
+
+
 # -- recall -------------------------------------------------------------------------------------
 
 
@@ -171,6 +230,42 @@ def test_recall_contexts_span_one_page_to_4096_tokens() -> None:
     lengths = [len(q.request.context) for q in recall(smallest=16).questions]
     assert min(lengths) < 16
     assert RECALL_LONGEST - 30 < max(lengths) <= RECALL_LONGEST
+
+
+def test_recall_asks_eight_questions_about_two_sequences_of_each_length() -> None:
+    groups: dict[str, int] = {}
+    for question in recall().questions:
+        groups[question.group] = groups.get(question.group, 0) + 1
+    lengths = [16 << i for i in range(9)]
+    assert list(groups) == [f"{n}/{row}" for n in lengths for row in (0, 1)]
+    assert {groups[f"{n}/{row}"] for n in lengths[4:] for row in (0, 1)} == {8}
+
+
+def test_recall_has_no_context_beyond_its_longest() -> None:
+    assert len(recall(smallest=RECALL_LONGEST).questions) == 16
+    with pytest.raises(InvalidArgument, match="no question is left"):
+        recall(smallest=RECALL_LONGEST + 1)
+
+
+def test_recall_draws_each_length_by_the_seed_and_the_length() -> None:
+    for context in (16, 64):
+        batch = recall_batch(context=context, pairs=usual_pairs(context), batch=2, seed=3 + context)
+        asked = [q for q in recall(seed=3).questions if q.group == f"{context}/1"]
+        for question in asked:
+            read = question.request.context
+            assert read == batch.input_ids[1, : len(read)].tolist()
+
+
+def test_wrong_choices_are_stated_values_where_there_are_two() -> None:
+    edges = [FIRST_VALUE, FIRST_VALUE + VALUES - 1]
+    context = [FIRST_VALUE - 1, *edges, FIRST_FILLER, FIRST_VALUE + 5]
+    partner = FIRST_VALUE + 5 + PLAIN_VALUES
+    for seed in range(9):
+        found = _recall_choices(FIRST_VALUE + 5, context, random.Random(seed))
+        assert sorted(found) == sorted([FIRST_VALUE + 5, partner, *edges])
+        one = _recall_choices(partner, edges[:1], random.Random(seed))
+        assert {partner, FIRST_VALUE + 5, edges[0]} < set(one)
+        assert all(FIRST_VALUE <= value < FIRST_FILLER for value in one)
 
 
 def test_recall_has_one_right_choice_of_four() -> None:

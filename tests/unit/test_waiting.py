@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -146,6 +148,19 @@ def test_a_job_that_is_done_does_not_wait() -> None:
     assert (len(queue), prefix.paths, done.state) == (0, [], State.DONE)
 
 
+def test_a_stale_entry_brings_no_job_forward() -> None:
+    queue, _ = make_queue()
+    one, other = job(queue, 0), job(queue, 1)
+    queue.add(one)
+    queue.add(other)
+    queue.remove(one)
+    queue.add(one)
+    assert queue.first() is one
+    queue.skip_first()
+    assert queue.first() is other
+    assert len(queue.late) == 0
+
+
 def test_a_waiting_job_that_holds_a_row_breaks_the_invariant() -> None:
     queue, _ = make_queue()
     one = job(queue, 0)
@@ -203,3 +218,17 @@ def test_a_waiting_job_out_of_line_breaks_the_invariant() -> None:
     queue._heap.clear()
     with pytest.raises(BrokenInvariant, match="not in line"):
         queue.check_valid()
+
+
+def test_a_job_that_could_not_be_put_in_line_is_once_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue, _ = make_queue()
+    one = job(queue, 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(heapq, "heappush", mock.Mock(side_effect=MemoryError))
+        queue.add(one)
+    queue.check_valid()
+    assert (len(queue), queue.first()) == (1, None)
+    queue.late.retry()
+    assert queue.first() is one
