@@ -27,6 +27,7 @@ Runners and engines
                       oracles, which compute the expected logits
     engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
                       to test scheduling. random_walk: random requests on one
+    exact_bits        ExactHarness: the same for bits, in exact mode; Alone: requests by themselves
     traffic           random requests, faults and early ends on the embedded model, from a pool of
                       requests with known answers
     soak              traffic for a long time, with memory that must be flat: `nox -s soak`
