@@ -187,13 +187,18 @@ def test_suites_are_judged_by_the_others() -> None:
     assert false_alarms([shape(one_slow), shape(quiet)]) == Alarms(7, 1)
 
 
+def test_a_suite_at_its_bound_is_no_alarm() -> None:
+    assert false_alarms([shape([1.0] * 6 + [1 + LEAST])]) == Alarms(7, 0)
+    assert false_alarms([shape([1.0] * 6 + [1.001 + LEAST])]) == Alarms(7, 1)
+
+
 def test_suites_without_a_bound_are_not_counted() -> None:
     assert false_alarms([shape([1.0] * 5)]) == Alarms(0, 0)
     assert false_alarms([]) == Alarms(0, 0)
 
 
 @pytest.mark.parametrize(
-    ("suites", "red", "rate"), [(25, 0, 0.113), (100, 0, 0.0295), (25, 1, 0.176)]
+    ("suites", "red", "rate"), [(25, 0, 0.113), (100, 0, 0.0295), (25, 1, 0.176), (5, 5, 1.0)]
 )
 def test_the_rate_has_its_upper_confidence_limit(suites: int, red: int, rate: float) -> None:
     assert Alarms(suites, red).at_most == pytest.approx(rate, abs=1e-3)

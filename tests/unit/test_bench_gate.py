@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_paged.bench import gate, records
+from granite_paged.bench import gate, judge, records
 from granite_paged.bench.calibration import Bound, bound_of
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.gate import TRIES, judged
@@ -34,6 +34,7 @@ from granite_paged.bench.judge import (
     judge_bytes,
     judge_ratio,
     judge_time,
+    limit_of,
     scattered,
     suite_time,
     visit_ratio,
@@ -217,6 +218,10 @@ def test_a_swapped_comparison_fails() -> None:
         (1.015, 1.030, 1.035, "failed"),
         (1.015, 1.020, 1.0397, "passed"),
         (1.015, 1.020, 1.0398, "unmeasurable"),  # wider than 1.05 / 1.025
+        (1.02, 1.02, 1.02 * LAW_SEEN / limit_of(LAW_SEEN), "passed"),  # as wide
+        (1.025, 1.03, 1.06, "unmeasurable"),  # from the limit, and wide
+        (0.9, 1.0, 1.025, "unmeasurable"),  # to the limit, and wide
+        (1.02, 1.025, 1.03, "failed"),  # the limit itself
     ],
 )
 @pytest.mark.parametrize("base", [1.0, 2.0])
@@ -257,6 +262,7 @@ def test_visits_that_scatter_are_unmeasurable() -> None:
     assert not scattered([1.0, 1.01, 0.99, 1.01, 1.0], SEEN)
     assert scattered([1.0], SEEN)
     assert not scattered([1.0, 1.0], SEEN)
+    assert not scattered([1.0, 1.0], 1.0), "whatever must be seen"
     assert TIME_RECORD in red(seen(noise=0.08), record())
 
 
@@ -282,6 +288,35 @@ def test_a_calibration_that_cannot_see_the_loss_is_not_green() -> None:
     (check,) = [check for check in checks if check.verdict != "passed"]
     assert (check.law, check.found) == (TIME_RECORD, "not compared")
     assert "hides slowdowns below" in check.bound
+
+
+def test_a_calibration_that_just_sees_the_loss_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "bound_of", lambda *given: Bound(RATIO * 75, 0.01, 0.0, 0.0, 0.25))
+    for loss, compared in ((1.25, True), (1.125, False)):
+        checks = checks_of(replace(GATE, seen=loss), seen(), record(), FLOOR)
+        (time,) = [check for check in checks if check.law == TIME_RECORD]
+        assert (time.found != "not compared") == compared
+
+
+def test_an_excess_of_exactly_the_bound_passes() -> None:
+    bound = Bound(base=1.0, spread=0.01, noise=1.0, hosts=0.0, sees=0.03)
+    assert judge_time([2.0] * VISITS, 1.0, bound, SEEN) == "passed"
+    assert judge_time([math.nextafter(2.0, 3)] * VISITS, 1.0, bound, SEEN) == "failed"
+
+
+def test_a_mode_without_a_peak_is_not_compared_in_memory() -> None:
+    for peaks in ({"default": GIGABYTE}, {"paged": GIGABYTE}):
+        found = replace(seen(), peaks=peaks)
+        assert LARGER not in verdicts(checks_of(GATE, found, Against(), FLOOR))
+
+
+def test_an_excess_of_a_block_of_the_allocator_passes() -> None:
+    assert LEAST_BYTES == 2 << 20, "bytes of a block of PyTorch's allocator"
+
+
+def test_the_records_were_made_with_as_many_visits_as_the_gate_makes() -> None:
+    made = [read_result(path).calibration for path in RECORDS.glob("*.json")]
+    assert {calibration.visits for calibration in made if calibration} == {VISITS}
 
 
 @pytest.mark.parametrize("host", [0.4, 1.0, 3.0])
@@ -677,9 +712,11 @@ def test_a_runner_without_kernels_is_not_judged(monkeypatch: pytest.MonkeyPatch)
 
     runner, blind = Slow(), Blind()
     monkeypatch.setattr(gate, "make_runner", lambda model, config: runner)
-    monkeypatch.setattr(gate, "config_for", lambda config, shape: config)
+    shapes: list[Shape] = []
+    monkeypatch.setattr(gate, "config_for", lambda config, shape: shapes.append(shape))
     with pytest.raises(CannotJudge, match="no Triton"):
         gate.refuse_where_blind(blind)  # type: ignore[arg-type]
+    assert shapes == [Shape(1, 1)], "the smallest runner"
     assert runner.closed
 
 

@@ -236,6 +236,12 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
         writable_folder(tmp_path / "file" / "folder")
 
 
+def test_a_folder_is_created_with_those_around_it_and_may_exist(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    assert writable_folder(folder) == writable_folder(folder) == folder
+    assert folder.is_dir()
+
+
 # -- figures of the original study --------------------------------------------------------------
 
 

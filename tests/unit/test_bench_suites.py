@@ -16,7 +16,15 @@ from granite_paged.bench.judge import Gated, Seen
 from granite_paged.bench.measure import Clock, Prepared
 from granite_paged.bench.session import Measured, Session
 from granite_paged.bench.suites import sleep_of, worsened
-from granite_paged.bench.visits import Subject, look_at, shapes_for
+from granite_paged.bench.visits import (
+    FEWEST,
+    STEPS,
+    Subject,
+    look_at,
+    ready_subjects,
+    shapes_for,
+    subject_of,
+)
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
 from granite_paged.report.bench_results import CalibratedShape, Calibration
@@ -108,7 +116,7 @@ def test_shapes_beyond_the_models_limit_are_left_out(longest: int, contexts: lis
     assert [gated.shape.context for gated in shapes_for(session, shapes)] == contexts
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(1e-4, 40), (0.02, 7), (0.2, 2)])
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 40), (1e-4, 40), (0.02, 7), (0.2, 2)])
 def test_a_visit_lasts_150_ms_in_2_to_40_steps(
     seconds: float, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +124,99 @@ def test_a_visit_lasts_150_ms_in_2_to_40_steps(
     looked = subject([], "paged", seconds)
     looked.look()
     assert looked.steps == steps
-    assert looked.host >= seconds
+    assert seconds <= looked.host < 60
+
+
+def test_the_device_sleeps_for_twice_the_hosts_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 2 GHz, more than any GPU has; a subject that was not looked at does not sleep."""
+    cycles: list[int] = []
+
+    def kernel_seconds(clock: Clock, step: Any, flush: Any, sleep: int) -> float:
+        cycles.append(sleep)
+        return 0.5
+
+    monkeypatch.setattr(Clock, "kernel_seconds", kernel_seconds)
+    fresh = subject([], "paged")
+    assert fresh.on_device() == 0.5
+    fresh.host = 2.0
+    fresh.on_device()
+    assert cycles == [0, 0, 8 * 10**9, 8 * 10**9]
+
+
+@pytest.mark.parametrize(("own", "expected"), [(False, 750), (True, 700)])
+def test_a_peak_counts_nothing_that_others_hold(own: bool, expected: int) -> None:
+    """900 at the peak, of which 200 are neither weights nor held by the step itself."""
+    log: list[str] = []
+    clock: Any = SimpleNamespace(allocated=lambda: 1000, peak=lambda step: step() or 900)
+    prepared = Prepared(lambda: log.append("step"), lambda: log.append("reset"), own_workspace=own)
+    measured = Measured(held=300)
+    assert Subject(prepared, measured, clock).peak(weights=500, workspace=50) == expected
+    assert log == ["step", "reset"]
+    clock.peak = lambda step: None
+    assert Subject(prepared, measured, clock).peak(500, 50) is None
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """Return a session that prepares steps of 3 modes, and the log of what they do.
+
+    A mode's step fails if `broken` names it, and its preparation if `refused` does.
+    """
+    log: list[str] = []
+    session: Any = SimpleNamespace(clock=CLOCK, broken="", refused="")
+
+    def ready(case: Any, shape: Shape, mode: str, measured: Measured) -> Prepared:
+        def step() -> None:
+            if mode == session.broken:
+                raise torch.OutOfMemoryError("3 GB")
+            log.append(mode)
+
+        if mode == session.refused:
+            raise torch.OutOfMemoryError("5 GB")
+        measured.peak_bytes = len(mode)
+        return Prepared(step, close=lambda: log.append(f"close {mode}"))
+
+    session.ready = ready
+    return session, log
+
+
+def test_a_subject_whose_time_counts_is_looked_at(prepared: Any) -> None:
+    session, log = prepared
+    assert subject_of(session, GATE, "paged").steps == STEPS
+    assert log == ["paged"] * (1 + FEWEST)
+    log.clear()
+    assert subject_of(session, replace(GATE, time=False), "paged").steps == FEWEST
+    assert log == []
+
+
+def test_a_subject_that_fails_is_released(prepared: Any) -> None:
+    session, log = prepared
+    session.broken = "paged"
+    with pytest.raises(torch.OutOfMemoryError):
+        subject_of(session, GATE, "paged")
+    assert log == ["close paged"]
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_default_is_prepared_where_a_shape_is_compared_with_it(
+    prepared: Any, default: bool
+) -> None:
+    session, log = prepared
+    with ready_subjects(session, replace(GATE, default=default)) as (subjects, seen):
+        modes = ["paged", "default"] if default else ["paged"]
+        assert list(subjects) == modes
+        assert seen.peaks == {mode: len(mode) for mode in modes}
+        log.clear()
+    assert log == [f"close {mode}" for mode in modes]
+    assert seen.errors == {}
+
+
+def test_a_mode_that_cannot_be_prepared_leaves_the_other_and_its_reason(prepared: Any) -> None:
+    session, _ = prepared
+    session.refused = "default"
+    with ready_subjects(session, GATE) as (subjects, seen):
+        assert list(subjects) == list(seen.peaks) == ["paged"]
+    assert seen.errors == {"default": "OutOfMemoryError: 5 GB"}
 
 
 def test_a_worsened_step_takes_longer_and_holds_more(monkeypatch: pytest.MonkeyPatch) -> None:
