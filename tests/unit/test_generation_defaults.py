@@ -55,6 +55,7 @@ def test_max_length_counts_the_prompt_and_max_new_tokens_wins() -> None:
     assert params_of({"prompt_tokens": 10}, max_length=50).max_new_tokens == 40
     assert params_of({"prompt_tokens": 10}, max_length=50, max_new_tokens=7).max_new_tokens == 7
     assert params_of({"prompt_tokens": 60, "max_new_tokens": 3}, max_length=50).max_new_tokens == 3
+    assert params_of({"prompt_tokens": 60, "max_new_tokens": 3}, max_length=1).max_new_tokens == 3
     with pytest.raises(InvalidSampling, match=r"max_length of the generation config .* 50"):
         params_of({"prompt_tokens": 50}, max_length=50)
 

@@ -9,9 +9,18 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from granite_paged.engine.prompts import Chat, PromptEncoder, as_prompts, conversations, matched
+from granite_paged.engine.prompts import (
+    Chat,
+    PromptEncoder,
+    as_prompts,
+    context_and_continuations,
+    conversations,
+    matched,
+    samples_of,
+    scoring_items,
+)
 from granite_paged.engine.request import SamplingParams
-from granite_paged.errors import InvalidSampling, PromptError, TokenizerError
+from granite_paged.errors import InvalidRequest, InvalidSampling, PromptError, TokenizerError
 
 VOCABULARY = 97
 CHAT = [{"role": "user", "content": "4 5"}]
@@ -90,6 +99,11 @@ def test_rows_of_a_matrix_are_prompts() -> None:
     assert as_prompts([]) == []
 
 
+def test_the_first_entry_says_whether_a_list_is_one_prompt() -> None:
+    assert as_prompts(["4 5", 6]) == ["4 5", 6]
+    assert as_prompts([4, "5 6"]) == [[4, "5 6"]]
+
+
 WRONG: dict[str, Any] = {
     "None": None,
     "number": 5,
@@ -110,6 +124,8 @@ WRONG: dict[str, Any] = {
     "three dimensions": torch.zeros(1, 1, 2, dtype=torch.int64),
     "dictionary without ids": {"attention_mask": [1]},
     "two rows": encoded([[4], [5]]),
+    "empty encoding": encoded([]),
+    "encoding of a number": {"input_ids": 5},
 }
 
 
@@ -140,6 +156,22 @@ def test_a_chat_passes_arguments_to_the_template() -> None:
     assert encode(chat, Tools()) == (1, 4, 5, 2)
 
 
+def test_a_tokenizer_that_raises_refuses_the_prompt() -> None:
+    class Broken(Numbers):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            raise LookupError("no such word")
+
+    with pytest.raises(PromptError, match=r"cannot encode the prompt: LookupError"):
+        encode("4", Broken())
+    with pytest.raises(PromptError, match=r"the chat template refuses the prompt: LookupError"):
+        encode(CHAT, Broken())
+
+
+def test_messages_are_one_conversation_or_several() -> None:
+    assert conversations(CHAT) == conversations(tuple(CHAT)) == [CHAT]
+    assert conversations([CHAT, [*CHAT, *CHAT]]) == [CHAT, [*CHAT, *CHAT]]
+
+
 @pytest.mark.parametrize("wrong", ["hi", [], [[]], [{"content": "x"}], [CHAT, "hi"], None, {}])
 def test_messages_of_another_form_are_refused(wrong: Any) -> None:
     with pytest.raises(PromptError, match="messages must be a list of"):
@@ -150,3 +182,42 @@ def test_messages_of_another_form_are_refused(wrong: Any) -> None:
 def test_params_of_the_wrong_type_are_refused(params: Any) -> None:
     with pytest.raises(InvalidSampling, match="SamplingParams"):
         matched(params, 2)
+
+
+def test_params_are_given_once_or_for_each_prompt() -> None:
+    one = SamplingParams(n=3)
+    assert matched(one, 2) == [one, one]
+    assert matched(None, 2) == [None, None]
+    assert matched([one, None], 2) == [one, None]
+    with pytest.raises(InvalidSampling, match="1 params for 2 prompts"):
+        matched([one], 2)
+
+
+def test_a_prompt_without_params_has_one_answer() -> None:
+    assert samples_of(None) == 1
+    assert samples_of(SamplingParams(n=3)) == 3
+
+
+# -- items to score -----------------------------------------------------------------------------
+
+
+def test_items_to_score_are_listed_from_any_iterable() -> None:
+    pairs = [("4", ["5"]), ("6", ["7"])]
+    assert scoring_items(pairs) == scoring_items(iter(pairs)) == pairs
+
+
+@pytest.mark.parametrize("wrong", ["ab", b"ab", {"a": 1}, {"a", "b"}, 5, None], ids=repr)
+def test_items_of_another_form_are_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest, match="items must be a list of"):
+        scoring_items(wrong)
+
+
+@pytest.mark.parametrize("item", [("4", ["5"]), ["4", ["5"]]], ids=repr)
+def test_an_item_is_a_context_and_its_continuations(item: Any) -> None:
+    assert context_and_continuations(item) == ("4", ["5"])
+
+
+@pytest.mark.parametrize("wrong", ["ab", b"ab", {"a", "b"}, ("4",), ("4", [], []), 5], ids=repr)
+def test_an_item_of_another_form_is_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidRequest, match="an item must be a pair"):
+        context_and_continuations(wrong)

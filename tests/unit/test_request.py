@@ -70,8 +70,30 @@ def test_the_defaults_are_the_documented_ones() -> None:
         stop_strings=(),
         n=1,
         priority=0,
+        streamed=False,
         namespace="",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "refused"),
+    [
+        ("seed", [0, 2**63 - 1], [2**63]),
+        ("repetition_penalty", [1e-6, 1e6], [9e-7, 1e6 + 0.5]),
+        ("stop_tokens", [(0,)], [(-1,)]),
+        ("logprobs", [0], [-1]),
+        ("n", [1, 2**16 - 1], [0, 2**16]),
+        ("top_p", [1e-9, 1.0], [0.0, 1.0000001]),
+    ],
+)
+def test_a_parameter_is_taken_up_to_its_bounds(
+    name: str, held: list[Any], refused: list[Any]
+) -> None:
+    for value in held:
+        assert getattr(SamplingParams(**{name: value}), name) == value
+    for value in refused:
+        with pytest.raises(InvalidSampling, match=f"^{name} must"):
+            SamplingParams(**{name: value})
 
 
 def test_the_coldest_temperature_still_samples() -> None:

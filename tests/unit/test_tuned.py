@@ -191,11 +191,11 @@ def test_the_packaged_file_names_its_origin() -> None:
 
 def test_a_batch_takes_the_constants_of_the_next_smaller_one(tmp_path: Path) -> None:
     def edit(data: dict[str, Any]) -> None:
-        data["decode"] = [{**data["decode"][0], "batch": b, "warps": b} for b in (1, 8, 32)]
+        data["decode"] = [{**data["decode"][0], "batch": b, "warps": b} for b in (1, 2, 8, 32)]
 
     tuned = read_tuned(edited(tmp_path, edit))
-    found = {batch: tuned.for_batch(batch).batch for batch in (1, 7, 8, 31, 32, 500)}
-    assert found == {1: 1, 7: 1, 8: 8, 31: 8, 32: 32, 500: 32}
+    found = {batch: tuned.for_batch(batch).batch for batch in (0, 1, 7, 8, 31, 32, 500)}
+    assert found == {0: 1, 1: 1, 7: 2, 8: 8, 31: 8, 32: 32, 500: 32}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64, 1000])
@@ -244,6 +244,27 @@ def test_an_error_names_the_file_and_broken_field(name: str, tmp_path: Path) -> 
     edit, problem = BROKEN[name]
     with pytest.raises(TunedFileError, match=rf"tuned\.json: {problem}.*tune --write"):
         read_tuned(edited(tmp_path, edit))
+
+
+SMALLEST = [
+    *(("decode", name, least) for name, least in (("block", 16), ("warps", 1))),
+    *(("prefill", name, least) for name, least in (("BLOCK_M", 16), ("BLOCK_N", 16), ("warps", 1))),
+    *(("one_row", name, least) for name, least in (("COLUMNS", 1), ("warps", 1))),
+    *(("few_rows", name, least) for name, least in (("COLUMNS", 16), ("DEPTH", 64), ("warps", 1))),
+]
+
+
+@pytest.mark.parametrize(("place", "name", "least"), SMALLEST)
+def test_a_constant_may_be_as_small_as_the_kernels_accept(
+    place: str, name: str, least: int, tmp_path: Path
+) -> None:
+    def put(value: int) -> Edit:
+        return lambda d: (d[place] if place == "prefill" else d[place][0]).update({name: value})
+
+    found = getattr(read_tuned(edited(tmp_path, put(least))), place)
+    assert getattr(found if place == "prefill" else found[0], name) == least
+    with pytest.raises(TunedFileError, match=f"{name} must be a power of two of at least {least},"):
+        read_tuned(edited(tmp_path, put(least // 2)))
 
 
 def test_a_missing_tuned_file_is_refused(tmp_path: Path) -> None:
