@@ -95,10 +95,15 @@ class Admission:
         return self._running.has_row_for(job) and self._running.place(job, hit)
 
     def _pages_of_only(self, jobs: list[Job], hit: Hit) -> int:
-        """Return the number of pages that these jobs and the prefix cache hold, and no other."""
-        holders = Counter(dict.fromkeys(hit.pages, 1))  # they stay
+        """Return the number of pages that only these jobs and the prefix cache hold.
+
+        Those of `hit` are not counted: the job that starts from them keeps them.
+        """
+        holders: Counter[int] = Counter()
         for sequence in [*self._prefix.sequences, *(job.placed.sequence for job in jobs)]:
             holders.update(self._allocator.pages_of(sequence))
+        for page in hit.pages:
+            del holders[page]
         return sum(self._allocator.references(page) == count for page, count in holders.items())
 
     def _situation(self, job: Job) -> tuple[int, ...]:
