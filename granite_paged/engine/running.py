@@ -136,7 +136,7 @@ class RunningJobs:
         source = parent.placed
         sequence = self._allocator.fork(source.sequence)
         row = self.take_row(sequence)
-        place = child.placement = replace(source, row=row, sequence=sequence, is_shareable=True)
+        place = child.placement = replace(source, row=row, sequence=sequence)
         self.moves += 1
         child.isolated, child.drawn, child.state = parent.isolated, 1, State.DECODE
         self.decoding[child] = None
