@@ -27,8 +27,7 @@ from granite_paged.cli.options import (
     options,
     out_option,
     progress,
-    report_console,
-    write_json,
+    reporting,
 )
 from granite_paged.cli.ray import RayChoice, ray_options
 from granite_paged.names import BASELINES
@@ -194,10 +193,11 @@ def evaluate(
     with _journal(outputs.journal, loaded, made, choice, _MODES[mode], batch) as journal:
         found = _run(loaded, made, choice, journal, on_ray)
         evaluation = replace(found, command=_command_line())
-        _print(evaluation, report_console(json_file))
-        if json_file:
-            write_json(json_file, evaluation.to_json())
-        outputs.write(evaluation, curves)
+        try:
+            with reporting(json_file, evaluation.to_json()) as console:
+                _print(evaluation, console)
+        finally:  # the reader of a pipe may be gone
+            outputs.write(evaluation, curves)
     return OK if evaluation.passed else FAILED
 
 

@@ -22,6 +22,7 @@ from granite_paged.cli.options import (
     progress,
     records_option,
     report_console,
+    reporting,
     table_of,
     write_json,
 )
@@ -110,13 +111,12 @@ def _judge(session: Session, records: Path, json_file: str | None) -> int:
     against = against_records(records, session, read_published(records))
     with progress() as report_progress:
         report = gates.gate(session, against, shapes_for(session, judge.GATED), report_progress)
-    console = report_console(json_file)
-    console.print(_table(report))
-    if note := mamba_note():
-        console.print(note, soft_wrap=True)
-    if against.calibration is None:
-        console.print(how_to_record(against.unused, records), soft_wrap=True)
-    write_json(json_file, report.to_json())
+    with reporting(json_file, report.to_json()) as console:
+        console.print(_table(report))
+        if note := mamba_note():
+            console.print(note, soft_wrap=True)
+        if against.calibration is None:
+            console.print(how_to_record(against.unused, records), soft_wrap=True)
     return OK if report.passed else FAILED
 
 
@@ -198,8 +198,8 @@ def _teeth(session: Session, records: Path, tries: int, json_file: str | None) -
     shapes = shapes_for(session, judge.GATED)
     with progress() as report_progress:
         report = teeth(session, against, tries, shapes, report_progress)
-    report_console(json_file).print(_teeth_table(report))
-    write_json(json_file, report.to_json())
+    with reporting(json_file, report.to_json()) as console:
+        console.print(_teeth_table(report))
     return OK if report.passed else FAILED
 
 

@@ -325,6 +325,18 @@ def write_json(path: str | None, report: dict[str, Any]) -> None:
         files.write_json(path, report)
 
 
+@contextmanager
+def reporting(json_file: str | None, report: dict[str, Any]) -> Iterator[Console]:
+    """Yield the console for tables, and write the JSON at the end of the block.
+
+    The JSON is written even if the tables cannot be: the reader of a pipe may be gone.
+    """
+    try:
+        yield report_console(json_file)
+    finally:
+        write_json(json_file, report)
+
+
 def table_of(text: Sequence[str], numbers: Sequence[str], **settings: Any) -> Table:
     """Return an empty table: columns of text, then columns of numbers, aligned to the right."""
     table = Table(*(Column(name, no_wrap=True) for name in text), box=SIMPLE, **settings)

@@ -18,9 +18,8 @@ from granite_paged.cli.options import (
     model_options,
     option,
     out_option,
-    report_console,
+    reporting,
     table_of,
-    write_json,
 )
 from granite_paged.names import MODES
 
@@ -68,12 +67,11 @@ def profile(
     writable_folder(folder)  # refuses a folder before the work
     session = Session(choice.load(), choice.config, seed=choice.seed)
     found = session.profile(kind, Shape(batch, context), mode, folder, memory=memory)
-    console = report_console(json_file)
-    console.print(_kind_table(found), _kernel_table(found))
-    console.print(f"trace: {found.trace}", soft_wrap=True)
-    if found.snapshot:
-        console.print(f"memory snapshot: {found.snapshot}", soft_wrap=True)
-    write_json(json_file, found.to_json())
+    with reporting(json_file, found.to_json()) as console:
+        console.print(_kind_table(found), _kernel_table(found))
+        console.print(f"trace: {found.trace}", soft_wrap=True)
+        if found.snapshot:
+            console.print(f"memory snapshot: {found.snapshot}", soft_wrap=True)
     return OK
 
 

@@ -27,7 +27,7 @@ from granite_paged.cli.options import (
     option,
     options,
     progress,
-    report_console,
+    reporting,
     table_of,
     write_json,
 )
@@ -153,8 +153,8 @@ def serve(
         result = ours.result
         if ours.vllm is not None:
             result = _serve_vllm(ours, python, json_file)
-    _print(result, report_console(json_file))
-    write_json(json_file, result.to_json())
+    with reporting(json_file, result.to_json()) as console:
+        _print(result, console)
     return FAILED if any(row.error for row in result.rows) else OK
 
 

@@ -19,7 +19,7 @@ from granite_paged.cli.options import (
     model_options,
     option,
     progress,
-    report_console,
+    reporting,
     write_json,
 )
 from granite_paged.names import SUBJECT_NAMES
@@ -93,12 +93,15 @@ def tune(
     with progress() as report_progress:
         outcomes = sweep_all(groups_of(target, subjects, quick=quick), report_progress)
     where = environment(target)
-    console = report_console(json_file)
-    console.print(_table(f"{loaded.name}, {where['device']}", outcomes))
-    write_json(json_file, {**where, "groups": [outcome.to_json() for outcome in outcomes]})
-    if path:
-        write_json(path, retuned(TUNED, outcomes, where).to_json())
-        console.print(f"written: {path}", soft_wrap=True)
+    found = {**where, "groups": [outcome.to_json() for outcome in outcomes]}
+    with reporting(json_file, found) as console:
+        try:
+            console.print(_table(f"{loaded.name}, {where['device']}", outcomes))
+        finally:
+            if path:
+                write_json(path, retuned(TUNED, outcomes, where).to_json())
+        if path:
+            console.print(f"written: {path}", soft_wrap=True)
     lost = max((o.worst(o.chosen if path else 0) for o in outcomes), default=0.0)
     return OK if 100 * lost <= allow else FAILED
 

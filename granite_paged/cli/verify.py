@@ -17,9 +17,8 @@ from granite_paged.cli.options import (
     model_options,
     option,
     progress,
-    report_console,
+    reporting,
     table_of,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | 
             reference=reference,
             progress=report_progress,
         )
-    report_console(json_file).print(_cases(report), _summary(report), sep="")
-    write_json(json_file, report.to_json())
+    with reporting(json_file, report.to_json()) as console:
+        console.print(_cases(report), _summary(report), sep="")
     return OK if report.passed else FAILED
 
 

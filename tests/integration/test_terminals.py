@@ -143,6 +143,28 @@ def test_results_with_nowhere_to_go(
     check_broken(line(command, ready), broken, request, capfd)
 
 
+JSON = sorted(writer.rpartition(" ")[0] for writer in WRITERS if writer.endswith(" --json"))
+
+
+@pytest.mark.parametrize("command", JSON)
+def test_a_json_file_is_written_although_the_reader_of_the_tables_is_gone(
+    command: str, ready: Path, closed_pipe: int, capfd: Any
+) -> None:
+    file = ready / "report.json"
+    with standard_output(closed_pipe):
+        assert run([*line(command, ready), "--json", str(file)]) in (OK, CLOSED_PIPE)
+    assert isinstance(json.loads(file.read_text()), dict)
+
+
+def test_eval_writes_its_report_although_the_reader_of_the_tables_is_gone(
+    ready: Path, closed_pipe: int, capfd: Any
+) -> None:
+    folder = ready / "report"
+    with standard_output(closed_pipe):
+        assert run([*line("eval", ready), "--out", str(folder)]) == CLOSED_PIPE
+    assert (folder / "report.md").exists()
+
+
 # -- files that cannot be written ---------------------------------------------------------------
 
 MORE = {
