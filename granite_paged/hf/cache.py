@@ -335,7 +335,8 @@ class PagedCache(LayerViews):
         row_of = {sequence: row for row, sequence in enumerate(self._rows)}
         self.store.apply(self.allocator.append(growth), row_of)
         self.store.table.settle()
-        return make_step(self.store, self._columns, new, positions, compiled=self._compiled)
+        compiled, exact = self._compiled, self.config.exact
+        return make_step(self.store, self._columns, new, positions, compiled=compiled, exact=exact)
 
     def _make_room(self, growth: dict[int, int]) -> None:
         allocator = self.allocator

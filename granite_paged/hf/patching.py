@@ -8,6 +8,7 @@ model, and `unpatch` restores it:
 - Mamba layers run in inference form (`mamba_forward`) while a step is open.
 - `generate()` makes a `PagedCache` instead of a `DynamicCache`.
 - `set_attn_implementation()` refuses to run.
+- In exact mode, norms, projections and MLPs run for one token at a time (`exact.py`).
 
 All of these are attributes of instances, and each is put back to the object that was there. What
 the user puts on top of ours while the model is patched stays; ours, below it, then does nothing.
@@ -35,7 +36,6 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import eager
 from granite_paged.device import finite_rows
 from granite_paged.errors import (
     AlreadyPatched,
-    CannotBeExact,
     GeometryError,
     InferenceOnly,
     InvalidRequest,
@@ -45,6 +45,7 @@ from granite_paged.errors import (
     check_token_range,
 )
 from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, PagedConfig
+from granite_paged.hf import exact
 from granite_paged.hf.cache import PagedCache
 from granite_paged.hf.compat import CACHE, rename_cache
 from granite_paged.hf.step import CacheStep
@@ -107,17 +108,17 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
 
     Raises:
         UnsupportedModel: for any other model, or one on several devices.
-        CannotBeExact: in exact mode.
+        CannotBeExact: in exact mode, on a GPU or for a model that cannot be exact.
         GeometryError: for sizes that cannot be paged.
         AlreadyPatched: if the model is patched.
     """
     config = PagedConfig.checked(config)
     check_supported(model)
-    if config.exact:
-        raise CannotBeExact("generate() of a patched model has no exact form yet, an Engine has")
     if is_patched(model):
         raise AlreadyPatched("this model is patched already; call unpatch(model) first")
     CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)
+    if config.exact:
+        exact.check_patchable(model, config.backend)
     _register()
     decoder, state = model.base_model, _Patch(config, model.config._attn_implementation)
     state.put(decoder, _PATCH, state)
@@ -132,6 +133,10 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
     for layer in decoder.layers:
         if layer.self_attn is not None:
             state.put(layer.self_attn, "config", paged_config)
+    if config.exact:
+        state.hooks.append(model.register_forward_pre_hook(exact.check_unchanged))
+        for module, forward in exact.forwards(model):
+            state.put(module, "forward", forward)
     for mixer in mixers(model).values():
         state.put(mixer, "forward", functools.partial(_forward_mamba, mixer, mixer.forward))
     for owner, name, ours in (
@@ -208,6 +213,8 @@ def paged_attention_forward(
         [B, S, Hq, D], and None for the attention weights.
     """
     if isinstance(attention_mask, CacheStep):
+        if attention_mask.tokens is not None:
+            return exact.attention(query, key, value, attention_mask.tokens, scaling), None
         mask = attention_mask.block_mask
         attended = paged_attention(query, key, value, mask, scale=scaling, backend=backend)
         return attended.transpose(1, 2), None
@@ -237,7 +244,9 @@ def _forward_mamba(
     step = cache.step
     forward, backend = mamba_forward, cache.config.backend
     device, dtype = hidden_states.device, hidden_states.dtype
-    if not kernel_refusal(backend, device, dtype, activation=mixer.activation):
+    if step.tokens is not None:
+        forward = exact.mamba
+    elif not kernel_refusal(backend, device, dtype, activation=mixer.activation):
         from granite_paged.layers.triton import mamba  # needs Triton
 
         forward, state = mamba.mamba_forward, state._replace(rows=step.rows)
@@ -259,6 +268,7 @@ def _open_step(
     cache = kwargs.get(CACHE)
     if cache is None and _option(decoder, kwargs, "use_cache"):
         cache = kwargs[CACHE] = PagedCache.for_model(decoder, state.config)
+    exact.check_step(decoder, cache, exact=state.config.exact)
     if isinstance(cache, PagedCache):
         _check_same_model(decoder, cache)
         if _option(decoder, kwargs, "output_attentions"):
@@ -266,6 +276,8 @@ def _open_step(
                 "a paged step computes no attention weights: leave out output_attentions, "
                 "or unpatch the model"
             )
+        if cache.config.exact and _option(decoder, kwargs, "output_router_logits"):
+            raise InvalidRequest("exact mode gives no router logits: leave out the option")
         batch, columns = _check_tokens(decoder, kwargs, cache)
         step = cache.begin_step(batch, columns, _plain_mask(kwargs))
         kwargs["attention_mask"] = _by_layer_kind(decoder, step)

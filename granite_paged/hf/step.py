@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,42 @@ from granite_paged.paging.masks import PADDING, paged_block_mask
 from granite_paged.paging.store import PageStore
 
 
+@dataclass(frozen=True, slots=True)
+class TokenSlots:
+    """The slots that each token of a step attends to.
+
+    Attributes:
+        positions: [B][S], of the step's tokens; `PADDING` for padding.
+        slots: [B] tensors [tokens] int64, the slots of each row's tokens in order.
+        visible: [rows, positions] bool, False for tokens that the user's mask hides; None if none
+            are hidden.
+    """
+
+    positions: list[list[int]]
+    slots: list[Tensor]
+    visible: Tensor | None
+
+    @classmethod
+    def of(cls, store: PageStore, positions: Tensor, visible: Tensor | None) -> TokenSlots:
+        """Look up the slots of a step. positions: [B, S] int64 on the host."""
+        page_size, slots = store.geometry.page_size, []
+        for row, last in enumerate(positions.amax(dim=1).tolist()):
+            every = torch.arange(last + 1)[None]
+            slots.append(store.table.slots(every, page_size, torch.tensor([row]))[0])
+        return cls(positions.tolist(), slots, visible)
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """Yield row and column of each token that is no padding, row by row."""
+        for row, positions in enumerate(self.positions):
+            yield from ((row, column) for column, at in enumerate(positions) if at != PADDING)
+
+    def attended(self, row: int, column: int) -> Tensor:
+        """Return the slots [n] int64 that a token attends to."""
+        end = self.positions[row][column] + 1
+        slots = self.slots[row][:end]
+        return slots if self.visible is None else slots[self.visible[row, :end]]
+
+
 @dataclass(slots=True)
 class CacheStep:
     """What the layers of one forward pass share.
@@ -28,6 +65,7 @@ class CacheStep:
         since_start: [B, S] int64, columns since the row's first token, -1 before it. Mamba layers
             take these as positions, since in transformers a state decays over padding inside a
             sequence.
+        tokens: in exact mode, what each token attends to.
         finite: attention layer, or name of a later part -> [] bool on the device, whether its
             numbers were finite.
     """
@@ -37,6 +75,7 @@ class CacheStep:
     block_mask: BlockMask
     rows: Tensor
     since_start: Tensor
+    tokens: TokenSlots | None = None
     finite: dict[int | str, Tensor] = field(default_factory=dict)
 
     def check_finite(self) -> None:
@@ -57,6 +96,7 @@ def make_step(
     host_positions: Tensor,
     *,
     compiled: bool,
+    exact: bool = False,
 ) -> CacheStep:
     """Make the tensors of a step whose pages are in the page table.
 
@@ -66,6 +106,7 @@ def make_step(
         new: the step's columns.
         host_positions: [B, S] int64, of its tokens.
         compiled: pad to shapes for which a kernel may have been compiled already.
+        exact: say what each token attends to.
     """
     (batch, columns), table, page_size = host_positions.shape, store.table, store.geometry.page_size
     (flat,) = to_device(table.physical.device, host_positions.flatten())
@@ -87,4 +128,5 @@ def make_step(
         ),
         rows=torch.arange(batch, device=positions.device),
         since_start=new.since_start(batch, positions.device),
+        tokens=TokenSlots.of(store, host_positions, visible) if exact else None,
     )
