@@ -31,12 +31,17 @@ OPTIONS: dict[str, Any] = {
 
 
 def limits_of(
-    *, mamba: bool = False, chunk_tokens: int = 2048, device: str = "cpu", **options: Any
+    *,
+    mamba: bool = False,
+    alignment: int = 64,
+    chunk_tokens: int = 2048,
+    device: str = "cpu",
+    **options: Any,
 ) -> Limits:
-    """Return the limits of an engine on a runner with 8 rows and chunks aligned to 64 tokens."""
+    """Return the limits of an engine on a runner with 8 rows."""
     runner: Any = SimpleNamespace(
         geometry=SimpleNamespace(mamba_layers=(0,) if mamba else (), bytes_per_page=1000),
-        alignment=64,
+        alignment=alignment,
         rows=8,
         longest=4096,
         chunk_tokens=chunk_tokens,
@@ -75,13 +80,21 @@ def test_a_step_takes_four_chunks_and_a_token_for_each_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mamba", "chunk_tokens", "alignment"),
-    [(True, 2048, 64), (True, 32, 32), (False, 2048, 256), (False, 128, 128)],
+    ("mamba", "alignment", "chunk_tokens", "expected"),
+    [
+        (True, 64, 2048, 64),
+        (True, 64, 32, 32),
+        (True, 2, 2048, 2),
+        (True, 1, 2048, 256),
+        (False, 64, 2048, 256),
+        (False, 64, 128, 128),
+    ],
 )
-def test_chunks_are_aligned_to_mambas_or_to_256_tokens(
-    mamba: bool, chunk_tokens: int, alignment: int
+def test_chunks_are_aligned_as_mamba_needs_it_or_to_256_tokens(
+    mamba: bool, alignment: int, chunk_tokens: int, expected: int
 ) -> None:
-    assert limits_of(mamba=mamba, chunk_tokens=chunk_tokens).alignment == alignment
+    limits = limits_of(mamba=mamba, alignment=alignment, chunk_tokens=chunk_tokens)
+    assert limits.alignment == expected
 
 
 def test_prefills_take_as_long_as_streamed_decodes_by_default() -> None:

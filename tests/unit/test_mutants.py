@@ -156,6 +156,22 @@ def test_a_killed_mutant_names_the_file_and_a_survivor_does_not(
     assert "2 tests reach it" in survivor(verdicts["if n > 100:"])
 
 
+def test_every_test_may_see_what_runs_at_import() -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.__main__ import tests_for  # noqa: PLC0415
+    from tools.mutants.catalogue import Mutant  # noqa: PLC0415
+    from tools.mutants.forks import Reach  # noqa: PLC0415
+
+    seconds = {"slow": 3.0, "quick": 1.0, "default": 0.5}
+    lines = {"slow": {"m.py": [5]}, "quick": {"m.py": [7]}, "default": {}}
+    reached = [Reach(seconds, lines, [])]
+    within = Mutant("m.py", "", 0, 5, (5, 5), "f", False, "", 1)
+    assert list(tests_for(within, reached, 9.0)) == ["slow"]
+    default = within._replace(imported=True)
+    assert list(tests_for(default, reached, 9.0)) == ["quick", "slow", "default"]
+    assert list(tests_for(default, reached, 2.0)) == ["quick"]
+
+
 def test_a_child_ends_by_its_status_its_time_or_an_error() -> None:
     assert in_child(lambda: os.write(1, b"said\n") and 3, 9.0) == Run(3, "said\n")
     assert in_child(lambda: time.sleep(9) or 0, 0.1).status is None

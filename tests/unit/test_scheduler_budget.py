@@ -1,0 +1,190 @@
+"""A step's budget of tokens: how decodes, continuations and prompts share it, by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from granite_paged.engine.job import State
+from granite_paged.engine.request import Request, SamplingParams
+from granite_paged.engine.step import StepPlan
+from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.simulated_runner import HashOracle
+
+ALIGNMENT = 8
+"""Tokens that every chunk but the last of a prompt is a multiple of."""
+
+
+class Planned(EngineHarness):
+    """An engine without a prefix cache of states, which keeps the plan of every step."""
+
+    def __init__(self, step_tokens: int, options: Any = None, **sizes: Any) -> None:
+        options = {"step_tokens": step_tokens, "state_bytes": 0, **(options or {})}
+        sizes = {"pages": 400, "rows": 8, "chunk_tokens": 64, "alignment": ALIGNMENT, **sizes}
+        super().__init__(HashOracle(), options, **sizes)
+        self.plans: list[StepPlan] = []
+        scheduler = self.engine.inspect().scheduler
+        schedule = scheduler.schedule
+
+        def kept() -> StepPlan:
+            self.plans.append(schedule())
+            return self.plans[-1]
+
+        scheduler.schedule = kept  # type: ignore[method-assign]
+
+    def ask(self, prompt: Sequence[int], new: int = 2, **params: Any) -> Request:
+        request = self.submit(prompt, SamplingParams(max_new_tokens=new, **params))
+        assert request is not None
+        return request
+
+    def scoring(self, *lengths: int, first: int) -> None:
+        """Submit a context of 4 tokens, with continuations of these lengths, and compute it."""
+        self.score([first] * 4, [[n % 90] * length for n, length in enumerate(lengths)])
+
+    def scored(self) -> list[tuple[int, int]]:
+        """Return (first token of the context, tokens) of each continuation of the last step."""
+        found: dict[tuple[int, int], int] = {}
+        for chunk in self.plans[-1].score_chunks:
+            found[chunk.job.tokens[0], chunk.number] = chunk.end
+        return [(context, tokens) for (context, _), tokens in found.items()]
+
+    def spent(self) -> int:
+        """Return the number of tokens that the last step computes."""
+        plan = self.plans[-1]
+        scores = sum(chunk.end - chunk.start for chunk in plan.score_chunks)
+        prompts = sum(chunk.end - chunk.start for call in plan.prefills for chunk in call)
+        return sum(map(len, plan.decodes)) + scores + prompts
+
+
+def states(*requests: Request) -> list[State]:
+    return [request.jobs[0].state for request in requests]
+
+
+# -- continuations ------------------------------------------------------------------------------
+
+
+def test_continuations_and_prompts_share_one_budget() -> None:
+    harness = Planned(40)
+    harness.scoring(*[6] * 60, first=5)
+    harness.step()
+    for number in range(2):
+        harness.ask([number] * 80)
+    while harness.step():
+        assert harness.spent() <= 40, "tokens of a step"
+
+
+def test_contexts_share_one_budget_and_the_first_comes_first() -> None:
+    harness = Planned(30)
+    for first in (5, 6):
+        harness.scoring(*[6] * 12, first=first)
+    harness.step()
+    harness.step()
+    assert harness.scored() == [(5, 6)] * 5
+    harness.drain()
+
+
+def test_the_last_token_of_a_budget_is_used() -> None:
+    harness = Planned(31)
+    harness.scoring(*[6] * 12, first=5)
+    harness.scoring(1, 2, 3, first=6)
+    harness.step()
+    harness.step()
+    assert harness.scored() == [(5, 6)] * 5 + [(6, 1)]
+    harness.drain()
+
+
+def test_a_continuation_in_several_chunks_costs_all_its_tokens() -> None:
+    harness = Planned(20, chunk_tokens=8)
+    harness.scoring(20, 20, first=5)
+    harness.scoring(2, 3, first=6)
+    harness.step()
+    harness.step()
+    assert harness.scored() == [(5, 20)]
+    harness.drain()
+
+
+def test_continuations_leave_one_chunk_to_a_waiting_prompt() -> None:
+    harness = Planned(40)
+    harness.scoring(*[8] * 90, first=5)
+    harness.step()
+    harness.step()
+    assert harness.scored() == [(5, 8)] * 5
+    harness.ask([9] * 4)
+    harness.step()
+    assert harness.scored() == [(5, 8)] * 4, "32 tokens, and 8 for the prompt"
+    harness.drain()
+
+
+def test_prompts_that_rank_first_take_their_tokens_first() -> None:
+    harness = Planned(40)
+    harness.scoring(*[6] * 60, first=5)
+    harness.scoring(*[6] * 60, first=6)
+    harness.step()
+    harness.ask([9] * 44, priority=1)
+    harness.step()
+    assert harness.scored() == [(5, 6)], "one of the first context, whatever comes first"
+    assert harness.spent() == 6 + 32
+    harness.step()
+    assert harness.scored() == [(5, 6)] * 3 + [(6, 6)], "the prompt has 12 left: 20 of 32 remain"
+    harness.drain()
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_of_one_token_takes_the_last_token_of_a_budget() -> None:
+    harness = Planned(9, chunk_tokens=8)
+    first, second = harness.ask([1] * 8), harness.ask([2])
+    harness.step()
+    assert states(first, second) == [State.DECODE, State.DECODE]
+    harness.drain()
+
+
+def test_no_prompt_comes_in_once_the_budget_is_spent() -> None:
+    harness = Planned(8)
+    first, second = harness.ask([1] * 8), harness.ask([2] * 8)
+    harness.step()
+    assert states(first, second) == [State.DECODE, State.WAITING]
+    harness.drain()
+
+
+def test_only_what_is_left_of_running_prompts_keeps_others_out() -> None:
+    harness = Planned(32)
+    first, second = harness.ask([1] * 44), harness.ask([2] * 8)
+    harness.step()
+    assert states(first, second) == [State.PREFILL, State.WAITING]
+    harness.step()
+    assert states(first, second) == [State.DECODE, State.DECODE]
+    harness.drain()
+
+
+def test_a_shorter_prompt_does_not_overtake_one_that_fits_no_more_into_a_call() -> None:
+    harness = Planned(64, chunk_tokens=16)
+    asked = [harness.ask([number] * length) for number, length in enumerate((8, 16, 8))]
+    harness.step()
+    calls = [[chunk.job.tokens[0] for chunk in call] for call in harness.plans[-1].prefills]
+    assert calls == [[0], [1], [2]]
+    assert states(*asked) == [State.DECODE] * 3
+    harness.drain()
+
+
+def test_a_job_that_waits_for_a_prefix_keeps_no_other_out() -> None:
+    harness = Planned(64, {"state_bytes": 10**6})
+    first, same, other = (
+        harness.ask(prompt) for prompt in ([*range(24), 90], [*range(24), 91], [50] * 8)
+    )
+    harness.step()
+    assert states(first, same, other) == [State.DECODE, State.WAITING, State.DECODE]
+    harness.drain()
+
+
+def test_a_prompt_that_began_before_the_prefixes_were_dropped_is_not_kept() -> None:
+    """They are dropped when weights change, and its first pages are of the old ones."""
+    harness = Planned(8, {"state_bytes": 10**6}, chunk_tokens=8, stateful=False)
+    harness.ask([*range(24)], new=1)
+    harness.step()
+    harness.evict()
+    harness.drain()
+    harness.ask([*range(24)], new=1)
+    harness.drain()
+    assert harness.engine.stats().prefix_hits == 0
