@@ -3,6 +3,11 @@
 Run from the repository: `python -m tools.batch_throughput engine` on one GPU, and
 `python -m tools.batch_throughput ray --workers 1 2` on two. The model has the sizes of
 granite-4.0-h-1b with random weights; prompts have 32 to 512 tokens and answers 128 to 256.
+
+`ray` needs at least 512 lines per worker in its short file, which is what a worker holds at once.
+At 14,000 tokens/s per GPU, 4,096 lines take one worker 56 s (`--requests 4096`), without its start.
+Without a GPU: `--device cpu --model granite_paged/checkpoints/tiny_recall --vocabulary 296
+--rows 8 --page-size 16 --prompt 8 64 --new 16 32 --requests 2048`.
 """
 
 from __future__ import annotations
@@ -10,13 +15,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import resource
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 from granite_paged.batch.answering import Answering, batch_engine
 from granite_paged.batch.lines import read_lines
@@ -37,23 +44,6 @@ def write_requests(path: Path, options: argparse.Namespace) -> None:
             most = draw.randint(*options.new)
             body = {"prompt": ids, "max_tokens": most, "ignore_eos": True}
             file.write(json.dumps({"custom_id": str(number), "body": body}) + "\n")
-
-
-class Watch:
-    """Notes when answers were written, and the most host memory of this process."""
-
-    def __init__(self) -> None:
-        self.times: list[tuple[float, int, int]] = []  # seconds, lines, tokens
-
-    def __call__(self, tally: Tally) -> None:
-        """Note what the output holds now."""
-        self.times.append((time.perf_counter(), tally.lines, tally.tokens))
-
-    def steady(self, total: int) -> float:
-        """Return tokens per second from the first tenth of the lines to the last line."""
-        at = next(one for one in self.times if one[1] >= total / 10)
-        end = next(one for one in self.times if one[1] == total)
-        return (end[2] - at[2]) / (end[0] - at[0])
 
 
 def peak_memory() -> float:
@@ -90,9 +80,40 @@ def compare_with_engine(path: Path, folder: Path, options: argparse.Namespace) -
     print(f"median ratio {statistics.median(ratios):.3f}, host memory {peak_memory():.2f} GB")
 
 
-def measure_ray(path: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Answer the file on Ray, once per number of workers, and compare with the first number."""
-    from granite_paged.ray.batch import answer_file  # noqa: PLC0415
+def waiting_worker(folder: Path, count: int) -> type:
+    """Return a `LineWorker` that, once ready, waits until `count` workers are ready.
+
+    The last of them leaves the file `all` in the folder: work starts at its time.
+    """
+    from granite_paged.ray.workers import LineWorker  # noqa: PLC0415
+
+    class WaitingWorker(LineWorker):
+        def __init__(self, *arguments: Any) -> None:
+            LineWorker.__init__(self, *arguments)
+            (folder / f"ready{os.getpid()}").touch()
+            while len(list(folder.glob("ready*"))) < count:
+                time.sleep(0.01)
+            (folder / "all").touch()
+
+    return WaitingWorker
+
+
+class RayRun(NamedTuple):
+    """One file answered on Ray.
+
+    Attributes:
+        start: seconds until every worker was ready.
+        seconds: from then until the last answer was written.
+    """
+
+    start: float
+    seconds: float
+    tally: Tally
+
+
+def run_on_ray(path: Path, count: int, options: argparse.Namespace) -> RayRun:
+    """Answer a file with `count` workers on a new local cluster."""
+    from granite_paged.ray import batch  # noqa: PLC0415
     from granite_paged.ray.cluster import connected  # noqa: PLC0415
     from granite_paged.ray.pipeline import Workers  # noqa: PLC0415
     from granite_paged.ray.workers import ModelSpec, WorkerOptions  # noqa: PLC0415
@@ -100,21 +121,49 @@ def measure_ray(path: Path, folder: Path, options: argparse.Namespace) -> None:
     gpus = 0.0 if options.device == "cpu" else 1.0
     config = PagedConfig(page_size=options.page_size, max_tokens=options.max_tokens)
     spec = ModelSpec(options.model, options.random_weights, options.device, config=config)
+    workers, rows = Workers(count, gpus, 1.0), WorkerOptions(options.rows)
+    with tempfile.TemporaryDirectory() as name:
+        folder, begin = Path(name), time.time()
+        output = BatchOutput(str(folder / "out.jsonl"))
+        with (
+            mock.patch.object(batch, "LineWorker", waiting_worker(folder, count)),
+            contextlib.redirect_stdout(None),
+            connected("local") as ray,
+        ):
+            batch.answer_file(ray, str(path), spec, rows, workers, output, lambda tally: None)
+            end = time.time()
+        output.close()
+        ready = (folder / "all").stat().st_mtime
+    return RayRun(ready - begin, end - ready, output.tally)
+
+
+def measure_ray(path: Path, folder: Path, options: argparse.Namespace) -> None:
+    """Answer a short and a long file on Ray, per number of workers, and compare the rates.
+
+    A rate is that of the lines which only the long file has: the time in which engines fill up and
+    drain is in both files, and cancels. A run that does not count comes first: it fills the caches
+    of compilers.
+    """
+    lines = path.read_text().splitlines(keepends=True)
+    if not 0 < options.short < len(lines):
+        raise SystemExit(f"--short must be from 1 to {len(lines) - 1}, got {options.short}")
+    short = folder / "short.jsonl"
+    short.write_text("".join(lines[: options.short]))
+    run_on_ray(short, options.workers[0], options)
     first = None
     for count in options.workers:
-        watch, output = Watch(), BatchOutput(str(folder / f"ray{count}.jsonl"))
-        started = time.perf_counter()
-        with contextlib.redirect_stdout(None), connected("local") as ray:
-            workers, rows = Workers(count, gpus, 1.0), WorkerOptions(options.rows)
-            answer_file(ray, str(path), spec, rows, workers, output, watch)
-        seconds, tally = time.perf_counter() - started, output.tally
-        output.close()
-        rate = watch.steady(tally.lines)
+        runs = [run_on_ray(file, count, options) for file in (short, path)]
+        less, more = runs
+        tokens, seconds = more.tally.tokens - less.tally.tokens, more.seconds - less.seconds
+        rate = tokens / seconds
         first = first or rate
         print(
-            f"{count} workers: {seconds:.0f} s with the start, {rate:,.0f} tokens/s after the "
-            f"first tenth, {rate / first:.2f} x {options.workers[0]} worker; "
-            f"{tally.lines:,} lines, {tally.failed} failed; host memory {peak_memory():.2f} GB"
+            f"{count} workers: {less.tally.lines:,} lines in {less.seconds:.1f} s, "
+            f"{more.tally.lines:,} in {more.seconds:.1f} s, after {less.start:.0f} and "
+            f"{more.start:.0f} s of start; {tokens:,} tokens more in {seconds:.1f} s: "
+            f"{rate:,.0f} tokens/s, {rate / first:.2f} x {options.workers[0]} worker; "
+            f"{less.tally.failed + more.tally.failed} failed; host memory {peak_memory():.2f} GB",
+            flush=True,
         )
 
 
@@ -123,6 +172,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["engine", "ray"])
     parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--short", type=int, default=1024, help="lines of Ray's short file")
     parser.add_argument("--prompt", type=int, nargs=2, default=(32, 512))
     parser.add_argument("--new", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--vocabulary", type=int, default=100_000)
