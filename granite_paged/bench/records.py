@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from granite_paged.bench.judge import Against
+from granite_paged.bench.judge import Against, Gated
 from granite_paged.bench.session import Session
 from granite_paged.bench.visits import VISITS
 from granite_paged.errors import CannotJudge
-from granite_paged.report.bench_results import Result, model_key, read_result, record_name
+from granite_paged.report.bench_results import (
+    Calibration,
+    Result,
+    model_key,
+    read_result,
+    record_name,
+)
 from granite_paged.report.published import Published
 
 DEPENDS_ON = ("torch", "triton")
@@ -62,16 +68,47 @@ def record_to_extend(path: Path, session: Session) -> Result:
 
 def refuse_other_contract(record: Result, session: Session, path: Path) -> None:
     """Raise CannotJudge if the record is of something else than the session measures."""
-    differing = [
+    if differing := _differing(record, session):
+        raise CannotJudge(
+            f"{path} was recorded with {differing}, so nothing was compared; record "
+            "again in another folder: `granite-paged gate --calibrate 20 --records DIR`"
+        )
+
+
+def unfinished_path(path: Path) -> Path:
+    """Return the file with the suites of an interrupted calibration for the record `path`."""
+    return path.with_suffix(".unfinished")
+
+
+def unfinished(path: Path, session: Session, shapes: Sequence[Gated]) -> Calibration | None:
+    """Return what an interrupted calibration left in a file; None if there is no such file.
+
+    Raises:
+        ResultFileError: the file cannot be read.
+        CannotJudge: its suites are of something else than the session measures.
+    """
+    if not path.exists():
+        return None
+    record = read_result(path)
+    differing = _differing(record, session)
+    left = record.calibration
+    if left is None or [shape.place for shape in left.shapes] != [gated.place for gated in shapes]:
+        differing = differing or "other shapes"
+    if differing:
+        raise CannotJudge(
+            f"{path} has suites of an interrupted calibration with {differing}; "
+            "delete it to calibrate from the start"
+        )
+    return left
+
+
+def _differing(record: Result, session: Session) -> str:
+    """Return the parts of the contract that differ, or ""."""
+    return ", ".join(
         f"{name} {there} (here {here})"
         for name, here, there in _contract(record, session)
         if here != there
-    ]
-    if differing:
-        raise CannotJudge(
-            f"{path} was recorded with {', '.join(differing)}, so nothing was compared; record "
-            "again in another folder: `granite-paged gate --calibrate 20 --records DIR`"
-        )
+    )
 
 
 def _contract(record: Result, session: Session) -> list[tuple[str, object, object]]:

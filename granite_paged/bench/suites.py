@@ -72,9 +72,31 @@ def calibrate(
     shapes: Sequence[Gated],
     earlier: Calibration | None = None,
     progress: Progress = silent,
+    keep: Callable[[Calibration], None] = lambda calibration: None,
 ) -> Calibration:
-    """Run suites of identical code; return them as one more session of `earlier`."""
+    """Run suites of identical code; return them as one more session of `earlier`.
+
+    Args:
+        suites: how many; 0 measures memory and the share of busy time only.
+        keep: called after each suite with the calibration so far, without `busy`.
+    """
     progress("prepare", 0, suites)
+    config = session.config
+
+    def calibration(busy: Callable[[Gated], float | None]) -> Calibration:
+        found = [
+            CalibratedShape(
+                *gated.place,
+                sessions=[ratios[gated]] if ratios[gated] else [],
+                floor_ms=_floor_ms(session, gated),
+                peak_bytes=subjects[gated].measured.peak_bytes,
+                busy=busy(gated),
+                clock_mhz=[min(clocks), max(clocks)] if clocks else None,
+            )
+            for gated in shapes
+        ]
+        return joined(Calibration(config.page_size, config.backend, VISITS, found), earlier)
+
     with all_ready(session, shapes) as subjects:
         ratios: dict[Gated, list[float]] = {gated: [] for gated in shapes}
         clocks: list[int] = []
@@ -84,31 +106,30 @@ def calibrate(
                 if gated.time and seen.floor:
                     ratios[gated].append(suite_time(seen.times) / seen.floor)
             clocks += filter(None, [read_conditions(session.clock.device).clock_mhz])
-        found = [
-            replace(
-                _calibrated(session, gated, subjects[gated], ratios[gated]),
-                clock_mhz=[min(clocks), max(clocks)] if clocks else None,
-            )
-            for gated in shapes
-        ]
-    if earlier is not None:
-        found = [_joined(shape, earlier) for shape in found]
-    config = session.config
-    return Calibration(config.page_size, config.backend, VISITS, found)
+            keep(calibration(busy=lambda gated: None))
+        return calibration(busy=lambda gated: _busy(gated, subjects[gated]))
 
 
-def _calibrated(
-    session: Session, gated: Gated, subject: Subject, ratios: list[float]
-) -> CalibratedShape:
+def _floor_ms(session: Session, gated: Gated) -> float | None:
     floor = session.floor(CASES[gated.case], gated.shape)
-    busy = subject.on_device() / subject.whole() if gated.time and gated.on_device else None
-    return CalibratedShape(
-        *gated.place,
-        sessions=[ratios] if ratios else [],
-        floor_ms=1e3 * floor if floor else None,
-        peak_bytes=subject.measured.peak_bytes,
-        busy=busy,
-    )
+    return 1e3 * floor if floor else None
+
+
+def _busy(gated: Gated, subject: Subject) -> float | None:
+    return subject.on_device() / subject.whole() if gated.time and gated.on_device else None
+
+
+def suites_in(calibration: Calibration | None) -> int:
+    """Return the number of suites in a calibration."""
+    shapes = calibration.shapes if calibration else []
+    return max((sum(map(len, shape.sessions)) for shape in shapes), default=0)
+
+
+def joined(calibration: Calibration, earlier: Calibration | None) -> Calibration:
+    """Return a calibration that has the sessions of an earlier one too, before its own."""
+    if earlier is None:
+        return calibration
+    return replace(calibration, shapes=[_joined(shape, earlier) for shape in calibration.shapes])
 
 
 def _joined(shape: CalibratedShape, earlier: Calibration) -> CalibratedShape:

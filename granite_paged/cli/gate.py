@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,18 @@ from rich.table import Table
 
 from granite_paged.cli.options import (
     FAILED,
+    NOTHING_KEPT,
     OK,
     POSITIVE,
     SETTINGS,
     ModelChoice,
     check_writable,
     json_option,
+    keeping,
     model_options,
     option,
     progress,
     records_option,
-    report_console,
     reporting,
     table_of,
     write_json,
@@ -29,6 +31,7 @@ from granite_paged.cli.options import (
 
 if TYPE_CHECKING:
     from granite_paged.bench.gate import GateReport
+    from granite_paged.bench.judge import Gated
     from granite_paged.bench.session import Session
     from granite_paged.bench.suites import TeethReport
     from granite_paged.report.bench_results import Calibration
@@ -73,6 +76,7 @@ def gate(
 
     A record needs a calibration: suites of identical code, from which each shape's bound follows.
     `--calibrate 20` makes one, on an idle machine; `--calibrate 5 --update` adds another machine's.
+    If it is interrupted, the same command runs the suites that are missing.
     `--teeth 20` shows that the gate sees a loss: suites of this code must be green, and suites
     with a step that is 5 % slower (10 % for the engine) and 1.5 % larger red, every time.
 
@@ -140,8 +144,8 @@ def _calibrate(
 
     from granite_paged.bench import gate as gates
     from granite_paged.bench import judge
-    from granite_paged.bench.records import record_path, record_to_extend
-    from granite_paged.bench.suites import alarms_of, calibrate
+    from granite_paged.bench.records import record_path, record_to_extend, unfinished_path
+    from granite_paged.bench.suites import alarms_of, joined
     from granite_paged.bench.visits import shapes_for
     from granite_paged.report.bench_results import writable_folder
 
@@ -149,22 +153,50 @@ def _calibrate(
     check_writable(None, None, str(path))
     record = record_to_extend(path, session)
     gates.refuse_where_blind(session)
-    earlier = record.calibration if update else None
-    shapes = shapes_for(session, judge.GATED)
-    with progress() as report_progress:
-        calibration = calibrate(session, suites, shapes, earlier, report_progress)
+    left = unfinished_path(path)
+    calibration = _calibrated(session, suites, shapes_for(session, judge.GATED), left)
+    calibration = joined(calibration, record.calibration if update else None)
     result = replace(record, calibration=calibration)
     write_json(str(path), result.to_json())
-    write_json(json_file, result.to_json())
+    left.unlink(missing_ok=True)
     alarms = alarms_of(calibration)
-    console = report_console(json_file)
-    console.print(_calibration_table(session, calibration))
-    console.print(
-        f"{alarms.red} of {alarms.suites} suites would have been red by the bounds of the others: "
-        f"at most {alarms.at_most:.0%} false alarms (95 % confidence)\nwritten: {path}",
-        soft_wrap=True,
-    )
+    with reporting(json_file, result.to_json()) as console:
+        console.print(_calibration_table(session, calibration))
+        console.print(
+            f"{alarms.red} of {alarms.suites} suites would have been red by the bounds of the "
+            f"others: at most {alarms.at_most:.0%} false alarms (95 % confidence)\n"
+            f"written: {path}",
+            soft_wrap=True,
+        )
     return OK
+
+
+def _calibrated(session: Session, suites: int, shapes: Sequence[Gated], left: Path) -> Calibration:
+    """Run the suites that the file of an interrupted calibration lacks, and keep each there."""
+    from dataclasses import replace
+
+    from granite_paged.bench.records import unfinished
+    from granite_paged.bench.suites import calibrate, suites_in
+
+    earlier = unfinished(left, session, shapes)
+    kept = suites_in(earlier)
+    if kept:
+        click.echo(f"resumed: {kept} suites are in {left}", err=True)
+
+    def keep(calibration: Calibration) -> None:
+        nonlocal kept
+        write_json(str(left), replace(session.result([]), calibration=calibration).to_json())
+        kept = suites_in(calibration)
+
+    with keeping(lambda: _kept(kept, left)), progress() as report_progress:
+        missing = max(suites - kept, 0)
+        return calibrate(session, missing, shapes, earlier, report_progress, keep)
+
+
+def _kept(suites: int, left: Path) -> str:
+    if not suites:
+        return NOTHING_KEPT
+    return f"{suites} suites kept in {left}; run the same command to resume"
 
 
 def _calibration_table(session: Session, calibration: Calibration) -> Table:

@@ -22,6 +22,7 @@ from granite_paged.cli.generate import generate
 from granite_paged.cli.options import (
     CLOSED_PIPE,
     INTERRUPTED,
+    NOTHING_KEPT,
     OK,
     SETTINGS,
     USAGE,
@@ -34,7 +35,6 @@ from granite_paged.cli.verify import verify
 from granite_paged.errors import GeometryError, GranitePagedError, PagingError
 
 PROGRAM = "granite-paged"
-NOTHING_KEPT = "nothing new was kept; run the same command again"
 
 
 def main() -> None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 OK, FAILED, USAGE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141
 
+NOTHING_KEPT = "nothing new was kept; run the same command again"
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 _SMALL_PAGE = 16  # for the embedded model: its contexts are short, and should fill several pages

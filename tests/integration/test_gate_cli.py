@@ -17,7 +17,7 @@ from granite_paged.bench.judge import Gated, Seen
 from granite_paged.bench.session import Session
 from granite_paged.bench.visits import VISITS
 from granite_paged.cli.main import run
-from granite_paged.cli.options import FAILED, OK, USAGE, ModelChoice
+from granite_paged.cli.options import FAILED, INTERRUPTED, OK, USAGE, ModelChoice
 from granite_paged.report.bench_results import read_result
 from tests.helpers.command_line import Capture, assert_one_line
 
@@ -195,6 +195,79 @@ def test_a_calibration_is_written_and_extended(
     assert run(command) == OK  # without --update, a calibration starts again
     (batch, *_) = read_result(folder / RECORD).calibration.shapes
     assert [len(suites) for suites in batch.sessions] == [5]
+
+
+def interrupt_suite(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Interrupt a suite. Return the list of suites that were begun, which grows."""
+    measured = suites.measure_suite
+    begun: list[int] = []
+
+    def counted(*args: Any) -> Any:
+        begun.append(len(begun) + 1)
+        if begun[-1] == number:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(suites, "measure_suite", counted)
+    return begun
+
+
+def test_an_interrupted_calibration_is_resumed(
+    small_suite: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    command = ["gate", "--device", "cpu", "--records", str(tmp_path), "--calibrate", "5"]
+    left = tmp_path / f"{RECORD.removesuffix('.json')}.unfinished"
+    begun = interrupt_suite(monkeypatch, 3)
+    assert run(command) == INTERRUPTED
+    assert f"2 suites kept in {left}; run the same command to resume" in capsys.readouterr().err
+    assert not (tmp_path / RECORD).exists()
+    first = read_result(left).calibration
+    assert first is not None
+    assert run(command) == OK
+    assert f"resumed: 2 suites are in {left}" in capsys.readouterr().err
+    assert len(begun) == 3 + 3
+    assert not left.exists()
+    found = read_result(tmp_path / RECORD).calibration
+    assert found is not None
+    for shape, before in zip(found.shapes, first.shapes, strict=True):
+        assert [len(session) for session in shape.sessions] == ([2, 3] if before.sessions else [])
+        assert shape.sessions[:1] == before.sessions
+
+
+def test_an_interrupted_calibration_with_update_keeps_the_recorded_suites(
+    small_suite: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["gate", "--device", "cpu", "--records", str(tmp_path), "--calibrate", "5"]
+    assert run(command) == OK
+    record = (tmp_path / RECORD).read_bytes()
+    interrupt_suite(monkeypatch, 3)
+    assert run([*command, "--update"]) == INTERRUPTED
+    assert (tmp_path / RECORD).read_bytes() == record
+    assert run([*command, "--update"]) == OK
+    found = read_result(tmp_path / RECORD).calibration
+    assert found is not None
+    assert [len(session) for session in found.shapes[0].sessions] == [5, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"dtype": "bfloat16"}, "dtype bfloat16 (here float32)"), ({"shapes": []}, "other shapes")],
+)
+def test_suites_of_another_contract_are_not_resumed(
+    changes: dict[str, Any],
+    named: str,
+    small_suite: None,
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    command = ["gate", "--device", "cpu", "--records", str(tmp_path), "--calibrate", "5"]
+    settings = {"page_size": 16, "backend": "auto", "visits": 2}
+    calibration = {**settings, "shapes": changes.pop("shapes", [])}
+    recorded(tmp_path, 0.5, calibration=calibration, **changes).rename(
+        tmp_path / f"{RECORD.removesuffix('.json')}.unfinished"
+    )
+    assert run(command) == USAGE
+    assert_one_line(capsys, named)
 
 
 def test_teeth_count_green_and_red_tries(
