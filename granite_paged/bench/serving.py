@@ -19,25 +19,17 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from granite_paged.bench.serve_results import Baseline, Served
-from granite_paged.bench.workload import FIRST_TOKEN, Arrival
+from granite_paged.bench.serve_results import Baseline, Served, ServeResult
+from granite_paged.bench.workload import FIRST_TOKEN, Arrival, Workload
+from granite_paged.device import device_name, dtype_name
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import OnToken, Request, SamplingParams
+from granite_paged.environment import versions
+from granite_paged.models import LoadedModel
 from granite_paged.progress import Progress, silent
 from granite_paged.quantiles import quantile
 
 _NO_TOKEN = -1  # as the end-of-text token: answers never end early, so all modes do the same work
-
-
-@dataclass(frozen=True, slots=True)
-class ServingReport:
-    """How the engine and transformers' modes served a workload; see `ServeResult`."""
-
-    engine: Served
-    baselines: dict[str, Baseline]
-    schedule_ms: float
-    prefix_hit_rate: float
-    preempted: int
 
 
 @dataclass(slots=True)
@@ -51,20 +43,23 @@ class RequestTrace:
 
 def compare(
     engine: Engine,
-    model: Any,
+    loaded: LoadedModel,
     ours: Sequence[RequestTrace],
+    workload: Workload,
     *,
+    seed: int,
     modes: Sequence[str],
     batch: int,
     limit: int | None = None,
     progress: Progress = silent,
-) -> ServingReport:
+) -> ServeResult:
     """Serve with transformers the requests that the engine has served.
 
     Args:
         engine: has served the requests, and nothing after them.
-        model: for transformers' modes; not patched.
+        loaded: the model for transformers' modes; not patched.
         ours: the requests, in order of arrival, with the engine's tokens.
+        workload, seed: what the requests were drawn from.
         modes, batch: names from `names.BASELINES`, and their batch size.
         limit: number of requests that these modes serve, from the first on; None for all.
         progress: called as requests finish.
@@ -73,14 +68,20 @@ def compare(
     coming = [trace.arrival for trace in ours[:limit]]
     baselines = {}
     for mode in modes:
-        batches = Batches(model, coming, batch, static=mode == "static")
+        batches = Batches(loaded.model, coming, batch, static=mode == "static")
         batches.warm_up()
         theirs = batches.serve(mode, progress)
         served = summary(theirs)
         same = [mine.tokens == other.tokens for mine, other in zip(ours, theirs, strict=False)]
         speedup = by_engine.tokens_per_second / served.tokens_per_second
         baselines[mode] = Baseline(served, speedup, sum(same) / len(same))
-    return ServingReport(
+    return ServeResult(
+        device=device_name(loaded.model.device),
+        model=loaded.name,
+        dtype=dtype_name(loaded.model.dtype),
+        versions=versions(),
+        seed=seed,
+        workload=workload,
         engine=by_engine,
         baselines=baselines,
         schedule_ms=stats.schedule_ms,

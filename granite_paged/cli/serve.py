@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from granite_paged.bench.serve_results import ServeResult
     from granite_paged.bench.vllm_serving import EngineRun, Rounds
+    from granite_paged.engine.engine import Engine
     from granite_paged.geometry import PagedConfig
 
 _workload_options = options(
@@ -186,74 +187,69 @@ def _serve_ours(
     """
     import torch
 
-    from granite_paged.bench.serve_results import ServeResult
-    from granite_paged.bench.serving import compare, warm_up
-    from granite_paged.bench.serving import serve as serve_arrivals
-    from granite_paged.bench.vllm_serving import (
-        EngineRun,
-        serve_offline,
-        vllm_arguments,
-    )
-    from granite_paged.checkpoints import TINY_RECALL
-    from granite_paged.device import device_name, dtype_name, used_bytes
+    from granite_paged.bench import serving
     from granite_paged.engine.engine import Engine
-    from granite_paged.environment import versions
 
     loaded = choice.load()
-    model, device = loaded.model, torch.device(loaded.model.device)
+    model = loaded.model
     other, coming = (
         arrivals(workload, model.config.vocab_size, seed) for seed in (choice.seed + 1, choice.seed)
     )
-    count = len(coming)
-    config = sized(choice.config, model, rows=min(rows, count), tokens=workload.longest)
-    arguments = None
-    if checkpoint:
-        weights = choice.model or str(TINY_RECALL)
-        if choice.random_weights:
-            weights = checkpoint
-            model.save_pretrained(checkpoint)
-        arguments = vllm_arguments(
-            model, weights, rows=config.max_sequences or rows, seed=choice.seed
-        )
+    config = sized(choice.config, model, rows=min(rows, len(coming)), tokens=workload.longest)
+    arguments = _vllm_arguments(choice, model, config, checkpoint) if checkpoint else None
+    run = None
     begin = time.perf_counter()
     with (
         progress("capture") as report_progress,
-        Engine(model, config, queue=count, progress=report_progress) as engine,
+        Engine(model, config, queue=len(coming), progress=report_progress) as engine,
     ):
-        warm_up(engine)
-        start_seconds = time.perf_counter() - begin
+        serving.warm_up(engine)
         if checkpoint:
-            served = serve_offline(engine, other), serve_offline(engine, coming)
-            used = used_bytes(device)
-            engine.forget_prefixes()
-        traces = serve_arrivals(engine, coming, report_progress)
-        report = compare(
+            run = _two_rounds(engine, (other, coming), config, time.perf_counter() - begin)
+        traces = serving.serve(engine, coming, report_progress)
+        result = serving.compare(
             engine,
-            model,
+            loaded,
             traces,
+            workload,
+            seed=choice.seed,
             modes=modes,
             batch=batch,
             limit=limit,
             progress=report_progress,
         )
-    result = ServeResult(
-        device=device_name(device),
-        model=loaded.name,
-        dtype=dtype_name(model.dtype),
-        versions=versions(),
-        seed=choice.seed,
-        workload=workload,
-        engine=report.engine,
-        baselines=report.baselines,
-        schedule_ms=report.schedule_ms,
-        prefix_hit_rate=report.prefix_hit_rate,
-        preempted=report.preempted,
-    )
-    run = None
-    if checkpoint:
-        settings = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        run = EngineRun(served, start_seconds, result.versions, settings, used)
-    return _Ours(result, run, (other, coming), device, arguments)
+    return _Ours(result, run, (other, coming), torch.device(model.device), arguments)
+
+
+def _vllm_arguments(
+    choice: ModelChoice, model: Any, config: PagedConfig, folder: str
+) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM`; random weights are saved in the folder for it."""
+    from granite_paged.bench.vllm_serving import vllm_arguments
+    from granite_paged.checkpoints import TINY_RECALL
+
+    weights = choice.model or str(TINY_RECALL)
+    if choice.random_weights:
+        weights = folder
+        model.save_pretrained(folder)
+    assert config.max_sequences is not None  # `sized` sets it
+    return vllm_arguments(model, weights, rows=config.max_sequences, seed=choice.seed)
+
+
+def _two_rounds(
+    engine: Engine, rounds: Rounds, config: PagedConfig, start_seconds: float
+) -> EngineRun:
+    """Serve the rounds that vLLM will serve, and forget their prefixes."""
+    from granite_paged.bench.vllm_serving import EngineRun, serve_offline
+    from granite_paged.device import used_bytes
+    from granite_paged.environment import versions
+
+    first, second = rounds
+    served = serve_offline(engine, first), serve_offline(engine, second)
+    used = used_bytes(engine.runner.device)
+    engine.forget_prefixes()
+    settings = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return EngineRun(served, start_seconds, versions(), settings, used)
 
 
 def _check_vllm(python: str, workload: Workload) -> None:
