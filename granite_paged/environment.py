@@ -10,7 +10,11 @@ import torch
 import transformers
 
 from granite_paged import __version__
+from granite_paged.device import device_name
 from granite_paged.names import MAMBA_PACKAGES, mamba_kernels_of
+
+_COMPUTING: tuple[str, ...] = ("torch", "transformers", "triton")
+"""Packages that compute, and so decide about bits."""
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +34,19 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **optional,
     }
+
+
+def bits_place(device: torch.device) -> dict[str, str]:
+    """Return what the bits of exact mode depend on, apart from the model and the request.
+
+    On a CPU these are its vector instructions and the number of threads as well.
+    """
+    installed = versions()
+    place = {name: installed[name] for name in _COMPUTING if name in installed}
+    if device.type == "cpu":
+        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        return {"device": f"cpu {capability}, {threads} threads", **place}
+    return {"device": device_name(device), **place}
 
 
 def mamba_kernels() -> str:

@@ -14,6 +14,7 @@ from granite_paged.digests import config_digest, sha256, tokenizer_digest, weigh
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.prompts import PromptEncoder
 from granite_paged.engine.request import Request
+from granite_paged.environment import bits_place
 from granite_paged.errors import GranitePagedError, QueueFull
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel
@@ -77,7 +78,8 @@ class Answering:
         aliases: Sequence[str] = (),
     ) -> None:
         self.engine = engine
-        self.run = run_digest(loaded, defaults)
+        place = bits_place(loaded.model.device) if engine.runner.config.exact else None
+        self.run = run_digest(loaded, defaults, place)
         self._defaults = defaults
         self._model = loaded.name
         short = loaded.name.rstrip("/").rpartition("/")[2]
@@ -140,8 +142,11 @@ class Answering:
         return self._texts[token]
 
 
-def run_digest(loaded: LoadedModel, defaults: Defaults) -> str:
-    """Return a digest of what answers depend on. The device is not part of it."""
+def run_digest(loaded: LoadedModel, defaults: Defaults, place: dict[str, str] | None = None) -> str:
+    """Return a digest of what answers depend on.
+
+    place: device and versions, where bits must be equal; else the device is not part of it.
+    """
     settings: dict[str, Any] = {
         "weights": weights_digest(loaded.model),
         "config": config_digest(loaded.model.config),
@@ -150,6 +155,7 @@ def run_digest(loaded: LoadedModel, defaults: Defaults) -> str:
         "template": getattr(loaded.tokenizer, "chat_template", None),
         "defaults": defaults.to_json(),
         "name": loaded.name,
+        **({"place": place} if place else {}),
     }
     return sha256(settings)
 

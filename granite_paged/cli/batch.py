@@ -20,6 +20,7 @@ from granite_paged.cli.options import (
     POSITIVE,
     SETTINGS,
     ModelChoice,
+    exact_option,
     keeping,
     model_options,
     option,
@@ -40,6 +41,7 @@ _LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 @click.argument("input_file", metavar="INPUT.jsonl")
 @click.argument("output_file", metavar="OUTPUT.jsonl")
 @model_options
+@exact_option
 @option("--tokenizer", "Use this tokenizer, for a model that has none.", metavar="ID_OR_PATH")
 @option(
     "--max-new-tokens",

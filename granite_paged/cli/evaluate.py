@@ -21,6 +21,7 @@ from granite_paged.cli.options import (
     SETTINGS,
     ModelChoice,
     check_writable,
+    exact_option,
     json_option,
     keeping,
     model_options,
@@ -149,6 +150,7 @@ _result_options = options(
 )
 @_result_options
 @model_options
+@exact_option
 @json_option
 @ray_options
 def evaluate(

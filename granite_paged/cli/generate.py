@@ -15,6 +15,7 @@ from granite_paged.cli.options import (
     SETTINGS,
     USAGE,
     ModelChoice,
+    exact_option,
     json_option,
     model_options,
     option,
@@ -105,6 +106,7 @@ _sampling_options = options(
 @_source_options
 @_sampling_options
 @model_options
+@exact_option
 @json_option
 def generate(
     text: str | None,

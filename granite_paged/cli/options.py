@@ -253,6 +253,15 @@ _MODEL_OPTIONS = options(
 )
 
 
+exact_option = option(
+    "--exact",
+    "Give each request the same bits whatever else runs: other requests, their number, chunks, "
+    "cached prefixes, preemption. Slower, many times so on a CPU; what cannot be exact is refused.",
+    is_flag=True,
+)
+"""For commands that make an engine: it becomes `ModelChoice.config.exact`."""
+
+
 def model_options(command: Command) -> Command:
     """Add the options that choose a model; they reach the command as `choice: ModelChoice`."""
 
@@ -265,6 +274,7 @@ def model_options(command: Command) -> Command:
         from granite_paged.geometry import PagedConfig
 
         paging = {name: others.pop(name) for name in ("memory_fraction", "max_tokens", "backend")}
+        paging["exact"] = others.pop("exact", False)
         if page_size is None and model is None and random_weights is None:
             page_size = _SMALL_PAGE
         if page_size is not None:

@@ -22,6 +22,7 @@ from granite_paged.cli.options import (
     POSITIVE,
     SETTINGS,
     ModelChoice,
+    exact_option,
     json_option,
     model_options,
     option,
@@ -82,6 +83,7 @@ _workload_options = options(
 
 @click.command(context_settings=SETTINGS)
 @model_options
+@exact_option
 @_workload_options
 @option(
     "--rows", "Let at most this many requests run at once in the engine.", POSITIVE, default=256

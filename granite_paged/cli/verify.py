@@ -13,6 +13,7 @@ from granite_paged.cli.options import (
     OK,
     SETTINGS,
     ModelChoice,
+    exact_option,
     json_option,
     model_options,
     option,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=SETTINGS)
 @model_options
+@exact_option
 @option(
     "--context",
     "Give the longest prompt this many tokens.",

@@ -26,8 +26,10 @@ from granite_paged.engine.prompts import (
 )
 from granite_paged.engine.request import OnToken, Output, Request, SamplingParams, Score
 from granite_paged.engine.stats import EngineStats
+from granite_paged.environment import bits_place
 from granite_paged.errors import (
     BrokenInvariant,
+    CannotBeExact,
     EngineClosed,
     EngineLost,
     GranitePagedError,
@@ -47,6 +49,7 @@ class EngineGroup:
 
     Raises:
         InvalidArgument: if there is no engine, one is listed twice, or one is something else.
+        CannotBeExact: if an engine is in exact mode, and another would give other bits.
     """
 
     def __init__(self, engines: Sequence[Engine]) -> None:
@@ -55,6 +58,7 @@ class EngineGroup:
             raise InvalidArgument("engines must hold at least one Engine, got []")
         if len(set(self.engines)) < len(self.engines):
             raise InvalidArgument("an engine is in the group twice: list each once")
+        _check_exact(self.engines)
 
     @classmethod
     def replicas(
@@ -234,6 +238,14 @@ class EngineGroup:
                 raise
         results = [each.exception() or each.result() for each in running]
         return list(zip(engines, shares, results, strict=True))
+
+
+def _check_exact(engines: Sequence[Engine]) -> None:
+    """Refuse a group in which the bits of an answer depend on the engine that gives it."""
+    exact = [engine.runner.config.exact for engine in engines]
+    places = [str(bits_place(engine.runner.device)) for engine in engines] if any(exact) else []
+    if len(set(zip(exact, places, strict=False))) > 1:
+        raise CannotBeExact("the engines of this group differ in exact mode or in their device")
 
 
 def _listed(engines: Any) -> list[Any]:

@@ -106,6 +106,7 @@ def identity(
         "page size": config.page_size,
         "max tokens": config.max_tokens,
         "backend": config.backend,
+        **({"exact": True} if config.exact else {}),
         "questions": {task.name: _digest(task) for task in tasks},
         "versions": versions(),
     }

@@ -19,6 +19,7 @@ from granite_paged.evaluate.run import Answering, ordered
 from granite_paged.evaluate.tasks import Task, TaskOptions, make_task
 from granite_paged.geometry import PagedConfig
 from granite_paged.progress import Progress, silent
+from granite_paged.ray import exact
 from granite_paged.ray.cluster import check_resources, failures_named
 from granite_paged.ray.groups import Columns
 from granite_paged.ray.pipeline import Workers, answered_rows
@@ -56,6 +57,8 @@ class QuestionWorker:
                 f"{loaded.name} has other weights on a worker than here: pass --dtype, "
                 "and make sure that every machine has the same checkpoint"
             )
+        if spec.config is not None and spec.config.exact:
+            exact.join(loaded.model.device)
         made = (make_task(name, asked.options, loaded, loaded.tokenizer) for name in asked.tasks)
         self._tasks = {task.name: task for task in made}
         self._journal = Journal(None, {})

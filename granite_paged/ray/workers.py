@@ -20,6 +20,7 @@ from granite_paged.batch.request import FIELDS, Defaults
 from granite_paged.errors import ClusterError, InvalidArgument
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel, load, load_tokenizer
+from granite_paged.ray import exact
 from granite_paged.ray.groups import Columns, unpacked
 
 
@@ -74,6 +75,8 @@ class Worker:
     def __init__(self, spec: ModelSpec, options: WorkerOptions) -> None:
         loaded = spec.load()
         config = share_of_gpu(spec.config or PagedConfig())
+        if config.exact:
+            exact.join(loaded.model.device)
         engine = batch_engine(loaded, config, options.rows)
         defaults = Defaults(loaded.model.generation_config, options.max_new_tokens, spec.seed)
         self._answering = Answering(engine, loaded, defaults, options.aliases)

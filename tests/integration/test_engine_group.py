@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ import pytest
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine import group as groups
 from granite_paged.engine.group import EngineGroup
-from granite_paged.errors import DeviceError, EngineClosed, EngineLost, InvalidArgument
+from granite_paged.errors import (
+    CannotBeExact,
+    DeviceError,
+    EngineClosed,
+    EngineLost,
+    InvalidArgument,
+)
 from tests.helpers.tiny_models import tiny_model
 
 SIZES = PagedConfig(page_size=8, max_tokens=160, max_sequences=4, chunk_tokens=32)
@@ -60,6 +67,26 @@ def test_replicas_run_on_the_given_devices() -> None:
         assert output.error is None
     with pytest.raises(DeviceError, match="cuda:99"):
         EngineGroup.replicas(model, ["cuda:99"], SIZES)
+
+
+def test_a_group_in_exact_mode_gives_the_bits_of_one_engine() -> None:
+    params = SamplingParams(max_new_tokens=4, logprobs=1, stop_tokens=())
+    exact = replace(SIZES, exact=True)
+    with EngineGroup([Engine(tiny_model(), exact) for _ in range(2)]) as both:
+        found = [(output.tokens, output.logprobs) for output in both.generate(PROMPTS, params)]
+    with Engine(tiny_model(), exact) as engine:
+        alone = [engine.generate(prompt, params)[0] for prompt in PROMPTS]
+    assert found == [(output.tokens, output.logprobs) for output in alone]
+
+
+def test_engines_with_other_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (Engine(tiny_model(), replace(SIZES, exact=True)) for _ in range(2))
+    with Engine(tiny_model(), SIZES) as plain, pytest.raises(CannotBeExact, match="group"):
+        EngineGroup([first, plain])
+    places = iter([{"device": "one GPU"}, {"device": "another GPU"}])
+    monkeypatch.setattr(groups, "bits_place", lambda device: next(places))
+    with first, second, pytest.raises(CannotBeExact, match="group"):
+        EngineGroup([first, second])
 
 
 def test_an_empty_group_is_refused() -> None:

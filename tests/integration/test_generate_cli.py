@@ -51,6 +51,23 @@ def params_seen(monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
     return seen
 
 
+def test_exact_mode_reports_the_bits_of_each_prompt_alone(
+    checkpoint: str, capsys: Capture, tmp_path: Path
+) -> None:
+    prompts = [FOX, "jumps", f"{FOX} jumps over"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    options = ["--exact", "--logprobs", "1", "--max-new-tokens", "3", "--temperature", "0"]
+    together = reported(checkpoint, capsys, "--file", str(tmp_path / "prompts.txt"), *options)
+    for prompt, found in zip(prompts, together, strict=True):
+        (alone,) = reported(checkpoint, capsys, prompt, *options)
+        assert found == alone
+
+
+def test_what_cannot_be_exact_is_one_line(checkpoint: str, capsys: Capture) -> None:
+    assert generate(checkpoint, FOX, "--exact", "--backend", "compiled") != OK
+    assert_one_line(capsys, "backend 'compiled'")
+
+
 # -- sampling -----------------------------------------------------------------------------------
 
 

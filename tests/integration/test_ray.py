@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from granite_paged import PagedConfig
 from granite_paged.cli.main import run
 from granite_paged.cli.options import FAILED, OK, USAGE
-from granite_paged.ray import Answers, by_prefix
+from granite_paged.errors import CannotBeExact
+from granite_paged.ray import Answers, by_prefix, exact
 from granite_paged.ray.workers import LineWorker, ModelSpec, WorkerOptions, attempts
 from tests.helpers.batch_files import (
     SIZES,
@@ -182,6 +184,17 @@ def test_eval_on_ray_answers_as_one_process_does(tmp_path: Path, capsys: Capture
     assert spread == alone
     keys = [json.loads(line)["key"] for line in lines[1:] if '"paged"' in line]
     assert len(set(keys)) == 8
+
+
+def test_workers_whose_bits_differ_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for gpu in ("H100", "H100", "H200"):
+        monkeypatch.setattr(exact, "bits_place", lambda device, gpu=gpu: {"device": gpu})
+        if gpu == "H200":
+            with pytest.raises(CannotBeExact, match="H100 and H200"):
+                exact.join(cpu)
+        else:
+            exact.join(cpu)
 
 
 # -- datasets -----------------------------------------------------------------------------------
