@@ -27,7 +27,9 @@ PROSE = (
 MEASURED_MODEL = ("--random-weights", "granite-4.0-h-1b", "--dtype", "bfloat16")
 REQUIRE_GPU = """
 import sys, torch
-torch.cuda.is_available() or sys.exit("this session needs a CUDA device; nothing was run")
+if not torch.cuda.is_available():
+    print("this session needs a CUDA device; nothing was run", file=sys.stderr)
+    sys.exit(2)
 """
 PRINT_RECORD = """
 import torch
@@ -36,11 +38,24 @@ print(record_name(torch.cuda.get_device_name(), "granite-4.0-h-1b", "bfloat16"))
 """
 RECORDS = Path("granite_paged/records")
 
+UNUSABLE = 2
+"""Exit status of our commands and tools where they could not judge: wrong use, or no GPU."""
+
 
 def install(session: nox.Session, *groups: str, package: str | None = ".") -> None:
     """Install dependency groups of pyproject.toml, and the package as a user would."""
     named = nox.project.dependency_groups(PROJECT, *groups)
     session.install(*named, *([package] if package else []))
+
+
+def run(session: nox.Session, *command: str) -> None:
+    """Run a command or tool of ours. Its exit status 2 is nox's too, which is 1 otherwise."""
+    try:
+        session.run(*command)
+    except nox.command.CommandFailed as failed:
+        if failed.reason == f"Returned code {UNUSABLE}":
+            sys.exit(UNUSABLE)
+        raise
 
 
 @nox.session
@@ -107,7 +122,7 @@ def mutants(session: nox.Session) -> None:
     """Change the code in small ways that tests must notice: `nox -s mutants -- --sample 60`."""
     install(session, "mutants")
     session.run("python", "-m", "pytest", "-q", "tests/unit/test_mutants.py")
-    session.run("python", "-m", "tools.mutants", *session.posargs)
+    run(session, "python", "-m", "tools.mutants", *session.posargs)
 
 
 @nox.session
@@ -124,7 +139,7 @@ def snapshots(session: nox.Session) -> None:
 def verify(session: nox.Session) -> None:
     """Compare paged with SDPA: `nox -s verify -- --random-weights granite-4.0-h-350m`."""
     session.install(".")
-    session.run("granite-paged", "verify", *session.posargs)
+    run(session, "granite-paged", "verify", *session.posargs)
 
 
 @nox.session
@@ -165,21 +180,21 @@ def report(session: nox.Session) -> None:
 def gpu_tests(session: nox.Session) -> None:
     """Run the GPU tests, then the gate. Needs a GPU."""
     install(session, "tests")
-    session.run("python", "-c", REQUIRE_GPU)
+    run(session, "python", "-c", REQUIRE_GPU)
     session.run("python", "-m", "pytest", "tests/gpu", "--durations=10", *session.posargs)
-    session.run("granite-paged", "gate", *MEASURED_MODEL)
+    run(session, "granite-paged", "gate", *MEASURED_MODEL)
 
 
 @nox.session
 def perf_record(session: nox.Session) -> None:
     """Record this GPU, calibrate its gate, draw figures. Arguments go to bench. Needs a GPU."""
     install(session, "tests")
-    session.run("python", "-c", REQUIRE_GPU)
+    run(session, "python", "-c", REQUIRE_GPU)
     name = session.run("python", "-c", PRINT_RECORD, silent=True).strip()
     record, tables = str(RECORDS / name), f"golden/perf/{name.removesuffix('.json')}.md"
     session.run("granite-paged", "bench", *MEASURED_MODEL, "--json", record, *session.posargs)
     calibrate = ("--calibrate", "20", "--records", str(RECORDS))
-    session.run("granite-paged", "gate", *MEASURED_MODEL, *calibrate)
+    run(session, "granite-paged", "gate", *MEASURED_MODEL, *calibrate)
     page = ("--page", "docs/benchmarks.md")
     figures = ("--out", "golden/figures", "--markdown", tables, *page)
     session.run("granite-paged", "plot", record, *figures)
@@ -191,9 +206,9 @@ def perf_record(session: nox.Session) -> None:
 def tune(session: nox.Session) -> None:
     """Choose the constants of kernel options again. Arguments go to tune. Needs a GPU."""
     session.install(".")
-    session.run("python", "-c", REQUIRE_GPU)
+    run(session, "python", "-c", REQUIRE_GPU)
     constants = "granite_paged/layers/tuned.json"
-    session.run("granite-paged", "tune", *MEASURED_MODEL, "--write", constants, *session.posargs)
+    run(session, "granite-paged", "tune", *MEASURED_MODEL, "--write", constants, *session.posargs)
     session.run("git", "--no-pager", "diff", "--", constants, external=True)
 
 
@@ -214,7 +229,7 @@ def canary(session: nox.Session) -> None:
     A version is a number, `nightly`, a folder, a wheel or a git+https address. Exit status 2 means
     that the versions cannot be installed, or that no test ran.
     """
-    from tools.canary import UNUSABLE, requirement  # noqa: PLC0415
+    from tools.canary import requirement  # noqa: PLC0415
 
     install(session, "tests")
     for argument in session.posargs:
@@ -223,13 +238,13 @@ def canary(session: nox.Session) -> None:
         except (ValueError, nox.command.CommandFailed) as error:
             print(f"canary: cannot install {argument}: {error}", file=sys.stderr)
             sys.exit(UNUSABLE)
-    session.run("python", "-m", "tools.canary")
+    run(session, "python", "-m", "tools.canary")
 
 
 @nox.session
 def upstream(session: nox.Session) -> None:
     """Run transformers' own tests with every model patched: `nox -s upstream -- CHECKOUT`."""
-    from tools.upstream.__main__ import UNUSABLE, find_checkout  # noqa: PLC0415
+    from tools.upstream.__main__ import find_checkout  # noqa: PLC0415
 
     try:
         checkout = find_checkout(session.posargs)
@@ -238,7 +253,7 @@ def upstream(session: nox.Session) -> None:
         sys.exit(UNUSABLE)
     install(session, "upstream")
     session.install(str(checkout))
-    session.run("python", "-m", "tools.upstream", str(checkout))
+    run(session, "python", "-m", "tools.upstream", str(checkout))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ Runners and engines
 Commands
     command_line      every command, and checks of what one prints
     killed            kill_soon: a command that is killed while it works
+    noxfile           sessions of noxfile.py, without nox
     batch_files       files of requests for `granite-paged batch`, and their answers
 
 Faults

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import runpy
-import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 
+from tests.helpers.noxfile import nox_sessions
 from tools.upstream.__main__ import (
     NEEDED,
     ROOT,
@@ -114,18 +112,9 @@ def test_a_path_that_is_no_checkout_is_refused_in_one_line(
 def test_the_session_refuses_wrong_use_before_it_installs(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in takes the place of nox, which the environment of the tests does not have."""
-
-    def decorate(function: Any = None, **settings: Any) -> Any:
-        return function or (lambda decorated: decorated)
-
-    stand_in = mock.MagicMock(session=decorate, parametrize=lambda *values: decorate)
-    monkeypatch.setitem(sys.modules, "nox", stand_in)
-    monkeypatch.chdir(ROOT)
-    sessions = runpy.run_path(str(ROOT / "noxfile.py"))
     session = mock.Mock(posargs=arguments)
     with pytest.raises(SystemExit) as ended:
-        sessions["upstream"](session)
+        nox_sessions(monkeypatch)["upstream"](session)
     assert ended.value.code == UNUSABLE
     assert session.mock_calls == []
     assert re.fullmatch("upstream: .*\n", capsys.readouterr().err)

@@ -1,0 +1,51 @@
+"""Exit statuses of nox sessions: 2 where nothing could be judged, as the tools have it."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.helpers.noxfile import CommandFailed, nox_sessions
+from tools import canary
+from tools.mutants import __main__ as mutants
+from tools.upstream import __main__ as upstream
+
+RUNS = {  # a session, and what of its commands fails
+    "mutants": "tools.mutants",
+    "canary": "tools.canary",
+    "verify": "verify",
+    "gpu_tests": "-c",
+    "perf_record": "--calibrate",
+    "tune": "tune",
+}
+
+
+def session_that_fails(word: str, status: int) -> Any:
+    """Return a session whose command with this word ends with this status."""
+
+    def run(*command: str, **options: Any) -> str:
+        if word in command:
+            raise CommandFailed(f"Returned code {status}")
+        return "record.json"
+
+    return mock.Mock(posargs=[], run=run)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_status_2_of_a_tool_is_that_of_nox(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        nox_sessions(monkeypatch)[name](session_that_fails(RUNS[name], 2))
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_another_failure_stays_one_of_nox(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CommandFailed):
+        nox_sessions(monkeypatch)[name](session_that_fails(RUNS[name], 1))
+
+
+def test_nox_and_the_tools_mean_the_same_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = nox_sessions(monkeypatch)["UNUSABLE"]
+    assert {canary.UNUSABLE, mutants.UNUSABLE, upstream.UNUSABLE} == {status}
