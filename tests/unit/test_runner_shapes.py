@@ -129,3 +129,47 @@ def test_uncaptured_steps_have_the_shape_of_their_chunks() -> None:
     assert CAPTURED.fits([2048] * 9)
     assert not CAPTURED.fits([2049])
     assert list(plain.all()) == []
+
+
+# -- lengths, costs and all shapes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chunk_tokens", "tokens", "length"),
+    [(2048, 1, 32), (2048, 32, 32), (2048, 33, 64), (2048, 2048, 2048), (16, 1, 16)],
+)
+def test_a_chunk_is_computed_at_the_next_power_of_two(
+    chunk_tokens: int, tokens: int, length: int
+) -> None:
+    assert Shapes(chunk_tokens, 8, captured=True).length(tokens) == length
+    assert Shapes(chunk_tokens, 8, captured=False).length(tokens) == tokens
+
+
+def test_costs_are_those_of_the_record_in_tokens_of_a_long_prompt() -> None:
+    """On an H200, a prefill step costs 450 tokens more than it computes, and a decode step 290 and
+    7.7 per row."""
+    assert CAPTURED.prefill_cost([2048]) == 450 + 2048
+    assert CAPTURED.prefill_cost([2048, 1]) == 2 * 450 + 2048 + 32
+    assert CAPTURED.decode_cost(3) == 290 + 7.7 * 4
+    assert Shapes(64, 8, captured=False).decode_cost(3) == 290 + 7.7 * 3
+
+
+def test_a_call_without_chunks_fits() -> None:
+    assert Shapes(64, 8, captured=False).fits([])
+
+
+def test_chunks_may_be_cut_anywhere_by_default() -> None:
+    assert Shapes(64, 8, captured=True).alignment == 1
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"), [(1, [32]), (32, [32]), (33, [32, 64]), (9999, LENGTHS)]
+)
+def test_a_chunk_alone_makes_steps_of_one_row(longest: int, lengths: list[int]) -> None:
+    assert CAPTURED.alone(longest) == {(1, length) for length in lengths}
+
+
+def test_the_steps_of_a_first_request_are_captured_first() -> None:
+    prefills, decodes = [(1, 32), (1, 64), (1, 128)], [(1, 1), (2, 1), (4, 1), (8, 1)]
+    found = list(Shapes(128, 5, captured=True).all())
+    assert found == [*prefills, *decodes, (4, 32), (2, 64)]
