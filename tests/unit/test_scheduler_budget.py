@@ -129,6 +129,43 @@ def test_prompts_that_rank_first_take_their_tokens_first() -> None:
     harness.drain()
 
 
+def test_a_call_scores_as_many_continuations_as_it_takes() -> None:
+    harness = Planned(64, chunk_tokens=16)
+    harness.scoring(*[4] * 7, 2, first=5)
+    harness.step()
+    harness.step()
+    calls = [[chunk.end for chunk in call] for call in harness.plans[-1].scores]
+    assert calls == [[4] * 4, [4] * 3 + [2]]
+    harness.drain()
+
+
+def test_a_long_continuation_has_calls_of_its_own() -> None:
+    harness = Planned(64, chunk_tokens=8)
+    harness.scoring(2, 20, 2, first=5)
+    harness.step()
+    harness.step()
+    calls = [[(c.number, c.start, c.end) for c in call] for call in harness.plans[-1].scores]
+    assert calls == [[(1, 0, 8)], [(1, 8, 16)], [(1, 16, 20)], [(0, 0, 2), (2, 0, 2)]]
+    assert [c.forked for call in harness.plans[-1].scores for c in call] == [True] * 4 + [False]
+    harness.drain()
+
+
+def test_continuations_leave_a_row_to_each_waiting_job() -> None:
+    """Of 7 rows that are free, contexts keep half of all 8 for forks; others may take the rest."""
+    harness = Planned(400)
+    harness.scoring(*[2] * 90, first=5)
+    harness.step()
+    harness.step()
+    assert len(harness.scored()) == 7
+    for waiting, forks in ((1, 6), (2, 5), (3, 4), (6, 4)):
+        for number in range(waiting):
+            harness.ask([number, 9], new=1)
+        harness.step()
+        assert len(harness.scored()) == forks
+        harness.step()
+    harness.drain()
+
+
 # -- prompts ------------------------------------------------------------------------------------
 
 
