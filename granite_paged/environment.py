@@ -13,9 +13,6 @@ from granite_paged import __version__
 from granite_paged.device import device_name
 from granite_paged.names import MAMBA_PACKAGES, mamba_kernels_of
 
-_COMPUTING: tuple[str, ...] = ("torch", "transformers", "triton")
-"""Packages that compute, and so decide about bits."""
-
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that a result depends on.
@@ -39,14 +36,23 @@ def versions() -> dict[str, str]:
 def bits_place(device: torch.device) -> dict[str, str]:
     """Return what the bits of exact mode depend on, apart from the model and the request.
 
-    On a CPU these are its vector instructions and the number of threads as well.
+    On a CPU these are its model, its vector instructions and the number of threads as well.
     """
     installed = versions()
-    place = {name: installed[name] for name in _COMPUTING if name in installed}
+    place = {name: installed[name] for name in ("torch", "transformers")}
     if device.type == "cpu":
         capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-        return {"device": f"cpu {capability}, {threads} threads", **place}
-    return {"device": device_name(device), **place}
+        return {"device": f"{_cpu_model()}, {capability}", "threads": str(threads), **place}
+    return {"device": device_name(device), "triton": installed.get("triton", "none"), **place}
+
+
+def _cpu_model() -> str:
+    """Return the name of this machine's CPU, or its architecture where the system gives no name."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def mamba_kernels() -> str:

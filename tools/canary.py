@@ -3,12 +3,14 @@
     nox -s canary -- torch=2.15.0 transformers=git+https://github.com/huggingface/transformers
 
 `nox` installs the versions; this module runs the tests that need no GPU, in groups, and prints one
-report: which tests broke, and, for golden logits, whether transformers' SDPA moved or paged did.
+report: which tests broke, and, for golden logits, whether transformers' SDPA moved or paged did. It
+also says whether the bits of exact mode are the recorded ones, and which layer differs first.
 Exit status: 0 nothing moved, 1 something did, 2 the versions cannot be installed or nothing ran.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         f"--ignore={KERNELS}",
     ),
 }
+
+BITS = Path(__file__).parents[1] / "golden" / "bits"
+"""Recorded digests of bits."""
 
 MOST_LINES = 6  # of one failure's message: golden logits need four
 
@@ -101,14 +106,43 @@ def run_group(group: str, arguments: Sequence[str]) -> Outcome:
         return read_outcome(group, junit, time.perf_counter() - began)
 
 
-def report(outcomes: Sequence[Outcome], versions: dict[str, str]) -> str:
-    """Return the report as Markdown."""
+def moved_bits(recorded: Path = BITS) -> list[str]:
+    """Return lines that compare this environment's bits in exact mode with the nearest recorded.
+
+    They may differ on another device or with another version, so they do not count as a failure.
+    """
+    command = ("-m", "granite_paged", "verify", "--device", "cpu", "--bits-out")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "bits.json")
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as it was recorded
+        subprocess.run([sys.executable, *command, str(path)], check=False, env=one_thread)
+        if not path.exists():
+            return ["bits of exact mode: they could not be computed"]
+        return described_bits(path, recorded)
+
+
+def described_bits(path: Path, recorded: Path) -> list[str]:
+    """Return lines that compare a file of digests with the nearest of a folder of recorded ones."""
+    from granite_paged.bits import read_reports  # noqa: PLC0415  # the versions may not work
+
+    (now,) = read_reports(path)
+    every = [one for file in sorted(recorded.glob("*.json")) for one in read_reports(file)]
+    known = [one for one in every if one.same_model(now)]
+    if not known:
+        return [f"bits of exact mode: none are recorded for {now.model} in {now.dtype}"]
+    nearest = min(known, key=lambda one: len(one.moved(now)))
+    return ["bits of exact mode, recorded and now:", *nearest.described(now)]
+
+
+def report(outcomes: Sequence[Outcome], versions: dict[str, str], bits: Sequence[str] = ()) -> str:
+    """Return the report as Markdown. bits: lines about the bits of exact mode."""
     lines = [", ".join(f"{name} {number}" for name, number in versions.items()), ""]
     lines += ["| group | tests | failed | seconds |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {o.group} | {o.tests} | {len(o.failures)} | {o.seconds:.0f} |" for o in outcomes]
     for outcome in outcomes:
         for failure in outcome.failures:
             lines += ["", f"- `{failure.test}`", *(f"    {line}" for line in failure.lines)]
+    lines += ["", *bits] if bits else []
     return "\n".join(lines)
 
 
@@ -122,7 +156,8 @@ def status(outcomes: Sequence[Outcome]) -> int:
 def main() -> int:
     """Run every group and print the report. Returns the exit status."""
     outcomes = [run_group(group, arguments) for group, arguments in GROUPS.items()]
-    print(report(outcomes, {name: version(name) for name in ("torch", "transformers")}))
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    print(report(outcomes, versions, moved_bits()))
     return status(outcomes)
 
 

@@ -13,6 +13,7 @@ from granite_paged.cli.options import (
     OK,
     SETTINGS,
     ModelChoice,
+    check_writable,
     exact_option,
     json_option,
     model_options,
@@ -41,21 +42,48 @@ if TYPE_CHECKING:
     "Also compare both with a float64 copy of the model (8 bytes per parameter).",
     default=True,
 )
+@option(
+    "--bits-out",
+    "Only run fixed requests in exact mode, and add the digests of each layer's bits to this file.",
+    click.Path(dir_okay=False, writable=True),
+    callback=check_writable,
+    metavar="FILE",
+)
+@option(
+    "--bits",
+    "Only compare two files of --bits-out, and name the first layer whose bits differ.",
+    click.Path(dir_okay=False),
+    nargs=2,
+    metavar="FILE FILE",
+)
 @json_option
-def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | None) -> int:
+def verify(
+    choice: ModelChoice,
+    context: int,
+    reference: bool,
+    bits_out: str | None,
+    bits: tuple[str, str] | None,
+    json_file: str | None,
+) -> int:
     """Check that paging gives the same answers as SDPA.
 
     Runs the same inputs through transformers' SDPA and through pages: a prefill, a chunked
     prefill, 64 decode steps, a ragged left-padded batch, and a sequence that is forked and
     continued. For each, prints the largest logit difference, both errors against float64 and
     their ratio, and whether every token agrees; also recall accuracy (embedded model) and KV
-    memory. Exits with 1 when a tolerance is exceeded.
+    memory. Exits with 1 when a tolerance is exceeded, or when bits differ (--bits).
 
     \b
     granite-paged verify
     granite-paged verify --random-weights granite-4.0-h-1b --dtype bfloat16
     granite-paged verify --model ./my-checkpoint --json report.json
+    granite-paged verify --bits-out before.json
+    granite-paged verify --bits before.json after.json
     """  # noqa: D301
+    if bits:
+        return _compare_bits(*bits)
+    if bits_out:
+        return _write_bits(choice, bits_out)
     from granite_paged.verify import verify as run_verification
 
     loaded = choice.load()
@@ -71,6 +99,25 @@ def verify(choice: ModelChoice, context: int, reference: bool, json_file: str | 
     with reporting(json_file, report.to_json()) as console:
         console.print(_cases(report), _summary(report), sep="")
     return OK if report.passed else FAILED
+
+
+def _write_bits(choice: ModelChoice, path: str) -> int:
+    from granite_paged.bits import bits_report, write_report
+
+    write_report(path, bits_report(choice.load(), choice.config))
+    return OK
+
+
+def _compare_bits(first: str, second: str) -> int:
+    """Print what differs between two files: in the places, and in which layer first."""
+    from granite_paged.bits import newest_pairs, read_reports
+
+    pairs = newest_pairs(read_reports(first), read_reports(second))
+    for one, other in pairs:
+        click.echo(f"{one.model}, {one.dtype}")
+        for line in one.described(other):
+            click.echo(f"  {line}")
+    return FAILED if any(one.differences(other) for one, other in pairs) else OK
 
 
 def _cases(report: VerifyReport) -> Table:

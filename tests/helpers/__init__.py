@@ -11,6 +11,7 @@ Models and data
 Expected values
     reference         attention from its formula, in float64; imports nothing of the package
     tolerance         the tolerances and comparisons: use these, never a number of a test's own
+    golden_bits       compare digests of bits with golden/bits, or skip and say what differs
     golden_extension  compare with files in golden/, and say which side moved
     golden_runner     a runner on the inputs of the golden logits
 

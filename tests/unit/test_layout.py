@@ -24,7 +24,7 @@ LAYERS = (
     ),
     *("environment", "digests", "hub", "paging", "layers", "hf", "runner", "engine"),
     *("checkpoints", "models"),
-    *("report", "verify", "batch", "evaluate", "bench", "ray", "cli", "__main__"),
+    *("report", "bits", "verify", "batch", "evaluate", "bench", "ray", "cli", "__main__"),
 )
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
