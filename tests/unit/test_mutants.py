@@ -168,8 +168,8 @@ def test_every_test_may_see_what_runs_at_import() -> None:
     within = Mutant("m.py", "", 0, 5, (5, 5), "f", False, "", 1)
     assert list(tests_for(within, reached, 9.0)) == ["slow"]
     default = within._replace(imported=True)
-    assert list(tests_for(default, reached, 9.0)) == ["quick", "slow", "default"]
-    assert list(tests_for(default, reached, 2.0)) == ["quick"]
+    assert list(tests_for(default, reached, 9.0)) == ["default", "quick", "slow"]
+    assert list(tests_for(default, reached, 2.0)) == ["default", "quick"]
 
 
 def test_a_child_ends_by_its_status_its_time_or_an_error() -> None:

@@ -60,6 +60,23 @@ def states(*requests: Request) -> list[State]:
     return [request.jobs[0].state for request in requests]
 
 
+def test_jobs_that_cannot_grow_start_over_and_preempt_no_other() -> None:
+    harness = Planned(64)
+    asked = [harness.ask([number] * 4, new=12) for number in range(2)]
+    harness.step()
+    failures = ["no memory"]
+
+    def fault(call: str, rows: Sequence[int]) -> None:
+        if call == "write_pages" and failures:
+            raise RuntimeError(failures.pop())
+
+    harness.runner.fault = fault
+    harness.drain()
+    stats = harness.engine.stats()
+    assert (stats.restarted, stats.preempted) == (2, 0)
+    assert [len(request.outputs[0].tokens) for request in asked] == [12, 12]
+
+
 # -- continuations ------------------------------------------------------------------------------
 
 

@@ -125,22 +125,19 @@ def reaches(
 def tests_for(mutant: Mutant, reached: Iterable[Reach], budget: float) -> dict[str, float]:
     """Return the tests that reach a mutant, with their seconds: the fastest, within `budget`.
 
-    Every test may see what runs at import, such as the default of a dataclass, whose `__init__` has
-    no lines. Tests that run lines of the module go first then.
+    Every test may see what runs at import: a constant, or the default of a dataclass, whose
+    `__init__` has no lines.
     """
     first, last = mutant.lines
-    found: dict[str, float] = {}
-    elsewhere = set()
+    found = {}
     for reach in reached:
         for node, modules in reach.lines.items():
             lines = modules.get(mutant.module, ())
             if mutant.imported or any(first <= line <= last for line in lines):
                 found[node] = reach.seconds[node]
-                if not lines:
-                    elsewhere.add(node)
     chosen: dict[str, float] = {}
     total = 0.0
-    for node in sorted(found, key=lambda node: (node in elsewhere, found[node])):
+    for node in sorted(found, key=lambda node: found[node]):
         total += found[node]
         if total > budget and chosen:
             break
