@@ -112,12 +112,27 @@ def test_chunks_are_split_only_at_boundaries_to_save_time(lengths: list[int]) ->
         ([500] * 8, [(4, 512), (4, 512)]),  # the rest after 256 tokens is as long again
         ([700], [(1, 1024)]),
         ([20] * 4 + [300], [(1, 512), (16, 32)]),
+        ([257] * 16, [(8, 256), (8, 256), (16, 32)]),
+        ([1407], [(1, 2048)]),  # in pieces of 1,024, 256 and 127 tokens, it would take longer
+        ([544, 1525], [(2, 1024), (1, 512)]),  # the longest are cut first
     ],
 )
 def test_many_chunks_ending_just_past_a_boundary_are_split(
     lengths: list[int], steps: list[tuple[int, int]]
 ) -> None:
     assert [(step.batch, step.length) for step in CAPTURED.arrange(lengths)] == steps
+
+
+def test_chunks_are_not_cut_where_that_saves_nothing() -> None:
+    """Cut at 512, the two longer ones take four rows of 512 and eight of 64 with the rest."""
+    shapes = Shapes(2048, 256, captured=True, alignment=64)
+    whole, cut = [(2, 1024), (1, 512)], [(4, 512), (8, 64)]
+    assert len({sum(STEP_TOKENS + b * n for b, n in steps) for steps in (whole, cut)}) == 1
+    assert [(step.batch, step.length) for step in shapes.arrange([378, 551, 551])] == whole
+
+
+def test_a_length_beyond_a_call_has_a_batch_of_one() -> None:
+    assert Shapes(64, 8, captured=True).batches(128) == [1]
 
 
 def test_uncaptured_steps_have_the_shape_of_their_chunks() -> None:
