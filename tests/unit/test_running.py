@@ -12,6 +12,7 @@ from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
 from granite_paged.engine.prefix_cache import Hit
 from granite_paged.engine.rank import Rank
 from granite_paged.engine.running import Counts, RunningJobs
+from granite_paged.engine.step import calls
 from granite_paged.engine.waiting import LateCleanups
 from granite_paged.errors import BrokenInvariant
 from granite_paged.paging.allocator import PageAllocator
@@ -341,3 +342,19 @@ def test_a_sequence_without_an_owner_breaks_the_invariant() -> None:
     setting.allocator.open()
     with pytest.raises(BrokenInvariant, match="without an owner"):
         setting.running.check_valid()
+
+
+@pytest.mark.parametrize(
+    ("isolated", "expected"),
+    [
+        ((), []),
+        ((False, False, False), [["a", "b", "c"]]),
+        ((False, True, False), [["a", "c"], ["b"]]),
+        ((True, True, True), [["a"], ["b"], ["c"]]),
+    ],
+)
+def test_an_isolated_job_has_calls_of_its_own(
+    isolated: tuple[bool, ...], expected: list[list[str]]
+) -> None:
+    jobs: Any = [SimpleNamespace(isolated=each) for each in isolated]
+    assert calls("abc"[: len(jobs)], jobs) == expected
