@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.errors import CannotBeExact
+from granite_paged.layers.logprobs import by_row, log_probabilities
+from tests.helpers.driver import Driver
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
+from tests.helpers.tolerance import assert_same_logits
 
 CONFIG = PagedConfig(page_size=16, max_tokens=1024, max_sequences=8, chunk_tokens=32, exact=True)
 PARAMS = SamplingParams(max_new_tokens=8, stop_tokens=(), logprobs=2, temperature=0.9, top_p=0.9)
@@ -50,6 +54,44 @@ def test_answers_in_company_differ_in_some_bit_without_exact_mode(dtype: torch.d
     model, config = tiny_model().to(dtype), replace(CONFIG, exact=False)
     alone = [answers(model, [prompt], config)[0] for prompt in PROMPTS]
     assert answers(model, PROMPTS, config) != alone
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_logits_are_those_of_sdpa(flavour: str) -> None:
+    model, prompt = tiny_model(flavour), tokens(45)
+    driver = Driver(model, CONFIG)
+    driver.open(3)
+    found = [driver.prefill({3: prompt[:20]}), driver.prefill({3: prompt[20:40]})]
+    found += [driver.decode({3: token}).clone() for token in prompt[40:]]
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
+    assert_same_logits(torch.cat(found), logits[[19, 39, *range(40, 45)]])
+
+
+# -- one row at a time --------------------------------------------------------------------------
+
+
+def test_rows_are_passed_one_by_one_in_exact_mode_only() -> None:
+    rows, seen = torch.randn(3, 5), []
+
+    def doubled(part: Tensor) -> Tensor:
+        seen.append(part)
+        return 2 * part
+
+    assert torch.equal(by_row(doubled, rows, exact=True), 2 * rows)
+    assert [tuple(part.shape) for part in seen] == [(1, 5)] * 3
+    assert all(part.untyped_storage().nbytes() == 20 for part in seen), "each in memory of its own"
+    seen.clear()
+    assert torch.equal(by_row(doubled, rows, exact=False), 2 * rows)
+    assert seen[0] is rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_log_probabilities_are_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 7).to(dtype)
+    expected = logits.float().log_softmax(-1)
+    for exact in (True, False):
+        assert torch.equal(log_probabilities(logits, exact=exact), expected)
 
 
 # -- what is refused ----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from granite_paged.layers.logprobs import log_probabilities
 from granite_paged.layers.modules import changed_part
 from tests.helpers.tiny_models import FLAVOURS, tiny_model
 from tests.helpers.tiny_models import prompts as padded_prompts
+from tests.helpers.tolerance import assert_same_logits
 
 CONFIG = PagedConfig(page_size=16, max_tokens=1024, exact=True)
 INEXACT = PagedConfig(page_size=16, max_tokens=1024)
@@ -67,6 +68,15 @@ def test_bits_are_those_of_an_engine(flavour: str) -> None:
     chosen = log_probabilities(logits).gather(1, torch.tensor(output.tokens)[:, None])[:, 0]
     assert output.tokens == logits.argmax(-1).tolist()
     assert [one.logprob for one in output.logprobs or ()] == chosen.tolist()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_logits_are_those_of_sdpa(flavour: str) -> None:
+    model, ids = tiny_model(flavour), padded_prompts((21,))[0]
+    expected = model(ids, use_cache=False).logits[0]
+    with paged(model, CONFIG):
+        assert_same_logits(model(ids, use_cache=True).logits[0], expected)
 
 
 @torch.inference_mode()
