@@ -37,11 +37,13 @@ class MambaState(NamedTuple):
     conv: [rows, channels, width].
     ssm: [rows, heads, head_dim, state_size].
     rows: [B] int64; None if the batch is all rows in order.
+    recent: exact mode on a GPU: inputs since the state was stored (`triton/exact_scan.py`).
     """
 
     conv: Tensor
     ssm: Tensor
     rows: Tensor | None
+    recent: Tensor | None = None
 
     @property
     def nbytes(self) -> int:

@@ -270,6 +270,25 @@ def scan(
     Returns:
         [B * S, inner] gated output in projected's dtype; arbitrary finite values at padding.
     """
+    convolved = convolve_tokens(sizes, projected, positions, weight, bias, state)
+    if mask is not None:
+        convolved *= mask.view(-1, 1)
+    return _scan(sizes, projected, convolved, positions, weights, state)
+
+
+def convolve_tokens(
+    sizes: MambaSizes,
+    projected: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: MambaState,
+) -> Tensor:
+    """Compute the convolution and its activation; update the rings. Arguments are those of `scan`.
+
+    Returns:
+        [B * S, channels] in projected's dtype; arbitrary finite values at padding.
+    """
     batch, tokens = positions.shape
     stride = projected.shape[1]
     convolved = projected.new_empty(batch * tokens, sizes.channels)
@@ -285,9 +304,7 @@ def scan(
         projected, state.conv, state.rows, positions,
         tokens, sizes.inner, sizes.channels, stride, WIDTH=width, C=256,
     )  # fmt: skip
-    if mask is not None:
-        convolved *= mask.view(-1, 1)
-    return _scan(sizes, projected, convolved, positions, weights, state)
+    return convolved
 
 
 def _scan(

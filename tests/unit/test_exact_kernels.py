@@ -1,0 +1,251 @@
+"""Kernels of exact mode: right as defined, and on a GPU with bits that depend on nothing else.
+
+The interpreter adds products in numpy's order, so it can show values but not bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from granite_paged.layers.mamba import (
+    MambaSizes,
+    MambaState,
+    ScanWeights,
+    mamba_forward,
+    norm_groups,
+)
+from tests.helpers.mamba_layers import mamba_layer
+from tests.helpers.tolerance import assert_as_defined
+
+pytest.importorskip("triton")
+
+from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan
+from granite_paged.layers.triton.mamba import conv_weight
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+FLOAT32 = 2e-6
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="the interpreter has other bits than a GPU")
+HALF = [torch.bfloat16, torch.float16]
+
+
+def normed(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+# -- products -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 130])
+def test_products_are_as_defined(rows: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = (torch.randn(n, 72, device=DEVICE) for n in (rows, 40))
+    product = x.double() @ weight.double().T
+    halves = silu(product[:, :20]) * product[:, 20:]
+
+    assert_as_defined(exact_linear.product(x, weight, scale=0.5), product / 2, FLOAT32)
+    assert_as_defined(exact_linear.product(x, weight, gated=True), halves, FLOAT32)
+
+
+@pytest.mark.parametrize("depth", [40, 600, 1100])
+@pytest.mark.parametrize("rows", [1, 5, 140])
+def test_a_product_is_added_and_normed(rows: int, depth: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = (torch.randn(n, depth, device=DEVICE) for n in (rows, 48))
+    hidden, norm = torch.randn(rows, 48, device=DEVICE), torch.randn(48, device=DEVICE)
+    expected = hidden.double() + 0.3 * (x.double() @ weight.double().T)
+
+    after = exact_linear.add_product(hidden, x, weight, scale=0.3, norm=norm, eps=1e-5)
+
+    assert_as_defined(hidden, expected, 2 * FLOAT32)
+    assert_as_defined(after, normed(expected, norm), 4 * FLOAT32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("columns", "depth"), [(1536, 3072), (1536, 4096), (6448, 1536)])
+def test_a_product_has_the_same_bits_in_any_company(
+    columns: int, depth: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(700, depth, device=DEVICE).to(dtype)
+    weight = (torch.randn(columns, depth, device=DEVICE) / depth**0.5).to(dtype)
+    hidden, norm = (torch.randn(n, columns, device=DEVICE).to(dtype) for n in (700, 1))
+
+    def run(rows: int) -> tuple[Tensor, ...]:
+        held = hidden[:rows].clone()
+        after = exact_linear.add_product(held, x[:rows], weight, scale=0.22, norm=norm[0], eps=1e-5)
+        gated = exact_linear.product(x[:rows], weight, gated=True)
+        return held, after, exact_linear.product(x[:rows], weight), gated
+
+    whole = run(700)
+    for rows in (1, 2, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512):
+        for mine, expected in zip(run(rows), whole, strict=True):
+            assert torch.equal(mine, expected[:rows]), rows
+
+
+# -- Mamba --------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one group": {},
+    "two groups": {"mamba_n_groups": 2},
+    "wide": {"mamba_n_heads": 2, "mamba_d_head": 24, "mamba_d_state": 16, "mamba_chunk_size": 64},
+    "odd": {"mamba_n_heads": 3, "mamba_d_head": 16, "mamba_d_state": 5, "mamba_d_conv": 3},
+}
+CUTS = {
+    "whole": [200],
+    "at chunks": [64, 64, 72],
+    "anywhere": [5, 60, 1, 1, 61, 70, 2],
+    "token by token": [130, *[1] * 70],
+}
+
+
+class Layer:
+    """A Mamba layer whose first of three rows runs one sequence in pieces.
+
+    Args:
+        dtype: of the weights.
+        sizes: of the layer.
+    """
+
+    def __init__(self, dtype: torch.dtype, **sizes: Any) -> None:
+        self.mixer = mamba_layer(**sizes)[0].to(DEVICE, dtype)
+        self.sizes = MambaSizes.of(self.mixer)
+
+    def empty(self) -> tuple[MambaState, Tensor]:
+        """Return the states of three rows, and their recent inputs."""
+        sizes, dtype = self.sizes, self.mixer.in_proj.weight.dtype
+        rows = torch.tensor([1], device=DEVICE)
+        state = sizes.empty_state(3, dtype, DEVICE)._replace(rows=rows)
+        width = sizes.channels + sizes.heads
+        return state, torch.full((3, exact_scan.CHUNK, width), 7.0, device=DEVICE, dtype=dtype)
+
+    def run(self, projected: Tensor, cuts: list[int], pad: int = 0) -> tuple[Tensor, MambaState]:
+        """Return the gated outputs of all tokens [tokens, inner], and the states."""
+        state, recent = self.empty()
+        out, ends = [], list(itertools.accumulate([0, *cuts]))
+        for start, end in itertools.pairwise(ends):
+            padding = pad if end - start > 1 else 0
+            positions = [*range(start, end), *[-1] * padding]
+            piece = torch.nn.functional.pad(projected[start:end], (0, 0, 0, padding))
+            gated = exact_scan.scan(
+                self.sizes,
+                piece.contiguous(),
+                torch.tensor([positions], device=DEVICE, dtype=torch.int32),
+                conv_weight(self.mixer),
+                self.mixer.conv1d.bias,
+                ScanWeights.of(self.mixer),
+                state,
+                recent,
+            )
+            out.append(gated[: end - start])
+        return torch.cat(out), state
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_the_scan_is_as_defined(shape: str, cuts: str) -> None:
+    layer = Layer(torch.float32, **SHAPES[shape])
+    mixer, sizes = layer.mixer, layer.sizes
+    hidden = torch.randn(200, 24, device=DEVICE)
+    defined = sizes.empty_state(1, torch.float32, DEVICE)
+    at = torch.arange(200, device=DEVICE)[None]
+    expected = mamba_forward(mixer, hidden[None], at, defined)[0]
+
+    gated, state = layer.run(mixer.in_proj(hidden), CUTS[cuts], pad=3)
+
+    norm = mixer.norm
+    shape = (200, norm_groups(mixer), -1)
+    after = normed(gated.view(shape), norm.weight.view(shape[1:]), norm.variance_epsilon)
+    mixed = mixer.out_proj(after.view(200, -1).float())
+    assert_as_defined(mixed, expected, 20 * FLOAT32)
+    assert_as_defined(state.conv[1:2], defined.conv, FLOAT32)
+    whole = 200 // exact_scan.CHUNK * exact_scan.CHUNK
+    stored = sizes.empty_state(1, torch.float32, DEVICE)
+    mamba_forward(mixer, hidden[None, :whole], at[:, :whole], stored)
+    assert_as_defined(state.ssm[1:2], stored.ssm, 20 * FLOAT32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALF)
+@torch.inference_mode()
+def test_a_scan_has_the_same_bits_wherever_it_is_cut(dtype: torch.dtype) -> None:
+    sizes = {"mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "hidden_size": 1536}
+    layer = Layer(dtype, **sizes)
+    projected = layer.mixer.in_proj(torch.randn(200, 1536, device=DEVICE, dtype=dtype))
+    whole, state = layer.run(projected, [200])
+    assert whole.isfinite().all()
+    for cuts in CUTS.values():
+        out, after = layer.run(projected, cuts, pad=5)
+        assert torch.equal(out, whole), (cuts, (out != whole).nonzero()[:3])
+        assert torch.equal(after.ssm, state.ssm)
+        assert torch.equal(after.conv, state.conv)
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def pool(dtype: torch.dtype, tokens: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys, values and the page table of one sequence of `tokens` tokens, 16 per page."""
+    torch.manual_seed(2)
+    pages = -(-tokens // 16)
+    keys, values = (
+        torch.randn(1, 2, 16 * (pages + 3), head_dim, device=DEVICE).to(dtype) for _ in range(2)
+    )
+    order = torch.randperm(pages + 2, device=DEVICE)[:pages] + 1
+    table = torch.zeros(3, pages + 1, dtype=torch.int32, device=DEVICE)
+    table[2, :pages] = order
+    return keys, values, table
+
+
+def attended(
+    query: Tensor, start: int, parts: tuple[Tensor, Tensor, Tensor], padding: int = 0
+) -> Tensor:
+    """Attend from positions `start` on. query: [S, Hq * D]."""
+    keys, values, table = parts
+    positions = [*range(start, start + len(query)), *[-1] * padding]
+    out = exact_attention.attend(
+        torch.nn.functional.pad(query, (0, 0, 0, padding)).contiguous(),
+        keys,
+        values,
+        torch.tensor([2], device=DEVICE),
+        torch.tensor([positions], dtype=torch.int32, device=DEVICE),
+        table,
+        head_dim=keys.shape[3],
+        page_size=16,
+        scale=0.2,
+    )
+    return out[: len(query)]
+
+
+@pytest.mark.parametrize(("start", "tokens"), [(0, 150), (100, 50), (149, 1), (0, 1)])
+def test_attention_is_as_defined(start: int, tokens: int) -> None:
+    parts = keys, values, table = pool(torch.float32, 150, 24)
+    query = torch.randn(tokens, 6 * 24, device=DEVICE)
+    slots = (table[2, :10, None].long() * 16 + torch.arange(16, device=DEVICE)).flatten()[:150]
+    k, v = (part[0].index_select(1, slots).double() for part in (keys, values))
+    by_head = query.view(tokens, 2, 3, 24).double()
+    score = torch.einsum("shgd,htd->hgst", by_head, k) * 0.2
+    seen = torch.arange(150, device=DEVICE) <= start + torch.arange(tokens, device=DEVICE)[:, None]
+    weight = score.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = torch.einsum("hgst,htd->shgd", weight, v).reshape(tokens, -1)
+
+    assert_as_defined(attended(query, start, parts, padding=2), expected, 10 * FLOAT32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALF)
+def test_attention_has_the_same_bits_wherever_it_is_cut(dtype: torch.dtype) -> None:
+    parts = pool(dtype, 500, 128)
+    query = torch.randn(500, 6 * 128, device=DEVICE).to(dtype)
+    whole = attended(query, 0, parts)
+    for start, end in ((0, 7), (3, 300), (250, 500), (499, 500), (63, 64), (64, 65)):
+        assert torch.equal(attended(query[start:end], start, parts, padding=9), whole[start:end])
