@@ -40,7 +40,7 @@ class EngineScorer:
         """
         alone_kept = _SNAPSHOTS_ALONE * needs.shares(config.page_size)
         kept = alone_kept if batch == 1 else _SNAPSHOTS
-        state_bytes = kept * max(1, row_bytes(model))
+        state_bytes = kept * max(1, row_bytes(model, config))
         engine = Engine(model, config, state_bytes=state_bytes, warmup="lazy")
         alone = engine.runner.shapes.alone(needs.longest)
 

@@ -132,7 +132,7 @@ def exact_refusal(model: Any, backend: Backend) -> str:
         return "backend 'compiled' sums blocks of tokens" if backend == "compiled" else ""
     if model.config.num_local_experts:
         return "experts have no exact kernel"
-    return triton_refusal(model, backend) or "a GPU has no exact kernels yet"
+    return triton_refusal(model, backend)
 
 
 def check_exact(model: Any, backend: Backend) -> None:

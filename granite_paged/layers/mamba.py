@@ -28,6 +28,9 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     apply_mask_to_padding_states,
 )
 
+EXACT_CHUNK = 64
+"""Tokens between two stored states in exact mode on a GPU."""
+
 _STATE = 0  # a Granite Mamba layer has one state; transformers' cache allows for several
 
 
@@ -37,7 +40,8 @@ class MambaState(NamedTuple):
     conv: [rows, channels, width].
     ssm: [rows, heads, head_dim, state_size].
     rows: [B] int64; None if the batch is all rows in order.
-    recent: exact mode on a GPU: inputs since the state was stored (`triton/exact_scan.py`).
+    recent: [rows, EXACT_CHUNK, channels + heads], the inputs since `ssm` was stored, in exact mode
+        on a GPU (`triton/exact_scan.py`); None otherwise, where `ssm` is of the last token.
     """
 
     conv: Tensor
@@ -91,10 +95,17 @@ class MambaSizes(NamedTuple):
         """Elements of one row's recurrent state."""
         return self.inner * self.state_size
 
-    def state_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of one row's states. dtype: of the model."""
-        conv = self.channels * self.conv_width * dtype.itemsize
-        return conv + self.ssm_elements * torch.float32.itemsize
+    def state_bytes(self, dtype: torch.dtype, *, recent: bool = False) -> int:
+        """Return the bytes of one row's states.
+
+        Args:
+            dtype: of the model.
+            recent: whether the inputs since the last stored state are kept too.
+        """
+        columns = self.channels * self.conv_width
+        if recent:
+            columns += EXACT_CHUNK * (self.channels + self.heads)
+        return columns * dtype.itemsize + self.ssm_elements * torch.float32.itemsize
 
     def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device) -> MambaState:
         """Return states of `rows` rows, all zero, as every sequence starts."""

@@ -27,6 +27,8 @@ from granite_paged.runner.model import EagerModel, ModelStep
 class ExactModel(EagerModel):
     """transformers' own modules, one token at a time."""
 
+    reads_mask = False
+
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.forward`. Hidden states of padding are zeros."""
         shape = (*tokens.shape, int(self._config.hidden_size))
@@ -36,7 +38,7 @@ class ExactModel(EagerModel):
                 step.rows[row : row + 1].clone(),
                 step.states[row : row + 1].clone(),
                 step.positions[row : row + 1, column : column + 1].clone(),
-                step.block_mask,
+                None,
                 None,
             )
             token = tokens[row : row + 1, column : column + 1].clone()

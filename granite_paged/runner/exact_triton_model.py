@@ -23,6 +23,8 @@ from granite_paged.runner.triton_model import Rotary, TritonModel
 class ExactTritonModel(TritonModel):
     """`TritonModel` whose bits for a token depend on its own sequence only."""
 
+    reads_mask = False
+
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.forward`."""
         hidden, _ = self._layers(self._embedded(tokens), step)
@@ -69,8 +71,6 @@ class ExactTritonModel(TritonModel):
             mixed = self._attention_of(index, attention, projected, step, rotary)
             return mixed, attention.o_proj.weight
         mixer = layer.mamba
-        state = self._state(index, step)
-        assert state.recent is not None
         gated = exact_scan.scan(
             MambaSizes.of(mixer),
             product(normed, mixer.in_proj.weight),
@@ -78,8 +78,7 @@ class ExactTritonModel(TritonModel):
             conv_weight(mixer),
             mixer.conv1d.bias,
             ScanWeights.of(mixer),
-            state,
-            state.recent,
+            self._state(index, step),
         )
         norm = mixer.norm
         mixed = rms_norm(gated, norm.weight, norm.variance_epsilon, norm_groups(mixer))

@@ -86,7 +86,7 @@ class CapturedStep:
         self._spans = list(pairwise([0, *ends]))
         self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._plan = plan if decodes else None
+        self._plan = plan if decodes and model.reads_mask else None
         self._split_mask = _split_mask(storage, batch, self._plan)
 
     def padding(self) -> Inputs:
@@ -150,7 +150,9 @@ class CapturedStep:
         self.hidden = self._model.forward(tokens.view(self._batch, self._length), step)
         self.logits = self._model.logits(self.hidden.flatten(0, 1).index_select(0, last))
 
-    def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask:
+    def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask | None:
+        if not self._model.reads_mask:
+            return None
         if self._split_mask is not None:
             return self._split_mask.fill(rows, positions[:, 0])
         store = self._storage.pages

@@ -78,9 +78,15 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def row_bytes(model: Any) -> int:
+def keeps_recent(model: Any, config: PagedConfig) -> bool:
+    """Return whether rows keep the inputs since their states were stored (`MambaState`)."""
+    return config.exact and model.device.type == "cuda"
+
+
+def row_bytes(model: Any, config: PagedConfig) -> int:
     """Return the bytes of one row's Mamba states, over all layers."""
-    return sum(MambaSizes.of(mixer).state_bytes(model.dtype) for mixer in mixers(model).values())
+    sizes, recent = map(MambaSizes.of, mixers(model).values()), keeps_recent(model, config)
+    return sum(each.state_bytes(model.dtype, recent=recent) for each in sizes)
 
 
 def choose_sizes(
@@ -91,7 +97,7 @@ def choose_sizes(
     Raises:
         OutOfMemory: if the rows and tokens of `config`, or one row and one page, do not fit.
     """
-    per_row, per_page = row_bytes(model), geometry.bytes_per_page
+    per_row, per_page = row_bytes(model, config), geometry.bytes_per_page
     budget = int(config.memory_fraction * free)
     rows = config.max_sequences or DEFAULT_SEQUENCES
     if config.max_sequences is None and per_row:
@@ -125,7 +131,7 @@ def plan_memory(
     on_gpu = model.device.type == "cuda"
     return MemoryPlan(
         weight_bytes=weight_bytes(model),
-        row_bytes=sizes.rows * row_bytes(model),
+        row_bytes=sizes.rows * row_bytes(model, config),
         page_bytes=sizes.pages * geometry.bytes_per_page + tables,
         workspace_bytes=_workspace_bytes(model, geometry, config.chunk_tokens),
         logit_bytes=logits * model.config.vocab_size * model.dtype.itemsize,

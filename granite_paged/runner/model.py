@@ -31,14 +31,14 @@ class ModelStep(NamedTuple):
         states: [B] int64, their indices into Mamba states: rows - 1, and -1 for the null row, which
             has no state.
         positions: [B, S] int32, -1 for padding.
-        block_mask: mask of every attention layer.
+        block_mask: mask of every attention layer; None for a model that reads none.
         plan: how a decode step splits the rows; None if it does not.
     """
 
     rows: Tensor
     states: Tensor
     positions: Tensor
-    block_mask: BlockMask
+    block_mask: BlockMask | None
     plan: DecodePlan | None
 
 
@@ -49,7 +49,12 @@ class EagerModel:
         model: a `GraniteMoeHybridForCausalLM` in eval mode.
         storage: the runner's buffers.
         backend: how FlexAttention runs.
+
+    Attributes:
+        reads_mask: whether attention reads a step's block mask, and not the page table itself.
     """
+
+    reads_mask = True
 
     def __init__(self, model: Any, storage: Storage, backend: Backend) -> None:
         self._head, self._decoder = model.lm_head, model.base_model
@@ -127,6 +132,7 @@ class EagerModel:
     def _attend_pages(self, index: int, query: Tensor, step: ModelStep, scale: float) -> Tensor:
         """Attend over the pool of a layer. query and result: [B, Hq, S, D]."""
         pool = self._storage.pages.pools[index]
+        assert step.block_mask is not None
         return paged_attention(
             query, pool.keys, pool.values, step.block_mask, scale=scale, backend=self._backend
         )

@@ -42,6 +42,7 @@ from granite_paged.runner.memory_plan import (
     SCORED_AT_ONCE,
     MemoryPlan,
     choose_sizes,
+    keeps_recent,
     memory_refused,
     plan_memory,
     row_bytes,
@@ -102,7 +103,7 @@ class Runner:
         sizes = choose_sizes(model, config, geometry, available_bytes(self.device))
         self.plan: MemoryPlan = plan_memory(model, config, geometry, sizes)
         self.rows, self.pages, self.longest = sizes.rows, sizes.pages, sizes.longest
-        self.row_bytes = row_bytes(model)
+        self.row_bytes = row_bytes(model, config)
         layers = mixers(model)
         self.alignment = max((mixer.chunk_size for mixer in layers.values()), default=1)
         if config.exact and self.device.type == "cpu":
@@ -113,7 +114,14 @@ class Runner:
         with memory_refused(self.device, "the pools and rows"):
             width = geometry.pages_for(self.longest)
             pages = PageStore(geometry, self.pages, self.device, rows=self.rows + 1, width=width)
-            self._storage = make_storage(pages, layers, self.rows, self.dtype, self.device)
+            self._storage = make_storage(
+                pages,
+                layers,
+                self.rows,
+                self.dtype,
+                self.device,
+                recent=keeps_recent(model, config),
+            )
         self.tokens, self.nonfinite = self._storage.tokens, self._storage.nonfinite
         self._live, self._look = model, Look(model)
         self._steps = Steps(model, self._storage, config, geometry, fallback)

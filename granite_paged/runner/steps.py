@@ -124,4 +124,8 @@ def _model(model: Any, storage: Storage, config: PagedConfig, fallback: str) -> 
 
 def _exact_model(model: Any, storage: Storage, config: PagedConfig) -> EagerModel:
     check_exact(model, config.backend)
-    return ExactModel(model, storage, config.backend)
+    if model.device.type == "cpu":
+        return ExactModel(model, storage, config.backend)
+    from granite_paged.runner.exact_triton_model import ExactTritonModel  # needs Triton
+
+    return ExactTritonModel(model, storage, config.backend)

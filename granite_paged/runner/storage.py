@@ -5,7 +5,8 @@
     pages       page table and pools
     tokens      [rows + 1] int64, each row's next input token
     nonfinite   [rows + 1] uint8, whether a row met NaN or infinity since it was cleared
-    stacked     conv and ssm of all Mamba layers, [layers, rows, ...] each
+    stacked     conv, ssm and, in exact mode on a GPU, recent inputs of all Mamba layers,
+                [layers, rows, ...] each
 
 Row 0 is the null row: it takes padding, belongs to no sequence and has no Mamba state. So the state
 of row r has index r - 1.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.device import finite_rows, host_copy, to_device
-from granite_paged.layers.mamba import MambaSizes, MambaState
+from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState
 from granite_paged.paging.store import PageStore
 
 NULL_ROW = 0
@@ -33,19 +34,27 @@ class RowSnapshot(NamedTuple):
     Attributes:
         conv: [layers, channels, width], in the model's dtype.
         ssm: [layers, heads, head_dim, state_size] float32.
+        recent: inputs since `ssm` was stored, see `MambaState`; None where it is of the last token.
     """
 
     conv: Tensor
     ssm: Tensor
+    recent: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers."""
-        return self.conv.nbytes + self.ssm.nbytes
+        return sum(part.nbytes for part in self.parts)
 
     def all_finite(self) -> Tensor:
         """Return whether every number is finite, as [1] bool."""
-        return finite_rows(self.conv.reshape(1, -1)) & finite_rows(self.ssm.reshape(1, -1))
+        finite = [finite_rows(part.reshape(1, -1)) for part in self.parts]
+        return torch.stack(finite).all(dim=0)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Return what there is of them."""
+        return [part for part in self if part is not None]
 
 
 class Storage(NamedTuple):
@@ -87,7 +96,7 @@ class Storage(NamedTuple):
 
     def load_row(self, row: int, snapshot: RowSnapshot) -> None:
         """Put saved Mamba states into a row."""
-        for own, saved in zip(self.stacked, snapshot, strict=True):
+        for own, saved in zip(self.stacked, snapshot.parts, strict=True):
             own[:, row - 1].copy_(saved, non_blocking=True)
 
     def clear(self) -> None:
@@ -98,7 +107,13 @@ class Storage(NamedTuple):
 
 
 def make_storage(
-    pages: PageStore, mixers: Mapping[int, Any], rows: int, dtype: torch.dtype, device: torch.device
+    pages: PageStore,
+    mixers: Mapping[int, Any],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    recent: bool = False,
 ) -> Storage:
     """Allocate a runner's buffers.
 
@@ -108,16 +123,25 @@ def make_storage(
         rows: rows of sequences, the null row not counted.
         dtype: of the convolutions' states.
         device: of all buffers.
+        recent: whether states are stored with the inputs since then (`MambaState`).
     """
     stacked = [torch.zeros(0, rows, device=device) for _ in range(2)]
     if mixers:
         sizes = MambaSizes.of(next(iter(mixers.values())))
-        conv, ssm, _ = sizes.empty_state(len(mixers) * rows, dtype, device)
-        stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in (conv, ssm)]
+        conv, ssm, *_ = sizes.empty_state(len(mixers) * rows, dtype, device)
+        parts = [conv, ssm]
+        if recent:
+            width = sizes.channels + sizes.heads
+            shape = (len(mixers) * rows, EXACT_CHUNK, width)
+            parts.append(torch.zeros(shape, dtype=dtype, device=device))
+        stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in parts]
     return Storage(
         pages=pages,
         tokens=torch.zeros(rows + 1, dtype=torch.int64, device=device),
         nonfinite=torch.zeros(rows + 1, dtype=torch.uint8, device=device),
         stacked=stacked,
-        states={i: MambaState(c, s, None) for i, c, s in zip(mixers, *stacked, strict=True)},
+        states={
+            index: MambaState(parts[0], parts[1], None, *parts[2:])
+            for index, *parts in zip(mixers, *stacked, strict=True)
+        },
     )

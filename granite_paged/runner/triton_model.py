@@ -261,6 +261,7 @@ class TritonModel(EagerModel):
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
         """[B * S, Hq * D] -> the same"""
         pool, scale = self._storage.pages.pools[index], attention.scaling
+        assert step.block_mask is not None
         if step.plan is not None:
             heads = query.view(len(query), -1, attention.head_dim)
             out = split_attention(

@@ -271,7 +271,7 @@ def test_the_engine_is_sized_for_its_requests() -> None:
     assert scorer.engine.asked[1:] == ["forget"]
     assert scorer.engine.config.max_tokens >= needs.longest
     assert scorer.engine.config.max_sequences == 2, "one row for the context and one for its fork"
-    assert scorer.engine.state_bytes == 2 * row_bytes(model)
+    assert scorer.engine.state_bytes == 2 * row_bytes(model, PagedConfig())
     alone = [(1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024)]
     assert set(scorer.engine.warmed) == {*alone, (2, 32), (2, 64), (2, 128)}
     many: Any = make_scorer("paged", model, SMALL_PAGES, needs, 8)

@@ -454,7 +454,7 @@ def test_the_glossary_states_the_size_of_a_mamba_state() -> None:
     with torch.device("meta"):
         model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
     geometry = CacheGeometry.from_config(config, page_size=128, dtype=torch.bfloat16)
-    state = memory_plan.row_bytes(model)
+    state = memory_plan.row_bytes(model, PagedConfig())
     tokens = round(state / geometry.bytes_per_token, -3)
     assert_states(
         "docs/glossary.md",

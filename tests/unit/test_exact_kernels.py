@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from granite_paged.layers.mamba import (
+    EXACT_CHUNK,
     MambaSizes,
     MambaState,
     ScanWeights,
@@ -119,17 +120,18 @@ class Layer:
         self.mixer = mamba_layer(**sizes)[0].to(DEVICE, dtype)
         self.sizes = MambaSizes.of(self.mixer)
 
-    def empty(self) -> tuple[MambaState, Tensor]:
-        """Return the states of three rows, and their recent inputs."""
+    def empty(self) -> MambaState:
+        """Return the states of three rows."""
         sizes, dtype = self.sizes, self.mixer.in_proj.weight.dtype
         rows = torch.tensor([1], device=DEVICE)
-        state = sizes.empty_state(3, dtype, DEVICE)._replace(rows=rows)
-        width = sizes.channels + sizes.heads
-        return state, torch.full((3, exact_scan.CHUNK, width), 7.0, device=DEVICE, dtype=dtype)
+        state = sizes.empty_state(3, dtype, DEVICE)
+        shape = (3, EXACT_CHUNK, sizes.channels + sizes.heads)
+        stale = torch.full(shape, 7.0, device=DEVICE, dtype=dtype)
+        return state._replace(rows=rows, recent=stale)
 
     def run(self, projected: Tensor, cuts: list[int], pad: int = 0) -> tuple[Tensor, MambaState]:
         """Return the gated outputs of all tokens [tokens, inner], and the states."""
-        state, recent = self.empty()
+        state = self.empty()
         out, ends = [], list(itertools.accumulate([0, *cuts]))
         for start, end in itertools.pairwise(ends):
             padding = pad if end - start > 1 else 0
@@ -143,7 +145,6 @@ class Layer:
                 self.mixer.conv1d.bias,
                 ScanWeights.of(self.mixer),
                 state,
-                recent,
             )
             out.append(gated[: end - start])
         return torch.cat(out), state
@@ -168,7 +169,7 @@ def test_the_scan_is_as_defined(shape: str, cuts: str) -> None:
     mixed = mixer.out_proj(after.view(200, -1).float())
     assert_as_defined(mixed, expected, 20 * FLOAT32)
     assert_as_defined(state.conv[1:2], defined.conv, FLOAT32)
-    whole = 200 // exact_scan.CHUNK * exact_scan.CHUNK
+    whole = 200 // EXACT_CHUNK * EXACT_CHUNK
     stored = sizes.empty_state(1, torch.float32, DEVICE)
     mamba_forward(mixer, hidden[None, :whole], at[:, :whole], stored)
     assert_as_defined(state.ssm[1:2], stored.ssm, 20 * FLOAT32)

@@ -1,10 +1,10 @@
 """Mamba-2 whose bits do not depend on how a sequence is cut into steps, for exact mode.
 
-A state is only ever stored at the sequence's own multiples of `CHUNK` tokens. The inputs since then
-are kept in `recent`, and every step computes from them::
+A state is only ever stored at the sequence's own multiples of `EXACT_CHUNK` tokens. The inputs
+since then are kept in `recent`, and every step computes from them::
 
     ssm      [rows, heads, head_dim, state_size] float32     state after the last whole chunk
-    recent   [rows, CHUNK, channels + heads]                  its successors: x, B and C after the
+    recent   [rows, EXACT_CHUNK, channels + heads]            its successors: x, B and C after the
                                                               convolution, and dt before its bias
     y_i  =  exp(a_i) C_i . ssm  +  sum over j <= i of exp(a_i - a_j) (C_i . B_j) dt_j x_j  +  D x_i
 
@@ -22,13 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.pointwise import silu, softplus
 from granite_paged.layers.triton.scan import convolve_tokens
-
-CHUNK = 64
-"""Tokens between two stored states."""
 
 UNIT = tl.constexpr(2.0**40)
 """Sums of dt A are integers in units of its inverse. 64 terms of at least -2**15 fit 62 bits."""
@@ -293,9 +290,8 @@ def scan(
     bias: Tensor | None,
     weights: ScanWeights,
     state: MambaState,
-    recent: Tensor,
 ) -> Tensor:
-    """Compute convolution, scan and gate for S tokens in each of B rows; update what is kept.
+    """Compute convolution, scan and gate for S tokens in each of B rows; update the state.
 
     Args:
         sizes: the layer's sizes.
@@ -303,13 +299,14 @@ def scan(
         positions: [B, S] int, contiguous; -1 for padding, on the right only.
         weight, bias: of the convolution, [channels, width] and [channels] or None.
         weights: the layer's parameters of the recurrence.
-        state: the layer's states of all rows; `state.rows` [B] int selects the batch's.
-        recent: [rows, CHUNK, channels + heads], the inputs since those states.
+        state: the layer's states of all rows, with the inputs since they were stored;
+            `state.rows` [B] int selects the batch's.
 
     Returns:
         [B * S, inner] gated output in projected's dtype; zeros at padding.
     """
     batch, tokens = positions.shape
+    recent = state.recent
     gated = projected.new_zeros(batch * tokens, sizes.inner)
     blocks = _blocks(sizes)
     stride = projected.shape[1]
@@ -331,14 +328,14 @@ def scan(
     _keep[(batch, triton.cdiv(sizes.channels + sizes.heads, 64))](
         projected, convolved, recent, state.rows, positions,
         tokens, sizes.inner, sizes.channels, sizes.heads, stride,
-        L=CHUNK, W=64, COLUMNS=256, num_warps=4,
+        L=EXACT_CHUNK, W=64, COLUMNS=256, num_warps=4,
     )  # fmt: skip
     return gated
 
 
 def _blocks(sizes: MambaSizes) -> dict[str, Any]:
     return {
-        "L": CHUNK,
+        "L": EXACT_CHUNK,
         "P": max(16, int(triton.next_power_of_2(sizes.head_dim))),
         "N": max(16, int(triton.next_power_of_2(sizes.state_size))),
     }
