@@ -181,7 +181,7 @@ def test_the_scan_is_as_defined(shape: str, cuts: str) -> None:
 def test_a_scan_has_the_same_bits_wherever_it_is_cut(dtype: torch.dtype) -> None:
     sizes = {"mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "hidden_size": 1536}
     layer = Layer(dtype, **sizes)
-    projected = layer.mixer.in_proj(torch.randn(200, 1536, device=DEVICE, dtype=dtype))
+    projected = torch.randn(200, layer.mixer.in_proj.out_features, device=DEVICE, dtype=dtype)
     whole, state = layer.run(projected, [200])
     assert whole.isfinite().all()
     for cuts in CUTS.values():

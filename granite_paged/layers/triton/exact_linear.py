@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_paged.device import shared_memory, stages_that_fit
-from granite_paged.layers.triton.linear import early, wait
+from granite_paged.layers.triton.linear import early, prefetch, wait
 from granite_paged.layers.triton.pointwise import silu
 
 FEW_ROWS = 128
@@ -72,6 +72,13 @@ def _product(
     x_row = x_ptr + row.to(tl.int64)[None, :] * depth
     total = tl.zeros([COLUMNS, ROWS], tl.float32)
     gate_by = tl.zeros([COLUMNS, ROWS], tl.float32)
+    if EARLY:
+        begin = tl.program_id(2) * part_depth
+        for start in range(begin, tl.minimum(begin + PARTS * part_depth, depth), DEPTH):
+            chunk = tl.minimum(start + tl.arange(0, DEPTH // 64) * 64, depth - 1)
+            prefetch(weight_row + chunk[None, :], EARLY)
+            if GATED:
+                prefetch(second_row + chunk[None, :], EARLY)
     wait(EARLY)
     for part in tl.static_range(PARTS):
         first = (tl.program_id(2) + part) * part_depth
@@ -150,7 +157,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     block = int(triton.next_power_of_2(depth // groups))
     _rms_norm[(rows * groups,)](
         x, weight, out, depth // groups, eps, groups,
-        DEPTH=block, num_warps=_norm_warps(block), **early(x.device),
+        DEPTH=block, num_warps=_norm_warps(block), **_early(x),
     )  # fmt: skip
     return out
 
@@ -215,6 +222,14 @@ def _part_depth(depth: int, parts: int) -> int:
     return int(triton.cdiv(depth, parts * PART_STEP)) * PART_STEP
 
 
+def _early(x: Tensor) -> dict[str, bool]:
+    """Start kernels early where they are short. Waiting programs of many rows would be in the way.
+
+    x: [rows, ...].
+    """
+    return early(x.device) if len(x) <= FEW_ROWS else {"EARLY": False}
+
+
 def _norm_warps(block: int) -> int:
     return 4 if block <= 2048 else 8
 
@@ -245,7 +260,7 @@ def _launch(
         x, weight, residual, out, rows, columns, depth, part_depth, scale,
         ALONE=alone, PARTS=1 if alone else parts, GATED=gated, RESIDUAL=residual is not None,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=stages, **early(x.device),
+        num_warps=tile.warps, num_stages=stages, **_early(x),
     )  # fmt: skip
 
 

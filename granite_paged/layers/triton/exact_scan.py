@@ -25,7 +25,7 @@ from torch import Tensor
 from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.pointwise import silu, softplus
-from granite_paged.layers.triton.scan import convolve_tokens
+from granite_paged.layers.triton.scan import store_ring
 
 UNIT = tl.constexpr(2.0**40)
 """Sums of dt A are integers in units of its inverse. 64 terms of at least -2**15 fit 62 bits."""
@@ -33,22 +33,22 @@ UNIT = tl.constexpr(2.0**40)
 LOWEST = tl.constexpr(-32768.0)
 """Least dt A. exp of it is 0 in float32."""
 
+STEP_PART, CHUNK_PART = 32, 32
+"""Most elements of a head that a program of `_step` and of `_chunks` computes."""
 
-@triton.jit
-def _sums(dt, rate):
-    """Return the cumulative sums of dt * rate [L], in units of 1 / UNIT."""
-    return tl.cumsum(_fixed(dt, rate), axis=0)
+STEP_WARPS, CHUNK_WARPS, CHUNK_STAGES = 4, 4, 2
 
 
 @triton.jit
 def _fixed(dt, rate):
+    """Return dt * rate as integers, in units of 1 / UNIT."""
     return (tl.maximum(dt * rate, LOWEST) * UNIT).to(tl.int64)
 
 
 @triton.jit
-def _decay(difference):
-    """Return exp of a difference of sums."""
-    return tl.exp(difference.to(tl.float32) * (1.0 / UNIT))
+def _plain(sums):
+    """Return sums of `_fixed` as float32."""
+    return sums.to(tl.float32) * (1.0 / UNIT)
 
 
 @triton.jit
@@ -59,10 +59,10 @@ def _time_step(raw, bias, low, high):
 @triton.jit
 def _next_state(state, x, b, dt, sums, whole):
     """Return the state [N, P] after a chunk of x [L, P] and b [L, N]."""
-    to_end = _decay(whole - sums) * dt
+    to_end = tl.exp(whole - sums) * dt
     scaled = (x.to(tl.float32) * to_end[:, None]).to(x.dtype)
     added = tl.dot(tl.trans(b), scaled, input_precision="ieee")
-    return tl.fma(state, tl.zeros_like(state) + _decay(whole), added)
+    return tl.fma(state, tl.zeros_like(state) + tl.exp(whole), added)
 
 
 @triton.jit
@@ -71,109 +71,161 @@ def _outputs(c, b, x, state, dt, sums, to_sums, causal):
 
     c [M, N], b [L, N], x [L, P], state [N, P]; dt, sums [L]; to_sums [M]; causal [M, L].
     """
-    carried = tl.dot(c, state.to(c.dtype), input_precision="ieee")
-    carried = carried * _decay(to_sums)[:, None]
-    since = tl.where(causal, to_sums[:, None] - sums[None, :], 0)
-    weight = tl.where(causal, _decay(since), 0.0) * dt[None, :]
+    carried = tl.dot(c, state.to(c.dtype), input_precision="ieee") * tl.exp(to_sums)[:, None]
+    since = tl.where(causal, to_sums[:, None] - sums[None, :], float("-inf"))
+    weight = tl.exp(since) * dt[None, :]
     weight = weight * tl.dot(c, tl.trans(b), input_precision="ieee")
     return tl.dot(weight.to(x.dtype), x, carried, input_precision="ieee")
 
 
 @triton.jit
+def _last(positions_ptr, tokens, COLUMNS: tl.constexpr):
+    """Return the highest of `tokens` positions."""
+    highest = tl.full([COLUMNS], -1, tl.int32)
+    for start in range(0, tokens, COLUMNS):
+        s = start + tl.arange(0, COLUMNS)
+        found = tl.load(positions_ptr + s, mask=s < tokens, other=-1).to(tl.int32)
+        highest = tl.maximum(highest, found)
+    return tl.max(highest, axis=0)
+
+
+@triton.jit
+def _lines(
+    projected_ptr, ring_ptr, recent_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, lines_ptr,
+    tokens, inner, channels, heads, stride, height,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, L: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Write what the chunks of each row read: its recent inputs, then those of its new tokens.
+
+    Line 0 is the first token of the chunk in which the row's first token lies. Lines after the last
+    token are zeros.
+    """
+    batch = tl.program_id(0)
+    line = tl.program_id(1) * S + tl.arange(0, S)
+    at = tl.program_id(2) * C + tl.arange(0, C)
+    width = channels + heads
+    is_channel, at_there = at < channels, at < width
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    positions = positions_ptr + batch * tokens
+    first = tl.load(positions).to(tl.int32)
+    if (row < 0) | (first < 0):
+        return
+    behind = first % L
+    s = line - behind
+    position = first + s
+    is_new = (s >= 0) & (s < tokens)
+    is_new &= tl.load(positions + s, mask=is_new, other=-1) >= 0
+    projected = projected_ptr + batch.to(tl.int64) * tokens * stride + inner
+    source = s[:, None] * stride + at[None, :]
+    new_there, conv_there = (
+        is_new[:, None] & at_there[None, :],
+        is_new[:, None] & is_channel[None, :],
+    )
+    newest = tl.load(projected + source, mask=new_there, other=0.0)
+    total = tl.zeros([S, C], tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + at, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    for age in tl.static_range(WIDTH):
+        tap = tl.load(weight_ptr + at * WIDTH + (WIDTH - 1 - age), mask=is_channel, other=0.0)
+        if age == 0:
+            x = newest.to(tl.float32)
+        else:
+            known = conv_there & (s >= age)[:, None]
+            x = tl.load(projected + source - age * stride, mask=known, other=0.0).to(tl.float32)
+            if tl.program_id(1) * S < behind + age:
+                slot = ((position - age + WIDTH) % WIDTH)[:, None]
+                stored = conv_there & ((s < age) & (position >= age))[:, None]
+                ring = ring_ptr + row * channels * WIDTH + at[None, :] * WIDTH
+                x += tl.load(ring + slot, mask=stored, other=0.0).to(tl.float32)
+        total += x * tap.to(tl.float32)[None, :]
+    found = tl.where(is_channel[None, :], silu(total).to(newest.dtype), newest)
+    found = tl.where(new_there, found, 0.0)
+    if tl.program_id(1) * S < behind:
+        kept = recent_ptr + (row * L + line)[:, None] * width + at[None, :]
+        is_old = (s < 0)[:, None] & at_there[None, :]
+        found += tl.load(kept, mask=is_old, other=0.0)
+    place = (batch.to(tl.int64) * height + line)[:, None] * width + at[None, :]
+    tl.store(lines_ptr + place, found, mask=(line < height)[:, None] & at_there[None, :])
+
+
+@triton.jit
 def _chunks(
-    projected_ptr, convolved_ptr, recent_ptr, ssm_ptr, rows_ptr, positions_ptr,
+    projected_ptr, lines_ptr, ssm_ptr, rows_ptr, positions_ptr,
     dt_bias_ptr, a_log_ptr, skip_ptr, gated_ptr,
-    tokens, heads, head_dim, state_size, groups, low, high, stride,
+    tokens, heads, head_dim, state_size, groups, low, high, stride, height,
     L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute one head of one row, chunk after chunk. Its tokens are its first columns."""
+    """Compute a part of one head of one row, chunk after chunk."""
     batch, head = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows_ptr + batch).to(tl.int64)
     positions = positions_ptr + batch * tokens
     first = tl.load(positions).to(tl.int32)
     if (row < 0) | (first < 0):
         return
-    last = first
-    for start in range(0, tokens, COLUMNS):
-        s = start + tl.arange(0, COLUMNS)
-        found = tl.load(positions + s, mask=s < tokens, other=-1).to(tl.int32)
-        last = tl.maximum(last, tl.max(found, axis=0))
-
+    last = _last(positions, tokens, COLUMNS)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
     width = channels + heads
     group = head // (heads // groups)
-    line, p, n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
+    line, n = tl.arange(0, L), tl.arange(0, N)
+    p = tl.program_id(2) * P + tl.arange(0, P)
     p_there, n_there = p < head_dim, n < state_size
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     skip = tl.load(skip_ptr + head).to(tl.float32)
     held = ssm_ptr + (row * heads + head) * head_dim * state_size
-    held = held + p[None, :] * state_size + n[:, None]
+    held_at = p[None, :] * state_size + n[:, None]
     held_there = n_there[:, None] & p_there[None, :]
-    state = tl.load(held, mask=held_there, other=0.0)
+    state = tl.load(held + held_at, mask=held_there, other=0.0)
+    lines = lines_ptr + batch.to(tl.int64) * height * width
+    x_at = line[:, None] * width + (head * head_dim + p)[None, :]
+    b_at = line[:, None] * width + (inner + group * state_size + n)[None, :]
+    begin = first // L * L
+    gates = projected_ptr + (batch.to(tl.int64) * tokens - first) * stride + head * head_dim
+    outs = gated_ptr + (batch.to(tl.int64) * tokens - first) * inner + head * head_dim
 
-    for chunk in range(first // L, last // L + 1):
-        t = chunk * L + line
-        is_old, there = t < first, t <= last
-        column = batch.to(tl.int64) * tokens + (t - first)
-        old_line = recent_ptr + (row * L + line) * width
-        source = tl.where(is_old, old_line, convolved_ptr + column * channels)[:, None]
-        x_at = (head * head_dim + p)[None, :]
-        b_at = (inner + group * state_size + n)[None, :]
-        x = tl.load(source + x_at, mask=there[:, None] & p_there[None, :], other=0.0)
-        b = tl.load(source + b_at, mask=there[:, None] & n_there[None, :], other=0.0)
-        is_new = there & (t >= first)
-        c = tl.load(
-            source + b_at + groups * state_size, mask=is_new[:, None] & n_there[None, :], other=0.0
-        )
-        new_raw = projected_ptr + column * stride + inner + channels + head
-        raw = tl.load(tl.where(is_old, old_line + channels + head, new_raw), mask=there, other=0.0)
-        dt = tl.where(there, _time_step(raw, bias, low, high), 0.0)
-        sums = _sums(dt, rate)
+    for start in range(begin, last + 1, L):
+        x = tl.load(lines + x_at, mask=p_there[None, :], other=0.0)
+        b = tl.load(lines + b_at, mask=n_there[None, :], other=0.0)
+        c = tl.load(lines + b_at + groups * state_size, mask=n_there[None, :], other=0.0)
+        raw = tl.load(lines + line * width + channels + head)
+        lines += L * width
+        t = start + line
+        dt = tl.where(t <= last, _time_step(raw, bias, low, high), 0.0)
+        fixed = _fixed(dt, rate)
+        sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
         causal = line[:, None] >= line[None, :]
         out = _outputs(c, b, x, state, dt, sums, sums, causal)
-        new_there = is_new[:, None] & p_there[None, :]
-        gate = tl.load(projected_ptr + column[:, None] * stride + x_at, mask=new_there, other=0.0)
+        new_there = ((t >= first) & (t <= last))[:, None] & p_there[None, :]
+        gate = tl.load(gates + t[:, None] * stride + p[None, :], mask=new_there, other=0.0)
         out = tl.fma(x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate.to(tl.float32))
-        out_at = gated_ptr + column[:, None] * inner + x_at
-        tl.store(out_at, out.to(gated_ptr.dtype.element_ty), mask=new_there)
-        if chunk * L + L <= last + 1:
-            whole = tl.sum(_fixed(dt, rate), axis=0)
+        out = out.to(gated_ptr.dtype.element_ty)
+        tl.store(outs + t[:, None] * inner + p[None, :], out, mask=new_there)
+        if start + L <= last + 1:
             state = _next_state(state, x, b, dt, sums, whole)
-    if last + 1 >= (first // L + 1) * L:
-        tl.store(held, state, mask=held_there)
+    if last + 1 >= begin + L:
+        tl.store(held + held_at, state, mask=held_there)
 
 
 @triton.jit
 def _keep(
-    projected_ptr, convolved_ptr, recent_ptr, rows_ptr, positions_ptr,
-    tokens, inner, channels, heads, stride,
+    lines_ptr, recent_ptr, rows_ptr, positions_ptr, tokens, width, height,
     L: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Keep the inputs of each row's last, unfinished chunk."""
+    """Keep the inputs of each row's last chunk."""
     batch = tl.program_id(0)
     row = tl.load(rows_ptr + batch).to(tl.int64)
     positions = positions_ptr + batch * tokens
     first = tl.load(positions).to(tl.int32)
     if (row < 0) | (first < 0):
         return
-    last = first
-    for start in range(0, tokens, COLUMNS):
-        s = start + tl.arange(0, COLUMNS)
-        found = tl.load(positions + s, mask=s < tokens, other=-1).to(tl.int32)
-        last = tl.maximum(last, tl.max(found, axis=0))
+    last = _last(positions, tokens, COLUMNS)
     line, at = tl.arange(0, L), tl.program_id(1) * W + tl.arange(0, W)
-    t = last // L * L + line
-    is_new = (t >= first) & (t <= last)
-    column = (batch.to(tl.int64) * tokens + (t - first))[:, None]
-    is_dt = (at >= channels) & (at < channels + heads)
-    convolved = convolved_ptr + column * channels + at[None, :]
-    projected = projected_ptr + column * stride + (inner + at)[None, :]
-    there = is_new[:, None] & (at < channels + heads)[None, :]
-    found = tl.load(tl.where(is_dt[None, :], projected, convolved), mask=there, other=0.0)
-    kept = recent_ptr + (row * L + line)[:, None] * (channels + heads) + at[None, :]
-    tl.store(kept, found, mask=there)
+    there = (at < width)[None, :] & (line <= last % L)[:, None]
+    begin = batch.to(tl.int64) * height + (last // L - first // L) * L
+    place = line[:, None] * width + at[None, :]
+    found = tl.load(lines_ptr + begin * width + place, mask=there, other=0.0)
+    tl.store(recent_ptr + row * L * width + place, found, mask=there)
 
 
 @triton.jit
@@ -206,13 +258,14 @@ def _step(
     WIDTH: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
     L: tl.constexpr, M: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Compute one head of one row's next token."""
+    """Compute a part of one head of one row's next token."""
     batch, head = tl.program_id(0), tl.program_id(1)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
     width = channels + heads
     group = head // (heads // groups)
-    line, p, n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
+    line, n = tl.arange(0, L), tl.arange(0, N)
+    p = tl.program_id(2) * P + tl.arange(0, P)
     p_there, n_there = p < head_dim, n < state_size
     row = tl.load(rows_ptr + batch).to(tl.int64)
     position = tl.load(positions_ptr + batch).to(tl.int32)
@@ -221,22 +274,27 @@ def _step(
         tl.store(out_at, tl.zeros([P], gated_ptr.dtype.element_ty), mask=p_there)
         return
     own = position % L
-    is_old, is_own, there = line < own, line == own, line <= own
+    is_old, is_own = line < own, line == own
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     skip = tl.load(skip_ptr + head).to(tl.float32)
     held = ssm_ptr + (row * heads + head) * head_dim * state_size
-    held = held + p[None, :] * state_size + n[:, None]
+    held_at = p[None, :] * state_size + n[:, None]
     held_there = n_there[:, None] & p_there[None, :]
-    state = tl.load(held, mask=held_there, other=0.0)
-    kept = recent_ptr + (row * L + line) * width
+    state = tl.load(held + held_at, mask=held_there, other=0.0)
+    kept = recent_ptr + row * L * width
     x_at, b_at = head * head_dim + p, inner + group * state_size + n
-    x = tl.load(kept[:, None] + x_at[None, :], mask=is_old[:, None] & p_there[None, :], other=0.0)
-    b = tl.load(kept[:, None] + b_at[None, :], mask=is_old[:, None] & n_there[None, :], other=0.0)
-    raw = tl.load(kept + channels + head, mask=is_old, other=0.0)
+    old_x_there, old_b_there = (
+        is_old[:, None] & p_there[None, :],
+        is_old[:, None] & n_there[None, :],
+    )
+    x = tl.load(kept + line[:, None] * width + x_at[None, :], mask=old_x_there, other=0.0)
+    b = tl.load(kept + line[:, None] * width + b_at[None, :], mask=old_b_there, other=0.0)
+    raw = tl.load(kept + line * width + channels + head, mask=is_old, other=0.0)
     wait(EARLY)
     projected = projected_ptr + batch.to(tl.int64) * stride
     ring = ring_ptr + row * channels * WIDTH
+    c_at = b_at + groups * state_size
     new_x, in_x = _convolved(
         projected, ring, conv_weight_ptr, conv_bias_ptr, x_at, p_there, position, inner,
         WIDTH, BIAS,
@@ -245,7 +303,6 @@ def _step(
         projected, ring, conv_weight_ptr, conv_bias_ptr, b_at, n_there, position, inner,
         WIDTH, BIAS,
     )  # fmt: skip
-    c_at = b_at + groups * state_size
     new_c, in_c = _convolved(
         projected, ring, conv_weight_ptr, conv_bias_ptr, c_at, n_there, position, inner,
         WIDTH, BIAS,
@@ -254,32 +311,30 @@ def _step(
     x = tl.where(is_own[:, None], new_x[None, :], x)
     b = tl.where(is_own[:, None], new_b[None, :], b)
     raw = tl.where(is_own, new_raw, raw)
-    dt = tl.where(there, _time_step(raw, bias, low, high), 0.0)
-    sums = _sums(dt, rate)
-    whole = tl.sum(_fixed(dt, rate), axis=0)
+    dt = tl.where(line <= own, _time_step(raw, bias, low, high), 0.0)
+    fixed = _fixed(dt, rate)
+    sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
     m = tl.arange(0, M)
     c = tl.zeros([M, N], new_c.dtype) + new_c[None, :]
-    causal = (m[:, None] >= 0) & there[None, :]
-    to_sums = tl.zeros([M], tl.int64) + whole
-    out = _outputs(c, b, x, state, dt, sums, to_sums, causal)
-    out = tl.sum(tl.where(m[:, None] == 0, out, 0.0), axis=0)
+    causal = (m[:, None] >= 0) & (line <= own)[None, :]
+    out = _outputs(c, b, x, state, dt, sums, tl.zeros([M], tl.float32) + whole, causal)
+    out = tl.max(out, axis=0)  # its rows are equal
     gate = tl.load(projected + x_at, mask=p_there, other=0.0)
-    x32 = new_x.to(tl.float32)
-    out = tl.fma(x32, tl.zeros_like(out) + skip, out) * silu(gate.to(tl.float32))
+    out = tl.fma(new_x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate.to(tl.float32))
     tl.store(out_at, out.to(gated_ptr.dtype.element_ty), mask=p_there)
 
-    mine = recent_ptr + (row * L + own) * width
+    mine = kept + own * width
     slot = position % WIDTH
     tl.store(mine + x_at, new_x, mask=p_there)
     tl.store(mine + channels + head, new_raw)
     tl.store(ring + x_at * WIDTH + slot, in_x, mask=p_there)
-    if head % (heads // groups) == 0:
+    if (head % (heads // groups) == 0) & (tl.program_id(2) == 0):
         tl.store(mine + b_at, new_b, mask=n_there)
         tl.store(mine + c_at, new_c, mask=n_there)
         tl.store(ring + b_at * WIDTH + slot, in_b, mask=n_there)
         tl.store(ring + c_at * WIDTH + slot, in_c, mask=n_there)
     if own == L - 1:
-        tl.store(held, _next_state(state, x, b, dt, sums, whole), mask=held_there)
+        tl.store(held + held_at, _next_state(state, x, b, dt, sums, whole), mask=held_there)
 
 
 def scan(
@@ -306,36 +361,42 @@ def scan(
         [B * S, inner] gated output in projected's dtype; zeros at padding.
     """
     batch, tokens = positions.shape
-    recent = state.recent
+    recent, stride = state.recent, projected.shape[1]
+    assert recent is not None
     gated = projected.new_zeros(batch * tokens, sizes.inner)
-    blocks = _blocks(sizes)
-    stride = projected.shape[1]
+    shape = (sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit)
+    blocks, parts = _blocks(sizes, STEP_PART if tokens == 1 else CHUNK_PART)
+    conv: dict[str, Any] = {"WIDTH": sizes.conv_width, "BIAS": bias is not None}
     if tokens == 1:
-        _step[(batch, sizes.heads)](
+        _step[(batch, sizes.heads, parts)](
             projected, state.conv, recent, state.ssm, state.rows, positions,
-            weight, bias, *weights, gated,
-            sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
-            stride, WIDTH=sizes.conv_width, BIAS=bias is not None, M=16,
-            num_warps=4, **blocks, **early(projected.device),
+            weight, bias, *weights, gated, *shape, stride,
+            M=16, num_warps=STEP_WARPS, **conv, **blocks, **early(projected.device),
         )  # fmt: skip
         return gated
-    convolved = convolve_tokens(sizes, projected, positions, weight, bias, state)
-    _chunks[(batch, sizes.heads)](
-        projected, convolved, recent, state.ssm, state.rows, positions, *weights, gated,
-        tokens, sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups,
-        *sizes.time_step_limit, stride, COLUMNS=256, num_warps=4, **blocks,
+    width, chunks = recent.shape[2], int(triton.cdiv(tokens, EXACT_CHUNK)) + 1
+    height = chunks * EXACT_CHUNK
+    lines = projected.new_empty(batch, height, width)
+    _lines[(batch, triton.cdiv(height, 16), triton.cdiv(width, 64))](
+        projected, state.conv, recent, state.rows, positions, weight, bias, lines,
+        tokens, sizes.inner, sizes.channels, sizes.heads, stride, height,
+        L=EXACT_CHUNK, S=16, C=64, num_warps=2, **conv,
     )  # fmt: skip
-    _keep[(batch, triton.cdiv(sizes.channels + sizes.heads, 64))](
-        projected, convolved, recent, state.rows, positions,
-        tokens, sizes.inner, sizes.channels, sizes.heads, stride,
+    store_ring(sizes, projected, positions, state)
+    _chunks[(batch, sizes.heads, parts)](
+        projected, lines, state.ssm, state.rows, positions, *weights, gated,
+        tokens, *shape, stride, height, COLUMNS=256, num_warps=CHUNK_WARPS, num_stages=CHUNK_STAGES, **blocks,
+    )  # fmt: skip
+    _keep[(batch, triton.cdiv(width, 64))](
+        lines, recent, state.rows, positions, tokens, width, height,
         L=EXACT_CHUNK, W=64, COLUMNS=256, num_warps=4,
     )  # fmt: skip
     return gated
 
 
-def _blocks(sizes: MambaSizes) -> dict[str, Any]:
-    return {
-        "L": EXACT_CHUNK,
-        "P": max(16, int(triton.next_power_of_2(sizes.head_dim))),
-        "N": max(16, int(triton.next_power_of_2(sizes.state_size))),
-    }
+def _blocks(sizes: MambaSizes, most: int) -> tuple[dict[str, int], int]:
+    """Return the kernel's block sizes, and the parts of a head: at most `most` elements each."""
+    whole = max(16, int(triton.next_power_of_2(sizes.head_dim)))
+    state = max(16, int(triton.next_power_of_2(sizes.state_size)))
+    part = min(most, whole)
+    return {"L": EXACT_CHUNK, "P": part, "N": state}, whole // part

@@ -90,7 +90,7 @@ def wait(EARLY: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(pointers, EARLY: tl.constexpr):
+def prefetch(pointers, EARLY: tl.constexpr):
     """Prefetch the 128 bytes at each pointer into the L2 cache."""
     if EARLY:
         tl.inline_asm_elementwise(
@@ -188,9 +188,9 @@ def _few_rows(
     first, end = split * each, tl.minimum(split * each + each, depth)
     for start in range(first, end, DEPTH):
         line = tl.minimum(start + tl.arange(0, DEPTH // 64) * 64, depth - 1)
-        _prefetch(weight_row + line[None, :], EARLY)
+        prefetch(weight_row + line[None, :], EARLY)
         if GATED:
-            _prefetch(weight_row + second_half + line[None, :], EARLY)
+            prefetch(weight_row + second_half + line[None, :], EARLY)
     place = row[:, None] * columns + column[None, :]
     there = row_there[:, None] & column_there[None, :]
     if RESIDUAL:

@@ -270,25 +270,6 @@ def scan(
     Returns:
         [B * S, inner] gated output in projected's dtype; arbitrary finite values at padding.
     """
-    convolved = convolve_tokens(sizes, projected, positions, weight, bias, state)
-    if mask is not None:
-        convolved *= mask.view(-1, 1)
-    return _scan(sizes, projected, convolved, positions, weights, state)
-
-
-def convolve_tokens(
-    sizes: MambaSizes,
-    projected: Tensor,
-    positions: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: MambaState,
-) -> Tensor:
-    """Compute the convolution and its activation; update the rings. Arguments are those of `scan`.
-
-    Returns:
-        [B * S, channels] in projected's dtype; arbitrary finite values at padding.
-    """
     batch, tokens = positions.shape
     stride = projected.shape[1]
     convolved = projected.new_empty(batch * tokens, sizes.channels)
@@ -300,11 +281,19 @@ def convolve_tokens(
         tokens, sizes.inner, sizes.channels, stride,
         WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2,
     )  # fmt: skip
+    store_ring(sizes, projected, positions, state)
+    if mask is not None:
+        convolved *= mask.view(-1, 1)
+    return _scan(sizes, projected, convolved, positions, weights, state)
+
+
+def store_ring(sizes: MambaSizes, projected: Tensor, positions: Tensor, state: MambaState) -> None:
+    """Store the inputs of each row's last tokens in its rings. Arguments are those of `scan`."""
+    batch, tokens = positions.shape
     _store_ring[(batch, triton.cdiv(sizes.channels, 256))](
         projected, state.conv, state.rows, positions,
-        tokens, sizes.inner, sizes.channels, stride, WIDTH=width, C=256,
+        tokens, sizes.inner, sizes.channels, projected.shape[1], WIDTH=sizes.conv_width, C=256,
     )  # fmt: skip
-    return convolved
 
 
 def _scan(
