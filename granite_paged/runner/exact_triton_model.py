@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from granite_paged.layers.mamba import MambaSizes, ScanWeights, norm_groups
+from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 from granite_paged.layers.triton import exact_attention, exact_scan
-from granite_paged.layers.triton.exact_linear import add_product, product, rms_norm
-from granite_paged.layers.triton.mamba import conv_weight
+from granite_paged.layers.triton.exact_linear import product, rms_norm
+from granite_paged.layers.triton.mamba import conv_weight, convolution
 from granite_paged.runner.model import ModelStep
 from granite_paged.runner.triton_model import Rotary, TritonModel
 
@@ -24,6 +25,9 @@ class ExactTritonModel(TritonModel):
     """`TritonModel` whose bits for a token depend on its own sequence only."""
 
     reads_mask = False
+
+    # copies for `close_chunks`, made by the first decode step; its graphs keep using them
+    _rates: tuple[Tensor, Tensor] | None = None
 
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.forward`."""
@@ -40,6 +44,7 @@ class ExactTritonModel(TritonModel):
         """See `EagerModel.decode`."""
         fed = tokens.index_select(0, step.rows)
         _, normed = self._layers(self._embedded(fed), step)
+        self._close_chunks(step)
         return self._head_product(normed)
 
     def _head_product(self, normed: Tensor) -> Tensor:
@@ -70,19 +75,33 @@ class ExactTritonModel(TritonModel):
             projected = [product(normed, part.weight) for part in parts]
             mixed = self._attention_of(index, attention, projected, step, rotary)
             return mixed, attention.o_proj.weight
-        mixer = layer.mamba
-        gated = exact_scan.scan(
-            MambaSizes.of(mixer),
-            product(normed, mixer.in_proj.weight),
-            step.positions,
-            conv_weight(mixer),
-            mixer.conv1d.bias,
-            ScanWeights.of(mixer),
-            self._state(index, step),
-        )
-        norm = mixer.norm
+        mixer, norm = layer.mamba, layer.mamba.norm
+        gated = self._gated(mixer, normed, step.positions, self._state(index, step))
         mixed = rms_norm(gated, norm.weight, norm.variance_epsilon, norm_groups(mixer))
         return mixed, mixer.out_proj.weight
+
+    def _gated(self, mixer: Any, normed: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+        sizes, weights = MambaSizes.of(mixer), ScanWeights.of(mixer)
+        if positions.shape[1] == 1:
+            newest = positions[:, 0]
+            conv = convolution(mixer, newest, state)
+            projected = product(normed, mixer.in_proj.weight, conv=conv)
+            return exact_scan.step(sizes, projected, newest, weights, state)
+        projected = product(normed, mixer.in_proj.weight)
+        weight, bias = conv_weight(mixer), mixer.conv1d.bias
+        return exact_scan.scan(sizes, projected, positions, weight, bias, weights, state)
+
+    def _close_chunks(self, step: ModelStep) -> None:
+        mixers = [layer.mamba for layer in self._decoder.layers if layer.mamba is not None]
+        if not mixers:
+            return
+        if self._rates is None:
+            stacked = zip(*((mixer.dt_bias, mixer.A_log) for mixer in mixers), strict=True)
+            dt_bias, a_log = map(torch.stack, stacked)
+            self._rates = dt_bias, a_log
+        _, ssm, recent = self._storage.stacked
+        newest, sizes = step.positions[:, 0], MambaSizes.of(mixers[0])
+        exact_scan.close_chunks(sizes, newest, step.states, ssm, recent, *self._rates)
 
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
         pages, pool = self._storage.pages, self._storage.pages.pools[index]
@@ -101,4 +120,5 @@ class ExactTritonModel(TritonModel):
 
 def _add(hidden: Tensor, x: Tensor, weight: Tensor, scale: float, norm: Any) -> Tensor:
     """Add scale * x W^T to `hidden` in place; return the norm of the sum."""
-    return add_product(hidden, x, weight, scale=scale, norm=norm.weight, eps=norm.variance_epsilon)
+    product(x, weight, scale=scale, residual=hidden)
+    return rms_norm(hidden, norm.weight, norm.variance_epsilon)

@@ -16,8 +16,6 @@ Formulas: Dao and Gu 2024, "Transformers are SSMs", section 6.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -125,19 +123,18 @@ def _lines(
     total = tl.zeros([S, C], tl.float32)
     if BIAS:
         total += tl.load(bias_ptr + at, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-    for age in tl.static_range(WIDTH):
+    for age in tl.static_range(1, WIDTH):
+        known = conv_there & (s >= age)[:, None]
+        x = tl.load(projected + source - age * stride, mask=known, other=0.0).to(tl.float32)
+        if tl.program_id(1) * S < behind + age:
+            slot = ((position - age + WIDTH) % WIDTH)[:, None]
+            stored = conv_there & ((s < age) & (position >= age))[:, None]
+            ring = ring_ptr + row * channels * WIDTH + at[None, :] * WIDTH
+            x += tl.load(ring + slot, mask=stored, other=0.0).to(tl.float32)
         tap = tl.load(weight_ptr + at * WIDTH + (WIDTH - 1 - age), mask=is_channel, other=0.0)
-        if age == 0:
-            x = newest.to(tl.float32)
-        else:
-            known = conv_there & (s >= age)[:, None]
-            x = tl.load(projected + source - age * stride, mask=known, other=0.0).to(tl.float32)
-            if tl.program_id(1) * S < behind + age:
-                slot = ((position - age + WIDTH) % WIDTH)[:, None]
-                stored = conv_there & ((s < age) & (position >= age))[:, None]
-                ring = ring_ptr + row * channels * WIDTH + at[None, :] * WIDTH
-                x += tl.load(ring + slot, mask=stored, other=0.0).to(tl.float32)
         total += x * tap.to(tl.float32)[None, :]
+    tap = tl.load(weight_ptr + at * WIDTH + WIDTH - 1, mask=is_channel, other=0.0)
+    total = total + newest.to(tl.float32) * tap.to(tl.float32)[None, :]
     found = tl.where(is_channel[None, :], silu(total).to(newest.dtype), newest)
     found = tl.where(new_there, found, 0.0)
     if tl.program_id(1) * S < behind:
@@ -229,36 +226,13 @@ def _keep(
 
 
 @triton.jit
-def _convolved(
-    projected_ptr, ring_ptr, weight_ptr, bias_ptr, channel, there, position, inner,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """Convolve channels of one token, after silu; also return its own inputs."""
-    total = tl.zeros([channel.shape[0]], tl.float32)
-    if BIAS:
-        total += tl.load(bias_ptr + channel, mask=there, other=0.0).to(tl.float32)
-    newest = tl.load(projected_ptr + inner + channel, mask=there, other=0.0)
-    for age in tl.static_range(WIDTH):
-        tap = tl.load(weight_ptr + channel * WIDTH + (WIDTH - 1 - age), mask=there, other=0.0)
-        if age == 0:
-            x = newest.to(tl.float32)
-        else:
-            known = there & (position >= age)
-            slot = (position - age + WIDTH) % WIDTH
-            x = tl.load(ring_ptr + channel * WIDTH + slot, mask=known, other=0.0).to(tl.float32)
-        total += x * tap.to(tl.float32)
-    return silu(total).to(newest.dtype), newest
-
-
-@triton.jit
 def _step(
-    projected_ptr, ring_ptr, recent_ptr, ssm_ptr, rows_ptr, positions_ptr,
-    conv_weight_ptr, conv_bias_ptr, dt_bias_ptr, a_log_ptr, skip_ptr, gated_ptr,
-    heads, head_dim, state_size, groups, low, high, stride,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
+    projected_ptr, recent_ptr, ssm_ptr, rows_ptr, positions_ptr,
+    dt_bias_ptr, a_log_ptr, skip_ptr, gated_ptr,
+    heads, head_dim, state_size, groups, low, high, stride, EARLY: tl.constexpr,
     L: tl.constexpr, M: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Compute a part of one head of one row's next token."""
+    """Compute a part of one head of one row's next token, and keep the token's inputs."""
     batch, head = tl.program_id(0), tl.program_id(1)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
@@ -275,39 +249,25 @@ def _step(
         return
     own = position % L
     is_old, is_own = line < own, line == own
+    held = ssm_ptr + (row * heads + head) * head_dim * state_size
+    held_there = n_there[:, None] & p_there[None, :]
+    state = tl.load(held + p[None, :] * state_size + n[:, None], mask=held_there, other=0.0)
+    kept = recent_ptr + row * L * width
+    x_at, b_at = head * head_dim + p, inner + group * state_size + n
+    old_x, old_b = is_old[:, None] & p_there[None, :], is_old[:, None] & n_there[None, :]
+    x = tl.load(kept + line[:, None] * width + x_at[None, :], mask=old_x, other=0.0)
+    b = tl.load(kept + line[:, None] * width + b_at[None, :], mask=old_b, other=0.0)
+    raw = tl.load(kept + line * width + channels + head, mask=is_old, other=0.0)
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     skip = tl.load(skip_ptr + head).to(tl.float32)
-    held = ssm_ptr + (row * heads + head) * head_dim * state_size
-    held_at = p[None, :] * state_size + n[:, None]
-    held_there = n_there[:, None] & p_there[None, :]
-    state = tl.load(held + held_at, mask=held_there, other=0.0)
-    kept = recent_ptr + row * L * width
-    x_at, b_at = head * head_dim + p, inner + group * state_size + n
-    old_x_there, old_b_there = (
-        is_old[:, None] & p_there[None, :],
-        is_old[:, None] & n_there[None, :],
-    )
-    x = tl.load(kept + line[:, None] * width + x_at[None, :], mask=old_x_there, other=0.0)
-    b = tl.load(kept + line[:, None] * width + b_at[None, :], mask=old_b_there, other=0.0)
-    raw = tl.load(kept + line * width + channels + head, mask=is_old, other=0.0)
     wait(EARLY)
-    projected = projected_ptr + batch.to(tl.int64) * stride
-    ring = ring_ptr + row * channels * WIDTH
-    c_at = b_at + groups * state_size
-    new_x, in_x = _convolved(
-        projected, ring, conv_weight_ptr, conv_bias_ptr, x_at, p_there, position, inner,
-        WIDTH, BIAS,
-    )  # fmt: skip
-    new_b, in_b = _convolved(
-        projected, ring, conv_weight_ptr, conv_bias_ptr, b_at, n_there, position, inner,
-        WIDTH, BIAS,
-    )  # fmt: skip
-    new_c, in_c = _convolved(
-        projected, ring, conv_weight_ptr, conv_bias_ptr, c_at, n_there, position, inner,
-        WIDTH, BIAS,
-    )  # fmt: skip
-    new_raw = tl.load(projected + inner + channels + head)
+    gate = tl.load(projected_ptr + batch.to(tl.int64) * stride + x_at, mask=p_there, other=0.0)
+    new = projected_ptr + batch.to(tl.int64) * stride + inner
+    new_x = tl.load(new + x_at, mask=p_there, other=0.0)
+    new_b = tl.load(new + b_at, mask=n_there, other=0.0)
+    new_c = tl.load(new + b_at + groups * state_size, mask=n_there, other=0.0)
+    new_raw = tl.load(new + channels + head)
     x = tl.where(is_own[:, None], new_x[None, :], x)
     b = tl.where(is_own[:, None], new_b[None, :], b)
     raw = tl.where(is_own, new_raw, raw)
@@ -319,22 +279,114 @@ def _step(
     causal = (m[:, None] >= 0) & (line <= own)[None, :]
     out = _outputs(c, b, x, state, dt, sums, tl.zeros([M], tl.float32) + whole, causal)
     out = tl.max(out, axis=0)  # its rows are equal
-    gate = tl.load(projected + x_at, mask=p_there, other=0.0)
     out = tl.fma(new_x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate.to(tl.float32))
     tl.store(out_at, out.to(gated_ptr.dtype.element_ty), mask=p_there)
-
     mine = kept + own * width
-    slot = position % WIDTH
     tl.store(mine + x_at, new_x, mask=p_there)
     tl.store(mine + channels + head, new_raw)
-    tl.store(ring + x_at * WIDTH + slot, in_x, mask=p_there)
     if (head % (heads // groups) == 0) & (tl.program_id(2) == 0):
         tl.store(mine + b_at, new_b, mask=n_there)
-        tl.store(mine + c_at, new_c, mask=n_there)
-        tl.store(ring + b_at * WIDTH + slot, in_b, mask=n_there)
-        tl.store(ring + c_at * WIDTH + slot, in_c, mask=n_there)
-    if own == L - 1:
-        tl.store(held + held_at, _next_state(state, x, b, dt, sums, whole), mask=held_there)
+
+
+@triton.jit
+def _close(
+    recent_ptr, ssm_ptr, rows_ptr, positions_ptr, dt_bias_ptr, a_log_ptr,
+    state_rows, heads, head_dim, state_size, groups, low, high, EARLY: tl.constexpr,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Compute the states of `HEADS` heads of one layer where a row's token ended its chunk."""
+    layer, batch = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    position = tl.load(positions_ptr + batch).to(tl.int32)
+    wait(EARLY)
+    if (row < 0) | (position < 0) | (position % L != L - 1):
+        return
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    width = channels + heads
+    row = layer.to(tl.int64) * state_rows + row
+    line, p, n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
+    p_there, n_there = p < head_dim, n < state_size
+    lines = recent_ptr + row * L * width + line[:, None] * width
+    for number in range(HEADS):
+        head = tl.program_id(2) * HEADS + number
+        if head < heads:
+            group = head // (heads // groups)
+            held = ssm_ptr + (row * heads + head) * head_dim * state_size
+            held += p[None, :] * state_size + n[:, None]
+            held_there = n_there[:, None] & p_there[None, :]
+            state = tl.load(held, mask=held_there, other=0.0)
+            x_at, b_at = head * head_dim + p, inner + group * state_size + n
+            x = tl.load(lines + x_at[None, :], mask=p_there[None, :], other=0.0)
+            b = tl.load(lines + b_at[None, :], mask=n_there[None, :], other=0.0)
+            raw = tl.load(recent_ptr + row * L * width + line * width + channels + head)
+            bias = tl.load(dt_bias_ptr + layer * heads + head).to(tl.float32)
+            rate = -tl.exp(tl.load(a_log_ptr + layer * heads + head).to(tl.float32))
+            dt = _time_step(raw, bias, low, high)
+            fixed = _fixed(dt, rate)
+            sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
+            tl.store(held, _next_state(state, x, b, dt, sums, whole), mask=held_there)
+
+
+def step(
+    sizes: MambaSizes,
+    projected: Tensor,
+    positions: Tensor,
+    weights: ScanWeights,
+    state: MambaState,
+) -> Tensor:
+    """Compute recurrence and gate for one token in each of B rows, and keep the token's inputs.
+
+    After all layers, `close_chunks` must follow.
+
+    Args:
+        sizes: the layer's sizes.
+        projected: [B, inner + channels + heads], the output of `in_proj`, its channels convolved.
+        positions: [B] int; -1 for padding.
+        weights: the layer's parameters of the recurrence.
+        state: as for `scan`.
+
+    Returns:
+        [B, inner] gated output in projected's dtype; zeros at padding.
+    """
+    batch, recent = len(positions), state.recent
+    assert recent is not None
+    gated = projected.new_empty(batch, sizes.inner)
+    blocks, parts = _blocks(sizes, STEP_PART)
+    _step[(batch, sizes.heads, parts)](
+        projected, recent, state.ssm, state.rows, positions, *weights, gated,
+        sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
+        projected.shape[1], M=16, num_warps=STEP_WARPS, **blocks, **early(projected.device),
+    )  # fmt: skip
+    return gated
+
+
+def close_chunks(
+    sizes: MambaSizes,
+    positions: Tensor,
+    rows: Tensor,
+    ssm: Tensor,
+    recent: Tensor,
+    dt_bias: Tensor,
+    a_log: Tensor,
+) -> None:
+    """Store the states of all layers after rows whose last token ended a chunk.
+
+    Args:
+        sizes: of every layer.
+        positions: [B] int, of the last token of each row; -1 for padding.
+        rows: [B] int, the state row of each; -1 for padding.
+        ssm, recent: states and inputs of all layers, [layers, rows, ...], see `MambaState`.
+        dt_bias, a_log: [layers, heads].
+    """
+    layers, state_rows = ssm.shape[:2]
+    blocks, _ = _blocks(sizes, sizes.head_dim)
+    together = 8
+    _close[(layers, len(positions), triton.cdiv(sizes.heads, together))](
+        recent, ssm, rows, positions, dt_bias, a_log, state_rows,
+        sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
+        HEADS=together, num_warps=8, **blocks, **early(ssm.device),
+    )  # fmt: skip
 
 
 def scan(
@@ -365,27 +417,20 @@ def scan(
     assert recent is not None
     gated = projected.new_zeros(batch * tokens, sizes.inner)
     shape = (sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit)
-    blocks, parts = _blocks(sizes, STEP_PART if tokens == 1 else CHUNK_PART)
-    conv: dict[str, Any] = {"WIDTH": sizes.conv_width, "BIAS": bias is not None}
-    if tokens == 1:
-        _step[(batch, sizes.heads, parts)](
-            projected, state.conv, recent, state.ssm, state.rows, positions,
-            weight, bias, *weights, gated, *shape, stride,
-            M=16, num_warps=STEP_WARPS, **conv, **blocks, **early(projected.device),
-        )  # fmt: skip
-        return gated
+    blocks, parts = _blocks(sizes, CHUNK_PART)
     width, chunks = recent.shape[2], int(triton.cdiv(tokens, EXACT_CHUNK)) + 1
     height = chunks * EXACT_CHUNK
     lines = projected.new_empty(batch, height, width)
     _lines[(batch, triton.cdiv(height, 16), triton.cdiv(width, 64))](
         projected, state.conv, recent, state.rows, positions, weight, bias, lines,
         tokens, sizes.inner, sizes.channels, sizes.heads, stride, height,
-        L=EXACT_CHUNK, S=16, C=64, num_warps=2, **conv,
+        WIDTH=sizes.conv_width, BIAS=bias is not None, L=EXACT_CHUNK, S=16, C=64, num_warps=2,
     )  # fmt: skip
     store_ring(sizes, projected, positions, state)
     _chunks[(batch, sizes.heads, parts)](
         projected, lines, state.ssm, state.rows, positions, *weights, gated,
-        tokens, *shape, stride, height, COLUMNS=256, num_warps=CHUNK_WARPS, num_stages=CHUNK_STAGES, **blocks,
+        tokens, *shape, stride, height,
+        COLUMNS=256, num_warps=CHUNK_WARPS, num_stages=CHUNK_STAGES, **blocks,
     )  # fmt: skip
     _keep[(batch, triton.cdiv(width, 64))](
         lines, recent, state.rows, positions, tokens, width, height,
