@@ -16,6 +16,7 @@ Formulas: Dao and Gu 2024, "Transformers are SSMs", section 6.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,10 +32,8 @@ UNIT = tl.constexpr(2.0**40)
 LOWEST = tl.constexpr(-32768.0)
 """Least dt A. exp of it is 0 in float32."""
 
-STEP_PART, CHUNK_PART = 32, 32
-"""Most elements of a head that a program of `_step` and of `_chunks` computes."""
-
-STEP_WARPS, CHUNK_WARPS, CHUNK_STAGES = 4, 4, 2
+STEP_PART, STEP_WARPS = 64, 4
+"""Most elements of a head for a program of `_step`, and its warps; measured on an H100."""
 
 
 @triton.jit
@@ -55,11 +54,16 @@ def _time_step(raw, bias, low, high):
 
 
 @triton.jit
-def _next_state(state, x, b, dt, sums, whole):
-    """Return the state [N, P] after a chunk of x [L, P] and b [L, N]."""
+def _added(x, b, dt, sums, whole):
+    """Return what a chunk of x [L, P] and b [L, N] adds to the state, [N, P]."""
     to_end = tl.exp(whole - sums) * dt
     scaled = (x.to(tl.float32) * to_end[:, None]).to(x.dtype)
-    added = tl.dot(tl.trans(b), scaled, input_precision="ieee")
+    return tl.dot(tl.trans(b), scaled, input_precision="ieee")
+
+
+@triton.jit
+def _advanced(state, whole, added):
+    """Return the state after a chunk."""
     return tl.fma(state, tl.zeros_like(state) + tl.exp(whole), added)
 
 
@@ -67,9 +71,10 @@ def _next_state(state, x, b, dt, sums, whole):
 def _outputs(c, b, x, state, dt, sums, to_sums, causal):
     """Return the outputs [M, P] of M of a chunk's tokens.
 
-    c [M, N], b [L, N], x [L, P], state [N, P]; dt, sums [L]; to_sums [M]; causal [M, L].
+    c [M, N], b [L, N], x [L, P], state [N, P] in their dtype; dt, sums [L]; to_sums [M];
+    causal [M, L].
     """
-    carried = tl.dot(c, state.to(c.dtype), input_precision="ieee") * tl.exp(to_sums)[:, None]
+    carried = tl.dot(c, state, input_precision="ieee") * tl.exp(to_sums)[:, None]
     since = tl.where(causal, to_sums[:, None] - sums[None, :], float("-inf"))
     weight = tl.exp(since) * dt[None, :]
     weight = weight * tl.dot(c, tl.trans(b), input_precision="ieee")
@@ -146,62 +151,126 @@ def _lines(
 
 
 @triton.jit
-def _chunks(
-    projected_ptr, lines_ptr, ssm_ptr, rows_ptr, positions_ptr,
-    dt_bias_ptr, a_log_ptr, skip_ptr, gated_ptr,
-    tokens, heads, head_dim, state_size, groups, low, high, stride, height,
+def _chunk_states(
+    lines_ptr, rows_ptr, positions_ptr, dt_bias_ptr, a_log_ptr, times_ptr, sums_ptr, states_ptr,
+    tokens, heads, head_dim, state_size, groups, low, high, height,
     L: tl.constexpr, P: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute a part of one head of one row, chunk after chunk."""
+    """Compute a chunk's dt, its cumulative sums of dt A, and what the chunk adds to the state."""
+    batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(rows_ptr + batch)
+    positions = positions_ptr + batch * tokens
+    first = tl.load(positions).to(tl.int32)
+    last = _last(positions, tokens, COLUMNS)
+    start = first // L * L + chunk * L
+    if (row < 0) | (first < 0) | (start > last):
+        return
+    inner = heads * head_dim
+    channels = inner + 2 * groups * state_size
+    width = channels + heads
+    line, p, n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
+    p_there, n_there = p < head_dim, n < state_size
+    lines = lines_ptr + (batch.to(tl.int64) * height + chunk * L) * width
+    b_at = inner + head // (heads // groups) * state_size
+    raw = tl.load(lines + line * width + channels + head)
+    x = tl.load(
+        lines + line[:, None] * width + (head * head_dim + p)[None, :],
+        mask=p_there[None, :],
+        other=0.0,
+    )
+    b = tl.load(
+        lines + line[:, None] * width + (b_at + n)[None, :], mask=n_there[None, :], other=0.0
+    )
+    bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    dt = tl.where(start + line <= last, _time_step(raw, bias, low, high), 0.0)
+    fixed = _fixed(dt, rate)
+    sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
+    by_head = (batch.to(tl.int64) * heads + head) * height + chunk * L + line
+    tl.store(times_ptr + by_head, dt)
+    tl.store(sums_ptr + by_head, sums)
+    place = (batch.to(tl.int64) * (height // L) + chunk) * heads + head
+    place = place * head_dim * state_size + p[None, :] * state_size + n[:, None]
+    there = n_there[:, None] & p_there[None, :]
+    tl.store(states_ptr + place, _added(x, b, dt, sums, whole), mask=there)
+
+
+@triton.jit
+def _pass_on(
+    states_ptr, entering_ptr, ssm_ptr, rows_ptr, positions_ptr, sums_ptr,
+    tokens, heads, elements, height,
+    L: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Compute the state that enters each chunk; the state after the last whole one is stored."""
     batch, head = tl.program_id(0), tl.program_id(1)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    there = at < elements
     row = tl.load(rows_ptr + batch).to(tl.int64)
     positions = positions_ptr + batch * tokens
     first = tl.load(positions).to(tl.int32)
     if (row < 0) | (first < 0):
         return
     last = _last(positions, tokens, COLUMNS)
-    inner = heads * head_dim
-    channels = inner + 2 * groups * state_size
-    width = channels + heads
-    group = head // (heads // groups)
-    line, n = tl.arange(0, L), tl.arange(0, N)
-    p = tl.program_id(2) * P + tl.arange(0, P)
-    p_there, n_there = p < head_dim, n < state_size
-    bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
-    skip = tl.load(skip_ptr + head).to(tl.float32)
-    held = ssm_ptr + (row * heads + head) * head_dim * state_size
-    held_at = p[None, :] * state_size + n[:, None]
-    held_there = n_there[:, None] & p_there[None, :]
-    state = tl.load(held + held_at, mask=held_there, other=0.0)
-    lines = lines_ptr + batch.to(tl.int64) * height * width
-    x_at = line[:, None] * width + (head * head_dim + p)[None, :]
-    b_at = line[:, None] * width + (inner + group * state_size + n)[None, :]
-    begin = first // L * L
-    gates = projected_ptr + (batch.to(tl.int64) * tokens - first) * stride + head * head_dim
-    outs = gated_ptr + (batch.to(tl.int64) * tokens - first) * inner + head * head_dim
-
-    for start in range(begin, last + 1, L):
-        x = tl.load(lines + x_at, mask=p_there[None, :], other=0.0)
-        b = tl.load(lines + b_at, mask=n_there[None, :], other=0.0)
-        c = tl.load(lines + b_at + groups * state_size, mask=n_there[None, :], other=0.0)
-        raw = tl.load(lines + line * width + channels + head)
-        lines += L * width
-        t = start + line
-        dt = tl.where(t <= last, _time_step(raw, bias, low, high), 0.0)
-        fixed = _fixed(dt, rate)
-        sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
-        causal = line[:, None] >= line[None, :]
-        out = _outputs(c, b, x, state, dt, sums, sums, causal)
-        new_there = ((t >= first) & (t <= last))[:, None] & p_there[None, :]
-        gate = tl.load(gates + t[:, None] * stride + p[None, :], mask=new_there, other=0.0)
-        out = tl.fma(x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate.to(tl.float32))
-        out = out.to(gated_ptr.dtype.element_ty)
-        tl.store(outs + t[:, None] * inner + p[None, :], out, mask=new_there)
+    held = ssm_ptr + (row * heads + head) * elements + at
+    state = tl.load(held, mask=there, other=0.0)
+    sums = sums_ptr + (batch.to(tl.int64) * heads + head) * height + L - 1
+    place = (batch.to(tl.int64) * (height // L) * heads + head) * elements + at
+    for start in range(first // L * L, last + 1, L):
+        tl.store(entering_ptr + place, state.to(entering_ptr.dtype.element_ty), mask=there)
         if start + L <= last + 1:
-            state = _next_state(state, x, b, dt, sums, whole)
-    if last + 1 >= begin + L:
-        tl.store(held + held_at, state, mask=held_there)
+            added = tl.load(states_ptr + place, mask=there, other=0.0)
+            state = _advanced(state, tl.load(sums), added)
+        sums += L
+        place += heads * elements
+    tl.store(held, state, mask=there)
+
+
+@triton.jit
+def _chunk_outputs(
+    projected_ptr, lines_ptr, entering_ptr, rows_ptr, positions_ptr, times_ptr, sums_ptr,
+    skip_ptr, gated_ptr,
+    tokens, heads, head_dim, state_size, groups, stride, height,
+    L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Compute the gated outputs of one head of a chunk."""
+    batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.load(rows_ptr + batch)
+    positions = positions_ptr + batch * tokens
+    first = tl.load(positions).to(tl.int32)
+    if (row < 0) | (first < 0):
+        return
+    line, p, n = tl.arange(0, L), tl.arange(0, P), tl.arange(0, N)
+    s = chunk * L - first % L + line  # the column of each line's token
+    is_new = (s >= 0) & (s < tokens)
+    is_new &= tl.load(positions + s, mask=is_new, other=-1) >= 0
+    if tl.max(is_new.to(tl.int32), axis=0) == 0:
+        return
+    inner = heads * head_dim
+    width = inner + 2 * groups * state_size + heads
+    p_there, n_there = p < head_dim, n < state_size
+    lines = lines_ptr + (batch.to(tl.int64) * height + chunk * L) * width
+    at = line[:, None] * width
+    b_at = at + (inner + head // (heads // groups) * state_size + n)[None, :]
+    x_at = (head * head_dim + p)[None, :]
+    x = tl.load(lines + at + x_at, mask=p_there[None, :], other=0.0)
+    b = tl.load(lines + b_at, mask=n_there[None, :], other=0.0)
+    c = tl.load(lines + b_at + groups * state_size, mask=n_there[None, :], other=0.0)
+    place = (batch.to(tl.int64) * (height // L) + chunk) * heads + head
+    entering = tl.load(
+        entering_ptr + place * head_dim * state_size + p[None, :] * state_size + n[:, None],
+        mask=n_there[:, None] & p_there[None, :],
+        other=0.0,
+    )
+    by_head = (batch.to(tl.int64) * heads + head) * height + chunk * L + line
+    dt, sums = tl.load(times_ptr + by_head), tl.load(sums_ptr + by_head)
+    out = _outputs(c, b, x, entering, dt, sums, sums, line[:, None] >= line[None, :])
+    there = is_new[:, None] & p_there[None, :]
+    column = batch.to(tl.int64) * tokens + s
+    gate = tl.load(projected_ptr + column[:, None] * stride + x_at, mask=there, other=0.0)
+    skip = tl.zeros_like(out) + tl.load(skip_ptr + head).to(tl.float32)
+    out = tl.fma(x.to(tl.float32), skip, out) * silu(gate.to(tl.float32))
+    place = column[:, None] * inner + x_at
+    tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -277,7 +346,8 @@ def _step(
     m = tl.arange(0, M)
     c = tl.zeros([M, N], new_c.dtype) + new_c[None, :]
     causal = (m[:, None] >= 0) & (line <= own)[None, :]
-    out = _outputs(c, b, x, state, dt, sums, tl.zeros([M], tl.float32) + whole, causal)
+    entering = state.to(c.dtype)
+    out = _outputs(c, b, x, entering, dt, sums, tl.zeros([M], tl.float32) + whole, causal)
     out = tl.max(out, axis=0)  # its rows are equal
     out = tl.fma(new_x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate.to(tl.float32))
     tl.store(out_at, out.to(gated_ptr.dtype.element_ty), mask=p_there)
@@ -325,7 +395,8 @@ def _close(
             dt = _time_step(raw, bias, low, high)
             fixed = _fixed(dt, rate)
             sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
-            tl.store(held, _next_state(state, x, b, dt, sums, whole), mask=held_there)
+            added = _added(x, b, dt, sums, whole)
+            tl.store(held, _advanced(state, whole, added), mask=held_there)
 
 
 def step(
@@ -380,7 +451,7 @@ def close_chunks(
         dt_bias, a_log: [layers, heads].
     """
     layers, state_rows = ssm.shape[:2]
-    blocks, _ = _blocks(sizes, sizes.head_dim)
+    blocks, _ = _blocks(sizes)
     together = 8
     _close[(layers, len(positions), triton.cdiv(sizes.heads, together))](
         recent, ssm, rows, positions, dt_bias, a_log, state_rows,
@@ -417,7 +488,6 @@ def scan(
     assert recent is not None
     gated = projected.new_zeros(batch * tokens, sizes.inner)
     shape = (sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit)
-    blocks, parts = _blocks(sizes, CHUNK_PART)
     width, chunks = recent.shape[2], int(triton.cdiv(tokens, EXACT_CHUNK)) + 1
     height = chunks * EXACT_CHUNK
     lines = projected.new_empty(batch, height, width)
@@ -427,10 +497,24 @@ def scan(
         WIDTH=sizes.conv_width, BIAS=bias is not None, L=EXACT_CHUNK, S=16, C=64, num_warps=2,
     )  # fmt: skip
     store_ring(sizes, projected, positions, state)
-    _chunks[(batch, sizes.heads, parts)](
-        projected, lines, state.ssm, state.rows, positions, *weights, gated,
-        tokens, *shape, stride, height,
-        COLUMNS=256, num_warps=CHUNK_WARPS, num_stages=CHUNK_STAGES, **blocks,
+    times = state.ssm.new_empty(2, batch, sizes.heads, height)
+    states = state.ssm.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
+    blocks, _ = _blocks(sizes)
+    where = state.rows, positions
+    _chunk_states[(batch, chunks, sizes.heads)](
+        lines, *where, *weights[:2], *times, states,
+        tokens, *shape, height, COLUMNS=256, num_warps=4, **blocks,
+    )  # fmt: skip
+    entering = torch.empty_like(states, dtype=projected.dtype)
+    elements = sizes.head_dim * sizes.state_size
+    _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
+        states, entering, state.ssm, *where, times[1],
+        tokens, sizes.heads, elements, height,
+        L=EXACT_CHUNK, BLOCK=1024, COLUMNS=256, num_warps=4,
+    )  # fmt: skip
+    _chunk_outputs[(batch, chunks, sizes.heads)](
+        projected, lines, entering, *where, *times, weights.skip, gated,
+        tokens, *shape[:4], stride, height, num_warps=4, **blocks,
     )  # fmt: skip
     _keep[(batch, triton.cdiv(width, 64))](
         lines, recent, state.rows, positions, tokens, width, height,
@@ -439,7 +523,7 @@ def scan(
     return gated
 
 
-def _blocks(sizes: MambaSizes, most: int) -> tuple[dict[str, int], int]:
+def _blocks(sizes: MambaSizes, most: int = 1 << 30) -> tuple[dict[str, int], int]:
     """Return the kernel's block sizes, and the parts of a head: at most `most` elements each."""
     whole = max(16, int(triton.next_power_of_2(sizes.head_dim)))
     state = max(16, int(triton.next_power_of_2(sizes.state_size)))
