@@ -43,31 +43,31 @@ class Tile(NamedTuple):
     stages: int
 
 
-FEW = {
+TILES = {
     16: Tile(16, 64, 256, 4, 5),
     32: Tile(32, 64, 128, 4, 5),
     64: Tile(64, 64, 128, 4, 3),
-    128: Tile(128, 64, 128, 4, 3),
+    128: Tile(128, 64, 128, 4, 5),
+    512: Tile(256, 128, 64, 8, 3),
+    2048: Tile(128, 128, 64, 8, 3),
 }
-FEW_NARROW = {
-    16: Tile(16, 16, 256, 2, 5),
-    32: Tile(32, 16, 256, 4, 4),
-    64: Tile(64, 32, 128, 4, 4),
-    128: Tile(64, 32, 128, 4, 4),
+NARROW_TILES = {
+    16: Tile(16, 32, 256, 2, 5),
+    32: Tile(32, 16, 256, 4, 5),
+    64: Tile(64, 64, 128, 4, 5),
+    128: Tile(64, 64, 128, 4, 5),
+    512: Tile(64, 64, 64, 4, 4),
+    2048: Tile(256, 128, 64, 8, 3),
 }
-FEW_GATED = {
+GATED_TILES = {
     16: Tile(16, 32, 256, 2, 5),
     32: Tile(32, 32, 256, 4, 5),
-    64: Tile(64, 64, 128, 4, 3),
-    128: Tile(128, 64, 64, 4, 3),
+    64: Tile(64, 64, 128, 4, 5),
+    128: Tile(64, 64, 128, 4, 5),
+    512: Tile(128, 128, 64, 8, 4),
+    2048: Tile(256, 64, 64, 8, 3),
 }
-"""Tiles by number of rows, rounded up; measured on an H100."""
-
-MANY, MANY_NARROW, MANY_GATED = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 128, 64, 8, 3),
-    Tile(128, 64, 64, 8, 3),
-)
+"""Tiles for at most so many rows, or more than the last; measured on an H100."""
 
 
 @triton.jit
@@ -199,11 +199,8 @@ def product(
 
 
 def _tile(rows: int, columns: int, *, gated: bool) -> Tile:
-    narrow = columns < NARROW and not gated
-    if rows > FEW_ROWS:
-        return MANY_GATED if gated else MANY_NARROW if narrow else MANY
-    few = FEW_GATED if gated else FEW_NARROW if narrow else FEW
-    return few[max(16, int(triton.next_power_of_2(rows)))]
+    tiles = GATED_TILES if gated else NARROW_TILES if columns < NARROW else TILES
+    return tiles[next((most for most in tiles if rows <= most), max(tiles))]
 
 
 def _early(x: Tensor) -> dict[str, bool]:

@@ -481,12 +481,12 @@ def scan(
             `state.rows` [B] int selects the batch's.
 
     Returns:
-        [B * S, inner] gated output in projected's dtype; zeros at padding.
+        [B * S, inner] gated output in projected's dtype; arbitrary at padding.
     """
     batch, tokens = positions.shape
     recent, stride = state.recent, projected.shape[1]
     assert recent is not None
-    gated = projected.new_zeros(batch * tokens, sizes.inner)
+    gated = projected.new_empty(batch * tokens, sizes.inner)
     shape = (sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit)
     width, chunks = recent.shape[2], int(triton.cdiv(tokens, EXACT_CHUNK)) + 1
     height = chunks * EXACT_CHUNK
