@@ -15,7 +15,13 @@ from torch import Tensor
 
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 from granite_paged.layers.triton import exact_attention, exact_scan
-from granite_paged.layers.triton.exact_linear import product, rms_norm
+from granite_paged.layers.triton.exact_linear import (
+    add_norm,
+    fused_product,
+    gated_product,
+    product,
+    rms_norm,
+)
 from granite_paged.layers.triton.mamba import conv_weight, convolution
 from granite_paged.runner.model import ModelStep
 from granite_paged.runner.triton_model import Rotary, TritonModel
@@ -48,7 +54,7 @@ class ExactTritonModel(TritonModel):
         return self._head_product(normed)
 
     def _head_product(self, normed: Tensor) -> Tensor:
-        return product(normed, self._head.weight, scale=1 / self._config.logits_scaling)
+        return fused_product(normed, self._head.weight, scale=1 / self._config.logits_scaling)
 
     def _layers(self, hidden: Tensor, step: ModelStep) -> tuple[Tensor, Tensor]:
         """Return hidden states after the last layer, and their norm, [B * S, hidden] each."""
@@ -61,7 +67,7 @@ class ExactTritonModel(TritonModel):
             mixed, weight = self._mixed(index, layer, normed, step, rotary)
             scale, between = layer.residual_multiplier, layer.post_attention_layernorm
             normed = _add(hidden, mixed, weight, scale, between)
-            fed = product(normed, layer.shared_mlp.input_linear.weight, gated=True)
+            fed = gated_product(normed, layer.shared_mlp.input_linear.weight)
             normed = _add(hidden, fed, layer.shared_mlp.output_linear.weight, scale, after)
         return hidden, normed
 
@@ -85,7 +91,7 @@ class ExactTritonModel(TritonModel):
         if positions.shape[1] == 1:
             newest = positions[:, 0]
             conv = convolution(mixer, newest, state)
-            projected = product(normed, mixer.in_proj.weight, conv=conv)
+            projected = fused_product(normed, mixer.in_proj.weight, conv=conv)
             return exact_scan.step(sizes, projected, newest, weights, state)
         projected = product(normed, mixer.in_proj.weight)
         weight, bias = conv_weight(mixer), mixer.conv1d.bias
@@ -120,5 +126,5 @@ class ExactTritonModel(TritonModel):
 
 def _add(hidden: Tensor, x: Tensor, weight: Tensor, scale: float, norm: Any) -> Tensor:
     """Add scale * x W^T to `hidden` in place; return the norm of the sum."""
-    product(x, weight, scale=scale, residual=hidden)
-    return rms_norm(hidden, norm.weight, norm.variance_epsilon)
+    mixed = product(x, weight)
+    return add_norm(hidden, mixed, norm.weight, scale=scale, eps=norm.variance_epsilon)
