@@ -28,6 +28,7 @@ from granite_paged.digests import weights_digest
 from granite_paged.environment import bits_place
 from granite_paged.errors import InvalidArgument, ResultFileError
 from granite_paged.geometry import PagedConfig
+from granite_paged.layers.mamba import EXACT_CHUNK
 from granite_paged.models import LoadedModel
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Chunk, Runner
@@ -209,7 +210,10 @@ def _by_layer(runner: Runner, tokens: int) -> Iterator[tuple[str, str]]:
             yield f"{layer} attention", digest_of(*parts)
         else:
             place = geometry.mamba_layers.index(layer)
-            yield f"{layer} mamba", digest_of(*(part[place] for part in states))
+            parts = [states.conv[place], states.ssm[place]]
+            if states.recent is not None:  # the lines after these are of no token
+                parts.append(states.recent[place, : tokens % EXACT_CHUNK])
+            yield f"{layer} mamba", digest_of(*parts)
 
 
 def _first_difference(one: dict[str, str], two: dict[str, str]) -> list[str]:
