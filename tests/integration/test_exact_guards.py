@@ -201,6 +201,7 @@ FORWARD, LOGITS = ExactModel.forward, ExactModel.logits
 
 def rows_share_products(patch: Patch) -> None:
     """A decode step computes all its rows at once."""
+    patch.setattr(ExactModel, "reads_mask", True)
 
     def forward(self: ExactModel, fed: Tensor, step: ModelStep) -> Tensor:
         if fed.shape[1] > 1:
@@ -219,6 +220,7 @@ def rows_share_the_last_product(patch: Patch) -> None:
 
 def tokens_share_products(patch: Patch) -> None:
     """A prompt's chunk is computed at once."""
+    patch.setattr(ExactModel, "reads_mask", True)
 
     def forward(self: ExactModel, fed: Tensor, step: ModelStep) -> Tensor:
         if fed.shape[1] == 1:
