@@ -12,7 +12,7 @@ import torch
 from granite_paged.device import available_bytes
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
-from granite_paged.layers.mamba import MambaSizes, mixers
+from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, mixers
 from granite_paged.layers.triton import SCRATCH_NUMBERS, SCRATCH_TILES
 
 DEFAULT_SEQUENCES = 256
@@ -133,7 +133,7 @@ def plan_memory(
         weight_bytes=weight_bytes(model),
         row_bytes=sizes.rows * row_bytes(model, config),
         page_bytes=sizes.pages * geometry.bytes_per_page + tables,
-        workspace_bytes=_workspace_bytes(model, geometry, config.chunk_tokens),
+        workspace_bytes=_workspace_bytes(model, config, geometry),
         logit_bytes=logits * model.config.vocab_size * model.dtype.itemsize,
         graph_bytes=2 * _MATRIX_WORKSPACE + 4 * (SCRATCH_NUMBERS + SCRATCH_TILES) if on_gpu else 0,
     )
@@ -163,25 +163,27 @@ def _positions(model: Any) -> int:
     return int(longest)
 
 
-def _workspace_bytes(model: Any, geometry: CacheGeometry, tokens: int) -> int:
-    """Return the most bytes that a layer's intermediate tensors take in a step of `tokens`."""
+def _workspace_bytes(model: Any, config: PagedConfig, geometry: CacheGeometry) -> int:
+    """Return the most bytes that a layer's intermediate tensors take in a step."""
+    tokens, recent = config.chunk_tokens, keeps_recent(model, config)
     item, hidden = model.dtype.itemsize, model.config.hidden_size
     query, key = (heads * geometry.head_dim for heads in (geometry.query_heads, geometry.kv_heads))
     feed_forward = 3 * model.config.shared_intermediate_size
     attention = 5 * query + 2 * key  # projections, then query folded, output, unfolded
     widest = item * max(feed_forward + hidden, attention + hidden)
     for mixer in mixers(model).values():
-        widest = max(widest, _scan_bytes(MambaSizes.of(mixer), hidden, item))
+        widest = max(widest, _scan_bytes(MambaSizes.of(mixer), hidden, item, recent=recent))
     return int(tokens * (widest + 3 * hidden * item))
 
 
-def _scan_bytes(sizes: MambaSizes, hidden: int, item: int) -> int:
+def _scan_bytes(sizes: MambaSizes, hidden: int, item: int, *, recent: bool) -> int:
     """Return the bytes per token of a Mamba layer's intermediate tensors.
 
     They are: projected, convolved, gated and mixed channels; decays; chunk states.
     """
     projected = sizes.inner + sizes.channels + sizes.heads
     per_state = torch.float32.itemsize + item  # added by a chunk, and entering it
-    states = per_state * sizes.ssm_elements // min(sizes.chunk_size, 256)
+    chunk = EXACT_CHUNK if recent else min(sizes.chunk_size, 256)
+    states = per_state * sizes.ssm_elements // chunk
     decays = 2 * torch.float32.itemsize * sizes.heads
     return item * (projected + sizes.channels + 2 * sizes.inner + hidden) + decays + states

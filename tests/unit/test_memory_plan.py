@@ -133,7 +133,16 @@ def test_a_shared_parameter_counts_once() -> None:
 
 
 def test_a_row_holds_the_states_of_all_layers(mixers: Any) -> None:
-    assert row_bytes(Fake("cpu")) == 2 * ROW
+    assert row_bytes(Fake("cpu"), PagedConfig()) == 2 * ROW
+
+
+def test_a_row_keeps_its_recent_inputs_in_exact_mode_on_a_gpu(mixers: Any) -> None:
+    exact = PagedConfig(exact=True)
+    assert row_bytes(Fake("cpu"), exact) == 2 * ROW
+    recent = 64 * (CHANNELS + 4) * 2  # 64 tokens' x, B, C and dt
+    assert row_bytes(Fake("cuda"), exact) == 2 * (ROW + recent)
+    assert plan("cuda", exact=True).row_bytes == 5 * 2 * (ROW + recent)
+    assert plan("cuda", exact=True).workspace_bytes > plan("cuda").workspace_bytes
 
 
 def plan(device: str, rows: int = 5, **options: Any) -> MemoryPlan:
