@@ -32,6 +32,7 @@ from granite_paged.engine import admission, limits, rank
 from granite_paged.evaluate import near_ties
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers import tuning
+from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, mixers
 from granite_paged.models import GraniteMoeHybridForCausalLM, geometry_config, load
 from granite_paged.ray import batch as ray_batch
 from granite_paged.ray import workers
@@ -266,8 +267,45 @@ def test_pages_state_the_session_on_an_h100() -> None:
     empty, filled = f"{warm['empty_caches']:.0f} s", f"{median(warm['warm_caches']):.0f} s"
     assert_states("README.md", f"on an H100 in {empty}, in {filled} the second time")
     assert_states("docs/limits.md", f"took {empty} with empty caches and {filled} with warm ones")
+    assert_states("docs/limits.md", f"In exact mode all {two['requests']:,} are equal")
     overheads = [each["engine"] / each["runner"] for each in run["decode_step_ms"].values()]
     assert max(overheads) < 1.05
+
+
+def test_the_guide_states_the_cost_of_exact_mode() -> None:
+    path = ROOT / "golden" / "engine" / f"{H100}.json"
+    run = json.loads(path.read_text(encoding="utf-8"))["exact"]
+    two = run["two_gpus"]
+    assert two["equal_to_one_gpu_answering_all"] == two["requests"]
+    faster = two["two_tokens_per_second"] / two["one_tokens_per_second"]
+    config = geometry_config("granite-4.0-h-1b")
+    with torch.device("meta"):
+        model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
+    sizes = [MambaSizes.of(mixer) for mixer in mixers(model).values()]
+    states = [
+        sum(each.state_bytes(torch.bfloat16, recent=recent) for each in sizes)
+        for recent in (True, False)
+    ]
+    assert_states(
+        "docs/guides/exact.md",
+        *(
+            f"{times['normal']:.2f} ms | {times['exact']:.2f} ms | "
+            f"{times['exact'] / times['normal']:.2f} times"
+            for times in run["decode_step_ms"].values()
+        ),
+        f"answered {two['requests']:,} mixed requests {faster:.2f} times as fast as one",
+        f"keeps {(states[0] - states[1]) / 1e6:.1f} MB of recent inputs",
+        f"multiples of {EXACT_CHUNK} tokens",
+        f"blocks of {exact_constant('exact_attention', 'KEYS')} keys",
+        f"more than {exact_constant('exact_linear', 'FEW_ROWS')} rows",
+    )
+
+
+def exact_constant(module: str, name: str) -> int:
+    """Return a constant of a module that needs Triton, from its text."""
+    path = ROOT / "granite_paged" / "layers" / "triton" / f"{module}.py"
+    (line,) = [each for each in path.read_text().splitlines() if each.startswith(f"{name} = ")]
+    return int(line.removeprefix(f"{name} = "))
 
 
 # -- vLLM, from golden/vllm ----------------------------------------------------------------------
