@@ -1,10 +1,11 @@
-"""Compile every Triton kernel for a GPU that need not be present.
+"""Compile every Triton kernel for GPUs that need not be present.
 
-    python -m tests.helpers.compile_kernels CAPABILITY SHARED_BYTES
+    python -m tests.helpers.compile_kernels '{"80": 166912, "90": 232448}'
 
-SHARED_BYTES is the shared memory that a program may use on that GPU. Prints one JSON object that
-maps each kernel to the most shared memory, in bytes, that one of its programs takes. The calls are
-those of granite-4.0-h-1b's layers in bfloat16; nothing is launched.
+The argument is JSON: compute capabilities, and the shared memory in bytes that a program may use
+on each. Prints a JSON object of the same keys, which maps each kernel, as MODULE.NAME, to the most
+shared memory, in bytes, that one of its programs takes. The calls are those of granite-4.0-h-1b's
+layers in bfloat16; nothing is launched.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -25,25 +27,39 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from granite_paged.layers.mamba import MambaSizes, MambaState
-from granite_paged.layers.triton import linear, mamba, pages, pointwise, tokens
+from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState
+from granite_paged.layers.triton import (
+    exact_attention,
+    exact_linear,
+    exact_scan,
+    linear,
+    mamba,
+    pages,
+    pointwise,
+    tokens,
+)
 from granite_paged.models import geometry_config
 
 ROWS = (1, 5, 20, 40)
 """Rows of the decode steps: one row, and one number per tile size."""
 
 
+EXACT_ROWS = (1, 20, 40, 100, 130)
+"""Rows of the products of exact mode: one number per tile."""
+
+
 class AbsentGpu:
-    """The part of Triton's driver that compiling needs."""
+    """The part of Triton's driver that compiling needs. Each capability is a device."""
 
     def __init__(self, capability: int) -> None:
+        self._device = capability
         self._target = GPUTarget("cuda", capability, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._device
 
     def get_current_stream(self, device: int = 0) -> int:
         return 0
@@ -59,7 +75,7 @@ def compile_all() -> None:
     sizes, hidden = MambaSizes.of(mixer), config.hidden_size
     norm = torch.ones(hidden, dtype=torch.bfloat16)
     for rows in ROWS:
-        conv, ssm, _ = sizes.empty_state(rows, torch.bfloat16, torch.device("cpu"))
+        conv, ssm, *_ = sizes.empty_state(rows, torch.bfloat16, torch.device("cpu"))
         state = MambaState(conv, ssm, torch.arange(rows))
         newest = torch.zeros(rows, dtype=torch.int32)
         x = linear.prenorm(random(rows, hidden), norm)
@@ -86,27 +102,71 @@ def compile_all() -> None:
     fed = torch.zeros(3, dtype=torch.int64)
     tokens.embed(fed, rows, random(config.vocab_size, hidden), 12.0, norm)
     tokens.write_argmax(random(2, config.vocab_size), rows, fed)
+    compile_exact(mixer)
 
 
-def main(capability: int, shared_bytes: int) -> None:
-    found: dict[str, int] = defaultdict(int)
+def compile_exact(mixer: Any) -> None:
+    """Call the kernels of exact mode."""
+    sizes, weights, hidden = MambaSizes.of(mixer), mamba.ScanWeights.of(mixer), 1536
+    width = sizes.channels + sizes.heads
+    conv, ssm, *_ = sizes.empty_state(1, torch.bfloat16, torch.device("cpu"))
+    state = MambaState(conv, ssm, torch.arange(1), random(1, EXACT_CHUNK, width))
+    newest = torch.zeros(1, dtype=torch.int32)
+    narrow, wide, norm = random(hidden, hidden), random(8192, hidden), random(hidden)
+    for rows in EXACT_ROWS:
+        x = exact_linear.rms_norm(random(rows, hidden), norm, 1e-5)
+        exact_linear.product(x, narrow)
+        exact_linear.product(x, wide)
+        exact_linear.gated_product(x, wide)
+        exact_linear.add_norm(x, x, norm, scale=0.2, eps=1e-5)
+    convolution = mamba.convolution(mixer, newest, state)
+    projected = exact_linear.fused_product(x[:1], mixer.in_proj.weight, conv=convolution)
+    exact_scan.step(sizes, projected, newest, weights, state)
+    layers = (ssm[None], random(1, 1, EXACT_CHUNK, width), weights.dt_bias[None])
+    exact_scan.close_chunks(sizes, newest, torch.arange(1), *layers, weights.a_log[None])
+    pool, table = (random(1, 4, 3 * 128, 128), random(1, 4, 3 * 128, 128)), torch.ones(1, 2).int()
+    several = torch.arange(40, dtype=torch.int32)[None]
+    whole, conv_weight = random(40, sizes.inner + width), mamba.conv_weight(mixer)
+    exact_scan.scan(sizes, whole, several, conv_weight, mixer.conv1d.bias, weights, state)
+    for at in (newest[None], several):
+        exact_attention.attend(
+            random(at.numel(), hidden), *pool, torch.arange(1), at, table,
+            head_dim=128, page_size=128, scale=0.1,
+        )  # fmt: skip
+
+
+def main(limits: dict[str, int]) -> None:
+    found: dict[str, dict[str, int]] = {capability: defaultdict(int) for capability in limits}
     run = JITFunction.run
-
-    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        made = run(self, *args, grid=grid, warmup=True, **options)
-        found[self.__name__] = max(found[self.__name__], made.metadata.shared)
-        return made
-
-    JITFunction.run = compiled
-    driver.set_active(AbsentGpu(capability))
-    early = {"EARLY": True, "launch_pdl": True} if capability >= 90 else {"EARLY": False}
-    for module in (linear, mamba, tokens):
-        module.early = lambda device: early
-    linear.shared_memory = lambda device: shared_bytes
-    with torch.inference_mode():
-        compile_all()
+    for capability, shared_bytes in limits.items():
+        JITFunction.run = noting(run, found[capability])
+        driver.set_active(AbsentGpu(int(capability)))
+        prepare(int(capability), shared_bytes)
+        with torch.inference_mode():
+            compile_all()
     print(json.dumps(found))
 
 
+def noting(run: Callable[..., Any], sizes: dict[str, int]) -> Callable[..., Any]:
+    """Return `JITFunction.run` that compiles only, and notes the shared memory of each kernel."""
+
+    def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        made = run(kernel, *args, grid=grid, warmup=True, **options)
+        name = f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
+        sizes[name] = max(sizes[name], made.metadata.shared)
+        return made
+
+    return compiled
+
+
+def prepare(capability: int, shared_bytes: int) -> None:
+    """Give the kernels' modules the options of a GPU."""
+    early = {"EARLY": True, "launch_pdl": True} if capability >= 90 else {"EARLY": False}
+    for module in (exact_linear, exact_scan, linear, mamba, tokens):
+        module.early = lambda device: early
+    for module in (exact_linear, linear):
+        module.shared_memory = lambda device: shared_bytes
+
+
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(json.loads(sys.argv[1]))
