@@ -26,9 +26,12 @@ from granite_paged.errors import DeviceError
 from granite_paged.report.bench_results import writable_folder
 
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
-    ("attention", r"^_(write_pages|split_pages)$"),
-    ("mamba", r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs)$"),
-    ("matmul", r"^_(few_rows|one_row)$"),
+    ("attention", r"^_(write_pages|split_pages|attend)$"),
+    (
+        "mamba",
+        r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs|lines|keep|close)$",
+    ),
+    ("matmul", r"^_(few_rows|one_row|product)$"),
     ("head", r"^_(embed|write_argmax)$"),
     ("attention", r"flex|attention|flash|fmha|sdpa|_attn|(?<!log)_softmax|modindex"),
     (
