@@ -119,7 +119,7 @@ def cuts(chunk: int) -> dict[str, list[int]]:
     return {
         "whole": [3 * chunk + 8],
         "at chunks": [chunk, chunk, chunk + 8],
-        "anywhere": [5, chunk - 4, 1, 1, chunk - 3, chunk + 6, 2],
+        "anywhere": [5, chunk - 6, 1, 1, chunk - 2, chunk + 7, 2],  # a token ends a chunk
         "token by token": [2 * chunk + 2, *[1] * (chunk + 6)],
     }
 
@@ -186,7 +186,9 @@ class Layer:
     [
         ("one group", "whole"),
         ("two groups", "at chunks"),
-        *itertools.product(SHAPES, ("anywhere", "token by token")),
+        ("two groups", "token by token"),
+        ("odd", "token by token"),
+        *((shape, "anywhere") for shape in SHAPES),
     ],
 )
 @torch.inference_mode()
