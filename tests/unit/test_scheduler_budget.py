@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from granite_paged.engine.job import State
+import pytest
+
+from granite_paged.engine.job import ScoringJob, State
 from granite_paged.engine.request import Request, SamplingParams
-from granite_paged.engine.step import StepPlan
+from granite_paged.engine.step import ScoreChunk, StepPlan
+from granite_paged.errors import StepFailed
+from granite_paged.runner.shapes import Shapes
 from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle
 
@@ -183,6 +187,45 @@ def test_continuations_leave_a_row_to_each_waiting_job() -> None:
     harness.drain()
 
 
+def test_the_tokens_of_a_context_that_failed_go_to_the_next() -> None:
+    """All of the budget is kept for a waiting prompt, but for one token."""
+    harness = Planned(ALIGNMENT)
+    harness.scoring(2, 2, first=5)
+    harness.scoring(2, 2, 2, first=6)
+    while len(harness.engine.inspect().scheduler.running.scoring) < 2:
+        harness.step()
+    harness.ask([9] * 4)
+    harness.allowed = (StepFailed,)
+    planner = harness.engine.inspect().scheduler._scores
+    plan = planner.plan
+
+    def fails_once(job: ScoringJob, budget: int) -> list[list[ScoreChunk]]:
+        planner.plan = plan  # type: ignore[method-assign]
+        raise RuntimeError("a fault")
+
+    planner.plan = fails_once  # type: ignore[method-assign]
+    harness.step()
+    assert harness.scored() == [(6, 2)]
+    harness.drain()
+
+
+def test_the_first_context_that_found_no_pages_preempts_for_the_next_step() -> None:
+    """It has a continuation of 3 pages. The context after it has one page, the sample has the rest.
+
+    In a step, it preempts contexts and prompts alone: others have a token planned already.
+    """
+    harness = Planned(200, rows=4, pages=9)
+    harness.score([5] * 5, [[1] * 12])
+    decodes = harness.ask([7] * 18, new=6)
+    harness.score([6] * 5, [[2] * 2])
+    harness.step()
+    harness.step()
+    assert (states(decodes), harness.scored()) == ([State.DECODE], [])
+    harness.step()
+    assert (states(decodes), harness.scored()) == ([State.WAITING], [(5, 12)])
+    harness.drain()
+
+
 # -- prompts ------------------------------------------------------------------------------------
 
 
@@ -232,13 +275,99 @@ def test_a_job_that_waits_for_a_prefix_keeps_no_other_out() -> None:
     harness.drain()
 
 
-def test_a_prompt_that_began_before_the_prefixes_were_dropped_is_not_kept() -> None:
+def test_a_prompt_that_starts_from_a_prefix_spends_what_is_left_of_it() -> None:
+    harness = Planned(20, {"state_bytes": 10**6}, stateful=False, chunk_tokens=16)
+    harness.ask([*range(24)])
+    while harness.step():
+        pass
+    same, other = harness.ask([*range(24)]), harness.ask([50] * 8)
+    harness.step()
+    assert states(same, other) == [State.DECODE, State.DECODE], "8 tokens each"
+    harness.drain()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_prompt_that_began_before_the_prefixes_were_dropped_is_not_kept(dropped: bool) -> None:
     """They are dropped when weights change, and its first pages are of the old ones."""
     harness = Planned(8, {"state_bytes": 10**6}, chunk_tokens=8, stateful=False)
-    harness.ask([*range(24)], new=1)
+    for _ in range(2):
+        harness.ask([*range(24)], new=1)
+        harness.step()
+        if dropped:
+            harness.evict()
+        while harness.step():  # `drain` would drop the prefixes
+            pass
+    assert harness.engine.stats().prefix_hits == (0 if dropped else 1)
+    harness.drain()
+
+
+def test_a_short_prompt_does_not_overtake_one_that_has_no_room_for_a_chunk() -> None:
+    """Of 12 tokens, 8 are spent; the next prompt's chunks have 8, and the last has 3 in all."""
+    harness = Planned(12)
+    harness.ask([1] * 11)
+    last = harness.ask([2] * 3)
     harness.step()
-    harness.evict()
+    assert states(last) == [State.PREFILL]
+    for length in (8, 30):
+        harness.ask([length] * length, priority=1)
+    harness.step()
+    calls = [[chunk.job.tokens[0] for chunk in call] for call in harness.plans[-1].prefills]
+    assert calls == [[8]]
     harness.drain()
-    harness.ask([*range(24)], new=1)
+
+
+def test_a_chunk_that_is_cut_for_streams_is_whole_alignments() -> None:
+    """There is time for 32 tokens. Of 96, half a power of two is 64, then 32: 48, then 24."""
+    time = Shapes(96, 2, captured=False).prefill_cost([32])
+    longest = 1 + time / Shapes(96, 2, captured=False).decode_cost(1)
+    harness = Planned(200, {"longest_step": longest}, chunk_tokens=96, alignment=24, rows=2)
+    harness.ask([1], new=20, streamed=True)
+    harness.step()
+    harness.ask([2] * 180)
+    harness.step()
+    ((chunk,),) = harness.plans[-1].prefills
+    assert (chunk.start, chunk.end) == (0, 24)
     harness.drain()
-    assert harness.engine.stats().prefix_hits == 0
+
+
+def test_every_step_is_counted_once() -> None:
+    harness = Planned(8)
+    harness.ask([1] * 8, new=4)
+    harness.drain()
+    assert harness.engine.stats().steps == len(harness.plans) >= 4
+
+
+def test_a_context_whose_prefix_is_cached_comes_in_with_nothing_to_compute() -> None:
+    harness = Planned(64, {"state_bytes": 10**6}, stateful=False)
+    harness.ask([*range(17)])
+    while harness.step():
+        pass
+    assert [job for plan in harness.plans for job in plan.ready] == []
+    harness.score([*range(17)], [[1, 2]])
+    harness.step()
+    (job,) = harness.plans[-1].ready
+    assert job.stored == 16
+    harness.drain()
+
+
+def test_no_job_is_preempted_while_prompts_of_higher_rank_take_the_whole_budget() -> None:
+    harness = Planned(17, rows=2)
+    low = harness.ask([1], new=20)
+    harness.step()
+    harness.ask([2] * 32, priority=2)
+    harness.step()
+    middle = harness.ask([3] * 4, priority=1)
+    harness.step()
+    assert states(low, middle) == [State.DECODE, State.WAITING], "16 tokens are left, and for 16"
+    harness.step()
+    assert states(low, middle) == [State.WAITING, State.DECODE]
+    harness.drain()
+
+
+def test_a_prompt_does_not_come_before_itself() -> None:
+    harness = Planned(16)
+    first, second = harness.ask([1] * 40), harness.ask([2])
+    harness.step()
+    before = harness.engine.inspect().scheduler._prompts_before
+    assert (before(first.jobs[0].rank), before(second.jobs[0].rank)) == (0, 24)
+    harness.drain()
