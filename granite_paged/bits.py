@@ -26,7 +26,7 @@ from granite_paged import files
 from granite_paged.device import dtype_name
 from granite_paged.digests import weights_digest
 from granite_paged.environment import bits_place
-from granite_paged.errors import InvalidArgument, ResultFileError
+from granite_paged.errors import BitsFileError, InvalidArgument
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.mamba import EXACT_CHUNK
 from granite_paged.models import LoadedModel
@@ -136,8 +136,10 @@ def bits_report(loaded: LoadedModel, config: PagedConfig | None = None) -> BitsR
 
 
 def read_reports(path: str | Path) -> list[BitsReport]:
-    """Read what `write_report` wrote. Raises ResultFileError."""
-    reports: list[BitsReport] = read_json(_BitsFile, path, ResultFileError).reports
+    """Read what `write_report` wrote. Raises BitsFileError."""
+    reports: list[BitsReport] = read_json(_BitsFile, path, BitsFileError).reports
+    if not reports:
+        raise BitsFileError(str(path), "reports", "holds no report")
     return reports
 
 
@@ -145,7 +147,7 @@ def write_report(path: str | Path, report: BitsReport) -> None:
     """Add a report to a file, in place of the one for the same model, dtype and place.
 
     Raises:
-        ResultFileError: if the file exists and is no such file.
+        BitsFileError: if the file exists and is no such file.
         CannotWrite: if it cannot be written.
     """
     earlier = read_reports(path) if Path(path).exists() else []

@@ -295,6 +295,12 @@ class ResultFileError(FileError):
     advice = "write such files with --json of `granite-paged bench` and `granite-paged eval`"
 
 
+class BitsFileError(FileError):
+    """A file of digests that cannot be read."""
+
+    advice = "write such files with `granite-paged verify --bits-out`"
+
+
 class TunedFileError(FileError):
     """A file of tuned constants that cannot be used."""
 

@@ -137,11 +137,15 @@ class ModelChoice:
     revision: str | None = None
 
     def load(self) -> LoadedModel:
-        """Load the model; see `granite_paged.models.load` for the errors."""
+        """Load the model; see `granite_paged.models.load` for the errors.
+
+        Exact mode then runs with one thread on a CPU: its calls are too small to share, and so its
+        bits are those of any number of cores.
+        """
         _quiet_libraries()
         from granite_paged.models import load
 
-        return load(
+        loaded = load(
             self.model,
             random_weights=self.random_weights,
             device=self.device,
@@ -149,6 +153,11 @@ class ModelChoice:
             seed=self.seed,
             revision=self.revision,
         )
+        if self.config.exact and loaded.model.device.type == "cpu":
+            import torch
+
+            torch.set_num_threads(1)
+        return loaded
 
     def check_hub(self) -> None:
         """Raise CheckpointError now, before torch loads, if nothing can give the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -104,7 +105,10 @@ def verify(
 def _write_bits(choice: ModelChoice, path: str) -> int:
     from granite_paged.bits import bits_report, write_report
 
-    write_report(path, bits_report(choice.load(), choice.config))
+    exact = replace(choice, config=replace(choice.config, exact=True))
+    report = bits_report(exact.load(), exact.config)
+    write_report(path, report)
+    click.echo(f"the bits of {report.model} in {report.dtype} are in {path}")
     return OK
 
 

@@ -131,6 +131,11 @@ def test_files_of_other_models_and_broken_files_are_one_line(
     assert_one_line(capsys, "no model in common")
     assert run(["verify", "--bits", str(first), str(broken)]) not in (OK, FAILED)
     assert_one_line(capsys, "c.json")
+    broken.write_text('{"reports": []}')
+    assert run(["verify", "--bits", str(first), str(broken)]) not in (OK, FAILED)
+    assert_one_line(
+        capsys, "holds no report; write such files with `granite-paged verify --bits-out`"
+    )
 
 
 def test_the_command_writes_what_it_compares(tmp_path: Path, capsys: Capture) -> None:
@@ -138,7 +143,7 @@ def test_the_command_writes_what_it_compares(tmp_path: Path, capsys: Capture) ->
     assert run(["verify", "--device", "cpu", "--bits-out", path]) == OK
     assert run(["verify", "--bits", path, path]) == OK
     shown: Any = capsys.readouterr()
-    assert shown.out.splitlines()[0] == "tiny-recall, float32"
+    assert shown.out.splitlines()[1] == "tiny-recall, float32"
 
 
 # -- what was recorded --------------------------------------------------------------------------
@@ -159,3 +164,17 @@ def test_what_was_recorded_elsewhere_is_not_compared(report: BitsReport, tmp_pat
     write_report(tmp_path / "cpu.json", report)
     with pytest.raises(pytest.skip.Exception, match=r"torch 2\.14\.1 and 2\.15\.0"):
         compare_with_recorded(changed(report, "short", "0 mamba", torch="2.15.0"), tmp_path)
+
+
+def test_the_command_line_runs_exact_mode_with_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    path = str(tmp_path / "bits.json")
+
+    assert run(["verify", "--device", "cpu", "--bits-out", path]) == OK
+    assert chosen == [1]
+    assert f"the bits of tiny-recall in float32 are in {path}" in capsys.readouterr().out
+    assert run(["generate", "--device", "cpu", "--max-new-tokens", "1", "x"]) == OK
+    assert chosen == [1]
