@@ -1,0 +1,145 @@
+"""A runner's buffers: which row a call reads, writes and clears."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from granite_paged.layers.mamba import EXACT_CHUNK
+from granite_paged.runner import storage as storage_module
+from granite_paged.runner.storage import NULL_ROW, RowSnapshot, Storage, make_storage
+from tests.helpers.strategies import CPU
+
+ROWS = 4
+MIXER = SimpleNamespace(
+    num_heads=2,
+    head_dim=3,
+    ssm_state_size=5,
+    n_groups=1,
+    conv_kernel_size=4,
+    chunk_size=8,
+    time_step_limit=(0.0, 1.0),
+)
+CHANNELS = 2 * 3 + 2 * 5
+
+
+def make(*layers: int, recent: bool = False) -> Storage:
+    pages: Any = mock.Mock(pools={1: "a pool"})
+    options: Any = {"recent": True} if recent else {}
+    return make_storage(pages, dict.fromkeys(layers, MIXER), ROWS, torch.bfloat16, CPU, **options)
+
+
+def numbered(*layers: int, recent: bool = False) -> Storage:
+    """Return storage whose row r holds r everywhere, in token, flag and states."""
+    storage = make(*layers, recent=recent)
+    for tensor in (storage.tokens, storage.nonfinite):
+        tensor.copy_(torch.arange(ROWS + 1))
+    for states in storage.stacked:
+        for row in range(1, ROWS + 1):
+            states[:, row - 1] = row
+    return storage
+
+
+def rows_of(storage: Storage) -> list[list[int]]:
+    """Return what the rows of each buffer hold, one number per row, the null row first."""
+    found = [storage.tokens.tolist(), storage.nonfinite.tolist()]
+    for states in storage.stacked:
+        by_row = states.transpose(0, 1).reshape(ROWS, -1)
+        assert bool((by_row == by_row[:, :1]).all())
+        found.append([NULL_ROW, *by_row[:, 0].int().tolist()])
+    return found
+
+
+def test_the_null_row_comes_first() -> None:
+    assert NULL_ROW == 0
+
+
+def test_states_of_all_layers_are_one_buffer_of_each_kind() -> None:
+    storage = make(0, 3)
+    conv, ssm = storage.stacked
+    assert (conv.shape, conv.dtype) == ((2, ROWS, CHANNELS, 4), torch.bfloat16)
+    assert (ssm.shape, ssm.dtype) == ((2, ROWS, 2, 3, 5), torch.float32)
+    assert (storage.tokens.shape, storage.nonfinite.shape) == ((ROWS + 1,), (ROWS + 1,))
+    assert list(storage.states) == [0, 3]
+    for place, state in enumerate(storage.states.values()):
+        assert (state.rows, state.recent) == (None, None)
+        assert state.conv.data_ptr() == conv[place].data_ptr()
+        assert state.ssm.data_ptr() == ssm[place].data_ptr()
+
+
+def test_recent_inputs_are_kept_where_they_are_asked_for() -> None:
+    storage = make(0, 3, 4, recent=True)
+    *_, recent = storage.stacked
+    assert (recent.shape, recent.dtype) == ((3, ROWS, EXACT_CHUNK, CHANNELS + 2), torch.bfloat16)
+    for place, state in enumerate(storage.states.values()):
+        assert state.recent is not None
+        assert state.recent.data_ptr() == recent[place].data_ptr()
+
+
+def test_a_model_without_mamba_layers_has_empty_states() -> None:
+    storage = make()
+    assert [states.shape for states in storage.stacked] == [(0, ROWS)] * 2
+    assert storage.states == {}
+    assert storage.save_row(1, to_host=False).nbytes == 0
+
+
+@pytest.mark.parametrize("recent", [False, True])
+def test_a_row_is_copied_to_others(recent: bool) -> None:
+    storage = numbered(0, 2, recent=recent)
+    storage.copy_row(2, [4, 1])
+    assert rows_of(storage) == [[0, 2, 2, 3, 2]] * (5 if recent else 4)
+    source, index = storage.pages.table.copy_row.call_args.args  # type: ignore[attr-defined]
+    assert (source, index.tolist()) == (2, [4, 1])
+
+
+def test_cleared_rows_hold_zeros() -> None:
+    storage = numbered(0, 2)
+    storage.clear_rows([1, 3])
+    assert rows_of(storage) == [[0, 0, 2, 0, 4]] * 4
+    rows, index = storage.pages.table.clear_rows.call_args.args  # type: ignore[attr-defined]
+    assert (rows, index.tolist()) == ([1, 3], [1, 3])
+
+
+@pytest.mark.parametrize("recent", [False, True])
+@pytest.mark.parametrize("to_host", [False, True])
+def test_a_saved_row_can_be_put_into_any_other(to_host: bool, recent: bool) -> None:
+    storage = numbered(0, 2, recent=recent)
+    saved = storage.save_row(3, to_host=to_host)
+    storage.clear_rows([3])
+    storage.load_row(1, saved)
+    assert rows_of(storage)[2:] == [[0, 3, 2, 0, 4]] * (3 if recent else 2)
+    assert saved.nbytes == sum(states.nbytes // ROWS for states in storage.stacked)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_snapshot_with_one_nan_is_not_finite(part: int) -> None:
+    parts = [torch.zeros(2, 3, 4) for _ in range(3)]
+    assert RowSnapshot(*parts).all_finite().tolist() == [True]
+    assert RowSnapshot(*parts[:2]).all_finite().tolist() == [True]
+    parts[part][1, 2, 3] = torch.nan
+    assert RowSnapshot(*parts).all_finite().tolist() == [False]
+
+
+def test_cleared_storage_keeps_no_pools_and_states() -> None:
+    storage = make(0)
+    storage.clear()
+    assert (storage.pages.pools, storage.states, storage.stacked) == ({}, {}, [])
+
+
+@pytest.mark.parametrize("to_host", [False, True])
+def test_a_row_is_saved_to_host_memory_only_where_that_is_asked_for(
+    to_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[torch.Tensor] = []
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        copies.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(storage_module, "host_copy", copied)
+    numbered(0).save_row(1, to_host=to_host)
+    assert len(copies) == (2 if to_host else 0)
