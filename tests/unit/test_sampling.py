@@ -240,3 +240,10 @@ def test_logits_are_divided_by_the_temperature(temperature: float) -> None:
     warm = draw(scores, [wanted(n, temperature=temperature) for n in range(64)]).tokens
     scaled = draw(scores / temperature, [wanted(n, temperature=1.0) for n in range(64)]).tokens
     assert warm.tolist() == scaled.tolist()
+
+
+@pytest.mark.parametrize(("above", "kept"), [(2**-40, 2), (2**-41, 1)])
+def test_top_p_counts_in_units_of_two_to_the_minus_40(above: float, kept: int) -> None:
+    wanted = Draw(SamplingParams(temperature=1.0, top_p=0.5 + above), 0, 0)
+    found = truncated(torch.zeros(1, 2), [wanted], exact=False)
+    assert int(found.isfinite().sum()) == kept
