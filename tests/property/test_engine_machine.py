@@ -270,6 +270,11 @@ def walk_the_rules(machine: EngineMachine, moves: int, chance: random.Random) ->
             stop_tokens=pick([(), (11, 29, 60)]), streamed=pick([False, True]),
         )  # fmt: skip
 
+    def evict_under_a_shared_stem() -> None:
+        machine.submit_several(count=4, stem=9, new=9)
+        machine.step(steps=2)
+        machine.evict()
+
     rules: list[Callable[[], Any]] = [
         lambda: machine.submit(prompt=prompt(), params=params()),
         lambda: machine.submit_several(count=pick([2, 4]), stem=pick([0, 4, 9]), new=pick([4, 9])),
@@ -287,6 +292,7 @@ def walk_the_rules(machine: EngineMachine, moves: int, chance: random.Random) ->
         ),
         lambda: machine.cancel(pick=pick(range(8))),
         machine.evict,
+        evict_under_a_shared_stem,
     ]
     for _ in range(moves):
         if chance.random() < 0.01 and machine.harness.open:
