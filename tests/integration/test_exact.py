@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 
 from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.errors import CannotBeExact
 from granite_paged.layers.logprobs import by_row, log_probabilities
 from tests.helpers.driver import Driver
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
 from tests.helpers.tolerance import assert_same_logits
+from tools import exact_cost
 
 CONFIG = PagedConfig(page_size=16, max_tokens=1024, max_sequences=8, chunk_tokens=32, exact=True)
 PARAMS = SamplingParams(max_new_tokens=8, stop_tokens=(), logprobs=2, temperature=0.9, top_p=0.9)
@@ -161,3 +165,17 @@ def test_what_cannot_be_exact_is_refused_by_name(
 ) -> None:
     with pytest.raises(CannotBeExact, match=reason):
         Engine(tiny_model(**sizes), config=replace(CONFIG, **config))
+
+
+def test_the_cost_is_measured_beside_normal_mode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--device cpu --dtype float32 --turns 1 --most 16 --requests 2"
+    monkeypatch.setattr(sys, "argv", ["exact_cost", "--model", str(TINY_RECALL), *options.split()])
+
+    exact_cost.main()
+
+    decode, mixed = capsys.readouterr().out.splitlines()[-2:]
+    number = r" +[\d.]+ ms"
+    assert re.fullmatch(rf"decode 1 x 512 +normal{number} +exact{number} +[\d.]+ times", decode)
+    assert re.fullmatch(r"2 mixed requests +normal \d+ +exact \d+ tokens per second +\d+%", mixed)

@@ -1,0 +1,152 @@
+"""Measure what exact mode costs beside normal mode, in one run.
+
+Run from the repository, on a GPU: `python -m tools.exact_cost`. The model has the sizes of
+granite-4.0-h-1b with random weights. Steps are medians of the runner's captured steps; a decode
+step's rows stand at different places of their chunks. The last row is `generate()` on mixed
+requests (prompts of 32 to 512 tokens, answers of 128 to 512), in its second run. The modes take
+turns, so that both meet the same clocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from granite_paged.engine.engine import Engine
+from granite_paged.engine.request import SamplingParams
+from granite_paged.geometry import PagedConfig
+from granite_paged.layers.mamba import EXACT_CHUNK
+from granite_paged.models import DTYPES, load
+from granite_paged.runner.runner import Chunk, Runner
+
+DECODES = ((1, 512), (8, 512), (32, 512), (128, 1024))
+PREFILLS = ((1, 128), (1, 512), (1, 2048), (16, 128), (4, 512))
+MODES = {"normal": False, "exact": True}
+
+
+class Mode:
+    """A runner, and the steps that are timed."""
+
+    def __init__(self, model: Any, rows: int, tokens: int, *, exact: bool) -> None:
+        sizes = PagedConfig(exact=exact, max_sequences=rows, max_tokens=(rows + 1) * tokens)
+        self.runner = Runner.for_model(model, sizes)
+        self._pages = tokens // self.runner.config.page_size
+
+    def decode(self, rows: int, context: int) -> Callable[[], Any]:
+        """Return a decode step of some rows, whose contexts end within the last chunk."""
+        which = self._placed(rows)
+        ends = [context - 1 - 7 * row % (EXACT_CHUNK // 2) for row in which]
+        return lambda: self.runner.decode(which, ends)
+
+    def prefill(self, rows: int, tokens: int) -> Callable[[], Any]:
+        """Return a prefill of some rows from their start."""
+        draw = random.Random(tokens)
+        prompt = [draw.randrange(self.runner.vocabulary) for _ in range(tokens)]
+        chunks = [Chunk(row, 0, prompt) for row in self._placed(rows)]
+        return lambda: self.runner.prefill(chunks)
+
+    def _placed(self, rows: int) -> list[int]:
+        which = list(range(1, rows + 1))
+        self.runner.clear_rows(which)
+        for row in which:
+            first = 1 + (row - 1) * self._pages
+            self.runner.set_pages(row, range(first, first + self._pages))
+        return which
+
+
+def milliseconds(step: Callable[[], Any], device: torch.device) -> float:
+    """Return the time of one call."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - started)
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    step()
+    events[1].record()
+    events[1].synchronize()
+    return float(events[0].elapsed_time(events[1]))
+
+
+def compared(steps: dict[str, Callable[[], Any]], device: torch.device, turns: int) -> None:
+    """Run the modes' steps in turns. Print the medians and their ratio."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + 2):
+        for name, step in steps.items():
+            taken = milliseconds(step, device)
+            if turn > 1:  # the first compile and capture
+                times[name].append(taken)
+    normal, exact = (statistics.median(times[name]) for name in MODES)
+    print(
+        f"normal {normal:8.3f} ms   exact {exact:8.3f} ms   {exact / normal:.2f} times", flush=True
+    )
+
+
+def mixed(model: Any, requests: int, rows: int, tokens: int, longest: int) -> dict[str, float]:
+    """Return output tokens per second of each mode on mixed requests, in the second run."""
+    draw = random.Random(0)
+    vocabulary = model.config.vocab_size
+    prompts = [
+        [draw.randrange(vocabulary) for _ in range(draw.randint(longest // 16, longest))]
+        for _ in range(requests)
+    ]
+    params = [
+        SamplingParams(max_new_tokens=draw.randint(longest // 4, longest), stop_tokens=())
+        for _ in prompts
+    ]
+    asked = sum(one.max_new_tokens for one in params)
+    rates = {}
+    for name, exact in MODES.items():
+        sizes = PagedConfig(exact=exact, max_sequences=rows, max_tokens=rows * tokens)
+        with Engine(model, config=sizes, warmup="lazy") as engine:
+            for _ in range(2):
+                started = time.perf_counter()
+                engine.generate(prompts, params)
+                rates[name] = asked / (time.perf_counter() - started)
+                engine.forget_prefixes()
+    return rates
+
+
+def main() -> None:
+    """Measure, and print a line per shape."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--random-weights", default="granite-4.0-h-1b", metavar="NAME")
+    parser.add_argument("--model", metavar="PATH", help="instead of random weights")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--turns", type=int, default=30, help="timed calls per mode and shape")
+    parser.add_argument("--most", type=int, default=2048, help="leave out shapes of more tokens")
+    parser.add_argument("--requests", type=int, default=512, help="mixed requests; 0: none")
+    options = parser.parse_args()
+    weights = None if options.model else options.random_weights
+    model = load(
+        options.model, random_weights=weights, device=options.device, dtype=options.dtype
+    ).model
+    decodes = [(rows, context) for rows, context in DECODES if rows * 16 <= options.most]
+    prefills = [(rows, tokens) for rows, tokens in PREFILLS if rows * tokens <= options.most]
+    modes = {
+        name: Mode(model, max(rows for rows, _ in decodes + prefills), 2048, exact=exact)
+        for name, exact in MODES.items()
+    }
+    for kind, shapes in (("decode", decodes), ("prefill", prefills)):
+        for rows, tokens in shapes:
+            print(f"{kind} {rows} x {tokens}".ljust(20), end="", flush=True)
+            steps = {name: getattr(mode, kind)(rows, tokens) for name, mode in modes.items()}
+            compared(steps, model.device, options.turns)
+    for mode in modes.values():
+        mode.runner.close()
+    if options.requests:
+        rates = mixed(model, options.requests, 128, 1024, min(512, options.most))
+        share = rates["exact"] / rates["normal"]
+        shown = "   ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+        print(f"{options.requests} mixed requests   {shown} tokens per second   {share:.0%}")
+
+
+if __name__ == "__main__":
+    main()
