@@ -32,9 +32,6 @@ class ExactTritonModel(TritonModel):
 
     reads_mask = False
 
-    # copies for `close_chunks`, made by the first decode step; its graphs keep using them
-    _rates: tuple[Tensor, Tensor] | None = None
-
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """See `EagerModel.forward`."""
         hidden, _ = self._layers(self._embedded(tokens), step)
@@ -101,13 +98,11 @@ class ExactTritonModel(TritonModel):
         mixers = [layer.mamba for layer in self._decoder.layers if layer.mamba is not None]
         if not mixers:
             return
-        if self._rates is None:
-            stacked = zip(*((mixer.dt_bias, mixer.A_log) for mixer in mixers), strict=True)
-            dt_bias, a_log = map(torch.stack, stacked)
-            self._rates = dt_bias, a_log
+        # stacked in every step: a live model's weights may be written to
+        rates = (torch.stack(part) for part in zip(*map(_rates, mixers), strict=True))
         _, ssm, recent = self._storage.stacked
         newest, sizes = step.positions[:, 0], MambaSizes.of(mixers[0])
-        exact_scan.close_chunks(sizes, newest, step.states, ssm, recent, *self._rates)
+        exact_scan.close_chunks(sizes, newest, step.states, ssm, recent, *rates)
 
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
         pages, pool = self._storage.pages, self._storage.pages.pools[index]
@@ -128,3 +123,7 @@ def _add(hidden: Tensor, x: Tensor, weight: Tensor, scale: float, norm: Any) -> 
     """Add scale * x W^T to `hidden` in place; return the norm of the sum."""
     mixed = product(x, weight)
     return add_norm(hidden, mixed, norm.weight, scale=scale, eps=norm.variance_epsilon)
+
+
+def _rates(mixer: Any) -> tuple[Tensor, Tensor]:
+    return mixer.dt_bias, mixer.A_log

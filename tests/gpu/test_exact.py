@@ -159,6 +159,22 @@ def test_every_law_of_the_engine_holds(model: Any) -> None:
         assert [sample] == answers(model, PROMPTS[:1], one)[0]
 
 
+def test_weights_that_are_written_count_from_the_next_request_on() -> None:
+    model = load(random_weights="granite-4.0-h-350m", device="cuda", dtype="bfloat16").model
+    config = replace(CONFIG, max_tokens=4_000)
+    with Engine(model, config=config, warmup="lazy") as engine:
+        before = engine.generate(PROMPTS[:1], PARAMS)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                if layer.mamba is not None:
+                    layer.mamba.A_log.add_(0.5)
+        after = engine.generate(PROMPTS[:1], PARAMS)
+    with Engine(model, config=config, warmup="lazy") as fresh:
+        expected = fresh.generate(PROMPTS[:1], PARAMS)
+    assert after[0].logprobs == expected[0].logprobs
+    assert after[0].logprobs != before[0].logprobs
+
+
 # -- guards -------------------------------------------------------------------------------------
 
 
