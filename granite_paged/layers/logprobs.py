@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ALIGNED = 16  # bytes: where rows of logits begin at a multiple, a GPU reads all of them alike
+_ALIGNED = (
+    16  # bytes: where rows of logits begin at a multiple, a GPU reads all of them in the same way
+)
 
 
 def log_probabilities(logits: Tensor, *, exact: bool = False) -> Tensor:

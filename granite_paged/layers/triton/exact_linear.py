@@ -68,7 +68,7 @@ GATED_TILES = {
     128: Tile(64, 64, 128, 4, 5),
     2048: Tile(128, 128, 64, 8, 4),
 }
-"""Tiles for at most so many rows, or more than the last; measured on an H100."""
+"""Tiles by the most rows that they are for; the last also serves more. Measured on an H100."""
 
 
 @triton.jit
