@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import canary
 from tools.mutants.equivalents import Equivalent, read_equivalents, stale
 from tools.mutants.forks import Run, in_child
 
@@ -213,3 +214,10 @@ def test_the_scores_of_all_mutants_pass_from_a_threshold_on(
         for i in range(total)
     ]
     assert passed(verdicts, whole=whole) == expected
+
+
+def test_an_unusable_run_has_the_status_of_the_other_tools() -> None:
+    pytest.importorskip("cosmic_ray")
+    from tools.mutants.__main__ import UNUSABLE  # noqa: PLC0415
+
+    assert canary.UNUSABLE == UNUSABLE
