@@ -104,7 +104,7 @@ def attend(
     query_heads = query.shape[1] // head_dim
     group = query_heads // kv_heads
     out = query.new_empty(query.shape)
-    block = max(QUERIES if tokens > 1 else FEW_QUERIES, 16)
+    block = QUERIES if tokens > 1 else FEW_QUERIES
     grid = (batch, triton.cdiv(tokens * group, block), kv_heads)
     _attend[grid](
         query, keys, values, rows, positions, table, out,

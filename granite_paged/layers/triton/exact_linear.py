@@ -12,7 +12,7 @@ Products are rounded to the model's dtype before anything else is done to them, 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,15 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_paged.device import shared_memory, stages_that_fit
+from granite_paged.layers.triton import pointwise
 from granite_paged.layers.triton.linear import (
     Convolution,
     convolve,
     early,
+    launch_arguments,
     past_share,
     prefetch,
     wait,
 )
-from granite_paged.layers.triton.pointwise import silu, silu_mul
+from granite_paged.layers.triton.pointwise import norm_block, normed, silu, silu_mul
 
 FEW_ROWS = 64
 """Most rows for which kernels start early, fetch weights ahead, and are faster than the library."""
@@ -122,32 +124,9 @@ def _product(
     tl.store(out_ptr + place, rounded, mask=there)
 
 
-@triton.jit
-def _rms_norm(
-    x_ptr, weight_ptr, out_ptr, depth, eps, groups, EARLY: tl.constexpr, DEPTH: tl.constexpr
-):
-    row = tl.program_id(0)
-    at = tl.arange(0, DEPTH)
-    there = at < depth
-    start = row.to(tl.int64) * depth
-    weight = tl.load(weight_ptr + (row % groups) * depth + at, mask=there, other=0.0)
-    wait(EARLY)
-    x = tl.load(x_ptr + start + at, mask=there, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / depth + eps)
-    out = x * inverse * weight.to(tl.float32)
-    tl.store(out_ptr + start + at, out.to(out_ptr.dtype.element_ty), mask=there)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """Return the RMS norm of x [rows, depth], contiguous; each of `groups` parts by itself."""
-    rows, depth = x.shape
-    out = torch.empty_like(x)
-    block = int(triton.next_power_of_2(depth // groups))
-    _rms_norm[(rows * groups,)](
-        x, weight, out, depth // groups, eps, groups,
-        DEPTH=block, num_warps=_norm_warps(block), **_early(x),
-    )  # fmt: skip
-    return out
+    """Return `pointwise.rms_norm`, which starts early where rows are few."""
+    return pointwise.rms_norm(x, weight, eps, groups, **_early(x))
 
 
 @triton.jit
@@ -164,9 +143,7 @@ def _add_norm(
     held = tl.load(hidden_ptr + place, mask=there, other=0.0).to(tl.float32)
     rounded = tl.fma(x, tl.zeros_like(x) + scale, held).to(hidden_ptr.dtype.element_ty)
     tl.store(hidden_ptr + place, rounded, mask=there)
-    x = rounded.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / depth + eps)
-    out = x * inverse * weight.to(tl.float32)
+    out = normed(rounded.to(tl.float32), weight, depth, eps)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -177,10 +154,8 @@ def add_norm(hidden: Tensor, x: Tensor, weight: Tensor, *, scale: float, eps: fl
     """
     rows, depth = x.shape
     out = torch.empty_like(hidden)
-    block = int(triton.next_power_of_2(depth))
     _add_norm[(rows,)](
-        x, hidden, weight, out, depth, scale, eps,
-        DEPTH=block, num_warps=_norm_warps(block), **_early(x),
+        x, hidden, weight, out, depth, scale, eps, **norm_block(depth), **_early(x)
     )  # fmt: skip
     return out
 
@@ -240,17 +215,10 @@ def fused_product(
     tile = _tile(rows, columns, gated=gated)
     stage = (tile.rows + tile.columns * (1 + gated)) * tile.depth * x.itemsize
     stages = stages_that_fit(tile.stages, stage, shared_memory(x.device))
-    first, channels = (0, 0) if conv is None else (conv.first, len(conv.weight))
-    options: dict[str, Any] = {
-        "WIDTH": 0 if conv is None else conv.weight.shape[1],
-        "BIAS": conv is not None and conv.bias is not None,
-        "num_warps": tile.warps,
-        "num_stages": stages,
-        **_early(x),
-    }
+    pointers, numbers, constants = launch_arguments(conv)
+    options = {**constants, "num_warps": tile.warps, "num_stages": stages, **_early(x)}
     _product[(triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows))](
-        x, weight, out, *((None,) * 5 if conv is None else conv[1:]),
-        rows, columns, depth, scale, first, channels, GATED=gated,
+        x, weight, out, *pointers, rows, columns, depth, scale, *numbers, GATED=gated,
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, **options,
     )  # fmt: skip
     return out
@@ -278,10 +246,6 @@ def _agrees(rows: int, depth: int, columns: int, dtype: torch.dtype, device: tor
 def _tile(rows: int, columns: int, *, gated: bool) -> Tile:
     tiles = GATED_TILES if gated else NARROW_TILES if columns < NARROW else TILES
     return tiles[next((most for most in tiles if rows <= most), max(tiles))]
-
-
-def _norm_warps(block: int) -> int:
-    return 4 if block <= 2048 else 8
 
 
 def _early(x: Tensor) -> dict[str, bool]:

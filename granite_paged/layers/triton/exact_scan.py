@@ -49,6 +49,13 @@ def _plain(sums):
 
 
 @triton.jit
+def _sums(dt, rate):
+    """Return the cumulative sums of dt * rate [L], and the last of them, as float32."""
+    fixed = _fixed(dt, rate)
+    return _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
+
+
+@triton.jit
 def _time_step(raw, bias, low, high):
     return tl.minimum(tl.maximum(softplus(raw.to(tl.float32) + bias), low), high)
 
@@ -120,10 +127,8 @@ def _lines(
     is_new &= tl.load(positions + s, mask=is_new, other=-1) >= 0
     projected = projected_ptr + batch.to(tl.int64) * tokens * stride + inner
     source = s[:, None] * stride + at[None, :]
-    new_there, conv_there = (
-        is_new[:, None] & at_there[None, :],
-        is_new[:, None] & is_channel[None, :],
-    )
+    new_there = is_new[:, None] & at_there[None, :]
+    conv_there = is_new[:, None] & is_channel[None, :]
     newest = tl.load(projected + source, mask=new_there, other=0.0)
     total = tl.zeros([S, C], tl.float32)
     if BIAS:
@@ -184,8 +189,7 @@ def _chunk_states(
     bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     dt = tl.where(start + line <= last, _time_step(raw, bias, low, high), 0.0)
-    fixed = _fixed(dt, rate)
-    sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
+    sums, whole = _sums(dt, rate)
     by_head = (batch.to(tl.int64) * heads + head) * height + chunk * L + line
     tl.store(times_ptr + by_head, dt)
     tl.store(sums_ptr + by_head, sums)
@@ -341,8 +345,7 @@ def _step(
     b = tl.where(is_own[:, None], new_b[None, :], b)
     raw = tl.where(is_own, new_raw, raw)
     dt = tl.where(line <= own, _time_step(raw, bias, low, high), 0.0)
-    fixed = _fixed(dt, rate)
-    sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
+    sums, whole = _sums(dt, rate)
     m = tl.arange(0, M)
     c = tl.zeros([M, N], new_c.dtype) + new_c[None, :]
     causal = (m[:, None] >= 0) & (line <= own)[None, :]
@@ -393,8 +396,7 @@ def _close(
             bias = tl.load(dt_bias_ptr + layer * heads + head).to(tl.float32)
             rate = -tl.exp(tl.load(a_log_ptr + layer * heads + head).to(tl.float32))
             dt = _time_step(raw, bias, low, high)
-            fixed = _fixed(dt, rate)
-            sums, whole = _plain(tl.cumsum(fixed, axis=0)), _plain(tl.sum(fixed, axis=0))
+            sums, whole = _sums(dt, rate)
             added = _added(x, b, dt, sums, whole)
             tl.store(held, _advanced(state, whole, added), mask=held_there)
 

@@ -380,27 +380,35 @@ def linear(
     blocks = int(triton.cdiv(columns, chosen["COLUMNS"]))
     after = None if norm is None else DeferredNorm.empty(out, blocks)
     parts = 0 if squares is None else len(squares)
+    convolved, extent, constants = launch_arguments(conv)
     chosen |= {
+        **constants,
         "SEVERAL": len(widths) > 1,
         "PARTS": int(triton.next_power_of_2(parts)) if parts else 0,
         "GATED": gated,
         "RESIDUAL": residual is not None,
         "NORM": norm is not None,
-        "WIDTH": 0 if conv is None else conv.weight.shape[1],
-        "BIAS": conv is not None and conv.bias is not None,
         **early(values.device),
     }
-    first, channels = (0, 0) if conv is None else (conv.first, len(conv.weight))
-    convolution = conv[1:] if conv is not None else (None,) * 5
     before = (values, *weights, squares, residual, norm)
-    pointers = (*before, out, *(after or (None, None)), *convolution)
+    pointers = (*before, out, *(after or (None, None)), *convolved)
     starts = (widths[0], sum(widths[:2]))
-    numbers = (columns, depth, *starts, eps, scale, parts, first, channels)
+    numbers = (columns, depth, *starts, eps, scale, parts, *extent)
     if rows == 1:
         _one_row[(blocks,)](*pointers, *numbers, **chosen)
     else:
         _launch_few_rows(values, blocks, pointers, numbers, chosen)
     return out, after
+
+
+def launch_arguments(
+    conv: Convolution | None,
+) -> tuple[tuple[Any, ...], tuple[int, int], dict[str, Any]]:
+    """Return the pointers, numbers and constants that a product's kernel takes of a convolution."""
+    if conv is None:
+        return (None,) * 5, (0, 0), {"WIDTH": 0, "BIAS": False}
+    constants = {"WIDTH": conv.weight.shape[1], "BIAS": conv.bias is not None}
+    return conv[1:], (conv.first, len(conv.weight)), constants
 
 
 def _launch_few_rows(

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from granite_paged.layers.triton.linear import wait
+
 
 @triton.jit
 def softplus(x):
@@ -20,27 +22,44 @@ def silu(x):
 
 
 @triton.jit
-def _rms_norm(x_ptr, weight_ptr, out_ptr, depth, eps, groups, DEPTH: tl.constexpr):
+def normed(x, weight, depth, eps):
+    """Return the RMS norm of x [DEPTH], float32, zeros after the first `depth` elements."""
+    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / depth + eps)
+    return x * inverse * weight.to(tl.float32)
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr, weight_ptr, out_ptr, depth, eps, groups, EARLY: tl.constexpr, DEPTH: tl.constexpr
+):
     row = tl.program_id(0)
     at = tl.arange(0, DEPTH)
     there = at < depth
     start = row.to(tl.int64) * depth
-    x = tl.load(x_ptr + start + at, mask=there, other=0.0).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / depth + eps)
     weight = tl.load(weight_ptr + (row % groups) * depth + at, mask=there, other=0.0)
-    out = x * inverse * weight.to(tl.float32)
+    wait(EARLY)
+    x = tl.load(x_ptr + start + at, mask=there, other=0.0).to(tl.float32)
+    out = normed(x, weight, depth, eps)
     tl.store(out_ptr + start + at, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """Return the RMS norm of x [rows, depth], contiguous; each of `groups` parts by itself."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, **options: bool) -> Tensor:
+    """Return the RMS norm of x [rows, depth], contiguous; each of `groups` parts by itself.
+
+    options: launch options from `early`; without them, the kernel before must have ended.
+    """
     rows, depth = x.shape
     depth //= groups
     out = x.new_empty(x.shape)
-    block = triton.next_power_of_2(depth)
-    warps = 4 if block <= 2048 else 8
-    _rms_norm[(rows * groups,)](x, weight, out, depth, eps, groups, DEPTH=block, num_warps=warps)
+    chosen = {"EARLY": False, **norm_block(depth), **options}
+    _rms_norm[(rows * groups,)](x, weight, out, depth, eps, groups, **chosen)
     return out
+
+
+def norm_block(depth: int) -> dict[str, int]:
+    """Return the block and warps of a kernel that norms rows of `depth` elements."""
+    block = int(triton.next_power_of_2(depth))
+    return {"DEPTH": block, "num_warps": 4 if block <= 2048 else 8}
 
 
 @triton.jit
