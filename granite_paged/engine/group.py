@@ -242,9 +242,10 @@ class EngineGroup:
 
 def _check_exact(engines: Sequence[Engine]) -> None:
     """Refuse a group in which the bits of an answer depend on the engine that gives it."""
-    exact = [engine.runner.config.exact for engine in engines]
-    places = [str(bits_place(engine.runner.device)) for engine in engines] if any(exact) else []
-    if len(set(zip(exact, places, strict=False))) > 1:
+    runners = [engine.runner for engine in engines]
+    if not any(runner.config.exact for runner in runners):
+        return
+    if len({(runner.config.exact, str(bits_place(runner.device))) for runner in runners}) > 1:
         raise CannotBeExact("the engines of this group differ in exact mode or in their device")
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ALIGNED = (
-    16  # bytes: where rows of logits begin at a multiple, a GPU reads all of them in the same way
-)
+_ALIGNED = 16
+"""Bytes. Where all rows begin at a multiple of it, a GPU reads them in the same way."""
 
 
 def log_probabilities(logits: Tensor, *, exact: bool = False) -> Tensor:

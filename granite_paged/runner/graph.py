@@ -86,7 +86,7 @@ class CapturedStep:
         self._spans = list(pairwise([0, *ends]))
         self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._plan = plan if decodes and model.reads_mask else None
+        self._plan = plan if decodes else None
         self._split_mask = _split_mask(storage, batch, self._plan)
 
     def padding(self) -> Inputs:

@@ -10,7 +10,6 @@ import torch
 
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import DecodePlan
-from granite_paged.layers.backend import check_exact
 from granite_paged.progress import Progress
 from granite_paged.runner.exact_model import ExactModel
 from granite_paged.runner.graph import CapturedStep
@@ -92,7 +91,7 @@ class Steps:
 
     def _made(self, batch: int, length: int, decodes: bool) -> CapturedStep:
         plan = None
-        if self._stream is not None:
+        if self._stream is not None and self.model.reads_mask:
             pages = self._storage.pages.table.physical.shape[1]
             plan = DecodePlan.choose(self._geometry, batch, pages, self._device)
         return CapturedStep(self.model, self._storage, batch, length, decodes, plan)
@@ -123,7 +122,6 @@ def _model(model: Any, storage: Storage, config: PagedConfig, fallback: str) -> 
 
 
 def _exact_model(model: Any, storage: Storage, config: PagedConfig) -> EagerModel:
-    check_exact(model, config.backend)
     if model.device.type == "cpu":
         return ExactModel(model, storage, config.backend)
     from granite_paged.runner.exact_triton_model import ExactTritonModel  # needs Triton
