@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -43,3 +44,16 @@ def mamba_layer(
         mixer.D.normal_()
         mixer.norm.weight.normal_()
     return mixer, config
+
+
+def mixer_sizes(heads: int, head_dim: int, state_size: int, groups: int, width: int) -> Any:
+    """Return what `MambaSizes.of` reads of a Mamba layer that has no weights."""
+    return SimpleNamespace(
+        num_heads=heads,
+        head_dim=head_dim,
+        ssm_state_size=state_size,
+        n_groups=groups,
+        conv_kernel_size=width,
+        chunk_size=128,
+        time_step_limit=(0.0, 1.0),
+    )

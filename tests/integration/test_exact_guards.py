@@ -199,18 +199,23 @@ def test_a_law_breaks_without_exact_mode(law: Callable[..., None], dtype: torch.
 FORWARD, LOGITS = ExactModel.forward, ExactModel.logits
 
 
-def rows_share_products(patch: Patch) -> None:
-    """A decode step computes all its rows at once."""
+def compute_at_once(patch: Patch, *, prompts: bool) -> None:
+    """Compute the tokens of prompts, or of decode steps, all at once."""
     patch.setattr(ExactModel, "reads_mask", True)
 
     def forward(self: ExactModel, fed: Tensor, step: ModelStep) -> Tensor:
-        if fed.shape[1] > 1:
+        if (fed.shape[1] > 1) != prompts:
             return FORWARD(self, fed, step)
         with Patch.context() as inner:
             inner.setattr(ExactModel, "_attend_pages", EagerModel._attend_pages)
             return EagerModel.forward(self, fed, step)
 
     patch.setattr(ExactModel, "forward", forward)
+
+
+def rows_share_products(patch: Patch) -> None:
+    """A decode step computes all its rows at once."""
+    compute_at_once(patch, prompts=False)
 
 
 def rows_share_the_last_product(patch: Patch) -> None:
@@ -220,16 +225,7 @@ def rows_share_the_last_product(patch: Patch) -> None:
 
 def tokens_share_products(patch: Patch) -> None:
     """A prompt's chunk is computed at once."""
-    patch.setattr(ExactModel, "reads_mask", True)
-
-    def forward(self: ExactModel, fed: Tensor, step: ModelStep) -> Tensor:
-        if fed.shape[1] == 1:
-            return FORWARD(self, fed, step)
-        with Patch.context() as inner:
-            inner.setattr(ExactModel, "_attend_pages", EagerModel._attend_pages)
-            return EagerModel.forward(self, fed, step)
-
-    patch.setattr(ExactModel, "forward", forward)
+    compute_at_once(patch, prompts=True)
 
 
 def prompts_take_the_chunk_scan(patch: Patch) -> None:

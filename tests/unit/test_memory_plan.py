@@ -21,21 +21,14 @@ from granite_paged.runner.memory_plan import (
     row_bytes,
     weight_bytes,
 )
+from tests.helpers.mamba_layers import mixer_sizes
 from tests.helpers.strategies import make_geometry
 
 GEOMETRY = make_geometry(page_size=16, group=3, kv_heads=2, head_dim=8, dtype=torch.bfloat16)
 PAGE = 16 * 2 * 2 * 8 * 2
 """Bytes of a page: 16 tokens, K and V, 2 heads of 8 numbers of 2 bytes."""
 
-MIXER = SimpleNamespace(
-    num_heads=4,
-    head_dim=10,
-    ssm_state_size=16,
-    n_groups=2,
-    conv_kernel_size=3,
-    chunk_size=128,
-    time_step_limit=(0.0, 1.0),
-)
+MIXER = mixer_sizes(heads=4, head_dim=10, state_size=16, groups=2, width=3)
 INNER, CHANNELS = 40, 40 + 2 * 2 * 16
 ROW = CHANNELS * 3 * 2 + INNER * 16 * 4
 """Bytes of a row: the convolution's last inputs in bfloat16, and a state in float32."""

@@ -172,7 +172,7 @@ def test_a_long_continuation_has_calls_of_its_own() -> None:
 
 
 def test_continuations_leave_a_row_to_each_waiting_job() -> None:
-    """Of 7 rows that are free, contexts keep half of all 8 for forks; others may take the rest."""
+    """7 of 8 rows are free. Each waiting job gets one, but 4 rows, half of all, stay for forks."""
     harness = Planned(400)
     harness.scoring(*[2] * 90, first=5)
     harness.step()
@@ -302,7 +302,8 @@ def test_a_prompt_that_began_before_the_prefixes_were_dropped_is_not_kept(droppe
 
 
 def test_a_short_prompt_does_not_overtake_one_that_has_no_room_for_a_chunk() -> None:
-    """Of 12 tokens, 8 are spent; the next prompt's chunks have 8, and the last has 3 in all."""
+    """A step takes 12 tokens. After a chunk of 8, the next prompt, whose chunks have 8 tokens too,
+    does not fit, and the short one behind it must wait."""
     harness = Planned(12)
     harness.ask([1] * 11)
     last = harness.ask([2] * 3)
@@ -317,7 +318,7 @@ def test_a_short_prompt_does_not_overtake_one_that_has_no_room_for_a_chunk() -> 
 
 
 def test_a_chunk_that_is_cut_for_streams_is_whole_alignments() -> None:
-    """There is time for 32 tokens. Of 96, half a power of two is 64, then 32: 48, then 24."""
+    """There is time for 32 tokens. A chunk of 96 is halved until it fits: to 48, then to 24."""
     time = Shapes(96, 2, captured=False).prefill_cost([32])
     longest = 1 + time / Shapes(96, 2, captured=False).decode_cost(1)
     harness = Planned(200, {"longest_step": longest}, chunk_tokens=96, alignment=24, rows=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,18 +11,11 @@ import torch
 from granite_paged.layers.mamba import EXACT_CHUNK
 from granite_paged.runner import storage as storage_module
 from granite_paged.runner.storage import NULL_ROW, RowSnapshot, Storage, make_storage
+from tests.helpers.mamba_layers import mixer_sizes
 from tests.helpers.strategies import CPU
 
 ROWS = 4
-MIXER = SimpleNamespace(
-    num_heads=2,
-    head_dim=3,
-    ssm_state_size=5,
-    n_groups=1,
-    conv_kernel_size=4,
-    chunk_size=8,
-    time_step_limit=(0.0, 1.0),
-)
+MIXER = mixer_sizes(heads=2, head_dim=3, state_size=5, groups=1, width=4)
 CHANNELS = 2 * 3 + 2 * 5
 
 
