@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "property", "golden", "integration", "gpu")
+# a set of several elements or an address: other text in another process
+CHANGING_NAME = re.compile(r"\{[^{}:]*,[^{}:]*\}|0x[0-9a-f]{8}")
 
 settings.register_profile(
     "default",
@@ -67,6 +69,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         layer = item.path.relative_to(TESTS).parts[0]
         assert layer in LAYERS, f"{item.path} is in none of the folders {LAYERS}: move it into one"
+        assert not CHANGING_NAME.search(item.name), (
+            f"{item.nodeid} has another name in every process, which pytest-xdist refuses: "
+            "give its parameters ids"
+        )
         item.add_marker(layer)
         if layer == "gpu" and not torch.cuda.is_available():
             item.add_marker(no_gpu)
