@@ -74,8 +74,9 @@ class Detokenizer:
             self.stopped = True
             text, self._held = text[: min(found)], ""
         else:
-            keep = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+            starts = (len(text) - _overlap(text, stop) for stop in self._stop_strings)
+            certain = min(starts, default=len(text))
+            text, self._held = text[:certain], text[certain:]
         self.text += text
         return text
 
@@ -84,8 +85,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` begin `stop`."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+    """Return how many characters at the end of `text` begin `stop`. `text` is without `stop`."""
+    return max(length for length in range(len(stop)) if text.endswith(stop[:length]))

@@ -1,4 +1,4 @@
-"""Validation of requests, and text as it is streamed."""
+"""Validation of requests."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from granite_paged.bench.workload import Workload, arrivals
-from granite_paged.engine.detokenizer import Detokenizer
 from granite_paged.engine.prompts import check_tokens
 from granite_paged.engine.request import COLDEST, SamplingParams
 from granite_paged.errors import InvalidArgument, InvalidSampling, PromptError
@@ -126,92 +123,6 @@ def test_temperature_must_be_finite(value: float) -> None:
 def test_tokens_are_checked(tokens: list[int], reason: str) -> None:
     with pytest.raises(PromptError, match=reason):
         check_tokens(tokens, 97, "prompt")
-
-
-class Bytes:
-    """A tokenizer of bytes, in which a character may need several tokens."""
-
-    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
-        return bytes(tokens).decode(errors="replace")
-
-
-@given(st.text(max_size=20))
-def test_streamed_pieces_add_up_to_the_text(text: str) -> None:
-    stream = Detokenizer(Bytes())
-    pieces = [stream.push(token) for token in text.encode()]
-    assert "".join([*pieces, stream.finish()]) == stream.text == text
-
-
-def test_incomplete_characters_are_held_back() -> None:
-    stream = Detokenizer(Bytes())
-    assert [stream.push(token) for token in "é!".encode()] == ["", "é", "!"]
-
-
-class Pieces:
-    """A tokenizer of words: 0 and 1 are special tokens, which decoding skips with their space."""
-
-    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
-        return " ".join(f"w{token}" for token in tokens if token > 1)
-
-
-def streamed(tokenizer: Any, tokens: list[int]) -> str:
-    stream = Detokenizer(tokenizer)
-    pieces = [stream.push(token) for token in tokens]
-    return "".join([*pieces, stream.finish()])
-
-
-@given(st.lists(st.integers(0, 4), max_size=40))
-def test_a_skipped_special_token_leaves_the_text_as_decoded_at_once(tokens: list[int]) -> None:
-    assert streamed(Pieces(), tokens) == Pieces().decode(tokens, skip_special_tokens=True)
-
-
-@given(st.lists(st.sampled_from([0xE6, 0xB8, 0xAD, 0x41, 0xF0, 0xC3]), max_size=60))
-def test_any_bytes_leave_the_text_as_decoded_at_once(tokens: list[int]) -> None:
-    assert streamed(Bytes(), tokens) == Bytes().decode(tokens, skip_special_tokens=True)
-
-
-def test_a_stop_string_across_a_skipped_token_is_found() -> None:
-    stream = Detokenizer(Pieces(), ["w2 w3"])
-    for token in (4, 2, 0, 1, 3):
-        stream.push(token)
-    assert stream.stopped
-    assert stream.text == "w4 "
-
-
-@pytest.mark.parametrize("token", [0xE6, 0xB8])
-def test_an_endless_incomplete_character_is_shown_at_linear_cost(token: int) -> None:
-    decoded = 0
-
-    class Counted(Bytes):
-        def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
-            nonlocal decoded
-            decoded += len(tokens)
-            return super().decode(tokens, skip_special_tokens=skip_special_tokens)
-
-    stream = Detokenizer(Counted())
-    for _ in range(1000):
-        stream.push(token)
-    assert decoded <= 32 * 1000
-    assert len(stream.text) >= 1000 - 32
-
-
-@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
-def test_text_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    stream = Detokenizer(Bytes(), stops)
-    shown = ""
-    for token in text.encode():
-        shown += stream.push(token)
-        if stream.stopped:
-            break
-    shown += stream.finish()
-    assert shown == stream.text
-    # the stop string that is complete first; of several, the one that began first
-    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stops)]
-    if ends:
-        expected = min(text[: ends[0]].index(s) for s in stops if s in text[: ends[0]])
-        assert shown == text[:expected]
-    else:
-        assert shown == text
 
 
 def test_a_workload_is_determined_by_its_seed() -> None:
