@@ -266,7 +266,7 @@ class ScoringJob(Job):
     def remaining(self) -> int:
         """Number of tokens of its context and continuations that are not computed, at most."""
         continuations = sum(len(self.continuation(number)) for number in self.pending)
-        return max(0, len(self.tokens) - self.stored) + continuations
+        return len(self.tokens) - self.stored + continuations
 
     @property
     def rows_for_forks(self) -> int:

@@ -64,11 +64,6 @@ class JobLifecycle:
 
     # -- jobs come and go -----------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
-        """Let a job wait, and with it its followers. Raises QueueFull unless all may."""
-        self.queue.check_room(1 + len(job.followers))
-        self.queue.add(job)
-
     def finish(self, job: Job) -> None:
         """End a job, wherever it is, and free what it holds; what raises is freed later."""
         if job.state is State.DONE:

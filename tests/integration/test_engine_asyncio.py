@@ -9,13 +9,11 @@ import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from granite_paged.engine.engine import Engine
-from granite_paged.engine.lock import FairLock
 from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import EngineClosed, QueueFull
 from tests.helpers.engine_harness import EngineHarness, expected_tokens
@@ -310,39 +308,3 @@ def test_the_queue_counts_requests_that_came_during_a_step() -> None:
         with pytest.raises(QueueFull):
             engine.submit(PROMPTS[0], PARAMS)
     harness.drain()
-
-
-def test_a_thread_that_asks_for_the_lock_again_comes_after_who_waits() -> None:
-    lock = FairLock()
-    seen: list[int] = []
-
-    def wait(number: int) -> None:
-        with lock:
-            seen.append(number)
-
-    with ThreadPoolExecutor(1) as pool:
-        for number in range(10):
-            with lock:
-                waiting = pool.submit(wait, number)
-                time.sleep(0.02)
-            with lock:
-                assert seen == list(range(number + 1))
-            waiting.result(timeout=10)
-
-
-def test_a_thread_may_take_the_lock_again_while_others_wait() -> None:
-    lock = FairLock()
-    with ThreadPoolExecutor(1) as pool:
-        with lock:
-            waiting = pool.submit(lock.__enter__)
-            time.sleep(0.05)
-            with lock:
-                assert lock.acquire_now()
-                lock.release()
-            assert lock.is_mine
-        waiting.result(timeout=10)
-        assert not lock.is_mine
-        assert not lock.acquire_now()
-        pool.submit(lock.release).result(timeout=10)
-    assert lock.acquire_now()
-    lock.release()
