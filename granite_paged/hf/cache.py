@@ -49,10 +49,8 @@ _GROWTH = 1.5  # a pool that is too small grows by half, so a long decode reallo
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
     """An attention layer's place in the cache: it writes into its pool and returns the pool."""
 
-    is_compileable = False
     is_sliding = False
     supports_early_init = False
-
     is_initialized = False  # of the tensors that transformers would offload or zero
 
     def __init__(self, cache: PagedCache, layer: int) -> None:
@@ -264,7 +262,7 @@ class PagedCache(LayerViews):
         if indices.dtype != torch.bool:
             self._select_rows(indices.tolist())
         elif len(indices) == len(self._rows):
-            self._select_rows(indices.nonzero()[:, 0].tolist())
+            self._select_rows(indices.nonzero().flatten().tolist())
         else:
             raise InvalidRequest(
                 f"a selection of {len(indices)} rows does not fit a cache of {len(self._rows)}: "
@@ -360,7 +358,7 @@ class PagedCache(LayerViews):
         held, rows = self.allocator.pages, len(self._rows)
         pages = max(pages, held)
         if self._compiled:  # sizes that recur, so that kernels do
-            pages = min(bucket(pages, steps=8), self._page_limit) if pages > held else pages
+            pages = min(bucket(pages, steps=8), self._page_limit)
             rows, width = bucket(rows), bucket(width)
         try:
             self.store.resize(pages=pages, rows=rows, width=width)

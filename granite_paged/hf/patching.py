@@ -191,7 +191,6 @@ def paged_attention_forward(
     value: Tensor,
     attention_mask: Tensor | CacheStep | None,
     scaling: float,
-    dropout: float = 0.0,
     *,
     backend: Backend = "auto",
     **kwargs: Any,
@@ -206,8 +205,8 @@ def paged_attention_forward(
         key, value: [1, Hkv, slots, D] in a paged step; original what another cache returned.
         attention_mask: the step, if it is a paged one.
         scaling: of the scores.
-        dropout: for a step that is not paged.
         backend: how FlexAttention runs.
+        kwargs: for a step that is not paged.
 
     Returns:
         [B, S, Hq, D], and None for the attention weights.
@@ -221,7 +220,7 @@ def paged_attention_forward(
     plain = getattr(module.config, _PLAIN_ATTENTION)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager_attention_forward)
     out: tuple[Tensor, Tensor | None] = attend(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
     return out
 
@@ -328,7 +327,7 @@ def _prepare_cache(
         model_kwargs[CACHE] = PagedCache.for_model(model, state.config)
     cache = model_kwargs.get(CACHE)
     if isinstance(cache, PagedCache):
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache.reserve(_tokens_expected(model_kwargs, batch_size * copies, max_cache_length))
 
 

@@ -96,7 +96,7 @@ def make_step(
     host_positions: Tensor,
     *,
     compiled: bool,
-    exact: bool = False,
+    exact: bool,
 ) -> CacheStep:
     """Make the tensors of a step whose pages are in the page table.
 

@@ -1,0 +1,297 @@
+"""How attention is laid out for FlexAttention: folds, masks, plans and kernel options."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+
+from granite_paged.errors import GeometryError
+from granite_paged.layers import attention
+from granite_paged.layers.attention import DecodePlan, kernel_options, prefill_options
+from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
+from tests.helpers.strategies import make_geometry
+from tests.helpers.tolerance import relative_error
+
+B, HKV, G, S, D = 2, 3, 5, 4, 7
+HQ, SLOTS = HKV * G, 48
+BIG = 2**31
+CPU = torch.device("cpu")
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def mask_like(rows: int, page_size: int = 16, batch: int = B) -> Any:
+    return SimpleNamespace(shape=(batch, 1, rows, SLOTS), BLOCK_SIZE=(128, page_size))
+
+
+def pool_like(
+    elements: int = 100, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **more: Any
+) -> Any:
+    """Return what is asked of a pool, without memory."""
+    shape = (1, 2, SLOTS, head_dim)
+    sizes = {"shape": shape, "dtype": dtype, "itemsize": dtype.itemsize, "device": CPU}
+    return SimpleNamespace(**{"numel": lambda: elements, "is_cuda": True, **sizes, **more})
+
+
+# -- folds ----------------------------------------------------------------------------------------
+
+
+def test_heads_of_a_group_are_folded_into_rows_token_by_token() -> None:
+    query = numbers(B, HQ, S, D)
+    folded = attention._fold(query, HKV, (B, 1, S * G, SLOTS))
+    assert folded.shape == (B, HKV, S * G, D)
+    for head in range(HQ):
+        rows = folded[:, head // G, head % G :: G]
+        assert torch.equal(rows, query[:, head])
+    assert torch.equal(attention._unfold(folded, query.shape), query)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(0, 3), (2, 0), (2, 3)])
+def test_a_fold_is_padded_at_its_end_to_the_shape_of_the_mask(rows: int, tokens: int) -> None:
+    query = numbers(B, HQ, S, D)
+    plain = attention._fold(query, HKV, (B, 1, S * G, SLOTS))
+    folded = attention._fold(query, HKV, (B + rows, 1, S * G + tokens, SLOTS))
+    assert folded.shape == (B + rows, HKV, S * G + tokens, D)
+    assert torch.equal(folded[:B, :, : S * G], plain)
+    assert not folded[B:].any()
+    assert not folded[:, :, S * G :].any()
+    assert torch.equal(attention._unfold(folded, query.shape), query)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(B, S * G), (B + 1, S * G), (B, S * G + 1)])
+def test_a_mask_for_enough_rows_and_tokens_is_taken(batch: int, rows: int) -> None:
+    query, keys = numbers(B, HQ, S, D), numbers(1, HKV, SLOTS, D)
+    attention._check_mask(query, keys, mask_like(rows, batch=batch))
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "slots"),
+    [(B - 1, S * G, SLOTS), (B, S * G - 1, SLOTS), (B, S * G, SLOTS - 1), (B, S * G, SLOTS + 1)],
+)
+def test_a_mask_for_fewer_rows_or_tokens_or_another_pool_is_refused(
+    batch: int, rows: int, slots: int
+) -> None:
+    query, keys = numbers(B, HQ, S, D), numbers(1, HKV, slots, D)
+    with pytest.raises(GeometryError, match=f"{batch} sequences, {rows} folded rows"):
+        attention._check_mask(query, keys, mask_like(rows, batch=batch))
+
+
+# -- plans of decode steps ------------------------------------------------------------------------
+
+GEOMETRY = make_geometry(page_size=128, kv_heads=4, group=3, head_dim=128, dtype=torch.bfloat16)
+CONSTANTS = DecodeConstants(batch=1, parts_per_multiprocessor=1.5, block=64, warps=4, stages=3)
+
+
+@pytest.fixture(autouse=True)
+def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 100)
+
+
+@pytest.mark.parametrize(
+    ("batch", "pages", "splits"),
+    [(1, 999, 37), (2, 999, 18), (1, 36, 36), (37, 999, 1), (38, 999, 1), (0, 999, 150)],
+)
+def test_parts_are_shared_by_the_rows_and_their_kv_heads(
+    batch: int, pages: int, splits: int
+) -> None:
+    plan = DecodePlan.from_constants(CONSTANTS, GEOMETRY, batch, pages, CPU)
+    assert plan == DecodePlan(splits=splits, block=64, warps=4, stages=3)
+
+
+def test_a_block_of_a_plan_is_no_larger_than_a_page() -> None:
+    geometry = dataclasses.replace(GEOMETRY, page_size=32)
+    assert DecodePlan.from_constants(CONSTANTS, geometry, 1, 9, CPU).block == 32
+
+
+def block_with(memory: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(attention, "shared_memory", lambda device: memory)
+    return DecodePlan.choose(GEOMETRY, 1, 10, CPU).block
+
+
+def test_blocks_are_halved_until_their_pipeline_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = TUNED.for_batch(1)
+    assert constants.block == 128
+    per_token = constants.stages * 2 * 128 * 2  # K and V of one token, in bfloat16
+    assert block_with(128 * per_token, monkeypatch) == 128
+    assert block_with(128 * per_token - 1, monkeypatch) == 64
+    assert block_with(64 * per_token, monkeypatch) == 64
+    assert block_with(64 * per_token - 1, monkeypatch) == 32
+    assert block_with(1, monkeypatch) == 16, "the kernel needs blocks of 16"
+
+
+def test_bytes_of_a_block_are_those_of_k_and_v() -> None:
+    assert attention._kv_bytes(3, 5, 7) == 2 * 3 * 5 * 7
+
+
+def test_whole_rows_and_large_pools_use_the_main_kernel() -> None:
+    sizes = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    split, whole = DecodePlan(2, 64, 4, 3), DecodePlan(1, 64, 4, 3)
+    assert split.options(beyond_32_bits=False) == {**sizes, "SPLIT_KV": 1}
+    main = {**sizes, "FORCE_USE_FLEX_ATTENTION": True}
+    assert split.options(beyond_32_bits=True) == main
+    assert whole.options(beyond_32_bits=False) == whole.options(beyond_32_bits=True) == main
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_a_part_of_a_row_gets_the_queries_of_its_row(splits: int) -> None:
+    """Parts that all see everything give what one part gives."""
+    query, keys, values = (
+        numbers(B, HQ, 16),
+        numbers(1, HKV, SLOTS, 16),
+        numbers(2, 1, HKV, SLOTS, 16)[0],
+    )
+    mask = create_block_mask(lambda b, h, q, kv: kv >= 0, None, None, G, SLOTS, device="cpu")
+    plan, seen = DecodePlan(splits, 16, 4, 3), {}
+
+    def flex(parts: Tensor, *args: Any, return_aux: Any = None, **options: Any) -> Any:
+        seen.update(options, parts=parts, lse=return_aux)
+        scores = torch.einsum("bhgd,hkd->bhgk", parts, keys[0]) * options["scale"]
+        out = scores.softmax(-1) @ values[0]
+        return (out, SimpleNamespace(lse=scores.logsumexp(-1))) if return_aux else out
+
+    with mock.patch.object(attention, "flex_attention", flex):
+        out = attention._attend_split(query, keys, values, mask, 0.5, plan)
+    by_row = query.view(B, HKV, G, 16)
+    assert torch.equal(seen["parts"], by_row.repeat_interleave(splits, dim=0))
+    assert seen["kernel_options"] == plan.options(beyond_32_bits=False)
+    assert (seen["lse"] is None) == (splits == 1)
+    assert seen["lse"] is None or seen["lse"].lse is True
+    for head in range(HQ):
+        scores = query[:, head] @ keys[0, head // G].T * 0.5
+        expected = scores.softmax(-1) @ values[0, head // G]
+        assert relative_error(out[:, head], expected) <= 1e-6
+
+
+@pytest.mark.parametrize(("slots", "beyond"), [(2**20, True), (2**20 - 1, False)])
+def test_a_pool_of_two_to_the_31_elements_needs_the_main_kernel(slots: int, beyond: bool) -> None:
+    keys = torch.empty(1, 2, slots, 2**10, device="meta")
+    query = torch.empty(1, 2, 2**10, device="meta")
+    attend = mock.Mock(return_value=(torch.empty(2, 2, 1, 2**10), mock.Mock(lse=numbers(2, 2, 1))))
+    with mock.patch.object(attention, "flex_attention", attend):
+        attention._attend_split(query, keys, keys, mock.Mock(), 1.0, DecodePlan(2, 16, 4, 3))
+    options = attend.call_args.kwargs["kernel_options"]
+    assert options.get("FORCE_USE_FLEX_ATTENTION", False) is beyond
+
+
+# -- kernel options -------------------------------------------------------------------------------
+
+UNTUNED = {"BLOCK_N": 64, "BLOCK_M": 64}
+
+
+@pytest.mark.parametrize("rows", [17, 128])
+def test_a_prefill_in_half_precision_has_the_tuned_options(rows: int) -> None:
+    expected = prefill_options(TUNED.prefill, 128)
+    assert "num_stages" in expected
+    for head_dim in (16, 128):
+        assert kernel_options(mask_like(rows, 128), pool_like(head_dim=head_dim)) == expected
+
+
+def test_wider_heads_and_full_precision_have_options_that_always_fit() -> None:
+    mask = mask_like(17, 128)
+    assert kernel_options(mask, pool_like(head_dim=129)) == UNTUNED
+    assert kernel_options(mask, pool_like(dtype=torch.float32)) == UNTUNED
+    assert kernel_options(mask_like(17, 32), pool_like(head_dim=256))["BLOCK_N"] == 32
+
+
+def test_a_step_of_sixteen_rows_or_fewer_is_no_prefill() -> None:
+    for rows in (1, 16):
+        assert kernel_options(mask_like(rows, 128), pool_like()) == {**UNTUNED, "BLOCK_M": 16}
+
+
+@pytest.mark.parametrize(("elements", "beyond"), [(BIG, True), (BIG - 1, False), (100, False)])
+def test_offsets_of_64_bits_need_the_main_kernel(elements: int, beyond: bool) -> None:
+    options = kernel_options(mask_like(1), pool_like(elements))
+    assert options.get("FORCE_USE_FLEX_ATTENTION", False) is beyond
+
+
+def test_a_prefill_block_is_no_larger_than_a_page() -> None:
+    constants = PrefillConstants(BLOCK_M=64, BLOCK_N=32, warps=4, stages=2)
+    expected = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    assert prefill_options(constants, 16) == expected
+    assert prefill_options(constants, 128) == {**expected, "BLOCK_N": 32}
+
+
+def smaller(memory: int, monkeypatch: pytest.MonkeyPatch, **pool: Any) -> Any:
+    """Return the options for a device that has `memory` bytes for K and V."""
+    queries = 64 * 128 * 2  # a block of queries in half precision
+    monkeypatch.setattr(attention, "shared_memory", lambda device: queries + memory)
+    return attention._smaller_options(mask_like(17, 128), pool_like(**pool))
+
+
+def test_a_pipeline_that_does_not_fit_gets_fewer_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = TUNED.prefill.stages
+    stage = 2 * TUNED.prefill.BLOCK_N * 96 * 2  # K and V of a block, in bfloat16
+    full = prefill_options(TUNED.prefill, 128)
+    fewer = {**full, "num_stages": stages - 1}
+    assert smaller(stages * stage, monkeypatch, head_dim=96) is None
+    assert smaller(stages * stage - 1, monkeypatch, head_dim=96) == fewer
+    assert smaller(0, monkeypatch, head_dim=96) == {**full, "num_stages": 1}
+    assert smaller(0, monkeypatch, head_dim=96, is_cuda=False) is None
+    assert smaller(0, monkeypatch, head_dim=256) is None, "nothing is tuned, so nothing is changed"
+
+
+# -- what is compiled -----------------------------------------------------------------------------
+
+
+def test_functions_are_compiled_whole_and_for_fixed_shapes() -> None:
+    with mock.patch.object(torch, "compile") as compiled:
+        attention._compiled.__wrapped__(attention._fused)
+    compiled.assert_called_once_with(attention._fused, fullgraph=True, dynamic=False)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_kernel_options_are_made_for_gpus_and_where_none_are_given(cuda: bool) -> None:
+    query, attend = mock.Mock(is_cuda=cuda), mock.Mock(return_value=torch.ones(1))
+    mask, keys, given = mask_like(1), pool_like(), {"BLOCK_M": 32}
+    with mock.patch.object(attention, "flex_attention", attend):
+        attention._fused(query, keys, keys, mask, 1.0, given)  # type: ignore[arg-type]
+        assert attend.call_args.kwargs["kernel_options"] is given
+        attention._fused(query, keys, keys, mask, 1.0, None)
+        expected = kernel_options(mask, keys) if cuda else None
+        assert attend.call_args.kwargs["kernel_options"] == expected
+
+
+def compiled_call(**options: Any) -> Any:
+    """Return the options with which a compiled call runs the kernel."""
+    query, keys = numbers(B, HQ, S, 16), numbers(1, HKV, SLOTS, 16)
+    called = mock.Mock(side_effect=lambda function, folded, *args: folded)
+    with (
+        mock.patch.object(attention, "_call_compiled", called),
+        mock.patch.object(attention, "_smaller_options", return_value={"num_stages": 1}),
+    ):
+        out = attention.paged_attention(
+            query, keys, keys, mask_like(S * G), scale=1.0, backend="compiled", **options
+        )
+    assert torch.equal(out, query)
+    return called.call_args.args[-1]
+
+
+def test_options_of_the_caller_come_before_those_for_a_small_device() -> None:
+    assert compiled_call() == {"num_stages": 1}
+    assert compiled_call(options={"BLOCK_M": 32}) == {"BLOCK_M": 32}
+
+
+def test_sizes_are_checked_before_anything_is_compiled() -> None:
+    query, keys = numbers(B, HQ, S, 16), numbers(1, HKV, SLOTS, 16)
+    with mock.patch.object(attention, "check_compilable", side_effect=GeometryError) as check:
+        mask = mask_like(S * G, 8)
+        with pytest.raises(GeometryError):
+            attention.paged_attention(query, keys, keys, mask, scale=1.0, backend="compiled")
+    check.assert_called_once_with(CPU, torch.float32, page_size=8, head_dim=16)
+
+
+@pytest.mark.parametrize(("head_dim", "eager"), [(16, False), (8, True)])
+def test_the_size_of_a_head_decides_what_runs(head_dim: int, eager: bool) -> None:
+    query = torch.empty(B, HQ, 64, head_dim)
+    with mock.patch.object(attention, "attention_backend") as backend:
+        backend.side_effect = lambda name, device, dtype, size: "eager" if size < 16 else "compiled"
+        assert attention._is_eager("auto", query) is eager
