@@ -28,7 +28,6 @@ from granite_paged.digests import weights_digest
 from granite_paged.environment import bits_place
 from granite_paged.errors import BitsFileError, InvalidArgument
 from granite_paged.geometry import PagedConfig
-from granite_paged.layers.mamba import EXACT_CHUNK
 from granite_paged.models import LoadedModel
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Chunk, Runner
@@ -213,8 +212,9 @@ def _by_layer(runner: Runner, tokens: int) -> Iterator[tuple[str, str]]:
         else:
             place = geometry.mamba_layers.index(layer)
             parts = [states.conv[place], states.ssm[place]]
-            if states.recent is not None:  # the lines after these are of no token
-                parts.append(states.recent[place, : tokens % EXACT_CHUNK])
+            inputs = [part for part in (states.recent, states.times) if part is not None]
+            # the slots after these are of no token
+            parts += [part[place, : tokens % part.shape[1]] for part in inputs]
             yield f"{layer} mamba", digest_of(*parts)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from granite_paged.bench.measure import Prepared
 from granite_paged.errors import Unsupported
 from granite_paged.geometry import PagedConfig, pages_for
 from granite_paged.hf.compat import with_cache
+from granite_paged.layers.mamba import REPLAYED
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Chunk, Runner
 
@@ -204,7 +205,7 @@ class Paged:
             raise
 
     def _prepared(self, runner: Runner, kind: Kind, shape: Shape) -> Prepared:
-        tokens = shape.context + (kind == "decode")
+        tokens = shape.context + (REPLAYED if kind == "decode" else 0)
         if tokens > runner.longest:
             raise Unsupported(f"sequences have at most {runner.longest} tokens here, got {tokens}")
         ids = token_ids(self._model, shape.batch, shape.context, self._seed)
@@ -220,8 +221,8 @@ def make_runner(model: Any, config: PagedConfig) -> Runner:
 
 
 def config_for(config: PagedConfig, shape: Shape) -> PagedConfig:
-    """Return the config with rows for the batch, and pages for its contexts plus one token each."""
-    pages = shape.batch * pages_for(shape.context + 1, config.page_size)
+    """Return the config with rows for the batch, and pages for its contexts and `REPLAYED` more."""
+    pages = shape.batch * pages_for(shape.context + REPLAYED, config.page_size)
     return replace(config, max_sequences=shape.batch, max_tokens=pages * config.page_size)
 
 
@@ -265,12 +266,15 @@ def _paged_prefill(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepare
 
 def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared:
     batch, context = ids.shape
-    sequences.open(context + 1)
+    sequences.open(context + REPLAYED)
     stretch = _fill_pages(runner, sequences, ids)
-    rows, positions = sequences.rows, [context] * batch
+    rows, turns = sequences.rows, count()
     runner.tokens[1 : batch + 1].copy_(ids[:, 0])
 
     def step() -> None:
+        # a row stores its states at every `REPLAYED`th token: in each step, other rows do
+        turn = next(turns)
+        positions = [context + (row + turn) % REPLAYED for row in rows]
         runner.decode(rows, positions)  # also chooses each row's next token
 
     note = _note(context, stretch)

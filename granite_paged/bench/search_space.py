@@ -34,6 +34,7 @@ from granite_paged.layers.attention import (
     prefill_options,
 )
 from granite_paged.layers.backend import triton_refusal
+from granite_paged.layers.mamba import REPLAYED
 from granite_paged.layers.tuning import (
     ROW_TILES,
     TUNED,
@@ -320,8 +321,8 @@ class DecodeSteps:
         shape, clock = Shape(self._rows, STEP_CONTEXT), self._target.clock
         runner = make_runner(self._target.model, config_for(self._target.config, shape))
         sequences = Sequences(runner, self._rows)
-        sequences.open(STEP_CONTEXT + 1)
-        positions = [STEP_CONTEXT] * self._rows
+        sequences.open(STEP_CONTEXT + REPLAYED)
+        positions = [STEP_CONTEXT + row % REPLAYED for row in sequences.rows]
 
         def steps() -> None:
             for _ in range(_STEPS):

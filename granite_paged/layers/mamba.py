@@ -18,6 +18,7 @@ precision on a GPU, `triton/mamba.py` and `triton/scan.py` compute the same. For
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,24 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
 EXACT_CHUNK = 64
 """Tokens between two stored states in exact mode on a GPU."""
 
+REPLAYED = 8
+"""Tokens between two stored states while Triton kernels decode. A step must read a row's state, but
+of what it must write, this leaves an eighth."""
+
+
+class Kept(Enum):
+    """The inputs that a row keeps beside its state, so that not every step has to store the state.
+
+    NOTHING: none; the state is of the last token.
+    REPLAY: those that a step of one token left to be replayed (`MambaState.times`).
+    CHUNK: those since the last multiple of `EXACT_CHUNK` tokens (`triton/exact_scan.py`).
+    """
+
+    NOTHING = "nothing"
+    REPLAY = "replay"
+    CHUNK = "chunk"
+
+
 _STATE = 0  # a Granite Mamba layer has one state; transformers' cache allows for several
 
 
@@ -40,19 +59,29 @@ class MambaState(NamedTuple):
     conv: [rows, channels, width].
     ssm: [rows, heads, head_dim, state_size].
     rows: [B] int64; None if the batch is all rows in order.
-    recent: [rows, EXACT_CHUNK, channels + heads], the inputs since `ssm` was stored, in exact mode
-        on a GPU (`triton/exact_scan.py`); None otherwise, where `ssm` is of the last token.
+    recent: the inputs since `ssm` was stored. `Kept.REPLAY`: [rows, REPLAYED, inner + groups *
+        state_size], x and B; slot `position % REPLAYED`. `Kept.CHUNK`: [rows, EXACT_CHUNK, channels
+        + heads]. None for `Kept.NOTHING`, where `ssm` is of the last token.
+    times: [rows, REPLAYED, heads] float32, their dt, for `Kept.REPLAY`; 0 where `ssm` has the token
+        already. Before a token at position p, the slots below p % REPLAYED are to be replayed.
     """
 
     conv: Tensor
     ssm: Tensor
     rows: Tensor | None
     recent: Tensor | None = None
+    times: Tensor | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """States, and inputs where they are kept, as `RowSnapshot` lists them."""
+        parts = (self.conv, self.ssm, self.recent, self.times)
+        return [part for part in parts if part is not None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both states, over all rows."""
-        return self.conv.nbytes + self.ssm.nbytes
+        """Bytes of all parts, over all rows."""
+        return sum(part.nbytes for part in self.parts)
 
 
 class MambaSizes(NamedTuple):
@@ -95,24 +124,31 @@ class MambaSizes(NamedTuple):
         """Elements of one row's recurrent state."""
         return self.inner * self.state_size
 
-    def state_bytes(self, dtype: torch.dtype, *, recent: bool = False) -> int:
-        """Return the bytes of one row's states.
+    def state_bytes(self, dtype: torch.dtype, kept: Kept = Kept.NOTHING) -> int:
+        """Return the bytes of one row's states, and of the inputs that it keeps beside them.
 
-        Args:
-            dtype: of the model.
-            recent: whether the inputs since the last stored state are kept too.
+        dtype: of the model.
         """
-        columns = self.channels * self.conv_width
-        if recent:
-            columns += EXACT_CHUNK * (self.channels + self.heads)
-        return columns * dtype.itemsize + self.ssm_elements * torch.float32.itemsize
+        return self.empty_state(1, dtype, torch.device("meta"), kept).nbytes
 
-    def empty_state(self, rows: int, dtype: torch.dtype, device: torch.device) -> MambaState:
+    def empty_state(
+        self, rows: int, dtype: torch.dtype, device: torch.device, kept: Kept = Kept.NOTHING
+    ) -> MambaState:
         """Return states of `rows` rows, all zero, as every sequence starts."""
+        shared = self.groups * self.state_size
+        recent = times = None
+        if kept is Kept.REPLAY:
+            recent = torch.zeros(rows, REPLAYED, self.inner + shared, dtype=dtype, device=device)
+            times = torch.zeros(rows, REPLAYED, self.heads, device=device)
+        elif kept is Kept.CHUNK:
+            columns = self.channels + self.heads
+            recent = torch.zeros(rows, EXACT_CHUNK, columns, dtype=dtype, device=device)
         return MambaState(
             torch.zeros(rows, self.channels, self.conv_width, dtype=dtype, device=device),
             torch.zeros(rows, self.heads, self.head_dim, self.state_size, device=device),
             None,
+            recent,
+            times,
         )
 
 
@@ -201,6 +237,8 @@ def mamba_forward(
         [B, S, hidden]; arbitrary finite values at padding.
     """
     sizes = MambaSizes.of(mixer)
+    if state.times is not None:
+        store_replayed(sizes, positions, mixer.A_log, state)
     hidden = apply_mask_to_padding_states(hidden, mask)
     gate, convolved, dt = mixer.in_proj(hidden).split(
         [sizes.inner, sizes.channels, sizes.heads], dim=-1
@@ -337,6 +375,33 @@ def chunk_scan(
     out = _inside(sizes, scaled, b, c, decay) + _across(sizes, scaled, b, c, decay, state)
     out = out.reshape(batch, -1, sizes.heads, sizes.head_dim)[:, :tokens]
     return (out + weights.skip.float()[:, None] * x).reshape(batch, tokens, -1)
+
+
+def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: MambaState) -> None:
+    """Store the states before the batch's first tokens, so that no input is left to be replayed.
+
+    Args:
+        sizes: the layer's sizes.
+        positions: [B, S] int, of the next tokens; -1 for padding, on the right only.
+        a_log: [heads], the log of -A.
+        state: the layer's states, with the inputs of `Kept.REPLAY`.
+    """
+    assert state.recent is not None
+    assert state.times is not None
+    rows = state.rows
+    slot = torch.arange(REPLAYED, device=positions.device)[None, :, None]
+    behind = positions[:, :1, None].clamp(min=0) % REPLAYED
+    dt = _of_batch(state.times, rows).where(slot < behind, 0)  # [B, REPLAYED, heads]
+    x, b = _of_batch(state.recent, rows).float().tensor_split([sizes.inner], dim=-1)
+    x = x.reshape(*dt.shape, sizes.head_dim)
+    b = _per_head(sizes, b.reshape(*b.shape[:2], sizes.groups, sizes.state_size))
+    rate = -a_log.float().exp()
+    whole = dt.sum(dim=1, keepdim=True)
+    scaled = x * (dt * torch.exp((whole - dt.cumsum(dim=1)) * rate))[..., None]
+    decay = torch.exp(whole[:, 0] * rate)[..., None, None]
+    added = torch.einsum("zlhp,zlhn->zhpn", scaled, b)
+    _put(state.ssm, rows, _of_batch(state.ssm, rows) * decay + added)
+    _put(state.times, rows, torch.zeros_like(dt))
 
 
 def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from granite_paged.device import available_bytes
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
-from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, mixers
+from granite_paged.layers.backend import triton_refusal
+from granite_paged.layers.mamba import EXACT_CHUNK, Kept, MambaSizes, mixers
 from granite_paged.layers.triton import SCRATCH_NUMBERS, SCRATCH_TILES
 
 DEFAULT_SEQUENCES = 256
@@ -78,15 +79,19 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def keeps_recent(model: Any, config: PagedConfig) -> bool:
-    """Return whether rows keep the inputs since their states were stored (`MambaState`)."""
-    return config.exact and model.device.type == "cuda"
+def kept_inputs(model: Any, config: PagedConfig) -> Kept:
+    """Return which inputs rows keep beside their Mamba states."""
+    if model.device.type != "cuda":
+        return Kept.NOTHING
+    if config.exact:
+        return Kept.CHUNK
+    return Kept.NOTHING if triton_refusal(model, config.backend) else Kept.REPLAY
 
 
 def row_bytes(model: Any, config: PagedConfig) -> int:
     """Return the bytes of one row's Mamba states, over all layers."""
-    sizes, recent = map(MambaSizes.of, mixers(model).values()), keeps_recent(model, config)
-    return sum(each.state_bytes(model.dtype, recent=recent) for each in sizes)
+    sizes, kept = map(MambaSizes.of, mixers(model).values()), kept_inputs(model, config)
+    return sum(each.state_bytes(model.dtype, kept) for each in sizes)
 
 
 def choose_sizes(
@@ -165,25 +170,25 @@ def _positions(model: Any) -> int:
 
 def _workspace_bytes(model: Any, config: PagedConfig, geometry: CacheGeometry) -> int:
     """Return the most bytes that a layer's intermediate tensors take in a step."""
-    tokens, recent = config.chunk_tokens, keeps_recent(model, config)
+    tokens, kept = config.chunk_tokens, kept_inputs(model, config)
     item, hidden = model.dtype.itemsize, model.config.hidden_size
     query, key = (heads * geometry.head_dim for heads in (geometry.query_heads, geometry.kv_heads))
     feed_forward = 3 * model.config.shared_intermediate_size
     attention = 5 * query + 2 * key  # projections, then query folded, output, unfolded
     widest = item * max(feed_forward + hidden, attention + hidden)
     for mixer in mixers(model).values():
-        widest = max(widest, _scan_bytes(MambaSizes.of(mixer), hidden, item, recent=recent))
+        widest = max(widest, _scan_bytes(MambaSizes.of(mixer), hidden, item, kept))
     return int(tokens * (widest + 3 * hidden * item))
 
 
-def _scan_bytes(sizes: MambaSizes, hidden: int, item: int, *, recent: bool) -> int:
+def _scan_bytes(sizes: MambaSizes, hidden: int, item: int, kept: Kept) -> int:
     """Return the bytes per token of a Mamba layer's intermediate tensors.
 
     They are: projected, convolved, gated and mixed channels; decays; chunk states.
     """
     projected = sizes.inner + sizes.channels + sizes.heads
     per_state = torch.float32.itemsize + item  # added by a chunk, and entering it
-    chunk = EXACT_CHUNK if recent else min(sizes.chunk_size, 256)
+    chunk = EXACT_CHUNK if kept is Kept.CHUNK else min(sizes.chunk_size, 256)
     states = per_state * sizes.ssm_elements // chunk
     decays = 2 * torch.float32.itemsize * sizes.heads
     return item * (projected + sizes.channels + 2 * sizes.inner + hidden) + decays + states

@@ -42,7 +42,7 @@ from granite_paged.runner.memory_plan import (
     SCORED_AT_ONCE,
     MemoryPlan,
     choose_sizes,
-    keeps_recent,
+    kept_inputs,
     memory_refused,
     plan_memory,
     row_bytes,
@@ -108,9 +108,7 @@ class Runner:
         self.alignment = max((mixer.chunk_size for mixer in layers.values()), default=1)
         if config.exact and self.device.type == "cpu":
             self.alignment = 1  # each token is computed by itself
-        self.shapes = Shapes(
-            config.chunk_tokens, self.rows, captured=not fallback, alignment=self.alignment
-        )
+        self.shapes = self._shapes()
         with memory_refused(self.device, "the pools and rows"):
             width = geometry.pages_for(self.longest)
             pages = PageStore(geometry, self.pages, self.device, rows=self.rows + 1, width=width)
@@ -120,7 +118,7 @@ class Runner:
                 self.rows,
                 self.dtype,
                 self.device,
-                recent=keeps_recent(model, config),
+                kept=kept_inputs(model, config),
             )
         self.tokens, self.nonfinite = self._storage.tokens, self._storage.nonfinite
         self._live, self._look = model, Look(model)
@@ -286,6 +284,7 @@ class Runner:
             if self.config.exact:
                 check_exact(model, self.config.backend)
             self.fallback = self.fallback or triton_refusal(model, self.config.backend)
+            self.shapes = self._shapes()
             parts = (self._storage, self.config, self.geometry, self.fallback)
             late = self._steps.late
             self._steps = Steps(model, *parts)  # the captured ones read the old places
@@ -350,6 +349,10 @@ class Runner:
     def _check_rows(self, rows: Sequence[int]) -> None:
         if min(rows) <= NULL_ROW or max(rows) > self.rows:
             raise InvalidRequest(f"rows must be 1 to {self.rows}, got {min(rows)} to {max(rows)}")
+
+    def _shapes(self) -> Shapes:
+        captured = not self.fallback
+        return Shapes(self.chunk_tokens, self.rows, captured=captured, alignment=self.alignment)
 
     def _arranged(self, chunks: Sequence[Chunk], *, cut: bool) -> Sequence[Batch]:
         """Check chunks, and arrange them in steps."""

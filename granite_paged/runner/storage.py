@@ -5,8 +5,8 @@
     pages       page table and pools
     tokens      [rows + 1] int64, each row's next input token
     nonfinite   [rows + 1] uint8, whether a row met NaN or infinity since it was cleared
-    stacked     conv, ssm and, in exact mode on a GPU, recent inputs of all Mamba layers,
-                [layers, rows, ...] each
+    stacked     conv, ssm and, on a GPU, the inputs that rows keep beside them (`Kept`), of all
+                Mamba layers, [layers, rows, ...] each
 
 Row 0 is the null row: it takes padding, belongs to no sequence and has no Mamba state. So the state
 of row r has index r - 1.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.device import finite_rows, host_copy, to_device
-from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState
+from granite_paged.layers.mamba import Kept, MambaSizes, MambaState
 from granite_paged.paging.store import PageStore
 
 NULL_ROW = 0
@@ -34,12 +34,14 @@ class RowSnapshot(NamedTuple):
     Attributes:
         conv: [layers, channels, width], in the model's dtype.
         ssm: [layers, heads, head_dim, state_size] float32.
-        recent: inputs since `ssm` was stored, see `MambaState`; None where it is of the last token.
+        recent, times: inputs since `ssm` was stored, see `MambaState`; None where it is of the last
+            token.
     """
 
     conv: Tensor
     ssm: Tensor
     recent: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +115,7 @@ def make_storage(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    recent: bool = False,
+    kept: Kept = Kept.NOTHING,
 ) -> Storage:
     """Allocate a runner's buffers.
 
@@ -123,18 +125,13 @@ def make_storage(
         rows: rows of sequences, the null row not counted.
         dtype: of the convolutions' states.
         device: of all buffers.
-        recent: whether states are stored with the inputs since then (`MambaState`).
+        kept: the inputs that rows keep beside their states.
     """
     stacked = [torch.zeros(0, rows, device=device) for _ in range(2)]
     if mixers:
         sizes = MambaSizes.of(next(iter(mixers.values())))
-        conv, ssm, *_ = sizes.empty_state(len(mixers) * rows, dtype, device)
-        parts = [conv, ssm]
-        if recent:
-            width = sizes.channels + sizes.heads
-            shape = (len(mixers) * rows, EXACT_CHUNK, width)
-            parts.append(torch.zeros(shape, dtype=dtype, device=device))
-        stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in parts]
+        state = sizes.empty_state(len(mixers) * rows, dtype, device, kept)
+        stacked = [part.view(len(mixers), rows, *part.shape[1:]) for part in state.parts]
     return Storage(
         pages=pages,
         tokens=torch.zeros(rows + 1, dtype=torch.int64, device=device),

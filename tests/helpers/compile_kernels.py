@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState
+from granite_paged.layers.mamba import EXACT_CHUNK, Kept, MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton import (
     exact_attention,
     exact_linear,
@@ -75,13 +75,16 @@ def compile_all() -> None:
     sizes, hidden = MambaSizes.of(mixer), config.hidden_size
     norm = torch.ones(hidden, dtype=torch.bfloat16)
     for rows in ROWS:
-        conv, ssm, *_ = sizes.empty_state(rows, torch.bfloat16, torch.device("cpu"))
-        state = MambaState(conv, ssm, torch.arange(rows))
-        newest = torch.zeros(rows, dtype=torch.int32)
+        newest, cpu = torch.zeros(rows, dtype=torch.int32), torch.device("cpu")
+        states = [
+            sizes.empty_state(rows, torch.bfloat16, cpu, kept)._replace(rows=torch.arange(rows))
+            for kept in (Kept.NOTHING, Kept.REPLAY)
+        ]
         x = linear.prenorm(random(rows, hidden), norm)
-        convolution = mamba.convolution(mixer, newest, state)
+        convolution, weights = mamba.convolution(mixer, newest, states[0]), ScanWeights.of(mixer)
         projected, _ = linear.linear(x, mixer.in_proj.weight, eps=1e-5, conv=convolution)
-        mamba.step(sizes, projected, newest, mamba.ScanWeights.of(mixer), state, mixer.norm.weight)
+        for state in states:
+            mamba.step(sizes, projected, newest, weights, state, mixer.norm.weight)
         linear.linear(x, (random(1536, hidden), random(512, hidden), random(512, hidden)))
         linear.linear(x, random(8192, hidden), eps=1e-5, gated=True)
         held = random(rows, hidden)
@@ -89,7 +92,8 @@ def compile_all() -> None:
         for length in (1, 40, 600):
             at = torch.arange(length, dtype=torch.int32).repeat(rows, 1)
             whole = random(rows * length, sizes.inner + sizes.channels + sizes.heads)
-            mamba.gated_scan(mixer, whole, at, state)
+            for state in states:
+                mamba.gated_scan(mixer, whole, at, state)
     pool = (random(1, 4, 20 * 128, 128), random(1, 4, 20 * 128, 128))
     table, newest = torch.zeros(3, 9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     rows, bad = torch.arange(2), torch.zeros(3, dtype=torch.uint8)
@@ -107,7 +111,7 @@ def compile_all() -> None:
 
 def compile_exact(mixer: Any) -> None:
     """Call the kernels of exact mode."""
-    sizes, weights, hidden = MambaSizes.of(mixer), mamba.ScanWeights.of(mixer), 1536
+    sizes, weights, hidden = MambaSizes.of(mixer), ScanWeights.of(mixer), 1536
     width = sizes.channels + sizes.heads
     conv, ssm, *_ = sizes.empty_state(1, torch.bfloat16, torch.device("cpu"))
     state = MambaState(conv, ssm, torch.arange(1), random(1, EXACT_CHUNK, width))

@@ -32,6 +32,7 @@ from granite_paged.bench.session import (
 from granite_paged.errors import InvalidArgument, Unsupported
 from granite_paged.geometry import PagedConfig
 from granite_paged.hf.compat import CACHE, with_cache
+from granite_paged.layers.mamba import REPLAYED
 from granite_paged.models import LoadedModel
 from granite_paged.report.bench_results import updated
 from granite_paged.runner.shapes import Shapes
@@ -154,12 +155,13 @@ def test_paged_prefills_every_token_of_every_row_once(runner: Any) -> None:
 
 def test_paged_decodes_at_the_end_of_every_context(runner: Any) -> None:
     prepared = Paged(tiny_model(), CONFIG, 0).prepare("decode", Shape(3, 150))
-    prepared.step()  # the recording runner refuses contexts with a page that was never written
-    prepared.step()
+    for _ in range(REPLAYED):  # the recording runner refuses a context with an unwritten page
+        prepared.step()
     (made,) = runner.made
-    assert [call for call in made.calls if call[0] == "decode"] == [
-        ("decode", ([1, 2, 3], [150, 150, 150]))
-    ] * 2
+    steps = [call[1] for call in made.calls if call[0] == "decode"]
+    assert steps[:2] == [([1, 2, 3], [151, 152, 153]), ([1, 2, 3], [152, 153, 154])]
+    for row in range(3):  # so every row stores its states as often as in an answer
+        assert {positions[row] for _, positions in steps} == set(range(150, 150 + REPLAYED))
     assert prepared.note == "cache: 64 tokens, repeated"
 
 
@@ -167,7 +169,7 @@ def test_the_pool_is_as_large_as_the_shape_needs(runner: Any) -> None:
     Paged(tiny_model(), CONFIG, 0).prepare("decode", Shape(3, 150))
     (made,) = runner.made
     assert made.rows == 3
-    assert made.pages == 3 * 10 + 1  # 151 tokens fill ten pages of 16
+    assert made.pages == 3 * 10 + 1  # 158 tokens fill ten pages of 16
 
 
 def test_a_released_runner_is_closed(runner: Any) -> None:

@@ -283,6 +283,18 @@ def test_a_model_that_changes_loses_no_count_of_late_captures() -> None:
     assert runner.late_captures == 3
 
 
+def test_a_model_that_cannot_be_captured_any_more_has_steps_of_its_input_s_shape() -> None:
+    model = tiny_model()
+    runner = Driver(model, CONFIG).runner
+    runner.fallback = ""  # as where kernels run
+    runner.shapes = runner._shapes()
+    assert runner.shapes.captured
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())
+    assert runner.notice_changes(idle=True)
+    assert runner.fallback
+    assert not runner.shapes.captured
+
+
 def test_the_memory_plan_equals_what_is_allocated(driver: Driver, model: Any) -> None:
     runner = driver.runner
     storage = runner.storage

@@ -32,7 +32,7 @@ from granite_paged.engine import admission, limits, rank
 from granite_paged.evaluate import near_ties
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers import tuning
-from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, mixers
+from granite_paged.layers.mamba import EXACT_CHUNK, REPLAYED, Kept, MambaSizes, mixers
 from granite_paged.models import GraniteMoeHybridForCausalLM, geometry_config, load
 from granite_paged.ray import batch as ray_batch
 from granite_paged.ray import workers
@@ -283,8 +283,8 @@ def test_the_guide_states_the_cost_of_exact_mode() -> None:
         model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
     sizes = [MambaSizes.of(mixer) for mixer in mixers(model).values()]
     states = [
-        sum(each.state_bytes(torch.bfloat16, recent=recent) for each in sizes)
-        for recent in (True, False)
+        sum(each.state_bytes(torch.bfloat16, kept) for each in sizes)
+        for kept in (Kept.CHUNK, Kept.NOTHING)
     ]
     assert_states(
         "docs/guides/exact.md",
@@ -499,6 +499,22 @@ def test_the_glossary_states_the_size_of_a_mamba_state() -> None:
         f"it is {state / 1e6:.1f} MB per sequence, "
         f"as much as K and V of about {tokens:,.0f} tokens",
         f"size ({config.mamba_chunk_size} for Granite-4.0)",
+    )
+
+
+def test_the_glossary_states_what_is_kept_to_be_replayed() -> None:
+    config = geometry_config("granite-4.0-h-1b")
+    with torch.device("meta"):
+        model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
+    sizes = [MambaSizes.of(mixer) for mixer in mixers(model).values()]
+    whole, states = (
+        sum(each.state_bytes(torch.bfloat16, kept) for each in sizes)
+        for kept in (Kept.REPLAY, Kept.NOTHING)
+    )
+    assert_states(
+        "docs/glossary.md",
+        f"at every {REPLAYED}th token only",
+        f"at most {(whole - states) / 1e6:.1f} MB per sequence",
     )
 
 

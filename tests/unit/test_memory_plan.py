@@ -51,6 +51,7 @@ def mixers(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
     """Return the Mamba layers that every model has: two, which a test may change."""
     held: dict[int, Any] = {0: MIXER, 2: MIXER}
     monkeypatch.setattr(memory_plan, "mixers", lambda model: held)
+    monkeypatch.setattr(memory_plan, "triton_refusal", lambda model, backend: "no kernels here")
     return held
 
 
@@ -126,6 +127,16 @@ def test_a_shared_parameter_counts_once() -> None:
 
 
 def test_a_row_holds_the_states_of_all_layers(mixers: Any) -> None:
+    assert row_bytes(Fake("cpu"), PagedConfig()) == 2 * ROW
+
+
+def test_a_row_keeps_inputs_to_replay_where_triton_kernels_run(
+    mixers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert row_bytes(Fake("cuda"), PagedConfig()) == 2 * ROW
+    monkeypatch.setattr(memory_plan, "triton_refusal", lambda model, backend: "")
+    inputs = 8 * ((INNER + 2 * 16) * 2 + 4 * 4)  # 8 tokens' x and B in bfloat16, dt in float32
+    assert row_bytes(Fake("cuda"), PagedConfig()) == 2 * (ROW + inputs)
     assert row_bytes(Fake("cpu"), PagedConfig()) == 2 * ROW
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from granite_paged.layers.mamba import EXACT_CHUNK
+from granite_paged.layers.mamba import EXACT_CHUNK, REPLAYED, Kept
 from granite_paged.runner import storage as storage_module
 from granite_paged.runner.storage import NULL_ROW, RowSnapshot, Storage, make_storage
 from tests.helpers.mamba_layers import mixer_sizes
@@ -17,17 +17,18 @@ from tests.helpers.strategies import CPU
 ROWS = 4
 MIXER = mixer_sizes(heads=2, head_dim=3, state_size=5, groups=1, width=4)
 CHANNELS = 2 * 3 + 2 * 5
+PARTS = {Kept.NOTHING: 0, Kept.CHUNK: 1, Kept.REPLAY: 2}  # buffers of kept inputs
 
 
-def make(*layers: int, recent: bool = False) -> Storage:
+def make(*layers: int, kept: Kept = Kept.NOTHING) -> Storage:
     pages: Any = mock.Mock(pools={1: "a pool"})
-    options: Any = {"recent": True} if recent else {}
-    return make_storage(pages, dict.fromkeys(layers, MIXER), ROWS, torch.bfloat16, CPU, **options)
+    of_layers = dict.fromkeys(layers, MIXER)
+    return make_storage(pages, of_layers, ROWS, torch.bfloat16, CPU, kept=kept)
 
 
-def numbered(*layers: int, recent: bool = False) -> Storage:
+def numbered(*layers: int, kept: Kept = Kept.NOTHING) -> Storage:
     """Return storage whose row r holds r everywhere, in token, flag and states."""
-    storage = make(*layers, recent=recent)
+    storage = make(*layers, kept=kept)
     for tensor in (storage.tokens, storage.nonfinite):
         tensor.copy_(torch.arange(ROWS + 1))
     for states in storage.stacked:
@@ -63,13 +64,26 @@ def test_states_of_all_layers_are_one_buffer_of_each_kind() -> None:
         assert state.ssm.data_ptr() == ssm[place].data_ptr()
 
 
-def test_recent_inputs_are_kept_where_they_are_asked_for() -> None:
-    storage = make(0, 3, 4, recent=True)
+def test_rows_keep_the_inputs_of_a_chunk_for_exact_mode() -> None:
+    storage = make(0, 3, 4, kept=Kept.CHUNK)
     *_, recent = storage.stacked
     assert (recent.shape, recent.dtype) == ((3, ROWS, EXACT_CHUNK, CHANNELS + 2), torch.bfloat16)
     for place, state in enumerate(storage.states.values()):
         assert state.recent is not None
         assert state.recent.data_ptr() == recent[place].data_ptr()
+        assert state.times is None
+
+
+def test_rows_keep_the_inputs_to_replay() -> None:
+    storage = make(0, 3, 4, kept=Kept.REPLAY)
+    *_, recent, times = storage.stacked
+    assert (recent.shape, recent.dtype) == ((3, ROWS, REPLAYED, 2 * 3 + 5), torch.bfloat16)
+    assert (times.shape, times.dtype) == ((3, ROWS, REPLAYED, 2), torch.float32)
+    for place, state in enumerate(storage.states.values()):
+        assert state.recent is not None
+        assert state.times is not None
+        assert state.recent.data_ptr() == recent[place].data_ptr()
+        assert state.times.data_ptr() == times[place].data_ptr()
 
 
 def test_a_model_without_mamba_layers_has_empty_states() -> None:
@@ -79,11 +93,11 @@ def test_a_model_without_mamba_layers_has_empty_states() -> None:
     assert storage.save_row(1, to_host=False).nbytes == 0
 
 
-@pytest.mark.parametrize("recent", [False, True])
-def test_a_row_is_copied_to_others(recent: bool) -> None:
-    storage = numbered(0, 2, recent=recent)
+@pytest.mark.parametrize("kept", Kept)
+def test_a_row_is_copied_to_others(kept: Kept) -> None:
+    storage = numbered(0, 2, kept=kept)
     storage.copy_row(2, [4, 1])
-    assert rows_of(storage) == [[0, 2, 2, 3, 2]] * (5 if recent else 4)
+    assert rows_of(storage) == [[0, 2, 2, 3, 2]] * (4 + PARTS[kept])
     source, index = storage.pages.table.copy_row.call_args.args  # type: ignore[attr-defined]
     assert (source, index.tolist()) == (2, [4, 1])
 
@@ -96,20 +110,20 @@ def test_cleared_rows_hold_zeros() -> None:
     assert (rows, index.tolist()) == ([1, 3], [1, 3])
 
 
-@pytest.mark.parametrize("recent", [False, True])
+@pytest.mark.parametrize("kept", Kept)
 @pytest.mark.parametrize("to_host", [False, True])
-def test_a_saved_row_can_be_put_into_any_other(to_host: bool, recent: bool) -> None:
-    storage = numbered(0, 2, recent=recent)
+def test_a_saved_row_can_be_put_into_any_other(to_host: bool, kept: Kept) -> None:
+    storage = numbered(0, 2, kept=kept)
     saved = storage.save_row(3, to_host=to_host)
     storage.clear_rows([3])
     storage.load_row(1, saved)
-    assert rows_of(storage)[2:] == [[0, 3, 2, 0, 4]] * (3 if recent else 2)
+    assert rows_of(storage)[2:] == [[0, 3, 2, 0, 4]] * (2 + PARTS[kept])
     assert saved.nbytes == sum(states.nbytes // ROWS for states in storage.stacked)
 
 
-@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("part", range(4))
 def test_a_snapshot_with_one_nan_is_not_finite(part: int) -> None:
-    parts = [torch.zeros(2, 3, 4) for _ in range(3)]
+    parts = [torch.zeros(2, 3, 4) for _ in range(4)]
     assert RowSnapshot(*parts).all_finite().tolist() == [True]
     assert RowSnapshot(*parts[:2]).all_finite().tolist() == [True]
     parts[part][1, 2, 3] = torch.nan

@@ -6,9 +6,13 @@
     gated       [B * S, inner]                       y * silu(gate), for the norm and `out_proj`
     conv ring   [rows, channels, width]              slot `position % width`
     ssm         [rows, heads, head_dim, state_size]  float32
+    recent      [rows, REPLAYED, inner + groups * state_size]   x and B, slot `position % REPLAYED`
+    times       [rows, REPLAYED, heads]              float32, their dt
 
 The convolution is part of the product with `in_proj`. Then each program owns a block of one head's
-state, which it reads and writes once. `scan.py` computes several tokens per row.
+state. With `Kept.REPLAY`, a step reads the state and replays the inputs since it was stored; only
+the last token of `REPLAYED` stores it again, the others store their inputs, which are much smaller.
+Otherwise every step stores the state. `scan.py` computes several tokens per row.
 """
 
 from __future__ import annotations
@@ -22,7 +26,13 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
     apply_mask_to_padding_states,
 )
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
+from granite_paged.layers.mamba import (
+    REPLAYED,
+    MambaSizes,
+    MambaState,
+    ScanWeights,
+    norm_groups,
+)
 from granite_paged.layers.triton.linear import (
     Convolution,
     DeferredNorm,
@@ -68,10 +78,34 @@ def convolve_step(projected: Tensor, conv: Convolution) -> None:
 
 
 @triton.jit
+def _replayed(
+    state, recent_ptr, times_ptr, rate, heads, width, head, x_at, b_at, x_there, b_there, pending,
+    REPLAYED: tl.constexpr,
+):  # fmt: skip
+    """Return the state [P, N] after the first `pending` inputs of the row at `recent_ptr`.
+
+    x_at [P], b_at [N]: the columns of the program's x and B.
+    """
+    to_end = 0.0  # sum of dt after the slot
+    added = tl.zeros_like(state)
+    for back in tl.static_range(2, REPLAYED + 1):  # from the newest that can be pending
+        slot = REPLAYED - back
+        known = slot < pending
+        line = recent_ptr + slot * width
+        dt = tl.load(times_ptr + slot * heads + head, mask=known, other=0.0)
+        x = tl.load(line + x_at, mask=known & x_there, other=0.0).to(tl.float32)
+        b = tl.load(line + b_at, mask=known & b_there, other=0.0).to(tl.float32)
+        added += (x * (dt * tl.exp(to_end * rate)))[:, None] * b[None, :]
+        to_end += dt
+    return state * tl.exp(to_end * rate) + added
+
+
+@triton.jit
 def _step(
-    projected_ptr, ssm_ptr, rows_ptr, positions_ptr,
+    projected_ptr, ssm_ptr, recent_ptr, times_ptr, rows_ptr, positions_ptr,
     dt_bias_ptr, a_log_ptr, skip_ptr, norm_ptr, gated_ptr, squares_ptr,
     heads, head_dim, state_size, groups, low, high, NORM: tl.constexpr, EXACT: tl.constexpr,
+    REPLAYED: tl.constexpr,
     EARLY: tl.constexpr, PARTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     # programs that are adjacent in the grid read adjacent memory
@@ -101,27 +135,48 @@ def _step(
     dt_bias = tl.load(dt_bias_ptr + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     skip = tl.load(skip_ptr + head).to(tl.float32)
+    group, x_at = head // (heads // groups), head * head_dim + p
+    if REPLAYED > 0:
+        width = inner + groups * state_size
+        own = position % REPLAYED
+        kept, times = recent_ptr + row * REPLAYED * width, times_ptr + row * REPLAYED * heads
+        state = _replayed(
+            state, kept, times, rate, heads, width, head, x_at, inner + group * state_size + n,
+            p_there, n_there, own, REPLAYED,
+        )  # fmt: skip
     wait(EARLY)
     projected = projected_ptr + batch.to(tl.int64) * (inner + channels + heads)
-    b_at = inner + inner + head // (heads // groups) * state_size + n
-    x = tl.load(projected + inner + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
-    b = tl.load(projected + b_at, mask=n_there, other=0.0).to(tl.float32)
+    b_at = inner + inner + group * state_size + n
+    new_x = tl.load(projected + inner + x_at, mask=p_there, other=0.0)
+    new_b = tl.load(projected + b_at, mask=n_there, other=0.0)
+    x, b = new_x.to(tl.float32), new_b.to(tl.float32)
     c = tl.load(projected + b_at + groups * state_size, mask=n_there, other=0.0).to(tl.float32)
     raw = tl.load(projected + inner + channels + head).to(tl.float32)
     dt = softplus(raw + dt_bias)
     if position == 0:
         dt = tl.minimum(tl.maximum(dt, low), high)
     state = state * tl.exp(dt * rate) + (dt * x)[:, None] * b[None, :]
-    if EXACT:
-        tl.store(ssm_ptr + place, state, eviction_policy="evict_first")
-    else:
-        tl.store(ssm_ptr + place, state, mask=there, eviction_policy="evict_first")
+    stores = True
+    if REPLAYED > 0:
+        stores = own == REPLAYED - 1
+        if not stores:
+            mine = kept + own * width
+            tl.store(mine + x_at, new_x, mask=p_there)
+            if part == 0:
+                tl.store(times + own * heads + head, dt)
+                if head % (heads // groups) == 0:
+                    tl.store(mine + inner + group * state_size + n, new_b, mask=n_there)
+    if stores:
+        if EXACT:
+            tl.store(ssm_ptr + place, state, eviction_policy="evict_first")
+        else:
+            tl.store(ssm_ptr + place, state, mask=there, eviction_policy="evict_first")
     y = tl.sum(state * c[None, :], axis=1) + skip * x
-    gate = tl.load(projected + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
+    gate = tl.load(projected + x_at, mask=p_there, other=0.0).to(tl.float32)
     y = tl.where(p_there, y * silu(gate), 0.0)
     if NORM:
         tl.store(squares_ptr + squares_at, tl.sum(y * y, axis=0))
-        y *= tl.load(norm_ptr + head * head_dim + p, mask=p_there, other=0.0).to(tl.float32)
+        y *= tl.load(norm_ptr + x_at, mask=p_there, other=0.0).to(tl.float32)
     tl.store(out, y.to(gated_ptr.dtype.element_ty), mask=p_there)
 
 
@@ -202,10 +257,11 @@ def step(
     parts = int(triton.cdiv(sizes.head_dim, block))
     squares = None if norm is None else state.ssm.new_empty(sizes.heads * parts, batch)
     _step[(sizes.heads * parts, batch)](
-        projected, state.ssm, state.rows, positions,
+        projected, state.ssm, state.recent, state.times, state.rows, positions,
         *weights, norm, gated, squares,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
         NORM=norm is not None, EXACT=parts * block == sizes.head_dim and wide == sizes.state_size,
+        REPLAYED=0 if state.times is None else REPLAYED,
         PARTS=parts, P=block, N=wide, num_warps=8, **early(projected.device),
     )  # fmt: skip
     return gated if squares is None else DeferredNorm(gated, squares)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.mamba import REPLAYED, MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton.pointwise import silu, softplus
 
 
@@ -160,16 +160,34 @@ def _chunk_states(
 
 @triton.jit
 def _pass_on(
-    states_ptr, entering_ptr, ssm_ptr, rows_ptr, decay_ptr, chunks, heads, elements,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    states_ptr, entering_ptr, ssm_ptr, recent_ptr, times_ptr, rows_ptr, positions_ptr, a_log_ptr,
+    decay_ptr, tokens, chunks, heads, elements, state_size, groups,
+    REPLAYED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute the state that enters each chunk; the state after the last chunk goes to the row."""
+    """Compute the state that enters each chunk; the state after the last chunk goes to the row.
+
+    The first chunk is entered by the row's state after the inputs that are to be replayed.
+    """
     batch, head = tl.program_id(0), tl.program_id(1)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + batch).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
     there = (at < elements) & (row >= 0)  # row -1 is padding
     held = ssm_ptr + (row * heads + head) * elements + at
     state = tl.load(held, mask=there, other=0.0)
+    if REPLAYED > 0:
+        first = tl.load(positions_ptr + batch * tokens).to(tl.int32)
+        pending = tl.where(first >= 0, first % REPLAYED, 0)
+        inner = heads * (elements // state_size)
+        width = inner + groups * state_size
+        x_at = head * (elements // state_size) + at // state_size
+        b_at = inner + head // (heads // groups) * state_size + at % state_size
+        rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+        for slot in range(pending):
+            line = row * REPLAYED + slot
+            dt = tl.load(times_ptr + line * heads + head, mask=there, other=0.0)
+            x = tl.load(recent_ptr + line * width + x_at, mask=there, other=0.0).to(tl.float32)
+            b = tl.load(recent_ptr + line * width + b_at, mask=there, other=0.0).to(tl.float32)
+            state = state * tl.exp(dt * rate) + dt * x * b
     ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
     for chunk in range(chunks):
         place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
@@ -183,8 +201,9 @@ def _pass_on(
 @triton.jit
 def _chunk_outputs(
     convolved_ptr, projected_ptr, dt_ptr, decay_ptr, entering_ptr, skip_ptr, gated_ptr,
+    times_ptr, rows_ptr, positions_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, stride,
-    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    REPLAYED: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute (decayed C . state) + (masked, decayed C B^T) (dt x) + D x, times silu(gate)."""
     batch, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -244,6 +263,12 @@ def _chunk_outputs(
     out *= silu(gate.to(tl.float32))
     place = (first + to)[:, None] * inner + column
     tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=token_there)
+    if REPLAYED > 0:  # the row's state is of its last token now: nothing is left to be replayed
+        row = tl.load(rows_ptr + batch).to(tl.int64)
+        slot = tl.arange(0, REPLAYED)
+        held = times_ptr + (row * REPLAYED + slot) * heads + head
+        has_token = (row >= 0) & (tl.load(positions_ptr + batch * tokens) >= 0)
+        tl.store(held, tl.zeros([REPLAYED], tl.float32), mask=(slot < REPLAYED) & has_token)
 
 
 def scan(
@@ -261,7 +286,8 @@ def scan(
     Args:
         sizes: the layer's sizes.
         projected: [B * S, inner + channels + heads], the output of `in_proj`.
-        positions: [B, S] int, contiguous; -1 for padding, on either side of a row.
+        positions: [B, S] int, contiguous; -1 for padding, on either side of a row; on the right
+            only if `state` keeps inputs.
         weight, bias: of the convolution, [channels, width] and [channels] or None.
         weights: the layer's parameters of the recurrence.
         state: the layer's states of all rows; `state.rows` [B] int selects the batch's.
@@ -324,14 +350,17 @@ def _scan(
     )  # fmt: skip
     elements = sizes.head_dim * sizes.state_size
     entering = torch.empty_like(states, dtype=convolved.dtype)
+    inputs, replayed = (state.recent, state.times), 0 if state.times is None else REPLAYED
     _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
-        states, entering, state.ssm, state.rows, dt[1], chunks, sizes.heads, elements,
-        SIZE=size, BLOCK=1024,
+        states, entering, state.ssm, *inputs, state.rows, positions, weights.a_log, dt[1],
+        tokens, chunks, sizes.heads, elements, sizes.state_size, sizes.groups,
+        REPLAYED=replayed, SIZE=size, BLOCK=1024,
     )  # fmt: skip
     gated = projected.new_empty(batch * tokens, sizes.inner)
     _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
         convolved, projected, dt[0], dt[1], entering, weights.skip, gated,
-        *shape, stride, **blocks, num_warps=4, num_stages=1,
+        state.times, state.rows, positions, *shape, stride,
+        REPLAYED=replayed, **blocks, num_warps=4, num_stages=1,
     )  # fmt: skip
     return gated
 
