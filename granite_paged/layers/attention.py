@@ -115,7 +115,7 @@ def _fold(query: Tensor, kv_heads: int, mask_shape: tuple[int, ...]) -> Tensor:
     group = query_heads // kv_heads
     by_group = query.view(batch, kv_heads, group, -1, head_dim).transpose(2, 3)  # [B, Hkv, S, G, D]
     folded = by_group.reshape(batch, kv_heads, -1, head_dim)
-    more_rows, more_tokens = mask_shape[0] - batch, mask_shape[-2] - folded.shape[2]
+    more_rows, more_tokens = mask_shape[0] - batch, mask_shape[2] - folded.shape[2]
     if more_rows or more_tokens:
         folded = torch.nn.functional.pad(folded, (0, 0, 0, more_tokens, 0, 0, 0, more_rows))
     return folded
@@ -298,7 +298,7 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
     FlexAttention's defaults, which fit a multiprocessor. Pools that need 64-bit offsets use its
     main kernel: its decode kernel did not compile for them with torch 2.11.
     """
-    page_size, prefill = mask.BLOCK_SIZE[1], mask.shape[-2] > SMALLEST_KERNEL_BLOCK
+    page_size, prefill = mask.BLOCK_SIZE[1], mask.shape[2] > SMALLEST_KERNEL_BLOCK
     if prefill and pool.dtype.itemsize == 2 and pool.shape[3] <= WIDEST_TUNED_HEAD:
         options = prefill_options(TUNED.prefill, page_size)
     else:

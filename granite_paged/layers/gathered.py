@@ -120,7 +120,7 @@ def _gather(mask: BlockMask, batch: int, tokens: int, group: int) -> _Gathered:
     offset = torch.arange(page_size, device=pages.device)
     slots = (pages[:, :, None] * page_size + offset).flatten(1)  # [B, n * page_size]
     allowed = _allowed(mask, slots, tokens, group)
-    longest = int(allowed.any(1).any(0).nonzero().amax()) + 1 if bool(allowed.any()) else 1
+    longest = int(allowed.any((0, 1)).nonzero().amax()) + 1 if bool(allowed.any()) else 1
     allowed = allowed[:, :, :longest].contiguous()
     return _Gathered(pages, allowed, page_size, ~allowed.any(2)[:, None, :, None])
 

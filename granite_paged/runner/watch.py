@@ -107,7 +107,7 @@ def _samples(tensors: list[Tensor]) -> list[list[Tensor]]:
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.is_contiguous():
-            stride = max(1, tensor.numel() // SAMPLES) | 1  # odd: not one column of a matrix
+            stride = tensor.numel() // SAMPLES | 1  # odd: not one column of a matrix
             view = tensor.detach().view(-1)[::stride][:SAMPLES]
             groups.setdefault(tensor.dtype, []).append(view)
     return list(groups.values())

@@ -14,7 +14,7 @@ from granite_paged.layers.gathered import gathered_attention
 from granite_paged.paging.masks import PADDING
 from tests.helpers.strategies import PagedSequences, Step, make_geometry
 
-GROUP, KV_HEADS, ADDED = 3, 2, 5
+GROUP, KV_HEADS, ADDED = 2, 3, 5
 
 
 def make(past: tuple[int, ...] = (17, 4), added: int = ADDED) -> tuple[PagedSequences, Step]:
@@ -136,7 +136,7 @@ def test_only_queries_that_attend_to_such_a_number_give_nan(name: str, value: fl
     stored[0, 1, paged.slots(paged.rows[0])[place], 7] = value
     out = attend(step.replace(**{name: stored}))
     sick = torch.zeros(2, KV_HEADS * GROUP, ADDED, dtype=torch.bool)
-    sick[0, GROUP:, 2:] = True
+    sick[0, GROUP : 2 * GROUP, 2:] = True
     assert torch.equal(out.isnan().any(3), sick)
     assert torch.equal(out.isnan().all(3), sick)
     torch.testing.assert_close(out[~sick], clean[~sick])
