@@ -87,7 +87,8 @@ class Intake:
             for index in range(params.n)
         ]
         request.jobs[0].followers = request.jobs[1:]
-        return self._handed_in(request, outputs=params.n)
+        request.outputs = _outputs(request, params.n)
+        return self._handed_in(request)
 
     def scoring(
         self,
@@ -116,7 +117,8 @@ class Intake:
         )
         beam = BeamJob(request=request, tokens=list(prompt), max_stored=longest, limit=1)
         request.jobs, request.scores = [beam], {beam: 0.0}
-        return self._handed_in(request, outputs=width)
+        request.outputs = _outputs(request, width)
+        return self._handed_in(request)
 
     def end(self, request: Request | Scoring, error: GranitePagedError) -> None:
         """Hand in that a request is to end."""
@@ -141,9 +143,7 @@ class Intake:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _handed_in(self, request: _Asked, outputs: int = 0) -> _Asked:
-        if isinstance(request, Request):
-            request.outputs = [Output(request.number, i, request.prompt) for i in range(outputs)]
+    def _handed_in(self, request: _Asked) -> _Asked:
         with self._door:
             self._check_room(len(request.jobs))
             if not request.finished:  # nothing to score is finished at once
@@ -163,3 +163,7 @@ class Intake:
     def _stops(self, params: SamplingParams) -> frozenset[int]:
         stops = params.stop_tokens
         return self._stop_tokens if stops is None else frozenset(stops)
+
+
+def _outputs(request: Request, count: int) -> list[Output]:
+    return [Output(request.number, index, request.prompt) for index in range(count)]
