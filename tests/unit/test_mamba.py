@@ -11,8 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, mamba_forward
+from granite_paged.layers.mamba import (
+    EXACT_CHUNK,
+    REPLAYED,
+    Kept,
+    MambaRows,
+    MambaSizes,
+    MambaState,
+    mamba_forward,
+    mixers,
+    norm_groups,
+)
 from tests.helpers.mamba_layers import mamba_layer
+from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tolerance import largest_error
 
 FLOAT32 = 2e-6
@@ -132,3 +143,66 @@ def test_a_batch_updates_only_the_rows_it_names() -> None:
     assert torch.equal(whole.conv[rows], named.conv)
     assert torch.equal(whole.ssm[[0, 2, 4]], before.ssm[[0, 2, 4]])
     assert torch.equal(whole.conv[[0, 2, 4]], before.conv[[0, 2, 4]])
+
+
+# -- rows of a cache ------------------------------------------------------------------------------
+
+
+def test_rows_of_a_cache_have_states_from_the_first_step_to_a_reset() -> None:
+    sizes, rows = MambaSizes.of(mamba_layer()[0]), MambaRows()
+    unset = {name: list(value) for name, value in vars(rows).items() if isinstance(value, list)}
+    rows.select_rows(torch.tensor([0]))
+    assert rows.nbytes == 0
+    state = rows.state(sizes, 3, torch.zeros(1))
+    assert not any(part.any() for part in state.parts)
+    assert rows.nbytes == state.nbytes == 3 * sizes.state_bytes(torch.float32)
+    assert rows.has_previous_state[0] is True
+    for part in state.parts:
+        part.copy_(torch.arange(3.0).view(-1, *[1] * (part.ndim - 1)).expand_as(part))
+    rows.select_rows(torch.tensor([2, 0, 2, 1]))
+    again = rows.state(sizes, 4, torch.zeros(1))
+    for part in again.parts:
+        assert part.flatten(1).unique(dim=1)[:, 0].tolist() == [2, 0, 2, 1]
+    rows.reset()
+    assert {name: vars(rows)[name] for name in unset} == unset
+    assert rows.nbytes == 0
+    assert MambaRows.is_compileable is False, "the step is not in a compiled graph"
+
+
+def test_a_model_has_a_mixer_for_each_mamba_layer() -> None:
+    model = tiny_model()
+    found = mixers(model)
+    assert list(found) == [0, 2]
+    assert all(found[layer] is model.model.layers[layer].mamba for layer in found)
+
+
+def test_a_norm_without_groups_has_one() -> None:
+    mixer, _ = mamba_layer()
+    mixer.norm = torch.nn.LayerNorm(48)
+    assert norm_groups(mixer) == 1
+    mixer.norm.group_size = 12
+    assert norm_groups(mixer) == 4
+
+
+def test_kept_inputs_fill_blocks_of_kernels() -> None:
+    """Triton's blocks are powers of two."""
+    for count in (EXACT_CHUNK, REPLAYED):
+        assert count.bit_count() == 1
+
+
+def test_sizes_of_states_follow_from_those_of_the_layer() -> None:
+    sizes = MambaSizes(3, 5, 7, 2, 4, 8, (0.0, 1.0))
+    assert (sizes.inner, sizes.channels, sizes.ssm_elements) == (15, 15 + 28, 105)
+    shapes = {kept: [tuple(part.shape) for part in empty(sizes, kept).parts] for kept in Kept}
+    states = [(2, 43, 4), (2, 3, 5, 7)]
+    assert shapes == {
+        Kept.NOTHING: states,
+        Kept.REPLAY: [*states, (2, REPLAYED, 15 + 14), (2, REPLAYED, 3)],
+        Kept.CHUNK: [*states, (2, EXACT_CHUNK, 43 + 3)],
+    }
+    for kept in Kept:
+        assert 2 * sizes.state_bytes(torch.float16, kept) == empty(sizes, kept).nbytes
+
+
+def empty(sizes: MambaSizes, kept: Kept) -> MambaState:
+    return sizes.empty_state(2, torch.float16, torch.device("cpu"), kept)

@@ -123,6 +123,7 @@ def test_chunks_run_in_one_step_with_padding_after_their_tokens(runner: Runner) 
     assert logits[:, 0].tolist() == [mark(3, 18, 7), mark(1, 0, 8)]
     assert logits.shape == (2, V)
     (step,) = steps_of(runner)
+    assert logits.data_ptr() == step.logits.data_ptr(), "one step's logits need no copy"
     assert step.seen.rows.tolist() == [3, 1]
     assert step.seen.positions.tolist() == [[16, 17, 18], [0, -1, -1]]
     assert step.seen.tokens.tolist() == [[5, 6, 7], [8, 0, 0]]
