@@ -1,7 +1,8 @@
-"""Exact mode of a patched model, on the CPU: its parts are called for one token at a time.
+"""Exact mode of a patched model. On the CPU its parts are called for one token at a time.
 
-Sums and products of single elements, such as residuals, round once and need no care. Everything
-else that a layer computes is called in shapes of one token, as `runner/exact_model.py` does.
+On a GPU they run the kernels of exact mode (`exact_kernels.py`). Sums and products of single
+elements, such as residuals, round once and need no care. Everything else that a layer computes on
+the CPU is called in shapes of one token, as `runner/exact_model.py` does.
 """
 
 from __future__ import annotations
@@ -13,24 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from granite_paged.errors import CannotBeExact
-from granite_paged.geometry import Backend
 from granite_paged.hf.cache import PagedCache
-from granite_paged.hf.step import TokenSlots
-from granite_paged.layers.backend import check_exact
+from granite_paged.hf.step import TokenPages, TokenSlots
+from granite_paged.layers.backend import check_exact, uses_exact_kernels
 from granite_paged.layers.mamba import MambaState, mamba_forward
 from granite_paged.layers.one_token import RotaryByToken, TokenByToken, attend_one_token
 
 
-def check_patchable(model: Any, backend: Backend = "auto") -> None:
-    """Raise CannotBeExact for a model whose `generate()` cannot be exact."""
-    check_exact(model, backend)
-    if model.device.type != "cpu":
-        raise CannotBeExact(f"generate() has no exact form on {model.device.type}, an Engine has")
-
-
 def check_unchanged(module: Any, args: tuple[Any, ...]) -> None:
     """Raise CannotBeExact if the model, or its decoder, changed so that it cannot be exact."""
-    check_patchable(module)
+    check_exact(module, "auto")
 
 
 def check_step(decoder: Any, cache: Any, *, exact: bool) -> None:
@@ -48,7 +41,12 @@ def check_step(decoder: Any, cache: Any, *, exact: bool) -> None:
 
 
 def forwards(model: Any) -> Iterator[tuple[nn.Module, Any]]:
-    """Yield modules of a `GraniteMoeHybridForCausalLM`, and the `forward` of each by tokens."""
+    """Yield modules of a `GraniteMoeHybridForCausalLM`, and the exact `forward` of each."""
+    if uses_exact_kernels(model.device):
+        from granite_paged.hf import exact_kernels  # needs Triton
+
+        yield from exact_kernels.forwards(model)
+        return
     decoder = model.base_model
     for module in [model.lm_head, decoder.norm, *_parts(decoder)]:
         yield module, TokenByToken(module.forward)
@@ -67,9 +65,9 @@ def _parts(decoder: Any) -> Iterator[Any]:
 
 
 def attention(
-    query: Tensor, keys: Tensor, values: Tensor, tokens: TokenSlots, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, tokens: TokenSlots | TokenPages, scale: float
 ) -> Tensor:
-    """Attend token by token.
+    """Attend to the tokens of a step.
 
     Args:
         query: [B, Hq, S, D].
@@ -80,6 +78,10 @@ def attention(
     Returns:
         [B, S, Hq, D]; zeros for padding.
     """
+    if isinstance(tokens, TokenPages):
+        from granite_paged.hf import exact_kernels  # needs Triton
+
+        return exact_kernels.attention(query, keys, values, tokens, scale)
     out = torch.zeros_like(query).transpose(1, 2)
     for row, column in tokens.tokens():
         one = query[row : row + 1, :, column : column + 1]
@@ -95,7 +97,11 @@ def mamba(
     state: MambaState,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Run a Mamba layer token by token; see `mamba_forward`. Zeros before a row's first token."""
+    """Run a Mamba layer; see `mamba_forward`. Zeros before a row's first token."""
+    if state.recent is not None:
+        from granite_paged.hf import exact_kernels  # needs Triton
+
+        return exact_kernels.mamba(mixer, hidden, positions, state, mask)
     out = torch.zeros_like(hidden)
     for row, column in (positions >= 0).nonzero().tolist():
         at = (slice(row, row + 1), slice(column, column + 1))

@@ -8,7 +8,7 @@ model, and `unpatch` restores it:
 - Mamba layers run in inference form (`mamba_forward`) while a step is open.
 - `generate()` makes a `PagedCache` instead of a `DynamicCache`.
 - `set_attn_implementation()` refuses to run.
-- In exact mode, norms, projections and MLPs run for one token at a time (`exact.py`).
+- In exact mode, norms, projections and MLPs run in exact form (`exact.py`).
 
 All of these are attributes of instances, and each is put back to the object that was there. What
 the user puts on top of ours while the model is patched stays; ours, below it, then does nothing.
@@ -48,10 +48,10 @@ from granite_paged.geometry import ATTENTION_KINDS, Backend, CacheGeometry, Page
 from granite_paged.hf import exact
 from granite_paged.hf.cache import PagedCache
 from granite_paged.hf.compat import CACHE, rename_cache
-from granite_paged.hf.step import CacheStep
+from granite_paged.hf.step import CacheStep, TokenPages
 from granite_paged.layers.attention import paged_attention
-from granite_paged.layers.backend import kernel_refusal
-from granite_paged.layers.mamba import MambaRows, MambaSizes, mamba_forward, mixers
+from granite_paged.layers.backend import check_exact, kernel_refusal
+from granite_paged.layers.mamba import Kept, MambaRows, MambaSizes, mamba_forward, mixers
 from granite_paged.layers.modules import check_supported
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -108,7 +108,7 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
 
     Raises:
         UnsupportedModel: for any other model, or one on several devices.
-        CannotBeExact: in exact mode, on a GPU or for a model that cannot be exact.
+        CannotBeExact: in exact mode, for a model that cannot be exact.
         GeometryError: for sizes that cannot be paged.
         AlreadyPatched: if the model is patched.
     """
@@ -118,7 +118,7 @@ def patch(model: Any, config: PagedConfig | None = None) -> None:
         raise AlreadyPatched("this model is patched already; call unpatch(model) first")
     CacheGeometry.from_config(model.config, page_size=config.page_size, dtype=model.dtype)
     if config.exact:
-        exact.check_patchable(model, config.backend)
+        check_exact(model, config.backend)
     _register()
     decoder, state = model.base_model, _Patch(config, model.config._attn_implementation)
     state.put(decoder, _PATCH, state)
@@ -239,12 +239,13 @@ def _forward_mamba(
         out: Tensor = original(hidden_states, cache, attention_mask, **kwargs)
         return out
     rows: MambaRows = cache.layers[mixer.layer_idx]
-    state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states)
     step = cache.step
+    kept = Kept.CHUNK if isinstance(step.tokens, TokenPages) else Kept.NOTHING
+    state = rows.state(MambaSizes.of(mixer), len(hidden_states), hidden_states, kept)
     forward, backend = mamba_forward, cache.config.backend
     device, dtype = hidden_states.device, hidden_states.dtype
     if step.tokens is not None:
-        forward = exact.mamba
+        forward, state = exact.mamba, state._replace(rows=step.rows)
     elif not kernel_refusal(backend, device, dtype, activation=mixer.activation):
         from granite_paged.layers.triton import mamba  # needs Triton
 

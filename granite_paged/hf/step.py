@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.device import to_device
-from granite_paged.errors import NonFinite
+from granite_paged.errors import CannotBeExact, NonFinite
 from granite_paged.geometry import bucket
 from granite_paged.hf.padding import PaddedBatch, PaddedStep
+from granite_paged.layers.backend import uses_exact_kernels
 from granite_paged.paging.masks import PADDING, paged_block_mask
 from granite_paged.paging.store import PageStore
 
@@ -53,6 +54,23 @@ class TokenSlots:
         return slots if self.visible is None else slots[self.visible[row, :end]]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenPages:
+    """Where the kernels of exact mode find the tokens of a step.
+
+    Attributes:
+        rows: [B] int64, rows of the page table.
+        positions: [B, S] int32, contiguous; `PADDING` for padding.
+        table: [rows, width] int32, logical page -> physical page.
+        page_size: tokens per page.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    table: Tensor
+    page_size: int
+
+
 @dataclass(slots=True)
 class CacheStep:
     """What the layers of one forward pass share.
@@ -65,7 +83,7 @@ class CacheStep:
         since_start: [B, S] int64, columns since the row's first token, -1 before it. Mamba layers
             take these as positions, since in transformers a state decays over padding inside a
             sequence.
-        tokens: in exact mode, what each token attends to.
+        tokens: in exact mode, what each token attends to: on a GPU, where kernels find it.
         finite: attention layer, or name of a later part -> [] bool on the device, whether its
             numbers were finite.
     """
@@ -75,7 +93,7 @@ class CacheStep:
     block_mask: BlockMask
     rows: Tensor
     since_start: Tensor
-    tokens: TokenSlots | None = None
+    tokens: TokenSlots | TokenPages | None = None
     finite: dict[int | str, Tensor] = field(default_factory=dict)
 
     def check_finite(self) -> None:
@@ -107,6 +125,9 @@ def make_step(
         host_positions: [B, S] int64, of its tokens.
         compiled: pad to shapes for which a kernel may have been compiled already.
         exact: say what each token attends to.
+
+    Raises:
+        CannotBeExact: for tokens that a mask hides, on a GPU.
     """
     (batch, columns), table, page_size = host_positions.shape, store.table, store.geometry.page_size
     (flat,) = to_device(table.physical.device, host_positions.flatten())
@@ -128,5 +149,17 @@ def make_step(
         ),
         rows=torch.arange(batch, device=positions.device),
         since_start=new.since_start(batch, positions.device),
-        tokens=TokenSlots.of(store, host_positions, visible) if exact else None,
+        tokens=_exact_tokens(store, host_positions, positions, visible) if exact else None,
     )
+
+
+def _exact_tokens(
+    store: PageStore, host_positions: Tensor, positions: Tensor, visible: Tensor | None
+) -> TokenSlots | TokenPages:
+    if not uses_exact_kernels(positions.device):
+        return TokenSlots.of(store, host_positions, visible)
+    if visible is not None:
+        raise CannotBeExact("tokens that a mask hides have no exact kernel on a GPU")
+    rows = torch.arange(len(positions), device=positions.device)
+    table, page_size = store.table.physical, store.geometry.page_size
+    return TokenPages(rows, positions.int().contiguous(), table, page_size)

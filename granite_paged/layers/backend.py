@@ -128,11 +128,16 @@ def exact_refusal(model: Any, backend: Backend) -> str:
     limits = {MambaSizes.of(mixer).time_step_limit for mixer in mixers(model).values()}
     if limits - {(0.0, math.inf)}:
         return "transformers applies this model's time_step_limit to prompts, not to new tokens"
-    if model.device.type == "cpu":
+    if not uses_exact_kernels(model.device):
         return "backend 'compiled' sums blocks of tokens" if backend == "compiled" else ""
     if model.config.num_local_experts:
         return "experts have no exact kernel"
     return triton_refusal(model, backend)
+
+
+def uses_exact_kernels(device: torch.device) -> bool:
+    """Return whether exact mode runs Triton kernels there, and not one token at a time."""
+    return device.type != "cpu"
 
 
 def check_exact(model: Any, backend: Backend) -> None:

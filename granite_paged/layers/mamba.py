@@ -170,22 +170,34 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
 
     is_compileable = False
 
-    def state(self, sizes: MambaSizes, batch: int, like: Tensor) -> MambaState:
+    _recent: Tensor | None = None
+
+    def state(
+        self, sizes: MambaSizes, batch: int, like: Tensor, kept: Kept = Kept.NOTHING
+    ) -> MambaState:
         """Return the states of a batch of `batch` rows, zero at first.
 
-        like: a tensor of the states' dtype and device.
+        Args:
+            sizes: the layer's sizes.
+            batch: rows of the first call; later calls have as many as were selected.
+            like: a tensor of the states' dtype and device.
+            kept: `Kept.CHUNK` in exact mode on a GPU.
         """
         if self.recurrent_states[_STATE] is None:
-            empty = sizes.empty_state(batch, like.dtype, like.device)
+            empty = sizes.empty_state(batch, like.dtype, like.device, kept)
             self.conv_states[_STATE], self.recurrent_states[_STATE] = empty.conv, empty.ssm
+            self._recent = empty.recent
             self.has_previous_state[_STATE] = True
-        return MambaState(self.conv_states[_STATE], self.recurrent_states[_STATE], None)
+        states = (self.conv_states[_STATE], self.recurrent_states[_STATE])
+        return MambaState(*states, None, self._recent)
 
     def select_rows(self, rows: Tensor) -> None:
         """Replace row i by a copy of row `rows[i]`. rows: [n] int64, repeats allowed."""
         for states in (self.conv_states, self.recurrent_states):
             if states[_STATE] is not None:
                 states[_STATE] = states[_STATE].index_select(0, rows)
+        if self._recent is not None:
+            self._recent = self._recent.index_select(0, rows)
 
     def reset(self) -> None:
         """Drop all rows."""
@@ -197,11 +209,12 @@ class MambaRows(LinearAttentionLayer):  # type: ignore[misc]  # transformers is 
             (self.has_previous_state, False),
         ):
             by_state[_STATE] = unset
+        self._recent = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both states."""
-        states = (self.conv_states[_STATE], self.recurrent_states[_STATE])
+        """Bytes of the states, and of the inputs kept beside them."""
+        states = (self.conv_states[_STATE], self.recurrent_states[_STATE], self._recent)
         return sum(state.nbytes for state in states if state is not None)
 
 

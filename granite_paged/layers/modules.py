@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GraniteMoeHybridForCausalLM
 
 from granite_paged.errors import UnsupportedModel
-from granite_paged.layers.one_token import is_one_token
+from granite_paged.layers.one_token import ExactForward
 
 _OWN = ("torch.nn.modules.", "transformers.")
 
@@ -71,7 +71,7 @@ def _change(module: nn.Module) -> str:
     """Say how one module differs from transformers' own; empty if it does not."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "has a hook"
-    if not is_one_token(vars(module).get("forward")) and "forward" in vars(module):
+    if not isinstance(vars(module).get("forward", ExactForward()), ExactForward):
         return "has a forward of its own"
     if hasattr(module, "parametrizations"):
         return "is parametrized"

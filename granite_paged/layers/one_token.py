@@ -7,7 +7,6 @@ fresh memory, gives the same bits every time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,11 @@ def attend_one_token(
     return out.to(query.dtype)
 
 
-class TokenByToken:
+class ExactForward:
+    """A module's `forward` in exact mode: what `patch` puts there, and no user."""
+
+
+class TokenByToken(ExactForward):
     """A module's `forward`, called for one token at a time."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
@@ -59,7 +62,7 @@ class TokenByToken:
         return out.view(*hidden_states.shape[:-1], -1)
 
 
-class RotaryByToken:
+class RotaryByToken(ExactForward):
     """The `forward` of a rotary embedding, called for one position at a time."""
 
     def __init__(self, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -72,8 +75,3 @@ class RotaryByToken:
         cos, sin = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
         shape = (*position_ids.shape, -1)
         return cos.view(shape), sin.view(shape)
-
-
-def is_one_token(forward: Any) -> bool:
-    """Return whether a module's `forward` is its own, called token by token."""
-    return isinstance(forward, TokenByToken | RotaryByToken)

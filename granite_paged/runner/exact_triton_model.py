@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
+from granite_paged.layers.mamba import MambaSizes, norm_groups
 from granite_paged.layers.triton import exact_attention, exact_scan
 from granite_paged.layers.triton.exact_linear import (
     add_norm,
@@ -22,7 +22,6 @@ from granite_paged.layers.triton.exact_linear import (
     product,
     rms_norm,
 )
-from granite_paged.layers.triton.mamba import conv_weight, convolution
 from granite_paged.runner.model import ModelStep
 from granite_paged.runner.triton_model import Rotary, TritonModel
 
@@ -79,20 +78,13 @@ class ExactTritonModel(TritonModel):
             mixed = self._attention_of(index, attention, projected, step, rotary)
             return mixed, attention.o_proj.weight
         mixer, norm = layer.mamba, layer.mamba.norm
-        gated = self._gated(mixer, normed, step.positions, self._state(index, step))
+        state, positions = self._state(index, step), step.positions
+        if positions.shape[1] == 1:
+            gated = exact_scan.gated_step(mixer, normed, positions[:, 0], state)
+        else:
+            gated = exact_scan.gated_scan(mixer, normed, positions, state)
         mixed = rms_norm(gated, norm.weight, norm.variance_epsilon, norm_groups(mixer))
         return mixed, mixer.out_proj.weight
-
-    def _gated(self, mixer: Any, normed: Tensor, positions: Tensor, state: MambaState) -> Tensor:
-        sizes, weights = MambaSizes.of(mixer), ScanWeights.of(mixer)
-        if positions.shape[1] == 1:
-            newest = positions[:, 0]
-            conv = convolution(mixer, newest, state)
-            projected = fused_product(normed, mixer.in_proj.weight, conv=conv)
-            return exact_scan.step(sizes, projected, newest, weights, state)
-        projected = product(normed, mixer.in_proj.weight)
-        weight, bias = conv_weight(mixer), mixer.conv1d.bias
-        return exact_scan.scan(sizes, projected, positions, weight, bias, weights, state)
 
     def _close_chunks(self, step: ModelStep) -> None:
         mixers = [layer.mamba for layer in self._decoder.layers if layer.mamba is not None]

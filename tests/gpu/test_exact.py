@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from granite_paged import Engine, PagedConfig, SamplingParams
+from granite_paged import Engine, PagedConfig, SamplingParams, paged
 from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.layers.logprobs import log_probabilities
 from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan, scan
@@ -157,6 +157,29 @@ def test_every_law_of_the_engine_holds(model: Any) -> None:
     for index, sample in enumerate(found):
         one = replace(PARAMS, seed=(PARAMS.seed + index * SAMPLE_STRIDE) % 2**63)
         assert [sample] == answers(model, PROMPTS[:1], one)[0]
+
+
+@torch.inference_mode()
+def test_generate_under_paged_gives_a_row_the_bits_that_it_has_alone(model: Any) -> None:
+    prompts = [tokens(300), tokens(37, 1), tokens(1, 2)]
+
+    def logits(which: Sequence[int]) -> Tensor:
+        """Return the logits of each new token, [rows, 5, V]."""
+        width = max(len(prompts[at]) for at in which)
+        ids = [[0] * (width - len(prompts[at])) + prompts[at] for at in which]
+        mask = [[0] * (width - len(prompts[at])) + [1] * len(prompts[at]) for at in which]
+        with paged(model, PagedConfig(exact=True, max_tokens=4096)):
+            found = model.generate(
+                torch.tensor(ids, device="cuda"),
+                attention_mask=torch.tensor(mask, device="cuda"),
+                max_new_tokens=5, min_new_tokens=5, do_sample=False,
+                output_logits=True, return_dict_in_generate=True,
+            )  # fmt: skip
+        return torch.stack(found.logits, dim=1)
+
+    together = logits([0, 1, 2])
+    for row in range(3):
+        assert_equal(together[row], logits([row])[0], f"row {row}")
 
 
 def test_weights_that_are_written_count_from_the_next_request_on() -> None:

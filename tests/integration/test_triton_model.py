@@ -23,7 +23,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are interpreted here; tests/gpu runs them", allow_module_level=True)
 
-from granite_paged.runner.triton_model import TritonModel  # needs Triton
+from granite_paged.runner.exact_triton_model import ExactTritonModel  # both need Triton
+from granite_paged.runner.triton_model import TritonModel
 
 CONFIG = PagedConfig(page_size=16, max_sequences=4, max_tokens=320, backend="eager")
 BOUND = 1e-5
@@ -73,11 +74,15 @@ class Both:
         assert_as_defined(step(self.kernels), step(self.plain), BOUND)
 
 
-@pytest.fixture
-def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
+def let_rows_keep(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let rows keep inputs, as they do where kernels run."""
     for module in (memory_plan, runner_module):
-        monkeypatch.setattr(module, "kept_inputs", lambda model, config: Kept.REPLAY)
+        monkeypatch.setattr(module, "kept_inputs", lambda model, config: kept)
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_rows_keep(Kept.REPLAY, monkeypatch)
 
 
 @pytest.mark.usefixtures("replaying")
@@ -87,6 +92,17 @@ def test_kernels_run_prompts_and_answers_as_plain_pytorch_does(flavour: str) -> 
     both.prefill({1: 5, 2: 19, 3: 1})
     both.decode(2)
     both.decode(1, 2, 3)
+
+
+def test_the_kernels_of_exact_mode_run_prompts_and_answers_as_plain_pytorch_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    let_rows_keep(Kept.CHUNK, monkeypatch)
+    both = Both("hybrid")
+    both.use(ExactTritonModel)
+    both.prefill({1: 5, 2: 62, 3: 1})
+    both.decode(1, 2, 3, steps=3)  # the second row ends a chunk of 64
+    both.prefill({2: 2})
 
 
 @pytest.mark.usefixtures("replaying")

@@ -12,7 +12,6 @@ from granite_paged.layers.one_token import (
     RotaryByToken,
     TokenByToken,
     attend_one_token,
-    is_one_token,
 )
 
 SLOTS = torch.tensor([5, 2, 9])
@@ -64,12 +63,6 @@ def test_each_position_is_a_call_of_its_own() -> None:
     assert torch.equal(cos, expected[0])
     assert torch.equal(sin, expected[1])
     assert [(x.shape, position.shape) for x, position in calls.given] == [((1, 1, 6), (1, 1))] * 8
-
-
-def test_a_forward_that_is_called_by_token_is_known() -> None:
-    assert is_one_token(TokenByToken(Calls().double))
-    assert is_one_token(RotaryByToken(Calls().rotary))
-    assert not is_one_token(Calls().double)
 
 
 # -- log-probabilities --------------------------------------------------------------------------

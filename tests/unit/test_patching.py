@@ -26,7 +26,7 @@ from granite_paged.geometry import CacheGeometry
 from granite_paged.hf import exact, patching
 from granite_paged.hf.compat import CACHE, with_cache
 from granite_paged.hf.step import CacheStep
-from granite_paged.layers.one_token import is_one_token
+from granite_paged.layers.one_token import ExactForward
 from tests.helpers.tiny_models import VOCABULARY, cache_of, prompts, tiny_model
 
 PAGES = PagedConfig(page_size=4)
@@ -145,7 +145,7 @@ def test_exact_mode_computes_every_part_token_by_token() -> None:
     forward = mock.patch.object(exact, "mamba", wraps=exact.mamba)
     with forward as by_token, paged(own, PagedConfig(page_size=4, exact=True)):
         for module in (own.lm_head, own.model.norm, own.model.layers[0].shared_mlp):
-            assert is_one_token(vars(module)["forward"])
+            assert isinstance(vars(module)["forward"], ExactForward)
         own(LONG)
     assert by_token.call_count == 1
     with forward as by_token, paged(own, PAGES):

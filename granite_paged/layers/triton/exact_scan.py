@@ -16,13 +16,17 @@ Formulas: Dao and Gu 2024, "Transformers are SSMs", section 6.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from granite_paged.layers.mamba import EXACT_CHUNK, MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.triton.exact_linear import fused_product, product
 from granite_paged.layers.triton.linear import early, wait
+from granite_paged.layers.triton.mamba import conv_weight, convolution
 from granite_paged.layers.triton.pointwise import silu, softplus
 from granite_paged.layers.triton.scan import store_ring
 
@@ -399,6 +403,39 @@ def _close(
             sums, whole = _sums(dt, rate)
             added = _added(x, b, dt, sums, whole)
             tl.store(held, _advanced(state, whole, added), mask=held_there)
+
+
+def gated_step(mixer: Any, normed: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+    """Compute the gated output of one token in each of B rows. `close_chunks` must follow.
+
+    Args:
+        mixer: a `GraniteMoeHybridMambaLayer`, for its weights.
+        normed: [B, hidden].
+        positions: [B] int; -1 for padding.
+        state: as for `scan`.
+
+    Returns:
+        [B, inner] before its norm; zeros at padding.
+    """
+    conv = convolution(mixer, positions, state)
+    projected = fused_product(normed, mixer.in_proj.weight, conv=conv)
+    return step(MambaSizes.of(mixer), projected, positions, ScanWeights.of(mixer), state)
+
+
+def gated_scan(mixer: Any, normed: Tensor, positions: Tensor, state: MambaState) -> Tensor:
+    """Compute the gated output of S tokens in each of B rows; update the state.
+
+    Args:
+        mixer: a `GraniteMoeHybridMambaLayer`, for its weights.
+        normed: [B * S, hidden].
+        positions: [B, S] int, contiguous; -1 for padding, on the right only.
+        state: as for `scan`.
+
+    Returns:
+        [B * S, inner] before its norm; arbitrary at padding.
+    """
+    projected, conv = product(normed, mixer.in_proj.weight), (conv_weight(mixer), mixer.conv1d.bias)
+    return scan(MambaSizes.of(mixer), projected, positions, *conv, ScanWeights.of(mixer), state)
 
 
 def step(
