@@ -127,7 +127,7 @@ class EngineCore:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def check_idle(self, method: str, *, may_deliver: bool = False) -> None:
+    def check_idle(self, method: str, *, may_deliver: bool) -> None:
         """Raise EngineBusy if `method` was called by code that a step runs.
 
         may_deliver: whether callbacks may call it, when the state of the step is complete.

@@ -188,7 +188,7 @@ class EngineGroup:
         """
         found: dict[int, Any] = {}
         engines, left = self._open(), list(range(len(items)))
-        for attempt in range(2):
+        for _ in range(2):
             lost: list[Engine] = []
             for engine, share, result in self._run(engines, items, costs, left, work):
                 if not isinstance(result, Exception):
@@ -201,7 +201,7 @@ class EngineGroup:
             left = [number for number in left if isinstance(found[number], EngineLost)]
             sound = [engine for engine in engines if not (engine in lost or engine.closed)]
             engines = sound or engines
-            if not left or attempt:
+            if not left:
                 break
         return [found[number] for number in range(len(items))]
 
