@@ -26,6 +26,7 @@ Runners and engines
     recording_runner  RecordingRunner: computes nothing and records calls; use it to test benchmarks
     simulated_runner  SimulatedRunner: pages hold token ids, so that a wrong page is a wrong answer;
                       oracles, which compute the expected logits
+    output_setting    Setting: an output processor between fakes; use it to test outputs
     engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
                       to test scheduling. random_walk: random requests on one
     exact_bits        ExactHarness: the same for bits, in exact mode; Alone: requests by themselves
