@@ -62,8 +62,9 @@ class MambaState(NamedTuple):
     recent: the inputs since `ssm` was stored. `Kept.REPLAY`: [rows, REPLAYED, inner + groups *
         state_size], x and B; slot `position % REPLAYED`. `Kept.CHUNK`: [rows, EXACT_CHUNK, channels
         + heads]. None for `Kept.NOTHING`, where `ssm` is of the last token.
-    times: [rows, REPLAYED, heads] float32, their dt, for `Kept.REPLAY`; 0 where `ssm` has the token
-        already. Before a token at position p, the slots below p % REPLAYED are to be replayed.
+    times: [rows, REPLAYED, 2, heads] float32, for `Kept.REPLAY`: their dt, and the sum of dt since
+        `ssm` was stored; 0 where `ssm` has the token already. Before a token at position p, the
+        slots below p % REPLAYED are to be replayed.
     """
 
     conv: Tensor
@@ -139,7 +140,7 @@ class MambaSizes(NamedTuple):
         recent = times = None
         if kept is Kept.REPLAY:
             recent = torch.zeros(rows, REPLAYED, self.inner + shared, dtype=dtype, device=device)
-            times = torch.zeros(rows, REPLAYED, self.heads, device=device)
+            times = torch.zeros(rows, REPLAYED, 2, self.heads, device=device)
         elif kept is Kept.CHUNK:
             columns = self.channels + self.heads
             recent = torch.zeros(rows, EXACT_CHUNK, columns, dtype=dtype, device=device)
@@ -404,7 +405,8 @@ def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: M
     rows = state.rows
     slot = torch.arange(REPLAYED, device=positions.device)[None, :, None]
     behind = positions[:, :1, None].clamp(min=0) % REPLAYED
-    dt = _of_batch(state.times, rows).where(slot < behind, 0)  # [B, REPLAYED, heads]
+    times = _of_batch(state.times, rows)
+    dt = times[:, :, 0].where(slot < behind, 0)  # [B, REPLAYED, heads]
     x, b = _of_batch(state.recent, rows).float().tensor_split([sizes.inner], dim=-1)
     x = x.reshape(*dt.shape, sizes.head_dim)
     b = _per_head(sizes, b.reshape(*b.shape[:2], sizes.groups, sizes.state_size))
@@ -414,7 +416,7 @@ def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: M
     decay = torch.exp(whole[:, 0] * rate)[..., None, None]
     added = torch.einsum("zlhp,zlhn->zhpn", scaled, b)
     _put(state.ssm, rows, _of_batch(state.ssm, rows) * decay + added)
-    _put(state.times, rows, torch.zeros_like(dt))
+    _put(state.times, rows, torch.zeros_like(times))
 
 
 def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def test_a_row_keeps_inputs_to_replay_where_triton_kernels_run(
 ) -> None:
     assert row_bytes(Fake("cuda"), PagedConfig()) == 2 * ROW
     monkeypatch.setattr(memory_plan, "triton_refusal", lambda model, backend: "")
-    inputs = 8 * ((INNER + 2 * 16) * 2 + 4 * 4)  # 8 tokens' x and B in bfloat16, dt in float32
+    inputs = 8 * ((INNER + 2 * 16) * 2 + 2 * 4 * 4)  # x and B in bfloat16, dt and sums in float32
     assert row_bytes(Fake("cuda"), PagedConfig()) == 2 * (ROW + inputs)
     assert row_bytes(Fake("cpu"), PagedConfig()) == 2 * ROW
 

@@ -78,7 +78,7 @@ def test_rows_keep_the_inputs_to_replay() -> None:
     storage = make(0, 3, 4, kept=Kept.REPLAY)
     *_, recent, times = storage.stacked
     assert (recent.shape, recent.dtype) == ((3, ROWS, REPLAYED, 2 * 3 + 5), torch.bfloat16)
-    assert (times.shape, times.dtype) == ((3, ROWS, REPLAYED, 2), torch.float32)
+    assert (times.shape, times.dtype) == ((3, ROWS, REPLAYED, 2, 2), torch.float32)
     for place, state in enumerate(storage.states.values()):
         assert state.recent is not None
         assert state.times is not None

@@ -7,7 +7,7 @@
     conv ring   [rows, channels, width]              slot `position % width`
     ssm         [rows, heads, head_dim, state_size]  float32
     recent      [rows, REPLAYED, inner + groups * state_size]   x and B, slot `position % REPLAYED`
-    times       [rows, REPLAYED, heads]              float32, their dt
+    times       [rows, REPLAYED, 2, heads]           float32, their dt, and its sums so far
 
 The convolution is part of the product with `in_proj`. Then each program owns a block of one head's
 state. With `Kept.REPLAY`, a step reads the state and replays the inputs since it was stored; only
@@ -44,9 +44,13 @@ from granite_paged.layers.triton.linear import (
 from granite_paged.layers.triton.pointwise import rms_norm, silu, softplus
 from granite_paged.layers.triton.scan import scan
 
-STATE_BLOCK = 32
-"""Elements of a head whose states one program holds. On an H200 this is the fastest size at every
-batch from 1 to 128 (`granite-paged tune`)."""
+STATE_BLOCK, WARPS = 32, 8
+"""Elements of a head whose states one program holds, and its warps, where it stores every state. On
+an H200 this is the fastest size at every batch from 1 to 128 (`granite-paged tune`)."""
+
+REPLAY_BLOCK, REPLAY_WARPS = 64, 4
+"""The same where it replays inputs. Of the sizes whose registers do not spill, this one issues the
+fewest instructions per state."""
 
 
 @triton.jit
@@ -79,25 +83,38 @@ def convolve_step(projected: Tensor, conv: Convolution) -> None:
 
 @triton.jit
 def _replayed(
-    state, recent_ptr, times_ptr, rate, heads, width, head, x_at, b_at, x_there, b_there, pending,
+    state, recent, times, rate, heads, width, head, x_at, b_at, x_there, b_there, pending,
     REPLAYED: tl.constexpr,
 ):  # fmt: skip
-    """Return the state [P, N] after the first `pending` inputs of the row at `recent_ptr`.
+    """Return the state [P, N] after `pending` inputs of a row, and the sum of their dt.
 
-    x_at [P], b_at [N]: the columns of the program's x and B.
+    A tensor core adds them: the sum over inputs of x (w B), w their dt and decay. x has its dtype
+    already; w B is the sum of two numbers of this dtype, so each input comes twice.
+
+    recent, times: pointers to the row's inputs. x_at [P], b_at [N]: columns of the program's x, B.
     """
-    to_end = 0.0  # sum of dt after the slot
-    added = tl.zeros_like(state)
-    for back in tl.static_range(2, REPLAYED + 1):  # from the newest that can be pending
-        slot = REPLAYED - back
-        known = slot < pending
-        line = recent_ptr + slot * width
-        dt = tl.load(times_ptr + slot * heads + head, mask=known, other=0.0)
-        x = tl.load(line + x_at, mask=known & x_there, other=0.0).to(tl.float32)
-        b = tl.load(line + b_at, mask=known & b_there, other=0.0).to(tl.float32)
-        added += (x * (dt * tl.exp(to_end * rate)))[:, None] * b[None, :]
-        to_end += dt
-    return state * tl.exp(to_end * rate) + added
+    line = tl.arange(0, 2 * REPLAYED)
+    slot = line % REPLAYED
+    known = slot < pending
+    at = times + slot * 2 * heads + head
+    dt = tl.load(at, mask=known, other=0.0)
+    sums = tl.load(at + heads, mask=known, other=0.0)
+    whole = tl.load(times + (pending - 1) * 2 * heads + heads + head, mask=pending > 0, other=0.0)
+    x = tl.load(
+        recent + slot[None, :] * width + x_at[:, None],
+        mask=known[None, :] & x_there[:, None],
+        other=0.0,
+    )
+    b = tl.load(
+        recent + slot[:, None] * width + b_at[None, :],
+        mask=known[:, None] & b_there[None, :],
+        other=0.0,
+    )
+    weighted = b.to(tl.float32) * (dt * tl.exp((whole - sums) * rate))[:, None]
+    rounded = weighted.to(b.dtype)
+    rest = (weighted - rounded.to(tl.float32)).to(b.dtype)
+    terms = tl.where((line < REPLAYED)[:, None], rounded, rest)
+    return tl.dot(x, terms, state * tl.exp(whole * rate), input_precision="ieee"), whole
 
 
 @triton.jit
@@ -139,8 +156,8 @@ def _step(
     if REPLAYED > 0:
         width = inner + groups * state_size
         own = position % REPLAYED
-        kept, times = recent_ptr + row * REPLAYED * width, times_ptr + row * REPLAYED * heads
-        state = _replayed(
+        kept, times = recent_ptr + row * REPLAYED * width, times_ptr + row * REPLAYED * 2 * heads
+        state, whole = _replayed(
             state, kept, times, rate, heads, width, head, x_at, inner + group * state_size + n,
             p_there, n_there, own, REPLAYED,
         )  # fmt: skip
@@ -163,7 +180,8 @@ def _step(
             mine = kept + own * width
             tl.store(mine + x_at, new_x, mask=p_there)
             if part == 0:
-                tl.store(times + own * heads + head, dt)
+                tl.store(times + own * 2 * heads + head, dt)
+                tl.store(times + (own * 2 + 1) * heads + head, whole + dt)
                 if head % (heads // groups) == 0:
                     tl.store(mine + inner + group * state_size + n, new_b, mask=n_there)
     if stores:
@@ -252,8 +270,10 @@ def step(
     """
     batch = positions.shape[0]
     gated = projected.new_empty(batch, sizes.inner)
-    wide = int(triton.next_power_of_2(sizes.state_size))
-    block = min(STATE_BLOCK, int(triton.next_power_of_2(sizes.head_dim)))
+    wide = max(16, int(triton.next_power_of_2(sizes.state_size)))
+    stores = state.times is None
+    most, warps = (STATE_BLOCK, WARPS) if stores else (REPLAY_BLOCK, REPLAY_WARPS)
+    block = min(most, max(16, int(triton.next_power_of_2(sizes.head_dim))))
     parts = int(triton.cdiv(sizes.head_dim, block))
     squares = None if norm is None else state.ssm.new_empty(sizes.heads * parts, batch)
     _step[(sizes.heads * parts, batch)](
@@ -261,7 +281,7 @@ def step(
         *weights, norm, gated, squares,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
         NORM=norm is not None, EXACT=parts * block == sizes.head_dim and wide == sizes.state_size,
-        REPLAYED=0 if state.times is None else REPLAYED,
-        PARTS=parts, P=block, N=wide, num_warps=8, **early(projected.device),
+        REPLAYED=0 if stores else REPLAYED,
+        PARTS=parts, P=block, N=wide, num_warps=warps, **early(projected.device),
     )  # fmt: skip
     return gated if squares is None else DeferredNorm(gated, squares)

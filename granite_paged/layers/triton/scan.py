@@ -184,7 +184,7 @@ def _pass_on(
         rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
         for slot in range(pending):
             line = row * REPLAYED + slot
-            dt = tl.load(times_ptr + line * heads + head, mask=there, other=0.0)
+            dt = tl.load(times_ptr + line * 2 * heads + head, mask=there, other=0.0)
             x = tl.load(recent_ptr + line * width + x_at, mask=there, other=0.0).to(tl.float32)
             b = tl.load(recent_ptr + line * width + b_at, mask=there, other=0.0).to(tl.float32)
             state = state * tl.exp(dt * rate) + dt * x * b
@@ -265,10 +265,10 @@ def _chunk_outputs(
     tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=token_there)
     if REPLAYED > 0:  # the row's state is of its last token now: nothing is left to be replayed
         row = tl.load(rows_ptr + batch).to(tl.int64)
-        slot = tl.arange(0, REPLAYED)
-        held = times_ptr + (row * REPLAYED + slot) * heads + head
+        number = tl.arange(0, 2 * REPLAYED)
+        held = times_ptr + (row * 2 * REPLAYED + number) * heads + head
         has_token = (row >= 0) & (tl.load(positions_ptr + batch * tokens) >= 0)
-        tl.store(held, tl.zeros([REPLAYED], tl.float32), mask=(slot < REPLAYED) & has_token)
+        tl.store(held, tl.zeros([2 * REPLAYED], tl.float32), mask=(number >= 0) & has_token)
 
 
 def scan(
