@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import nox
 
@@ -56,6 +57,12 @@ def run(session: nox.Session, *command: str) -> None:
         if failed.reason == f"Returned code {UNUSABLE}":
             sys.exit(UNUSABLE)
         raise
+
+
+def refuse(message: str) -> NoReturn:
+    """End a session that has nothing to judge: one line, and status 2."""
+    print(message, file=sys.stderr)
+    sys.exit(UNUSABLE)
 
 
 @nox.session
@@ -147,7 +154,7 @@ def eval_parity(session: nox.Session) -> None:
     """Compare all of MMLU and TruthfulQA with lm-eval's own scores. Needs the data."""
     data = Path(os.environ.get("GRANITE_PAGED_DATA", "../shared/data")).resolve()
     if not (data / "mmlu_test.jsonl").exists():
-        session.error(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
+        refuse(f"eval_parity: no data in {data}; set GRANITE_PAGED_DATA to its folder")
     session.install(*nox.project.dependency_groups(PROJECT, "parity"), ".[eval,wandb,tensorboard]")
     names = ("test_lm_eval", "test_lm_eval_model", "test_lm_eval_ranks", "test_report")
     extras = (f"tests/integration/{name}.py" for name in names)
@@ -168,7 +175,7 @@ def report(session: nox.Session) -> None:
     session.install(".[plot]")
     results = session.posargs or sorted(map(str, Path("golden/results").glob("*.json")))
     if not results:
-        session.error("report: no results; `granite-paged eval --json golden/results/NAME.json`")
+        refuse("report: no results; `granite-paged eval --json golden/results/NAME.json`")
     files = RECORDS.glob("*.json")
     records = sorted(str(path) for path in files if ".published." not in path.name)
     curves = [part for record in records for part in ("--bench", record)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -43,6 +44,25 @@ def test_status_2_of_a_tool_is_that_of_nox(name: str, monkeypatch: pytest.Monkey
 def test_another_failure_stays_one_of_nox(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CommandFailed):
         nox_sessions(monkeypatch)[name](session_that_fails(RUNS[name], 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("eval_parity", "no data in"), ("report", "no results")]
+)
+def test_a_session_without_its_data_says_so_in_a_line(
+    name: str,
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sessions = nox_sessions(monkeypatch)
+    monkeypatch.setenv("GRANITE_PAGED_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        sessions[name](mock.Mock(posargs=[]))
+    assert ended.value.code == 2
+    assert missing in capsys.readouterr().err
 
 
 def test_nox_and_the_tools_mean_the_same_status(monkeypatch: pytest.MonkeyPatch) -> None:
