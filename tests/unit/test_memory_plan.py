@@ -82,10 +82,16 @@ def test_there_is_at_least_one_row(mixers: Any) -> None:
 def test_a_pool_on_the_host_has_8192_tokens(mixers: Any) -> None:
     assert choose(10**9, "cpu") == RunnerSizes(256, 1 + 512, 8192)
     assert choose(10**9, "cpu", max_tokens=100).pages == choose(10**9, max_tokens=100).pages == 8
+    tokens = make_geometry(page_size=1, group=1, kv_heads=1, head_dim=8, dtype=torch.bfloat16)
+    sizes = choose_sizes(Fake("cpu"), PagedConfig(page_size=1), tokens, 10**9)
+    assert (sizes.pages, sizes.longest) == (1 + 8192, 8192)
 
 
 def test_a_pool_has_no_more_elements_than_32_bits_address(mixers: Any) -> None:
     assert choose(10**14).pages == (2**31 - 1) // (2 * 8 * 16)
+    smallest = make_geometry(page_size=1, group=1, kv_heads=1, head_dim=1, dtype=torch.bfloat16)
+    config = PagedConfig(page_size=1)
+    assert choose_sizes(Fake("cuda"), config, smallest, 10**14).pages == 2**31 - 1
 
 
 def test_a_sequence_is_no_longer_than_the_model_allows(mixers: Any) -> None:
@@ -108,6 +114,7 @@ def test_what_is_asked_for_may_take_all_free_memory_and_no_more(mixers: Any) -> 
 def test_a_runner_needs_a_page_besides_the_null_page(mixers: Any) -> None:
     mixers.clear()
     assert choose(4 * PAGE, max_sequences=1).pages == 2
+    assert choose(2 * PAGE, max_sequences=1, max_tokens=16).pages == 2
     with pytest.raises(OutOfMemory, match="1 rows and 2 pages"):
         choose(4 * PAGE - 2, max_sequences=1)
 
@@ -115,6 +122,10 @@ def test_a_runner_needs_a_page_besides_the_null_page(mixers: Any) -> None:
 def test_a_refusal_says_how_much_is_needed(mixers: Any) -> None:
     with pytest.raises(OutOfMemory, match=f"need {1e6 * 2 * ROW / 1e9 + 2 * PAGE / 1e9:.2f} GB"):
         choose(10**6, max_sequences=10**6)
+    mixers.clear()
+    wide = make_geometry(page_size=16, group=1, kv_heads=2, head_dim=10**6, dtype=torch.bfloat16)
+    with pytest.raises(OutOfMemory, match=r"2 pages of 16 tokens need 0\.26 GB"):
+        choose_sizes(Fake("cuda"), PagedConfig(page_size=16), wide, 10**8)
 
 
 # -- the plan -----------------------------------------------------------------------------------
@@ -191,9 +202,9 @@ def test_the_widest_layer_decides_the_workspace(mixers: Any) -> None:
 def test_a_mamba_layers_workspace_holds_its_scan(mixers: Any, chunk_size: int) -> None:
     """Per token: projected (gate, convolved, time steps), convolved, gated and mixed, hidden; two
     decays of a head in float32; and for each chunk a state in float32 and one in bfloat16."""
-    mixer = SimpleNamespace(**{**vars(MIXER), "chunk_size": chunk_size, "head_dim": 100})
+    mixer = SimpleNamespace(**{**vars(MIXER), "chunk_size": chunk_size, "head_dim": 300})
     mixers[2] = mixer
-    inner, channels = 400, 400 + 64
+    inner, channels = 1200, 1200 + 64
     numbers = (inner + channels + 4) + channels + 2 * inner + 20
     states = (4 + 2) * inner * 16 // min(chunk_size, 256)
     per_token = 2 * numbers + 2 * 4 * 4 + states
