@@ -191,10 +191,10 @@ class EngineGroup:
         for _ in range(2):
             lost: list[Engine] = []
             for engine, share, result in self._run(engines, items, costs, left, work):
-                if not isinstance(result, Exception):
+                if not isinstance(result, BaseException):
                     found.update(zip(share, result, strict=True))
-                elif isinstance(result, GranitePagedError) and not _is_failure(result):
-                    raise result  # a refusal of the work, not a fault of the engine
+                elif not _is_failure(result):
+                    raise result  # a refusal of the work or an interrupt, not the engine's fault
                 else:
                     lost.append(engine)
                     found.update(dict.fromkeys(share, EngineLost(result)))
@@ -269,9 +269,11 @@ def _lost(prompt: Prompt, params: SamplingParams | None, error: EngineLost) -> l
     return [lost(index=index) for index in range(samples_of(params))]
 
 
-def _is_failure(error: GranitePagedError) -> bool:
-    """Whether an error is about the engine, and not about a request."""
-    return isinstance(error, (BrokenInvariant, EngineClosed))
+def _is_failure(error: BaseException) -> bool:
+    """Whether an error is about the engine, and not about a request or the whole process."""
+    if isinstance(error, GranitePagedError):
+        return isinstance(error, (BrokenInvariant, EngineClosed))
+    return isinstance(error, Exception)
 
 
 def _most_tokens(params: SamplingParams | None) -> int:

@@ -334,6 +334,14 @@ def test_a_refusal_of_the_work_is_raised_and_not_handed_over() -> None:
     assert (len(a.work), len(b.work)) == (1, 1)
 
 
+def test_an_interrupt_in_the_thread_of_an_engine_is_raised() -> None:
+    a, b, group = two()
+    a.fault = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        group.generate(["p", "q"], GREEDY)
+    assert (a.work, b.work) == ([["p"]], [["q"]]), "and nothing is handed over"
+
+
 def test_a_closed_engine_gets_no_share() -> None:
     a, b, group = two()
     a.closed = True
