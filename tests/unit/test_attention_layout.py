@@ -248,6 +248,18 @@ def test_functions_are_compiled_whole_and_for_fixed_shapes() -> None:
     compiled.assert_called_once_with(attention._fused, fullgraph=True, dynamic=False)
 
 
+def test_a_function_may_be_compiled_1024_times_per_process() -> None:
+    """Dynamo's own limits count all models, dtypes and shapes together."""
+    config = torch._dynamo.config
+    before = config.recompile_limit
+    with mock.patch.object(attention, "_compiled", lambda function: function):
+        limits = attention._call_compiled(
+            lambda: (config.recompile_limit, config.accumulated_recompile_limit)
+        )
+    assert limits == (1024, 1024)
+    assert config.recompile_limit == before
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 def test_kernel_options_are_made_for_gpus_and_where_none_are_given(cuda: bool) -> None:
     query, attend = mock.Mock(is_cuda=cuda), mock.Mock(return_value=torch.ones(1))
