@@ -149,19 +149,21 @@ def test_a_batch_updates_only_the_rows_it_names() -> None:
 # -- rows of a cache ------------------------------------------------------------------------------
 
 
-def test_rows_of_a_cache_have_states_from_the_first_step_to_a_reset() -> None:
+@pytest.mark.parametrize("kept", [Kept.NOTHING, Kept.CHUNK])
+def test_rows_of_a_cache_have_states_from_the_first_step_to_a_reset(kept: Kept) -> None:
     sizes, rows = MambaSizes.of(mamba_layer()[0]), MambaRows()
     unset = copy.deepcopy(vars(rows))
     rows.select_rows(torch.tensor([0]))
     assert rows.nbytes == 0
-    state = rows.state(sizes, 3, torch.zeros(1))
+    state = rows.state(sizes, 3, torch.zeros(1), kept)
     assert not any(part.any() for part in state.parts)
-    assert rows.nbytes == state.nbytes == 3 * sizes.state_bytes(torch.float32)
+    assert rows.nbytes == state.nbytes == 3 * sizes.state_bytes(torch.float32, kept)
     assert rows.has_previous_state[0] is True
     for part in state.parts:
         part.copy_(torch.arange(3.0).view(-1, *[1] * (part.ndim - 1)).expand_as(part))
     rows.select_rows(torch.tensor([2, 0, 2, 1]))
-    again = rows.state(sizes, 4, torch.zeros(1))
+    again = rows.state(sizes, 4, torch.zeros(1), kept)
+    assert len(again.parts) == len(state.parts)
     for part in again.parts:
         assert part.flatten(1).unique(dim=1)[:, 0].tolist() == [2, 0, 2, 1]
     rows.reset()
