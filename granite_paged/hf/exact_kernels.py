@@ -20,8 +20,8 @@ from granite_paged.layers.triton import exact_attention, exact_scan
 from granite_paged.layers.triton.exact_linear import (
     gated_product,
     product,
-    rms_norm,
 )
+from granite_paged.layers.triton.pointwise import rms_norm
 
 
 class ByKernel(ExactForward):

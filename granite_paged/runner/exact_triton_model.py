@@ -20,8 +20,8 @@ from granite_paged.layers.triton.exact_linear import (
     fused_product,
     gated_product,
     product,
-    rms_norm,
 )
+from granite_paged.layers.triton.pointwise import rms_norm
 from granite_paged.runner.model import ModelStep
 from granite_paged.runner.triton_model import Rotary, TritonModel
 

@@ -36,6 +36,7 @@ from granite_paged.layers.triton import (
     mamba,
     pages,
     pointwise,
+    scan,
     tokens,
 )
 from granite_paged.models import geometry_config
@@ -118,7 +119,7 @@ def compile_exact(mixer: Any) -> None:
     newest = torch.zeros(1, dtype=torch.int32)
     narrow, wide, norm = random(hidden, hidden), random(8192, hidden), random(hidden)
     for rows in EXACT_ROWS:
-        x = exact_linear.rms_norm(random(rows, hidden), norm, 1e-5)
+        x = pointwise.rms_norm(random(rows, hidden), norm, 1e-5)
         exact_linear.product(x, narrow)
         exact_linear.product(x, wide)
         exact_linear.gated_product(x, wide)
@@ -166,7 +167,7 @@ def noting(run: Callable[..., Any], sizes: dict[str, int]) -> Callable[..., Any]
 def prepare(capability: int, shared_bytes: int) -> None:
     """Give the kernels' modules the options of a GPU."""
     early = {"EARLY": True, "launch_pdl": True} if capability >= 90 else {"EARLY": False}
-    for module in (exact_linear, exact_scan, linear, mamba, tokens):
+    for module in (exact_linear, exact_scan, linear, mamba, pointwise, scan, tokens):
         module.early = lambda device: early
     for module in (exact_linear, linear):
         module.shared_memory = lambda device: shared_bytes

@@ -25,7 +25,7 @@ from tests.helpers.tolerance import assert_as_defined
 
 pytest.importorskip("triton")
 
-from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan
+from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan, pointwise
 from granite_paged.layers.triton.mamba import conv_weight, convolution
 
 ON_GPU = torch.cuda.is_available()
@@ -65,7 +65,7 @@ def test_a_sum_is_normed(rows: int) -> None:
 
     assert_as_defined(hidden, expected, FLOAT32)
     assert_as_defined(after, normed(expected, norm[0]), FLOAT32)
-    assert_as_defined(exact_linear.rms_norm(hidden, norm[0], 1e-5), after, FLOAT32)
+    assert_as_defined(pointwise.rms_norm(hidden, norm[0], 1e-5), after, FLOAT32)
 
 
 @needs_gpu

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_paged.device import shared_memory, stages_that_fit
-from granite_paged.layers.triton import pointwise
 from granite_paged.layers.triton.linear import (
     Convolution,
     convolve,
@@ -122,11 +121,6 @@ def _product(
         convolved = convolve(rounded, past, newest, takes_in, last, column, conv_first, channels)
         rounded = tl.trans(convolved.to(out_ptr.dtype.element_ty))
     tl.store(out_ptr + place, rounded, mask=there)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """Return `pointwise.rms_norm`, which starts early where rows are few."""
-    return pointwise.rms_norm(x, weight, eps, groups, **_early(x))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from granite_paged.layers.triton.linear import wait
+from granite_paged.layers.triton.linear import early, wait
 
 
 @triton.jit
@@ -43,15 +43,12 @@ def _rms_norm(
     tl.store(out_ptr + start + at, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1, **options: bool) -> Tensor:
-    """Return the RMS norm of x [rows, depth], contiguous; each of `groups` parts by itself.
-
-    options: launch options from `early`; without them, the kernel before must have ended.
-    """
+def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
+    """Return the RMS norm of x [rows, depth], contiguous; each of `groups` parts by itself."""
     rows, depth = x.shape
     depth //= groups
     out = x.new_empty(x.shape)
-    chosen = {"EARLY": False, **norm_block(depth), **options}
+    chosen = {**norm_block(depth), **early(x.device)}
     _rms_norm[(rows * groups,)](x, weight, out, depth, eps, groups, **chosen)
     return out
 
@@ -63,7 +60,8 @@ def norm_block(depth: int) -> dict[str, int]:
 
 
 @triton.jit
-def _silu_mul(x_ptr, out_ptr, columns, BLOCK: tl.constexpr):
+def _silu_mul(x_ptr, out_ptr, columns, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < columns
@@ -79,5 +77,6 @@ def silu_mul(x: Tensor) -> Tensor:
     rows, columns = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, columns)
     block = min(1024, triton.next_power_of_2(columns))
-    _silu_mul[(rows, triton.cdiv(columns, block))](x, out, columns, BLOCK=block)
+    grid = (rows, triton.cdiv(columns, block))
+    _silu_mul[grid](x, out, columns, BLOCK=block, **early(x.device))
     return out

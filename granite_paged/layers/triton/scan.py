@@ -1,7 +1,8 @@
 """Mamba-2 in Triton, several tokens per row, computed by chunks. `mamba.py` gives the layouts.
 
 Four kernels: the convolution; the state that each chunk adds; the recurrence over chunks; the
-output. Decays are float32; operands of matrix products have the model's dtype.
+output. Decays are float32; operands of matrix products have the model's dtype. Each kernel is
+started before the one in front of it has finished (`linear.early`), and waits for it first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_paged.layers.mamba import REPLAYED, MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.pointwise import silu, softplus
 
 
@@ -19,8 +21,9 @@ from granite_paged.layers.triton.pointwise import silu, softplus
 def _convolve(
     projected_ptr, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, out_ptr,
     tokens, inner, channels, stride,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+    WIDTH: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     batch = tl.program_id(0)
     s = tl.program_id(1) * S + tl.arange(0, S)
     c = tl.program_id(2) * C + tl.arange(0, C)
@@ -79,9 +82,10 @@ def _convolve(
 @triton.jit
 def _store_ring(
     projected_ptr, ring_ptr, rows_ptr, positions_ptr,
-    tokens, inner, channels, stride, WIDTH: tl.constexpr, C: tl.constexpr,
+    tokens, inner, channels, stride, WIDTH: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Store the inputs of each row's last `WIDTH` tokens in the slots of their positions."""
+    wait(EARLY)
     batch = tl.program_id(0)
     row = tl.load(rows_ptr + batch).to(tl.int64)
     c = tl.program_id(1) * C + tl.arange(0, C)
@@ -111,9 +115,10 @@ def _chunk_states(
     convolved_ptr, projected_ptr, positions_ptr, dt_bias_ptr, a_log_ptr,
     dt_ptr, decay_ptr, states_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, low, high, stride,
-    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    EARLY: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute a chunk's dt, the cumulative sum of dt * A, and what the chunk adds to the state."""
+    wait(EARLY)
     batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
@@ -162,12 +167,13 @@ def _chunk_states(
 def _pass_on(
     states_ptr, entering_ptr, ssm_ptr, recent_ptr, times_ptr, rows_ptr, positions_ptr, a_log_ptr,
     decay_ptr, tokens, chunks, heads, elements, state_size, groups,
-    REPLAYED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    REPLAYED: tl.constexpr, EARLY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the state that enters each chunk; the state after the last chunk goes to the row.
 
     The first chunk is entered by the row's state after the inputs that are to be replayed.
     """
+    wait(EARLY)
     batch, head = tl.program_id(0), tl.program_id(1)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + batch).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
@@ -203,9 +209,11 @@ def _chunk_outputs(
     convolved_ptr, projected_ptr, dt_ptr, decay_ptr, entering_ptr, skip_ptr, gated_ptr,
     times_ptr, rows_ptr, positions_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, stride,
-    REPLAYED: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    REPLAYED: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute (decayed C . state) + (masked, decayed C B^T) (dt x) + D x, times silu(gate)."""
+    wait(EARLY)
     batch, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = SIZE // L
     chunk, part = part // parts, part % parts
@@ -305,7 +313,7 @@ def scan(
     _convolve[grid](
         projected, state.conv, state.rows, positions, weight, bias, convolved,
         tokens, sizes.inner, sizes.channels, stride,
-        WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2,
+        WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2, **early(projected.device),
     )  # fmt: skip
     store_ring(sizes, projected, positions, state)
     if mask is not None:
@@ -318,7 +326,8 @@ def store_ring(sizes: MambaSizes, projected: Tensor, positions: Tensor, state: M
     batch, tokens = positions.shape
     _store_ring[(batch, triton.cdiv(sizes.channels, 256))](
         projected, state.conv, state.rows, positions,
-        tokens, sizes.inner, sizes.channels, projected.shape[1], WIDTH=sizes.conv_width, C=256,
+        tokens, sizes.inner, sizes.channels, projected.shape[1],
+        WIDTH=sizes.conv_width, C=256, **early(projected.device),
     )  # fmt: skip
 
 
@@ -337,7 +346,7 @@ def _scan(
     dt = state.ssm.new_empty(2, batch, sizes.heads, chunks * size)
     states = state.ssm.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
     shape = (tokens, chunks, sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups)
-    stride = projected.shape[1]
+    stride, starts = projected.shape[1], early(projected.device)
     blocks = {
         "SIZE": size,
         "L": block,
@@ -346,7 +355,7 @@ def _scan(
     }
     _chunk_states[(batch, chunks, sizes.heads)](
         convolved, projected, positions, *weights[:2], dt[0], dt[1], states,
-        *shape, *sizes.time_step_limit, stride, **blocks, num_warps=4, num_stages=1,
+        *shape, *sizes.time_step_limit, stride, **blocks, num_warps=4, num_stages=1, **starts,
     )  # fmt: skip
     elements = sizes.head_dim * sizes.state_size
     entering = torch.empty_like(states, dtype=convolved.dtype)
@@ -354,13 +363,13 @@ def _scan(
     _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
         states, entering, state.ssm, *inputs, state.rows, positions, weights.a_log, dt[1],
         tokens, chunks, sizes.heads, elements, sizes.state_size, sizes.groups,
-        REPLAYED=replayed, SIZE=size, BLOCK=1024,
+        REPLAYED=replayed, SIZE=size, BLOCK=1024, **starts,
     )  # fmt: skip
     gated = projected.new_empty(batch * tokens, sizes.inner)
     _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
         convolved, projected, dt[0], dt[1], entering, weights.skip, gated,
         state.times, state.rows, positions, *shape, stride,
-        REPLAYED=replayed, **blocks, num_warps=4, num_stages=1,
+        REPLAYED=replayed, **blocks, num_warps=4, num_stages=1, **starts,
     )  # fmt: skip
     return gated
 
