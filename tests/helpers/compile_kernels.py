@@ -66,8 +66,8 @@ class AbsentGpu:
         return 0
 
 
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.bfloat16)
+def unset(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, dtype=torch.bfloat16)
 
 
 def compile_all() -> None:
@@ -81,32 +81,32 @@ def compile_all() -> None:
             sizes.empty_state(rows, torch.bfloat16, cpu, kept)._replace(rows=torch.arange(rows))
             for kept in (Kept.NOTHING, Kept.REPLAY)
         ]
-        x = linear.prenorm(random(rows, hidden), norm)
+        x = linear.prenorm(unset(rows, hidden), norm)
         convolution, weights = mamba.convolution(mixer, newest, states[0]), ScanWeights.of(mixer)
         projected, _ = linear.linear(x, mixer.in_proj.weight, eps=1e-5, conv=convolution)
         for state in states:
             mamba.step(sizes, projected, newest, weights, state, mixer.norm.weight)
-        linear.linear(x, (random(1536, hidden), random(512, hidden), random(512, hidden)))
-        linear.linear(x, random(8192, hidden), eps=1e-5, gated=True)
-        held = random(rows, hidden)
-        linear.linear(random(rows, 4096), random(hidden, 4096), residual=held, norm=norm, out=held)
+        linear.linear(x, (unset(1536, hidden), unset(512, hidden), unset(512, hidden)))
+        linear.linear(x, unset(8192, hidden), eps=1e-5, gated=True)
+        held = unset(rows, hidden)
+        linear.linear(unset(rows, 4096), unset(hidden, 4096), residual=held, norm=norm, out=held)
         for length in (1, 40, 600):
             at = torch.arange(length, dtype=torch.int32).repeat(rows, 1)
-            whole = random(rows * length, sizes.inner + sizes.channels + sizes.heads)
+            whole = unset(rows * length, sizes.inner + sizes.channels + sizes.heads)
             for state in states:
                 mamba.gated_scan(mixer, whole, at, state)
-    pool = (random(1, 4, 20 * 128, 128), random(1, 4, 20 * 128, 128))
+    pool = (unset(1, 4, 20 * 128, 128), unset(1, 4, 20 * 128, 128))
     table, newest = torch.zeros(3, 9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     rows, bad = torch.arange(2), torch.zeros(3, dtype=torch.uint8)
-    key = random(2, 512)
+    key = unset(2, 512)
     pages.write_pages(key, key, pool, rows, newest[:, None], table, bad, 128)
     counts, listed = torch.zeros(2 * 33, dtype=torch.int32), torch.zeros(66, 9, dtype=torch.int32)
     pages.split_pages(rows, newest, table, (counts, listed, counts, listed), 33, 128)
     pointwise.rms_norm(key, norm[:512], 1e-5)
-    pointwise.silu_mul(random(2, 8192))
+    pointwise.silu_mul(unset(2, 8192))
     fed = torch.zeros(3, dtype=torch.int64)
-    tokens.embed(fed, rows, random(config.vocab_size, hidden), 12.0, norm)
-    tokens.write_argmax(random(2, config.vocab_size), rows, fed)
+    tokens.embed(fed, rows, unset(config.vocab_size, hidden), 12.0, norm)
+    tokens.write_argmax(unset(2, config.vocab_size), rows, fed)
     compile_exact(mixer)
 
 
@@ -115,11 +115,11 @@ def compile_exact(mixer: Any) -> None:
     sizes, weights, hidden = MambaSizes.of(mixer), ScanWeights.of(mixer), 1536
     width = sizes.channels + sizes.heads
     conv, ssm, *_ = sizes.empty_state(1, torch.bfloat16, torch.device("cpu"))
-    state = MambaState(conv, ssm, torch.arange(1), random(1, EXACT_CHUNK, width))
+    state = MambaState(conv, ssm, torch.arange(1), unset(1, EXACT_CHUNK, width))
     newest = torch.zeros(1, dtype=torch.int32)
-    narrow, wide, norm = random(hidden, hidden), random(8192, hidden), random(hidden)
+    narrow, wide, norm = unset(hidden, hidden), unset(8192, hidden), unset(hidden)
     for rows in EXACT_ROWS:
-        x = pointwise.rms_norm(random(rows, hidden), norm, 1e-5)
+        x = pointwise.rms_norm(unset(rows, hidden), norm, 1e-5)
         exact_linear.product(x, narrow)
         exact_linear.product(x, wide)
         exact_linear.gated_product(x, wide)
@@ -127,15 +127,15 @@ def compile_exact(mixer: Any) -> None:
     convolution = mamba.convolution(mixer, newest, state)
     projected = exact_linear.fused_product(x[:1], mixer.in_proj.weight, conv=convolution)
     exact_scan.step(sizes, projected, newest, weights, state)
-    layers = (ssm[None], random(1, 1, EXACT_CHUNK, width), weights.dt_bias[None])
+    layers = (ssm[None], unset(1, 1, EXACT_CHUNK, width), weights.dt_bias[None])
     exact_scan.close_chunks(sizes, newest, torch.arange(1), *layers, weights.a_log[None])
-    pool, table = (random(1, 4, 3 * 128, 128), random(1, 4, 3 * 128, 128)), torch.ones(1, 2).int()
+    pool, table = (unset(1, 4, 3 * 128, 128), unset(1, 4, 3 * 128, 128)), torch.ones(1, 2).int()
     several = torch.arange(40, dtype=torch.int32)[None]
-    whole, conv_weight = random(40, sizes.inner + width), mamba.conv_weight(mixer)
+    whole, conv_weight = unset(40, sizes.inner + width), mamba.conv_weight(mixer)
     exact_scan.scan(sizes, whole, several, conv_weight, mixer.conv1d.bias, weights, state)
     for at in (newest[None], several):
         exact_attention.attend(
-            random(at.numel(), hidden), *pool, torch.arange(1), at, table,
+            unset(at.numel(), hidden), *pool, torch.arange(1), at, table,
             head_dim=128, page_size=128, scale=0.1,
         )  # fmt: skip
 
