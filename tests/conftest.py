@@ -47,6 +47,7 @@ def sharded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_configure(config: pytest.Config) -> None:
     # workers share the cores: one thread each is faster, and fixes the order of sums
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         from tests.helpers import fast_interpreter  # noqa: PLC0415  # after TRITON_INTERPRET is set
 

@@ -193,8 +193,14 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(
 # -- neither a home nor a folder ----------------------------------------------------------------
 
 RUNS = """
-import json, sys
+import functools, json, logging, sys
+logging.disable(logging.WARNING)  # a command that loads these loads them silently too
+from granite_paged.bench import session
 from granite_paged.cli.main import run
+from granite_paged.evaluate import tasks
+logging.disable(logging.NOTSET)
+session.measure_rates = functools.cache(session.measure_rates)
+tasks.RECALL_LONGEST = 32
 for words in json.loads(sys.argv[1]):
     print("status", run(words), file=sys.stderr)
 """
