@@ -19,6 +19,7 @@ Pages, tables and masks
     strategies        generated histories of a pool, and checks of masks and of attention's output
     allocator_model   AllocatorModel: an allocator checked against lists of tokens; its state
                       machine and random walk
+    cache_steps       a PagedCache without a model, and steps that write nothing
     paged_case        ragged sequences in a pool on a GPU, with the error of attention over them
 
 Runners and engines

@@ -200,7 +200,7 @@ def test_sizes_of_states_follow_from_those_of_the_layer() -> None:
     states = [(2, 43, 4), (2, 3, 5, 7)]
     assert shapes == {
         Kept.NOTHING: states,
-        Kept.REPLAY: [*states, (2, REPLAYED, 15 + 14), (2, REPLAYED, 3)],
+        Kept.REPLAY: [*states, (2, REPLAYED, 15 + 14), (2, REPLAYED, 2, 3)],
         Kept.CHUNK: [*states, (2, EXACT_CHUNK, 43 + 3)],
     }
     for kept in Kept:

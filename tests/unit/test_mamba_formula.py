@@ -214,7 +214,7 @@ def test_replayed_inputs_below_the_next_position_advance_the_state(named: bool) 
         at = row_of(state, place)
         ssm = before.ssm[at].double()
         for slot in range(max(position, 0) % REPLAYED):
-            numbers, step = before.recent[at, slot].double(), before.times[at, slot].double()
+            numbers, step = before.recent[at, slot].double(), before.times[at, slot, 0].double()
             x = numbers[: SIZES.inner].view(HEADS, HEAD_DIM)
             b = numbers[SIZES.inner :].view(GROUPS, STATE).repeat_interleave(3, dim=0)
             decay = torch.exp(-step * a_log.double().exp())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from granite_paged import PagedCache, PagedConfig
 from granite_paged.errors import (
     BrokenInvariant,
     CacheReleased,
@@ -25,28 +23,9 @@ from granite_paged.errors import (
 from granite_paged.hf import cache as cache_module
 from granite_paged.hf.cache import PagedLayer
 from granite_paged.paging.store import PageStore
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.cache_steps import CPU, PAGE, grow, make, mask_of
 
-PAGE = 4
-CPU = torch.device("cpu")
-CONFIG = tiny_model().config
 ATTENTION, MAMBA = 1, 0  # layers
-
-
-def make(**options: Any) -> PagedCache:
-    config = PagedConfig(**{"page_size": PAGE, **options})
-    return PagedCache(CONFIG, config, device=CPU, dtype=torch.float32)
-
-
-def mask_of(*rows: str) -> Tensor:
-    """Return the mask that these rows spell: `.` is padding."""
-    return torch.tensor([[int(column != ".") for column in row] for row in rows])
-
-
-def grow(own: PagedCache, columns: int, batch: int = 1, mask: Tensor | None = None) -> None:
-    """Run a step of which no layer writes anything."""
-    own.begin_step(batch, columns, mask)
-    own.end_step()
 
 
 # -- sizes ----------------------------------------------------------------------------------------
@@ -382,43 +361,6 @@ def test_unchecked_steps_note_nothing() -> None:
     own.write(ATTENTION, *parts(torch.nan))
     assert step.finite == {}
     own.end_step()
-
-
-# -- what the tokens of a step attend to ----------------------------------------------------------
-
-
-def slots_of(own: PagedCache, row: int) -> Tensor:
-    """Return the slots of a row's tokens, in order."""
-    pages = torch.tensor(own.allocator.pages_of(own.sequences[row]))
-    slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()
-    return slots[: own.allocator.length(own.sequences[row])]
-
-
-def test_a_token_of_an_exact_step_attends_to_its_row_up_to_itself() -> None:
-    own = make(exact=True)
-    grow(own, 3, batch=2, mask=mask_of("..a", "bcd"))
-    tokens = own.begin_step(2, 4, mask_of("..aefgh", "bcd.ijk")).tokens
-    assert tokens is not None
-    assert list(tokens.tokens()) == [*((0, n) for n in range(4)), *((1, n) for n in range(1, 4))]
-    for row, column, count in ((0, 0, 2), (0, 3, 5), (1, 1, 4), (1, 3, 6)):
-        assert tokens.attended(row, column).tolist() == slots_of(own, row)[:count].tolist()
-    own.end_step()
-    assert make().begin_step(1, 1).tokens is None
-
-
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_token_attends_to_nothing_that_a_mask_hides(exact: bool) -> None:
-    own = make(exact=exact)
-    grow(own, 9, batch=2)
-    step = own.begin_step(2, 1, mask_of("a.cdefgh.j", "bcdefghijk"))
-    shown = [[place for place in range(10) if place not in (1, 8)], list(range(10))]
-    for row, places in enumerate(shown):
-        at, slots = torch.tensor(row), torch.arange(own.allocator.pages * PAGE)
-        allowed = step.block_mask.mask_mod(at, at, torch.tensor(0), slots)
-        expected = slots_of(own, row)[places].tolist()
-        assert allowed.nonzero().flatten().tolist() == sorted(expected)
-        if step.tokens is not None:
-            assert step.tokens.attended(row, 0).tolist() == expected
 
 
 # -- what transformers sees -----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from granite_paged.geometry import CacheGeometry
 from granite_paged.hf import exact, patching
 from granite_paged.hf.compat import CACHE, with_cache
 from granite_paged.hf.step import CacheStep
+from granite_paged.layers.mamba import MambaSizes
 from granite_paged.layers.one_token import ExactForward
 from tests.helpers.tiny_models import VOCABULARY, cache_of, prompts, tiny_model
 
@@ -151,6 +152,13 @@ def test_exact_mode_computes_every_part_token_by_token() -> None:
     with forward as by_token, paged(own, PAGES):
         own(LONG)
     by_token.assert_not_called()
+
+
+def test_mamba_layers_keep_no_inputs_where_plain_pytorch_runs(model: Any) -> None:
+    own = fresh(model)
+    model(LONG, **with_cache(own))
+    expected = MambaSizes.of(model.model.layers[0].mamba).state_bytes(torch.float32)
+    assert own.layers[0].nbytes == expected
 
 
 def test_gradients_are_refused_where_weights_require_them() -> None:
