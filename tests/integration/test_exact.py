@@ -45,7 +45,8 @@ def answers(model: Any, prompts: list[list[int]], config: PagedConfig = CONFIG) 
 def test_answers_in_company_equal_answers_alone_to_the_bit(
     flavour: str, dtype: torch.dtype
 ) -> None:
-    model = tiny_model(flavour).to(dtype)
+    layers = ["attention" if flavour == "dense" else "mamba", "attention"]
+    model = tiny_model(flavour, num_hidden_layers=2, layer_types=layers).to(dtype)
     if flavour == "experts" and dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped kernel does not support float64
     alone = [answers(model, [prompt])[0] for prompt in PROMPTS]
