@@ -16,7 +16,7 @@ from granite_paged.errors import CannotBeExact
 from granite_paged.hf.step import TokenPages
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 from granite_paged.layers.one_token import ExactForward
-from granite_paged.layers.triton import exact_attention, exact_scan
+from granite_paged.layers.triton import exact_attention, exact_scan, exact_step
 from granite_paged.layers.triton.exact_linear import (
     gated_product,
     product,
@@ -98,11 +98,11 @@ def mamba(
 
 def _step(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
     sizes, weights = MambaSizes.of(mixer), ScanWeights.of(mixer)
-    gated = exact_scan.gated_step(mixer, hidden, positions, state)
+    gated = exact_step.gated_step(mixer, hidden, positions, state)
     assert state.rows is not None
     assert state.recent is not None
     layer = (state.ssm[None], state.recent[None], weights.dt_bias[None], weights.a_log[None])
-    exact_scan.close_chunks(sizes, positions, state.rows, *layer)
+    exact_step.close_chunks(sizes, positions, state.rows, *layer)
     return gated
 
 

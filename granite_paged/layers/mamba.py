@@ -42,7 +42,7 @@ class Kept(Enum):
 
     NOTHING: none; the state is of the last token.
     REPLAY: those that a step of one token left to be replayed (`MambaState.times`).
-    CHUNK: those since the last multiple of `EXACT_CHUNK` tokens (`triton/exact_scan.py`).
+    CHUNK: those since the last multiple of `EXACT_CHUNK` tokens (`triton/exact_chunk.py`).
     """
 
     NOTHING = "nothing"

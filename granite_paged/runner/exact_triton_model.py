@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from granite_paged.layers.mamba import MambaSizes, norm_groups
-from granite_paged.layers.triton import exact_attention, exact_scan
+from granite_paged.layers.triton import exact_attention, exact_scan, exact_step
 from granite_paged.layers.triton.exact_linear import (
     add_norm,
     fused_product,
@@ -80,7 +80,7 @@ class ExactTritonModel(TritonModel):
         mixer, norm = layer.mamba, layer.mamba.norm
         state, positions = self._state(index, step), step.positions
         if positions.shape[1] == 1:
-            gated = exact_scan.gated_step(mixer, normed, positions[:, 0], state)
+            gated = exact_step.gated_step(mixer, normed, positions[:, 0], state)
         else:
             gated = exact_scan.gated_scan(mixer, normed, positions, state)
         mixed = rms_norm(gated, norm.weight, norm.variance_epsilon, norm_groups(mixer))
@@ -94,7 +94,7 @@ class ExactTritonModel(TritonModel):
         rates = (torch.stack(part) for part in zip(*map(_rates, mixers), strict=True))
         _, ssm, recent = self._storage.stacked
         newest, sizes = step.positions[:, 0], MambaSizes.of(mixers[0])
-        exact_scan.close_chunks(sizes, newest, step.states, ssm, recent, *rates)
+        exact_step.close_chunks(sizes, newest, step.states, ssm, recent, *rates)
 
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
         pages, pool = self._storage.pages, self._storage.pages.pools[index]

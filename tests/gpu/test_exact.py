@@ -14,7 +14,7 @@ from torch import Tensor
 from granite_paged import Engine, PagedConfig, SamplingParams, paged
 from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.layers.logprobs import log_probabilities
-from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan, scan
+from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan, exact_step, scan
 from granite_paged.models import load
 from granite_paged.runner import exact_triton_model
 from granite_paged.runner.exact_triton_model import ExactTritonModel
@@ -249,9 +249,9 @@ def states_at_the_end_of_a_step(patch: Patch) -> None:
 
 def states_close_one_token_late(patch: Patch) -> None:
     """A decode step stores the state after the first token of the next chunk."""
-    close = exact_scan.close_chunks
+    close = exact_step.close_chunks
     patch.setattr(
-        exact_scan,
+        exact_step,
         "close_chunks",
         lambda sizes, positions, *rest: close(sizes, positions - 1, *rest),
     )

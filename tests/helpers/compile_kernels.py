@@ -32,6 +32,7 @@ from granite_paged.layers.triton import (
     exact_attention,
     exact_linear,
     exact_scan,
+    exact_step,
     linear,
     mamba,
     pages,
@@ -126,9 +127,11 @@ def compile_exact(mixer: Any) -> None:
         exact_linear.add_norm(x, x, norm, scale=0.2, eps=1e-5)
     convolution = mamba.convolution(mixer, newest, state)
     projected = exact_linear.fused_product(x[:1], mixer.in_proj.weight, conv=convolution)
-    exact_scan.step(sizes, projected, newest, weights, state)
+    exact_step.step(sizes, projected, newest, weights, state)
+    many = exact_step.STEP_MANY_ROWS
+    exact_step.step(sizes, projected.expand(many, -1), newest.expand(many), weights, state)
     layers = (ssm[None], unset(1, 1, EXACT_CHUNK, width), weights.dt_bias[None])
-    exact_scan.close_chunks(sizes, newest, torch.arange(1), *layers, weights.a_log[None])
+    exact_step.close_chunks(sizes, newest, torch.arange(1), *layers, weights.a_log[None])
     pool, table = (unset(1, 4, 3 * 128, 128), unset(1, 4, 3 * 128, 128)), torch.ones(1, 2).int()
     several = torch.arange(40, dtype=torch.int32)[None]
     whole, conv_weight = unset(40, sizes.inner + width), mamba.conv_weight(mixer)
@@ -167,7 +170,7 @@ def noting(run: Callable[..., Any], sizes: dict[str, int]) -> Callable[..., Any]
 def prepare(capability: int, shared_bytes: int) -> None:
     """Give the kernels' modules the options of a GPU."""
     early = {"EARLY": True, "launch_pdl": True} if capability >= 90 else {"EARLY": False}
-    for module in (exact_linear, exact_scan, linear, mamba, pointwise, scan, tokens):
+    for module in (exact_linear, exact_step, linear, mamba, pointwise, scan, tokens):
         module.early = lambda device: early
     for module in (exact_linear, linear):
         module.shared_memory = lambda device: shared_bytes

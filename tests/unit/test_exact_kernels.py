@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from granite_paged.layers.mamba import (
+    EXACT_CHUNK,
     MambaSizes,
     MambaState,
     ScanWeights,
@@ -25,7 +26,13 @@ from tests.helpers.tolerance import assert_as_defined
 
 pytest.importorskip("triton")
 
-from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan, pointwise
+from granite_paged.layers.triton import (
+    exact_attention,
+    exact_linear,
+    exact_scan,
+    exact_step,
+    pointwise,
+)
 from granite_paged.layers.triton.mamba import conv_weight, convolution
 
 ON_GPU = torch.cuda.is_available()
@@ -129,10 +136,12 @@ class Layer:
 
     Args:
         dtype: of the weights.
+        chunk: tokens between two stored states.
         sizes: of the layer.
     """
 
-    def __init__(self, dtype: torch.dtype, **sizes: Any) -> None:
+    def __init__(self, dtype: torch.dtype, chunk: int = EXACT_CHUNK, **sizes: Any) -> None:
+        self.chunk = chunk
         self.mixer = mamba_layer(**sizes)[0].to(DEVICE, dtype)
         self.sizes = MambaSizes.of(self.mixer)
 
@@ -141,7 +150,7 @@ class Layer:
         sizes, dtype = self.sizes, self.mixer.in_proj.weight.dtype
         rows = torch.tensor([1], device=DEVICE)
         state = sizes.empty_state(3, dtype, DEVICE)
-        shape = (3, exact_scan.EXACT_CHUNK, sizes.channels + sizes.heads)
+        shape = (3, self.chunk, sizes.channels + sizes.heads)
         stale = torch.full(shape, 7.0, device=DEVICE, dtype=dtype)
         return state._replace(rows=rows, recent=stale)
 
@@ -173,11 +182,11 @@ class Layer:
         weights, conv = ScanWeights.of(self.mixer), convolution(self.mixer, newest, state)
         unit = torch.eye(len(projected), device=DEVICE, dtype=projected.dtype)
         convolved = exact_linear.fused_product(projected[None], unit, conv=conv)
-        gated = exact_scan.step(self.sizes, convolved, newest, weights, state)
+        gated = exact_step.step(self.sizes, convolved, newest, weights, state)
         assert state.rows is not None
         assert state.recent is not None
         layer = (state.ssm[None], state.recent[None], weights.dt_bias[None], weights.a_log[None])
-        exact_scan.close_chunks(self.sizes, newest, state.rows, *layer)
+        exact_step.close_chunks(self.sizes, newest, state.rows, *layer)
         return gated
 
 
@@ -192,11 +201,10 @@ class Layer:
     ],
 )
 @torch.inference_mode()
-def test_the_scan_is_as_defined(monkeypatch: pytest.MonkeyPatch, shape: str, cut: str) -> None:
+def test_the_scan_is_as_defined(shape: str, cut: str) -> None:
     """The chunks are short: a kernel's formulas do not depend on their length."""
     chunk, tokens = 16, 56
-    monkeypatch.setattr(exact_scan, "EXACT_CHUNK", chunk)
-    layer = Layer(torch.float32, **SHAPES[shape])
+    layer = Layer(torch.float32, chunk, **SHAPES[shape])
     mixer, sizes = layer.mixer, layer.sizes
     hidden = torch.randn(tokens, 24, device=DEVICE)
     defined = sizes.empty_state(1, torch.float32, DEVICE)
@@ -217,6 +225,23 @@ def test_the_scan_is_as_defined(monkeypatch: pytest.MonkeyPatch, shape: str, cut
     assert_as_defined(state.ssm[1:2], stored.ssm, 20 * FLOAT32)
 
 
+@pytest.mark.parametrize("together", [2, 4])
+@torch.inference_mode()
+def test_heads_of_one_program_have_the_bits_of_heads_alone(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    layer = Layer(torch.float32, 16, mamba_n_groups=2)  # two heads per group, so four are too many
+    projected = torch.randn(5, layer.mixer.in_proj.out_features, device=DEVICE)
+    alone, state = layer.run(projected, [2, 1, 1, 1])
+    monkeypatch.setattr(exact_step, "STEP_HEADS", together)
+    monkeypatch.setattr(exact_step, "STEP_MANY_ROWS", 1)
+    found, after = layer.run(projected, [2, 1, 1, 1])
+    assert torch.equal(found, alone)
+    assert after.recent is not None
+    assert state.recent is not None
+    assert torch.equal(after.recent[1, :5], state.recent[1, :5])
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALF)
 @torch.inference_mode()
@@ -226,7 +251,7 @@ def test_a_scan_has_the_same_bits_wherever_it_is_cut(dtype: torch.dtype) -> None
     projected = torch.randn(200, layer.mixer.in_proj.out_features, device=DEVICE, dtype=dtype)
     whole, state = layer.run(projected, [200])
     assert whole.isfinite().all()
-    for pieces in cuts(exact_scan.EXACT_CHUNK).values():
+    for pieces in cuts(EXACT_CHUNK).values():
         out, after = layer.run(projected, pieces, pad=5)
         assert torch.equal(out, whole), (pieces, (out != whole).nonzero()[:3])
         assert torch.equal(after.ssm, state.ssm)
