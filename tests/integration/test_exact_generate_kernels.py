@@ -86,7 +86,7 @@ def test_logits_are_those_of_sdpa(flavour: str) -> None:
 
 @torch.inference_mode()
 def test_rows_that_are_reordered_keep_their_inputs() -> None:
-    """As beam search does: row 0 goes on from what row 1 was."""
+    """As beam search does: row 0 continues what row 1 was."""
     model = tiny_model(**HYBRID)
     ids, mask = padded_prompts((9, 5))
     with paged(model, CONFIG):

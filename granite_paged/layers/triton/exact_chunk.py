@@ -68,21 +68,21 @@ def advanced(state, whole, added):
 
 
 @triton.jit
-def alike_of(c, b):
+def similarity_of(c, b):
     """Return the products of c [M, N] and b [L, N], [M, L]."""
     return tl.dot(c, tl.trans(b), input_precision="ieee")
 
 
 @triton.jit
-def outputs_of(c, alike, x, state, dt, sums, to_sums, causal):
+def outputs_of(c, similar, x, state, dt, sums, to_sums, causal):
     """Return the outputs [M, P] of M of a chunk's tokens.
 
-    c [M, N], x [L, P], state [N, P] in their dtype; alike [M, L] of `alike_of`; dt, sums [L];
-    to_sums [M]; causal [M, L].
+    c [M, N], x [L, P], state [N, P] in their dtype; similar [M, L], of `similarity_of`;
+    dt, sums [L]; to_sums [M]; causal [M, L].
     """
     carried = tl.dot(c, state, input_precision="ieee") * tl.exp(to_sums)[:, None]
     since = tl.where(causal, to_sums[:, None] - sums[None, :], float("-inf"))
-    weight = tl.exp(since) * dt[None, :] * alike
+    weight = tl.exp(since) * dt[None, :] * similar
     return tl.dot(weight.to(x.dtype), x, carried, input_precision="ieee")
 
 

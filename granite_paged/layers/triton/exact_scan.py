@@ -13,9 +13,9 @@ from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton.exact_chunk import (
     added_by,
     advanced,
-    alike_of,
     blocks_of,
     outputs_of,
+    similarity_of,
     sums_of,
     time_step,
 )
@@ -205,7 +205,7 @@ def _chunk_outputs(
     by_head = (batch.to(tl.int64) * heads + head) * height + chunk * L + line
     dt, sums = tl.load(times_ptr + by_head), tl.load(sums_ptr + by_head)
     causal = line[:, None] >= line[None, :]
-    out = outputs_of(c, alike_of(c, b), x, entering, dt, sums, sums, causal)
+    out = outputs_of(c, similarity_of(c, b), x, entering, dt, sums, sums, causal)
     there = is_new[:, None] & p_there[None, :]
     column = batch.to(tl.int64) * tokens + s
     gate = tl.load(projected_ptr + column[:, None] * stride + x_at, mask=there, other=0.0)

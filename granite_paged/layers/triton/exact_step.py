@@ -12,9 +12,9 @@ from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton.exact_chunk import (
     added_by,
     advanced,
-    alike_of,
     blocks_of,
     outputs_of,
+    similarity_of,
     sums_of,
     time_step,
 )
@@ -87,7 +87,7 @@ def _step(
             new_c = tl.load(new + b_at + groups * state_size, mask=n_there, other=0.0)
             b = tl.where(is_own[:, None], new_b[None, :], old_b)
             c = tl.zeros([M, N], new_c.dtype) + new_c[None, :]
-            alike = alike_of(c, b)
+            similar = similarity_of(c, b)
         gate = tl.load(projected + x_at, mask=p_there, other=0.0).to(tl.float32)
         new_x = tl.load(new + x_at, mask=p_there, other=0.0)
         new_raw = tl.load(new + channels + head)
@@ -96,7 +96,7 @@ def _step(
         dt = tl.where(line <= own, time_step(raw, bias, low, high), 0.0)
         sums, whole = sums_of(dt, rate)
         to_sums = tl.zeros([M], tl.float32) + whole
-        out = outputs_of(c, alike, x, state.to(c.dtype), dt, sums, to_sums, causal)
+        out = outputs_of(c, similar, x, state.to(c.dtype), dt, sums, to_sums, causal)
         out = tl.max(out, axis=0)  # its rows are equal
         out = tl.fma(new_x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate)
         tl.store(gated + x_at, out.to(gated_ptr.dtype.element_ty), mask=p_there)
