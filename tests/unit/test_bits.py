@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from granite_paged import PagedConfig, bits
 from granite_paged.bits import BitsReport, bits_report, newest_pairs
@@ -14,6 +16,7 @@ from granite_paged.errors import InvalidArgument
 from granite_paged.models import LoadedModel
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Runner
+from granite_paged.runner.storage import RowSnapshot
 from tests.helpers.tiny_models import tiny_model
 
 REPORT = BitsReport("tiny", "f00", "float32", {"torch": "2.14.1"}, {"short": {"logits": "a"}})
@@ -65,3 +68,21 @@ def test_the_newest_reports_of_each_model_and_dtype_are_compared() -> None:
     assert newest_pairs(first, [*second, double]) == [(old, new), (double, double)]
     with pytest.raises(InvalidArgument, match="no model in common"):
         newest_pairs([double], second)
+
+
+@pytest.mark.parametrize(("slot", "counts"), [(0, True), (2, True), (3, False), (4, False)])
+@pytest.mark.parametrize("name", ["recent", "times"])
+def test_kept_inputs_count_up_to_the_last_token(name: str, slot: int, counts: bool) -> None:
+    """The slots after it hold inputs of no token of the request: 13 tokens in slots of 5."""
+    states = RowSnapshot(*(torch.zeros(2, 5, 7, 9) for _ in range(4)))
+    runner: Any = SimpleNamespace(
+        device=torch.device("cpu"),
+        geometry=SimpleNamespace(page_size=16, attention_layers=(), mamba_layers=(0, 2)),
+        storage=SimpleNamespace(pages=SimpleNamespace(table=mock.MagicMock())),
+        save_row=lambda row: states,
+    )
+    before = dict(bits._by_layer(runner, 13))
+    getattr(states, name)[1, slot] = 1
+    after = dict(bits._by_layer(runner, 13))
+    assert after["0 mamba"] == before["0 mamba"]
+    assert (after["2 mamba"] != before["2 mamba"]) is counts
