@@ -165,11 +165,14 @@ def test_half_precision_inputs_are_replayed_as_they_were() -> None:
         state = sizes.empty_state(1, torch.float16, DEVICE, kept)._replace(rows=rows)
         outputs = []
         with torch.inference_mode():
-            for at in range(REPLAYED + 2):
+            for at in range(REPLAYED):  # the last stores the state
                 hidden = torch.randn(1, 1, HIDDEN, device=DEVICE).half()
                 position = torch.tensor([[at]], device=DEVICE)
                 outputs.append(mamba.mamba_forward(mixer, hidden, position, state))
         found.append((torch.cat(outputs).float(), state.ssm))
-    (mine, _), (theirs, _) = found
-    half_ulp = 2.0**-11  # both round the same sums, which differ by float32's roundings
+    (mine, stored), (theirs, expected) = found
+    half_ulp = 2.0**-11
+    # both round the same sums, which differ by float32's roundings
     assert float((mine - theirs).abs().max()) <= 2 * half_ulp * float(theirs.abs().max())
+    # a weight is two numbers of 11 bits: half a unit of the second, for each of seven inputs
+    assert_as_defined(stored, expected, 7 * half_ulp**2 + FLOAT32)
