@@ -274,7 +274,7 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
     def step() -> None:
         # a row stores its states at every `REPLAYED`th token: in each step, other rows do
         turn = next(turns)
-        positions = [context + (row + turn) % REPLAYED for row in rows]
+        positions = [context + (place + turn) % REPLAYED for place in range(batch)]
         runner.decode(rows, positions)  # also chooses each row's next token
 
     note = _note(context, stretch)

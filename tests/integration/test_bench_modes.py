@@ -159,7 +159,7 @@ def test_paged_decodes_at_the_end_of_every_context(runner: Any) -> None:
         prepared.step()
     (made,) = runner.made
     steps = [call[1] for call in made.calls if call[0] == "decode"]
-    assert steps[:2] == [([1, 2, 3], [151, 152, 153]), ([1, 2, 3], [152, 153, 154])]
+    assert steps[:2] == [([1, 2, 3], [150, 151, 152]), ([1, 2, 3], [151, 152, 153])]
     for row in range(3):  # so every row stores its states as often as in an answer
         assert {positions[row] for _, positions in steps} == set(range(150, 150 + REPLAYED))
     assert prepared.note == "cache: 64 tokens, repeated"

@@ -273,10 +273,9 @@ def _chunk_outputs(
     tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=token_there)
     if REPLAYED > 0:  # the row's state is of its last token now: nothing is left to be replayed
         row = tl.load(rows_ptr + batch).to(tl.int64)
-        number = tl.arange(0, 2 * REPLAYED)
-        held = times_ptr + (row * 2 * REPLAYED + number) * heads + head
-        has_token = (row >= 0) & (tl.load(positions_ptr + batch * tokens) >= 0)
-        tl.store(held, tl.zeros([2 * REPLAYED], tl.float32), mask=(number >= 0) & has_token)
+        held = times_ptr + (row * 2 * REPLAYED + tl.arange(0, 2 * REPLAYED)) * heads + head
+        if (row >= 0) & (tl.load(positions_ptr + batch * tokens) >= 0):
+            tl.store(held, tl.zeros([2 * REPLAYED], tl.float32))
 
 
 def scan(
