@@ -17,7 +17,11 @@ from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
 
 STEP_SECONDS = 0.15e-3
-"""Limit on the scheduler's time for a decode step of 256 sequences."""
+"""Limit on the scheduler's time for a decode step of 256 sequences, on a processor that adds a
+thousand numbers in `ADDING_SECONDS`. A slower one may take as much longer as it adds slower."""
+
+ADDING_SECONDS = 34e-6
+"""What Python 3.11 takes for that on the processor on which the limit was set."""
 
 ROUNDS, STEPS = 40, 8
 """Most rounds of measurements, and steps per round. Other processes only add time, so one round
@@ -345,6 +349,14 @@ class Instant(SimulatedRunner):
         return self.oracle.logits((1,)).expand(len(rows), -1)
 
 
+def adding_seconds() -> float:
+    """Return the time to add a thousand numbers."""
+    start, total = time.thread_time(), 0
+    for number in range(1000):
+        total += number
+    return time.thread_time() - start
+
+
 def test_scheduling_256_sequences_is_fast() -> None:
     runner = Instant(HashOracle(), pages=20_000, page_size=128, rows=256, chunk_tokens=2048)
     engine = EngineHarness(runner.oracle, runner=runner).engine
@@ -361,8 +373,10 @@ def test_scheduling_256_sequences_is_fast() -> None:
         return spent
 
     for _ in range(ROUNDS):
-        spent = sorted(seconds() for _ in range(STEPS))
-        if spent[STEPS // 4] < STEP_SECONDS:
+        times = [(seconds(), adding_seconds()) for _ in range(STEPS)]
+        spent, adding = (sorted(each)[STEPS // 4] for each in zip(*times, strict=True))
+        limit = STEP_SECONDS * max(1.0, adding / ADDING_SECONDS)
+        if spent < limit:
             break
     assert engine.stats().running == 256
-    assert spent[STEPS // 4] < STEP_SECONDS
+    assert spent < limit
