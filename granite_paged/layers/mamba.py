@@ -33,8 +33,8 @@ EXACT_CHUNK = 64
 """Tokens between two stored states in exact mode on a GPU."""
 
 REPLAYED = 8
-"""Tokens between two stored states while Triton kernels decode. A step must read a row's state, but
-of what it must write, this leaves an eighth."""
+"""Tokens between two stored states while Triton kernels decode. Every step reads a row's state, one
+in eight writes it."""
 
 
 class Kept(Enum):
@@ -416,7 +416,8 @@ def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: M
     decay = torch.exp(whole[:, 0] * rate)[..., None, None]
     added = torch.einsum("zlhp,zlhn->zhpn", scaled, b)
     _put(state.ssm, rows, _of_batch(state.ssm, rows) * decay + added)
-    _put(state.times, rows, torch.zeros_like(times))
+    has_token = (positions[:, :1] >= 0)[..., None, None]
+    _put(state.times, rows, times.where(~has_token, 0))
 
 
 def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:

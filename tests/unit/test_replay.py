@@ -26,7 +26,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HIDDEN = 24
 FLOAT32 = 2e-6
 BOUND = 10 * FLOAT32
-"""Of kernels' outputs: decays are computed from float32 differences."""
+"""Largest error of a kernel's output, relative to the largest value: decays are computed from
+differences of float32 sums."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one group": {},
@@ -118,6 +119,15 @@ def test_a_plain_step_stores_what_kernels_left_to_be_replayed() -> None:
     for positions in steps([7], 3):  # the other row is as it was
         layer.feed(positions, [0])
     layer.check_states([10, 8, 0, 0])
+
+
+def test_a_plain_step_leaves_the_inputs_of_a_row_that_is_padding() -> None:
+    layer = Layer()
+    for positions in steps([0, 0], 3):
+        layer.feed(positions, [0, 1])
+    layer.feed([[3], [-1]], [0, 1], mamba_forward)
+    layer.feed([[4], [3]], [0, 1])
+    layer.check_states([5, 4, 0, 0])
 
 
 def test_a_state_is_stored_at_every_eighth_token_only() -> None:
