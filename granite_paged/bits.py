@@ -211,11 +211,9 @@ def _by_layer(runner: Runner, tokens: int) -> Iterator[tuple[str, str]]:
             yield f"{layer} attention", digest_of(*parts)
         else:
             place = geometry.mamba_layers.index(layer)
-            parts = [states.conv[place], states.ssm[place]]
-            inputs = [part for part in (states.recent, states.times) if part is not None]
-            # the slots after these are of no token
-            parts += [part[place, : tokens % part.shape[1]] for part in inputs]
-            yield f"{layer} mamba", digest_of(*parts)
+            conv, ssm, *inputs = (part[place] for part in states.parts)
+            filled = (part[: tokens % len(part)] for part in inputs)  # later slots are of no token
+            yield f"{layer} mamba", digest_of(conv, ssm, *filled)
 
 
 def _first_difference(one: dict[str, str], two: dict[str, str]) -> list[str]:

@@ -272,7 +272,8 @@ def _paged_decode(runner: Runner, sequences: Sequences, ids: Tensor) -> Prepared
     runner.tokens[1 : batch + 1].copy_(ids[:, 0])
 
     def step() -> None:
-        # a row stores its states at every `REPLAYED`th token: in each step, other rows do
+        # rows store their states at every `REPLAYED`th token: with staggered positions, each step
+        # stores as many as in real use
         turn = next(turns)
         positions = [context + (place + turn) % REPLAYED for place in range(batch)]
         runner.decode(rows, positions)  # also chooses each row's next token

@@ -17,10 +17,7 @@ from granite_paged.hf.step import TokenPages
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 from granite_paged.layers.one_token import ExactForward
 from granite_paged.layers.triton import exact_attention, exact_scan, exact_step
-from granite_paged.layers.triton.exact_linear import (
-    gated_product,
-    product,
-)
+from granite_paged.layers.triton.exact_linear import gated_product, product
 from granite_paged.layers.triton.pointwise import rms_norm
 
 
@@ -107,7 +104,7 @@ def _step(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> T
 
 
 def _scan(mixer: Any, hidden: Tensor, positions: Tensor, state: MambaState) -> Tensor:
-    """Scan with each row's padding moved from its left to its right, where the kernels take it."""
+    """Scan with each row's padding moved to its right: the kernels take it nowhere else."""
     order = (positions < 0).long().argsort(dim=1, stable=True)  # [B, S], tokens first
     place = order + torch.arange(len(order), device=order.device)[:, None] * order.shape[1]
     moved = hidden.index_select(0, place.flatten())

@@ -83,7 +83,8 @@ class CacheStep:
         since_start: [B, S] int64, columns since the row's first token, -1 before it. Mamba layers
             take these as positions, since in transformers a state decays over padding inside a
             sequence.
-        tokens: in exact mode, what each token attends to: on a GPU, where kernels find it.
+        tokens: in exact mode, what each token attends to, in the form that the device's attention
+            reads.
         finite: attention layer, or name of a later part -> [] bool on the device, whether its
             numbers were finite.
     """
@@ -136,6 +137,9 @@ def make_step(
     physical, visible = table.physical[:rows], None
     if new.hidden_by is not None:
         visible = record.visible(new.hidden_by, (rows, physical.shape[1] * page_size))
+    of_batch, exact_tokens = torch.arange(batch, device=positions.device), None
+    if exact:
+        exact_tokens = _exact_tokens(store, host_positions, of_batch, positions, visible)
     return CacheStep(
         columns=new,
         slots=table.slots(positions, page_size).flatten(),
@@ -147,19 +151,22 @@ def make_step(
             group=store.geometry.group,
             visible=visible,
         ),
-        rows=torch.arange(batch, device=positions.device),
+        rows=of_batch,
         since_start=new.since_start(batch, positions.device),
-        tokens=_exact_tokens(store, host_positions, positions, visible) if exact else None,
+        tokens=exact_tokens,
     )
 
 
 def _exact_tokens(
-    store: PageStore, host_positions: Tensor, positions: Tensor, visible: Tensor | None
+    store: PageStore,
+    host_positions: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    visible: Tensor | None,
 ) -> TokenSlots | TokenPages:
     if not uses_exact_kernels(positions.device):
         return TokenSlots.of(store, host_positions, visible)
     if visible is not None:
         raise CannotBeExact("tokens that a mask hides have no exact kernel on a GPU")
-    rows = torch.arange(len(positions), device=positions.device)
     table, page_size = store.table.physical, store.geometry.page_size
     return TokenPages(rows, positions.int().contiguous(), table, page_size)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from granite_paged import Engine, PagedConfig, SamplingParams, paged
+from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.layers.logprobs import log_probabilities
 from granite_paged.layers.triton import exact_attention, exact_linear, exact_scan, exact_step, scan
@@ -19,6 +19,7 @@ from granite_paged.models import load
 from granite_paged.runner import exact_triton_model
 from granite_paged.runner.exact_triton_model import ExactTritonModel
 from tests.helpers.driver import Driver
+from tests.helpers.exact_bits import generated_logits
 
 Patch = pytest.MonkeyPatch
 DTYPES = ("bfloat16", "float16")
@@ -168,14 +169,8 @@ def test_generate_under_paged_gives_a_row_the_bits_that_it_has_alone(model: Any)
         width = max(len(prompts[at]) for at in which)
         ids = [[0] * (width - len(prompts[at])) + prompts[at] for at in which]
         mask = [[0] * (width - len(prompts[at])) + [1] * len(prompts[at]) for at in which]
-        with paged(model, PagedConfig(exact=True, max_tokens=4096)):
-            found = model.generate(
-                torch.tensor(ids, device="cuda"),
-                attention_mask=torch.tensor(mask, device="cuda"),
-                max_new_tokens=5, min_new_tokens=5, do_sample=False,
-                output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
-        return torch.stack(found.logits, dim=1)
+        ids, mask = (torch.tensor(each, device="cuda") for each in (ids, mask))
+        return generated_logits(model, ids, mask, PagedConfig(exact=True, max_tokens=4096), 5)
 
     together = logits([0, 1, 2])
     for row in range(3):

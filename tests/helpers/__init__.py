@@ -30,7 +30,8 @@ Runners and engines
     output_setting    Setting: an output processor between fakes; use it to test outputs
     engine_harness    EngineHarness: an engine with every invariant checked after each step; use it
                       to test scheduling. random_walk: random requests on one
-    exact_bits        ExactHarness: the same for bits, in exact mode; Alone: requests by themselves
+    exact_bits        ExactHarness: the same for bits, in exact mode; Alone: requests by themselves;
+                      generated_logits: of generate() under paged()
     traffic           random requests, faults and early ends on the embedded model, from a pool of
                       requests with known answers
     soak              traffic for a long time, with memory that must be flat: `nox -s soak`

@@ -15,9 +15,27 @@ from granite_paged.engine.engine import Engine
 from granite_paged.engine.intake import SAMPLE_STRIDE
 from granite_paged.engine.request import Output, Request, SamplingParams, Scoring
 from granite_paged.geometry import PagedConfig
+from granite_paged.hf.patching import paged
 from granite_paged.runner.runner import Chunk, Runner, scores_of
 from tests.helpers.driver import Driver
 from tests.helpers.engine_harness import EngineHarness
+
+
+def generated_logits(
+    model: Any, ids: Tensor, mask: Tensor, config: PagedConfig, count: int
+) -> Tensor:
+    """Let `generate()` choose tokens under `paged()`; return their logits, [B, count, V]."""
+    with paged(model, config):
+        found = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return torch.stack(found.logits, dim=1)
 
 
 class Bits:

@@ -14,6 +14,7 @@ from granite_paged.errors import CannotBeExact, InvalidRequest
 from granite_paged.hf.compat import CACHE
 from granite_paged.layers.logprobs import log_probabilities
 from granite_paged.layers.modules import changed_part
+from tests.helpers.exact_bits import generated_logits
 from tests.helpers.tiny_models import FLAVOURS, tiny_model
 from tests.helpers.tiny_models import prompts as padded_prompts
 from tests.helpers.tolerance import assert_same_logits
@@ -24,13 +25,7 @@ LENGTHS = (21, 1, 16, 8)
 
 
 def generated(model: Any, ids: Tensor, mask: Tensor, config: PagedConfig = CONFIG) -> Any:
-    """Return the logits of each new token, [B, tokens, V]."""
-    with paged(model, config):
-        found = model.generate(
-            ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-    return torch.stack(found.logits, dim=1)
+    return generated_logits(model, ids, mask, config, 6)
 
 
 def alone(model: Any, row: int, config: PagedConfig = CONFIG) -> Tensor:

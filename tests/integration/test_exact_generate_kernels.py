@@ -17,6 +17,7 @@ from granite_paged.errors import CannotBeExact
 from granite_paged.hf import exact, step
 from granite_paged.hf.compat import CACHE
 from granite_paged.layers import backend
+from tests.helpers.exact_bits import generated_logits
 from tests.helpers.tiny_models import prompts as padded_prompts
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tolerance import assert_same_logits
@@ -40,13 +41,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def generated(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the logits of each new token, [B, tokens, V]."""
-    with paged(model, CONFIG):
-        found = model.generate(
-            ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, do_sample=False,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-    return torch.stack(found.logits, dim=1)
+    return generated_logits(model, ids, mask, CONFIG, 2)
 
 
 def alone(model: Any, row: int) -> Tensor:

@@ -28,7 +28,7 @@ from granite_paged.runner.triton_model import TritonModel
 
 CONFIG = PagedConfig(page_size=16, max_sequences=4, max_tokens=320, backend="eager")
 BOUND = 1e-5
-"""Of logits: a float32 rounding for each of a few sums per layer."""
+"""Largest error of logits, relative to the largest: each layer rounds a few sums to float32."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "hybrid": {"layer_types": ["mamba", "attention"]},
@@ -122,7 +122,7 @@ def test_rows_that_keep_inputs_can_be_forked_prefilled_and_saved() -> None:
 
 @pytest.mark.usefixtures("replaying")
 def test_plain_pytorch_goes_on_where_kernels_left_inputs_to_be_replayed() -> None:
-    """As where a live model gets an adapter."""
+    """This happens when an adapter is added to a live model."""
     both = Both("hybrid")
     both.prefill({1: 3, 2: 7})
     both.decode(1, 2, steps=3)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from granite_paged.engine import rank
 from granite_paged.engine.job import State
@@ -17,11 +18,13 @@ from tests.helpers.engine_harness import EngineHarness
 from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
 
 STEP_SECONDS = 0.15e-3
-"""Limit on the scheduler's time for a decode step of 256 sequences, on a processor that adds a
-thousand numbers in `ADDING_SECONDS`. A slower one may take as much longer as it adds slower."""
+"""Limit on the scheduler's time for a decode step of 256 sequences, as it is on the host of a GPU.
+Elsewhere it grows in proportion where Python is slower than `ADDING_SECONDS`, since shared
+processors change their speed from minute to minute."""
 
 ADDING_SECONDS = 34e-6
-"""What Python 3.11 takes for that on the processor on which the limit was set."""
+"""Time in which a processor that keeps the limit, an AMD EPYC with Python 3.11, adds a thousand
+numbers at its fastest."""
 
 ROUNDS, STEPS = 40, 8
 """Most rounds of measurements, and steps per round. Other processes only add time, so one round
@@ -375,7 +378,8 @@ def test_scheduling_256_sequences_is_fast() -> None:
     for _ in range(ROUNDS):
         times = [(seconds(), adding_seconds()) for _ in range(STEPS)]
         spent, adding = (sorted(each)[STEPS // 4] for each in zip(*times, strict=True))
-        limit = STEP_SECONDS * max(1.0, adding / ADDING_SECONDS)
+        slower = 1.0 if torch.cuda.is_available() else max(1.0, adding / ADDING_SECONDS)
+        limit = STEP_SECONDS * slower
         if spent < limit:
             break
     assert engine.stats().running == 256
