@@ -416,8 +416,7 @@ def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: M
     decay = torch.exp(whole[:, 0] * rate)[..., None, None]
     added = torch.einsum("zlhp,zlhn->zhpn", scaled, b)
     _put(state.ssm, rows, _of_batch(state.ssm, rows) * decay + added)
-    has_token = (positions[:, :1] >= 0)[..., None, None]
-    _put(state.times, rows, times.where(~has_token, 0))
+    _put(state.times, rows, torch.zeros_like(times))
 
 
 def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:

@@ -121,15 +121,6 @@ def test_a_plain_step_stores_what_kernels_left_to_be_replayed() -> None:
     layer.check_states([10, 8, 0, 0])
 
 
-def test_a_plain_step_leaves_the_inputs_of_a_row_that_is_padding() -> None:
-    layer = Layer()
-    for positions in steps([0, 0], 3):
-        layer.feed(positions, [0, 1])
-    layer.feed([[3], [-1]], [0, 1], mamba_forward)
-    layer.feed([[4], [3]], [0, 1])
-    layer.check_states([5, 4, 0, 0])
-
-
 def test_a_state_is_stored_at_every_eighth_token_only() -> None:
     layer = Layer()
     stored = []
