@@ -4,10 +4,10 @@ Run from the repository: `python -m tools.batch_throughput engine` on one GPU, a
 `python -m tools.batch_throughput ray --workers 1 2` on two. The model has the sizes of
 granite-4.0-h-1b with random weights; prompts have 32 to 512 tokens and answers 128 to 256.
 
-`ray` needs at least 512 lines per worker in its short file, which is what a worker holds at once.
-At 14,000 tokens/s per GPU, 4,096 lines take one worker 56 s (`--requests 4096`), without its start.
-Without a GPU: `--device cpu --model granite_paged/checkpoints/tiny_recall --vocabulary 296
---rows 8 --page-size 16 --prompt 8 64 --new 16 32 --requests 2048`.
+`ray` reports two rates: of the whole file, and of its middle, without the time in which engines
+fill up and drain. At 15,000 tokens/s per GPU, 4,096 lines take one worker 52 s (`--requests 4096`),
+without its start. Without a GPU: `--device cpu --model granite_paged/checkpoints/tiny_recall
+--vocabulary 296 --rows 8 --page-size 16 --prompt 8 64 --new 16 32 --requests 2048`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ import random
 import resource
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
+
+import numpy as np
 
 from granite_paged.batch.answering import Answering, batch_engine
 from granite_paged.batch.lines import read_lines
@@ -33,6 +37,9 @@ from granite_paged.batch.run import answer_lines
 from granite_paged.engine.request import SamplingParams
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import load
+
+PERIOD = 0.05
+"""Seconds between two samples of a worker's tokens."""
 
 
 def write_requests(path: Path, options: argparse.Namespace) -> None:
@@ -80,22 +87,30 @@ def compare_with_engine(path: Path, folder: Path, options: argparse.Namespace) -
     print(f"median ratio {statistics.median(ratios):.3f}, host memory {peak_memory():.2f} GB")
 
 
-def waiting_worker(folder: Path, count: int) -> type:
+def watched_worker(folder: Path, count: int) -> type:
     """Return a `LineWorker` that, once ready, waits until `count` workers are ready.
 
-    The last of them leaves the file `all` in the folder: work starts at its time.
+    It then writes its number of sampled tokens to a file of its own in the folder, with the time,
+    every `PERIOD` seconds.
     """
     from granite_paged.ray.workers import LineWorker  # noqa: PLC0415
 
-    class WaitingWorker(LineWorker):
+    class WatchedWorker(LineWorker):
         def __init__(self, *arguments: Any) -> None:
             LineWorker.__init__(self, *arguments)
             (folder / f"ready{os.getpid()}").touch()
             while len(list(folder.glob("ready*"))) < count:
                 time.sleep(0.01)
-            (folder / "all").touch()
+            threading.Thread(target=self._watch, daemon=True).start()
 
-    return WaitingWorker
+        def _watch(self) -> None:
+            with (folder / f"tokens{os.getpid()}").open("w") as file:
+                while True:
+                    file.write(f"{time.time()} {self._answering.engine.stats().tokens}\n")
+                    file.flush()
+                    time.sleep(PERIOD)
+
+    return WatchedWorker
 
 
 class RayRun(NamedTuple):
@@ -104,11 +119,26 @@ class RayRun(NamedTuple):
     Attributes:
         start: seconds until every worker was ready.
         seconds: from then until the last answer was written.
+        middle: sampled tokens per second of all workers, between 20 % and 80 % of all tokens.
     """
 
     start: float
     seconds: float
+    middle: float
     tally: Tally
+
+
+def middle_rate(samples: Sequence[np.ndarray]) -> float:
+    """Return tokens per second between 20 % and 80 % of all tokens.
+
+    Args:
+        samples: of each worker, [samples, 2]: time in seconds, and tokens so far.
+    """
+    times = np.unique(np.concatenate([each[:, 0] for each in samples]))
+    tokens = np.sum([np.interp(times, each[:, 0], each[:, 1]) for each in samples], axis=0)
+    bounds = 0.2 * tokens[-1], 0.8 * tokens[-1]
+    first, last = np.interp(bounds, tokens, times)
+    return float((bounds[1] - bounds[0]) / (last - first))
 
 
 def run_on_ray(path: Path, count: int, options: argparse.Namespace) -> RayRun:
@@ -126,43 +156,31 @@ def run_on_ray(path: Path, count: int, options: argparse.Namespace) -> RayRun:
         folder, begin = Path(name), time.time()
         output = BatchOutput(str(folder / "out.jsonl"))
         with (
-            mock.patch.object(batch, "LineWorker", waiting_worker(folder, count)),
+            mock.patch.object(batch, "LineWorker", watched_worker(folder, count)),
             contextlib.redirect_stdout(None),
             connected("local") as ray,
         ):
             batch.answer_file(ray, str(path), spec, rows, workers, output, lambda tally: None)
             end = time.time()
         output.close()
-        ready = (folder / "all").stat().st_mtime
-    return RayRun(ready - begin, end - ready, output.tally)
+        samples = [np.loadtxt(file) for file in folder.glob("tokens*")]
+    ready = max(each[0, 0] for each in samples)
+    return RayRun(ready - begin, end - ready, middle_rate(samples), output.tally)
 
 
-def measure_ray(path: Path, folder: Path, options: argparse.Namespace) -> None:
-    """Answer a short and a long file on Ray, per number of workers, and compare the rates.
-
-    A rate is that of the lines which only the long file has: the time in which engines fill up and
-    drain is in both files, and cancels. A run that does not count comes first: it fills the caches
-    of compilers.
-    """
-    lines = path.read_text().splitlines(keepends=True)
-    if not 0 < options.short < len(lines):
-        raise SystemExit(f"--short must be from 1 to {len(lines) - 1}, got {options.short}")
-    short = folder / "short.jsonl"
-    short.write_text("".join(lines[: options.short]))
-    run_on_ray(short, options.workers[0], options)
-    first = None
+def measure_ray(path: Path, options: argparse.Namespace) -> None:
+    """Answer the file with each number of workers, and compare the rates with the first one's."""
+    first: tuple[float, float] | None = None
     for count in options.workers:
-        runs = [run_on_ray(file, count, options) for file in (short, path)]
-        less, more = runs
-        tokens, seconds = more.tally.tokens - less.tally.tokens, more.seconds - less.seconds
-        rate = tokens / seconds
-        first = first or rate
+        run = run_on_ray(path, count, options)
+        rates = run.tally.tokens / run.seconds, run.middle
+        whole, middle = first = first or rates
         print(
-            f"{count} workers: {less.tally.lines:,} lines in {less.seconds:.1f} s, "
-            f"{more.tally.lines:,} in {more.seconds:.1f} s, after {less.start:.0f} and "
-            f"{more.start:.0f} s of start; {tokens:,} tokens more in {seconds:.1f} s: "
-            f"{rate:,.0f} tokens/s, {rate / first:.2f} x {options.workers[0]} worker; "
-            f"{less.tally.failed + more.tally.failed} failed; host memory {peak_memory():.2f} GB",
+            f"{count} workers: {run.tally.lines:,} lines, {run.tally.tokens:,} tokens in "
+            f"{run.seconds:.1f} s after {run.start:.0f} s of start: {rates[0]:,.0f} tokens/s, "
+            f"{rates[0] / whole:.2f} x {options.workers[0]}; "
+            f"middle {rates[1]:,.0f} tokens/s, {rates[1] / middle:.2f} x; "
+            f"{run.tally.failed} failed; host memory {peak_memory():.2f} GB",
             flush=True,
         )
 
@@ -172,7 +190,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["engine", "ray"])
     parser.add_argument("--requests", type=int, default=5000)
-    parser.add_argument("--short", type=int, default=1024, help="lines of Ray's short file")
     parser.add_argument("--prompt", type=int, nargs=2, default=(32, 512))
     parser.add_argument("--new", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--vocabulary", type=int, default=100_000)
@@ -197,8 +214,10 @@ def main() -> None:
         folder = Path(name)
         path = folder / "requests.jsonl"
         write_requests(path, options)
-        measure: Any = compare_with_engine if options.what == "engine" else measure_ray
-        measure(path, folder, options)
+        if options.what == "engine":
+            compare_with_engine(path, folder, options)
+        else:
+            measure_ray(path, options)
 
 
 if __name__ == "__main__":
