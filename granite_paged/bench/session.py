@@ -98,8 +98,13 @@ class Session:
         self.measure_rates()
         self.sizes = ModelSizes.of(self.model)
         self._fresh_arguments = tuple(fresh_arguments)
-        self.workspace = level_workspaces(self.clock.device)
+        self.level_workspaces()
         self.weights = self.clock.allocated() - self.workspace
+
+    def level_workspaces(self) -> None:
+        """See `measure.level_workspaces`. Call this while no step is ready."""
+        self.workspace = level_workspaces(self.clock.device)
+        self._own_workspace = False  # whether a step has run on a stream of its own since
 
     def measure_rates(self) -> None:
         """Measure the device's rates again, which set the floor: the medians of the last rounds.
@@ -262,7 +267,7 @@ class Session:
     ) -> dict[str, Measured]:
         measured = {mode: Measured() for mode in modes}
         steps: dict[str, Prepared] = {}
-        level_workspaces(self.clock.device)
+        self.level_workspaces()
         with released(steps, self.clock.device):
             for mode in modes:
                 try:
@@ -278,10 +283,15 @@ class Session:
         return measured
 
     def ready(self, case: BenchCase, shape: Shape, mode: str, measured: Measured) -> Prepared:
-        """Prepare a step, warm it up, and record its peak without what other modes hold."""
+        """Prepare a step, warm it up, and record its peak without what other steps hold.
+
+        One workspace of the matrix library counts. Steps with a stream of their own share one.
+        """
         before = self.clock.allocated()
-        others = before - self.weights
         prepared = self._prepared(case.kind, shape, mode)
+        if prepared.own_workspace and self._own_workspace:
+            before -= self.workspace  # an earlier step allocated it
+        others = before - self.weights
         try:
             slow = case.kind == "serve" and mode in BASELINES  # a run has many warm steps
             for _ in range(1 if slow else _WARM_UP):
@@ -293,7 +303,9 @@ class Session:
         except BaseException:
             prepared.release()
             raise
-        if not prepared.own_workspace:
+        if prepared.own_workspace:
+            self._own_workspace = True
+        else:
             others -= self.workspace
         measured.peak_bytes = None if peak is None else peak - others
         measured.note = prepared.note

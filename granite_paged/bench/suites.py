@@ -28,7 +28,7 @@ from granite_paged.bench.judge import (
     describe,
     suite_time,
 )
-from granite_paged.bench.measure import Clock, level_workspaces, released
+from granite_paged.bench.measure import Clock, released
 from granite_paged.bench.session import Session
 from granite_paged.bench.visits import VISITS, Subject, look_at, subject_of
 from granite_paged.progress import Progress, silent
@@ -42,7 +42,7 @@ def all_ready(session: Session, shapes: Sequence[Gated]) -> Iterator[Subjects]:
     """Prepare the paged step of every shape, and release all of them at the end."""
     steps: dict[str, Any] = {}
     subjects: Subjects = {}
-    level_workspaces(session.clock.device)
+    session.level_workspaces()
     with released(steps, session.clock.device):
         for gated in shapes:
             subjects[gated] = subject_of(session, gated, "paged")

@@ -19,7 +19,6 @@ from granite_paged.bench.measure import (
     FAILURES,
     Clock,
     Prepared,
-    level_workspaces,
     reason,
     released,
 )
@@ -157,7 +156,7 @@ def ready_subjects(session: Session, gated: Gated) -> Iterator[tuple[dict[str, S
     """Yield the modes that run a gated shape, and their peaks and failures; then release them."""
     seen, subjects, device = Seen(), dict[str, Subject](), session.clock.device
     steps: dict[str, Prepared] = {}
-    level_workspaces(device)
+    session.level_workspaces()
     with released(steps, device):
         for mode in ("paged", "default") if gated.default else ("paged",):
             try:

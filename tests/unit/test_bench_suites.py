@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from granite_paged.bench import session as session_module
 from granite_paged.bench import suites
 from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.judge import Gated, Seen
@@ -106,6 +107,34 @@ def test_a_step_is_reset_after_its_peak_was_measured(monkeypatch: pytest.MonkeyP
     assert log == ["step", "reset"] * (len(log) // 2)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["the current stream", "a stream of its own"])
+def test_every_step_counts_one_workspace(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen here: of steps on one stream, only the first one's peak had its 34 MB."""
+    weights, workspace, mine = 500, 50, 7
+    held = {"weights": weights, "current": workspace}
+
+    def prepare(kind: Any, shape: Shape, mode: str) -> Prepared:
+        held[mode] = mine
+        if own:
+            held["own"] = workspace  # allocated once
+        return Prepared(lambda: None, own_workspace=own)
+
+    monkeypatch.setattr(session_module, "level_workspaces", lambda device: workspace)
+    monkeypatch.setattr(Clock, "allocated", lambda clock: sum(held.values()))
+    monkeypatch.setattr(Clock, "peak", lambda clock, step: sum(held.values()))
+    session = Session(LoadedModel("tiny", tiny_model(), None), PagedConfig())
+    monkeypatch.setattr(session, "_prepared", prepare)
+    for turn in range(2):
+        for number in range(3):
+            found = Measured()
+            step = session.ready(CASES["batch"], Shape(1, 8), f"{turn}.{number}", found)
+            assert found.peak_bytes == weights + workspace + mine
+            subject = Subject(step, found, session.clock)
+            assert subject.peak(session.weights, workspace) == found.peak_bytes
+        held = {"weights": weights, "current": workspace}
+        session.level_workspaces()
+
+
 @pytest.mark.parametrize(
     ("longest", "contexts"), [(512, [8, 512]), (513, [8, 512, 512]), (8, [8]), (7, [])]
 )
@@ -163,7 +192,9 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
     A mode's step fails if `broken` names it, and its preparation if `refused` does.
     """
     log: list[str] = []
-    session: Any = SimpleNamespace(clock=CLOCK, broken="", refused="")
+    session: Any = SimpleNamespace(
+        clock=CLOCK, broken="", refused="", level_workspaces=lambda: None
+    )
 
     def ready(case: Any, shape: Shape, mode: str, measured: Measured) -> Prepared:
         def step() -> None:
