@@ -101,6 +101,10 @@ def compile_all(tiles: Tiles = EVERY_TILE) -> None:
             whole = unset(rows * length, sizes.inner + sizes.channels + sizes.heads)
             for state in states:
                 mamba.gated_scan(mixer, whole, at, state)
+    many = linear.MOST_ROWS + 1
+    at, whole = torch.zeros(many, 1, dtype=torch.int32), unset(many, whole.shape[1])
+    for state in states:
+        mamba.gated_scan(mixer, whole, at, state._replace(rows=torch.arange(many)))
     pool = (unset(1, 4, 20 * 128, 128), unset(1, 4, 20 * 128, 128))
     table, newest = torch.zeros(3, 9, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     rows, bad = torch.arange(2), torch.zeros(3, dtype=torch.uint8)

@@ -9,15 +9,17 @@
     recent      [rows, REPLAYED, inner + groups * state_size]   x and B, slot `position % REPLAYED`
     times       [rows, REPLAYED, 2, heads]           float32, their dt, and its sums so far
 
-The convolution is part of the product with `in_proj`. Then each program owns a block of one head's
-state. With `Kept.REPLAY`, a step reads the state and replays the inputs since it was stored; only
-the last token of `REPLAYED` stores it again, the others store their inputs, which are much smaller.
+Up to `MOST_ROWS` rows, the convolution is part of the product with `in_proj`; with more, a kernel
+of its own. (As part of the step, whose programs would each repeat it for B and C, it made decode
+steps of 128 rows half again as slow on an H100.) In a step, each program owns a block of one head's
+state. With `Kept.REPLAY`, it reads the state and replays the inputs since it was stored; only the
+last token of `REPLAYED` stores it again, the others store their inputs, which are much smaller.
 Otherwise every step stores the state. `scan.py` computes several tokens per row.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -34,6 +36,7 @@ from granite_paged.layers.mamba import (
     norm_groups,
 )
 from granite_paged.layers.triton.linear import (
+    MOST_ROWS,
     Convolution,
     DeferredNorm,
     convolve,
@@ -44,13 +47,26 @@ from granite_paged.layers.triton.linear import (
 from granite_paged.layers.triton.pointwise import rms_norm, silu, softplus
 from granite_paged.layers.triton.scan import scan
 
-STATE_BLOCK, WARPS = 32, 8
-"""Elements of a head whose states one program holds, and its warps, where it stores every state. On
-an H200 this is the fastest size at every batch from 1 to 128 (`granite-paged tune`)."""
 
-REPLAY_BLOCK, REPLAY_WARPS = 64, 4
-"""The same where it replays inputs. Of the sizes whose registers do not spill, this one issues the
-fewest instructions per state."""
+class StepBlock(NamedTuple):
+    """How the kernel of a step is cut into programs.
+
+    elements: elements of a head whose states one program holds.
+    warps: warps of a program.
+    registers: limit per thread, so that more programs fit a multiprocessor; None for no limit.
+    """
+
+    elements: int
+    warps: int
+    registers: int | None = None
+
+
+STORING = StepBlock(32, 8)
+"""Where every step stores the state: the fastest of those measured on an H200, 1 to 128 rows."""
+
+REPLAYING_FEW, REPLAYING_MANY = StepBlock(32, 2, 168), StepBlock(64, 4)
+"""Where inputs are replayed: for up to `MOST_ROWS` rows, and for more. Of 16 to 64 elements and 1
+to 8 warps, these were as fast as any on an H100 at 1, 8, 32 and at 128 rows."""
 
 
 @triton.jit
@@ -271,17 +287,25 @@ def step(
     batch = positions.shape[0]
     gated = projected.new_empty(batch, sizes.inner)
     wide = max(16, int(triton.next_power_of_2(sizes.state_size)))
-    stores = state.times is None
-    most, warps = (STATE_BLOCK, WARPS) if stores else (REPLAY_BLOCK, REPLAY_WARPS)
-    block = min(most, max(16, int(triton.next_power_of_2(sizes.head_dim))))
+    cut = _cut(batch, replays=state.times is not None)
+    block = min(cut.elements, max(16, int(triton.next_power_of_2(sizes.head_dim))))
     parts = int(triton.cdiv(sizes.head_dim, block))
     squares = None if norm is None else state.ssm.new_empty(sizes.heads * parts, batch)
+    options = {"num_warps": cut.warps, **early(projected.device)}
+    if cut.registers is not None:
+        options["maxnreg"] = cut.registers
     _step[(sizes.heads * parts, batch)](
         projected, state.ssm, state.recent, state.times, state.rows, positions,
         *weights, norm, gated, squares,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
         NORM=norm is not None, EXACT=parts * block == sizes.head_dim and wide == sizes.state_size,
-        REPLAYED=0 if stores else REPLAYED,
-        PARTS=parts, P=block, N=wide, num_warps=warps, **early(projected.device),
+        REPLAYED=0 if state.times is None else REPLAYED,
+        PARTS=parts, P=block, N=wide, **options,
     )  # fmt: skip
     return gated if squares is None else DeferredNorm(gated, squares)
+
+
+def _cut(rows: int, *, replays: bool) -> StepBlock:
+    if not replays:
+        return STORING
+    return REPLAYING_FEW if rows <= MOST_ROWS else REPLAYING_MANY

@@ -1,8 +1,9 @@
 """Mamba-2 in Triton, several tokens per row, computed by chunks. `mamba.py` gives the layouts.
 
 Four kernels: the convolution; the state that each chunk adds; the recurrence over chunks; the
-output. Decays are float32; operands of matrix products have the model's dtype. Each kernel is
-started before the one in front of it has finished (`linear.early`), and waits for it first.
+output. For a single chunk, the second kernel also does the third one's work. Decays are float32;
+operands of matrix products have the model's dtype. Each kernel is started before the one in front
+of it has finished (`linear.early`), and waits for it first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from granite_paged.layers.mamba import REPLAYED, MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.pointwise import silu, softplus
+
+_RING_BLOCK = 256  # channels whose inputs one program stores
 
 
 @triton.jit
@@ -80,15 +83,13 @@ def _convolve(
 
 
 @triton.jit
-def _store_ring(
-    projected_ptr, ring_ptr, rows_ptr, positions_ptr,
-    tokens, inner, channels, stride, WIDTH: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
+def _store_last(
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr, batch, block,
+    tokens, inner, channels, stride, WIDTH: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Store the inputs of each row's last `WIDTH` tokens in the slots of their positions."""
-    wait(EARLY)
-    batch = tl.program_id(0)
+    """Store a row's last `WIDTH` inputs of a block of channels in the slots of their positions."""
     row = tl.load(rows_ptr + batch).to(tl.int64)
-    c = tl.program_id(1) * C + tl.arange(0, C)
+    c = block * C + tl.arange(0, C)
     there = c < channels
     positions = positions_ptr + batch * tokens
     last = tl.full([], -1, tl.int32)
@@ -111,17 +112,69 @@ def _store_ring(
 
 
 @triton.jit
+def _store_ring(
+    projected_ptr, ring_ptr, rows_ptr, positions_ptr,
+    tokens, inner, channels, stride, WIDTH: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    wait(EARLY)
+    _store_last(
+        projected_ptr, ring_ptr, rows_ptr, positions_ptr, tl.program_id(0), tl.program_id(1),
+        tokens, inner, channels, stride, WIDTH, C,
+    )  # fmt: skip
+
+
+@triton.jit
+def _entering_state(
+    held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n, there,
+    tokens, heads, head_dim, state_size, groups, REPLAYED: tl.constexpr,
+):  # fmt: skip
+    """Return elements [P, N] of a row's state, after the inputs that are to be replayed.
+
+    held: pointers to them. p, n: their places in the head and in the state. Row -1 is padding.
+    """
+    state = tl.load(held, mask=there, other=0.0)
+    if REPLAYED > 0:
+        first = tl.load(positions_ptr + batch * tokens).to(tl.int32)
+        pending = tl.where((first >= 0) & (row >= 0), first % REPLAYED, 0)
+        inner = heads * head_dim
+        width = inner + groups * state_size
+        x_at = head * head_dim + p
+        b_at = inner + head // (heads // groups) * state_size + n
+        for slot in range(pending):
+            line = row * REPLAYED + slot
+            dt = tl.load(times_ptr + line * 2 * heads + head)
+            x = tl.load(recent_ptr + line * width + x_at, mask=p < head_dim, other=0.0)
+            b = tl.load(recent_ptr + line * width + b_at, mask=n < state_size, other=0.0)
+            new = (dt * x.to(tl.float32))[:, None] * b.to(tl.float32)[None, :]
+            state = state * tl.exp(dt * rate) + new
+    return state
+
+
+@triton.jit
 def _chunk_states(
     convolved_ptr, projected_ptr, positions_ptr, dt_bias_ptr, a_log_ptr,
     dt_ptr, decay_ptr, states_ptr,
+    ssm_ptr, recent_ptr, times_ptr, rows_ptr, ring_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, low, high, stride,
+    ONE: tl.constexpr, REPLAYED: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
     EARLY: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Compute a chunk's dt, the cumulative sum of dt * A, and what the chunk adds to the state."""
+    """Compute a chunk's dt, the cumulative sum of dt * A, and what the chunk adds to the state.
+
+    Programs beyond the heads store the inputs of the row's last tokens in its ring. With `ONE`
+    chunk, this also updates the row's state, and stores the state that entered at `states_ptr`.
+    """
     wait(EARLY)
     batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
+    if head >= heads:
+        if chunk == 0:
+            _store_last(
+                projected_ptr, ring_ptr, rows_ptr, positions_ptr, batch, head - heads,
+                tokens, inner, channels, stride, WIDTH, C,
+            )  # fmt: skip
+        return
     first = batch.to(tl.int64) * tokens
     s = chunk * SIZE + tl.arange(0, SIZE)
     is_token = tl.load(positions_ptr + first + s, mask=s < tokens, other=-1) >= 0
@@ -159,49 +212,48 @@ def _chunk_states(
         scaled = (x.to(tl.float32) * to_end[None, :]).to(b.dtype)
         added = tl.dot(scaled, b, added, input_precision="ieee")
     place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
+    at = p[:, None] * state_size + n[None, :]
     there = p_there[:, None] & n_there[None, :]
-    tl.store(states_ptr + place + p[:, None] * state_size + n[None, :], added, mask=there)
+    if ONE:
+        row = tl.load(rows_ptr + batch).to(tl.int64)
+        held = ssm_ptr + (row * heads + head) * head_dim * state_size + at
+        state = _entering_state(
+            held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n,
+            there & (row >= 0), tokens, heads, head_dim, state_size, groups, REPLAYED,
+        )  # fmt: skip
+        tl.store(states_ptr + place + at, state.to(states_ptr.dtype.element_ty), mask=there)
+        tl.store(held, state * tl.exp(whole) + added, mask=there & (row >= 0))
+    else:
+        tl.store(states_ptr + place + at, added, mask=there)
 
 
 @triton.jit
 def _pass_on(
     states_ptr, entering_ptr, ssm_ptr, recent_ptr, times_ptr, rows_ptr, positions_ptr, a_log_ptr,
-    decay_ptr, tokens, chunks, heads, elements, state_size, groups,
-    REPLAYED: tl.constexpr, EARLY: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    decay_ptr, tokens, chunks, heads, head_dim, state_size, groups,
+    REPLAYED: tl.constexpr, EARLY: tl.constexpr,
+    SIZE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Compute the state that enters each chunk; the state after the last chunk goes to the row.
-
-    The first chunk is entered by the row's state after the inputs that are to be replayed.
-    """
+    """Compute the state that enters each chunk; the state after the last chunk goes to the row."""
     wait(EARLY)
     batch, head = tl.program_id(0), tl.program_id(1)
-    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows_ptr + batch).to(tl.int64) + tl.zeros([BLOCK], tl.int64)
-    there = (at < elements) & (row >= 0)  # row -1 is padding
-    held = ssm_ptr + (row * heads + head) * elements + at
-    state = tl.load(held, mask=there, other=0.0)
-    if REPLAYED > 0:
-        first = tl.load(positions_ptr + batch * tokens).to(tl.int32)
-        pending = tl.where(first >= 0, first % REPLAYED, 0)
-        inner = heads * (elements // state_size)
-        width = inner + groups * state_size
-        x_at = head * (elements // state_size) + at // state_size
-        b_at = inner + head // (heads // groups) * state_size + at % state_size
-        rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
-        for slot in range(pending):
-            line = row * REPLAYED + slot
-            dt = tl.load(times_ptr + line * 2 * heads + head, mask=there, other=0.0)
-            x = tl.load(recent_ptr + line * width + x_at, mask=there, other=0.0).to(tl.float32)
-            b = tl.load(recent_ptr + line * width + b_at, mask=there, other=0.0).to(tl.float32)
-            state = state * tl.exp(dt * rate) + dt * x * b
+    p, n = tl.program_id(2) * P + tl.arange(0, P), tl.arange(0, N)
+    at = p[:, None] * state_size + n[None, :]
+    there = (p < head_dim)[:, None] & (n < state_size)[None, :]
+    row = tl.load(rows_ptr + batch).to(tl.int64)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    held = ssm_ptr + (row * heads + head) * head_dim * state_size + at
+    state = _entering_state(
+        held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n,
+        there & (row >= 0), tokens, heads, head_dim, state_size, groups, REPLAYED,
+    )  # fmt: skip
     ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
     for chunk in range(chunks):
-        place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * elements + at
-        added = tl.load(states_ptr + place, mask=at < elements, other=0.0)
-        entering = state.to(entering_ptr.dtype.element_ty)
-        tl.store(entering_ptr + place, entering, mask=at < elements)
+        place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size + at
+        added = tl.load(states_ptr + place, mask=there, other=0.0)
+        tl.store(entering_ptr + place, state.to(entering_ptr.dtype.element_ty), mask=there)
         state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
-    tl.store(held, state, mask=there)
+    tl.store(held, state, mask=there & (row >= 0))
 
 
 @triton.jit
@@ -314,7 +366,6 @@ def scan(
         tokens, sizes.inner, sizes.channels, stride,
         WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2, **early(projected.device),
     )  # fmt: skip
-    store_ring(sizes, projected, positions, state)
     if mask is not None:
         convolved *= mask.view(-1, 1)
     return _scan(sizes, projected, convolved, positions, weights, state)
@@ -323,10 +374,10 @@ def scan(
 def store_ring(sizes: MambaSizes, projected: Tensor, positions: Tensor, state: MambaState) -> None:
     """Store the inputs of each row's last tokens in its rings. Arguments are those of `scan`."""
     batch, tokens = positions.shape
-    _store_ring[(batch, triton.cdiv(sizes.channels, 256))](
+    _store_ring[(batch, triton.cdiv(sizes.channels, _RING_BLOCK))](
         projected, state.conv, state.rows, positions,
         tokens, sizes.inner, sizes.channels, projected.shape[1],
-        WIDTH=sizes.conv_width, C=256, **early(projected.device),
+        WIDTH=sizes.conv_width, C=_RING_BLOCK, **early(projected.device),
     )  # fmt: skip
 
 
@@ -343,7 +394,8 @@ def _scan(
     block = min(64, size)
     chunks = int(triton.cdiv(tokens, size))
     dt = state.ssm.new_empty(2, batch, sizes.heads, chunks * size)
-    states = state.ssm.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
+    entering = convolved.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
+    states = entering if chunks == 1 else torch.empty_like(entering, dtype=state.ssm.dtype)
     shape = (tokens, chunks, sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups)
     stride, starts = projected.shape[1], early(projected.device)
     blocks = {
@@ -352,18 +404,21 @@ def _scan(
         "P": max(16, triton.next_power_of_2(sizes.head_dim)),
         "N": max(16, triton.next_power_of_2(sizes.state_size)),
     }
-    _chunk_states[(batch, chunks, sizes.heads)](
-        convolved, projected, positions, *weights[:2], dt[0], dt[1], states,
-        *shape, *sizes.time_step_limit, stride, **blocks, num_warps=4, num_stages=1, **starts,
-    )  # fmt: skip
-    elements = sizes.head_dim * sizes.state_size
-    entering = torch.empty_like(states, dtype=convolved.dtype)
     inputs, replayed = (state.recent, state.times), 0 if state.times is None else REPLAYED
-    _pass_on[(batch, sizes.heads, triton.cdiv(elements, 1024))](
-        states, entering, state.ssm, *inputs, state.rows, positions, weights.a_log, dt[1],
-        tokens, chunks, sizes.heads, elements, sizes.state_size, sizes.groups,
-        REPLAYED=replayed, SIZE=size, BLOCK=1024, **starts,
+    rings = triton.cdiv(sizes.channels, _RING_BLOCK)
+    _chunk_states[(batch, chunks, sizes.heads + rings)](
+        convolved, projected, positions, *weights[:2], dt[0], dt[1], states,
+        state.ssm, *inputs, state.rows, state.conv,
+        *shape, *sizes.time_step_limit, stride,
+        ONE=chunks == 1, REPLAYED=replayed, WIDTH=sizes.conv_width, C=_RING_BLOCK,
+        **blocks, num_warps=8 if chunks == 1 else 4, num_stages=1, **starts,
     )  # fmt: skip
+    if chunks > 1:
+        lines = max(1, 1024 // blocks["N"])
+        _pass_on[(batch, sizes.heads, triton.cdiv(sizes.head_dim, lines))](
+            states, entering, state.ssm, *inputs, state.rows, positions, weights.a_log, dt[1],
+            *shape, REPLAYED=replayed, SIZE=size, P=lines, N=blocks["N"], **starts,
+        )  # fmt: skip
     gated = projected.new_empty(batch * tokens, sizes.inner)
     _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
         convolved, projected, dt[0], dt[1], entering, weights.skip, gated,
