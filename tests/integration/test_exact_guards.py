@@ -48,7 +48,8 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCABULARY, (count,), generator=draw).tolist()
 
 
-PROMPT, FED = tokens(45), tokens(4, 1)
+PROMPT, FED = tokens(45), tokens(24, 1)
+"""With a guard taken out, few tokens may by chance round to the same bits, on some processor."""
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> Any:
@@ -105,10 +106,11 @@ def pages(live: Any, config: PagedConfig) -> None:
 
 
 def forked(live: Any, config: PagedConfig) -> None:
-    expected, driver = trace(Driver(live, config), 1), Driver(live, config)
+    forks = config.max_sequences - 2
+    expected, driver = trace(Driver(live, config), 1)[: 1 + forks], Driver(live, config)
     driver.open(1)
     found = [driver.prefill({1: PROMPT})[0].clone()]
-    for place, token in enumerate(FED):
+    for place, token in enumerate(FED[:forks]):
         driver.fork(1 + place, 2 + place)
         driver.decode({1 + place: 3})  # the parent takes another token
         found.append(driver.decode({2 + place: token})[0].clone())

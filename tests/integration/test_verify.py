@@ -47,7 +47,6 @@ def test_the_embedded_model_passes_every_tolerance(embedded: LoadedModel) -> Non
     assert report.recall.default == report.recall.paged >= RECALL
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_errs_no_more_than_sdpa(embedded: LoadedModel, dtype: str) -> None:
     report = verify.verify(load(device="cpu", dtype=dtype), config=PAGES, context=200)
