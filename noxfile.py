@@ -104,7 +104,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="property")
 def property_(session: nox.Session) -> None:
-    """Run allocator and engine for a million steps each, and many more generated cases."""
+    """Run allocator and engine a million steps each, more cases, and a fault at every call."""
     install(session, "tests")
     pytest = ("python", "-m", "pytest", "-n", WORKERS, *session.posargs)
     workers = max(1, int(WORKERS)) if WORKERS.isdecimal() else os.cpu_count() or 1
@@ -114,7 +114,8 @@ def property_(session: nox.Session) -> None:
     deep = {"HYPOTHESIS_PROFILE": "deep", **steps}
     session.run(*pytest, *(f"tests/property/{machine}" for machine in machines), env=deep)
     wide = {"HYPOTHESIS_PROFILE": "wide", "GRANITE_PAGED_SHARDS": str(min(workers, 4))}
-    session.run(*pytest, "tests/property", env=wide)
+    every_fault = "tests/integration/test_engine_every_fault.py"
+    session.run(*pytest, "tests/property", every_fault, env=wide)
 
 
 @nox.session

@@ -120,10 +120,12 @@ class Executor:
         for place, chunk in enumerate(chunks):
             job = chunk.job
             if chunk.last and isinstance(job, SampleJob):
-                jobs = [job, *self._scheduler.prefilled(chunk)]
-                self._concerned += jobs
-                drawing += jobs
-                places += [place] * len(jobs)
+                drawing.append(job)
+                places.append(place)
+                for forked in self._scheduler.prefilled(chunk):
+                    self._concerned.append(forked)  # now: what comes next may raise
+                    drawing.append(forked)
+                    places.append(place)
             elif chunk.last and isinstance(job, ScoringJob) and job.single:
                 single.append((place, job))
         if single:

@@ -74,7 +74,8 @@ class JobLifecycle:
         job.state = State.DONE
         followers, job.followers = job.followers, []
         for follower in followers:  # they cannot be forked from it any more
-            late.attempt(self.queue.add, follower)
+            if follower.state is State.NEW:
+                late.attempt(self.queue.add, follower)
 
     def fail(self, job: Job, error: Exception) -> None:
         """End a job that a fault concerns, and those that fail with it."""

@@ -141,9 +141,10 @@ class PrefixCache:
 
         The last token is left out, because it must be computed for its logits.
         """
+        starts = range(0, len(tokens) - self.block if self.enabled else 0, self.block)
+        blocks = [self._key(tokens, start, namespace) for start in starts]
         node, path = self._root, []
-        for start in range(0, len(tokens) - self.block if self.enabled else 0, self.block):
-            block = self._key(tokens, start, namespace)
+        for start, block in zip(starts, blocks, strict=True):
             child = node.children.get(block)
             if child is None:
                 child = node.children[block] = Node(block, node, start + self.block)

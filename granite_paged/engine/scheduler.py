@@ -19,7 +19,7 @@ Host only and without torch: what happens on the device is asked of a `Device`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 
 from granite_paged.engine.admission import Admission
@@ -70,22 +70,24 @@ class Scheduler(JobLifecycle):
             step.prefills += calls(chunks, [chunk.job for chunk in chunks])
         return step
 
-    def prefilled(self, chunk: PrefillChunk) -> list[SampleJob]:
+    def prefilled(self, chunk: PrefillChunk) -> Iterator[SampleJob]:
         """Fork the other samples of a prompt whose last chunk is launched.
 
-        Returns:
-            Those forked. The others wait for rows of their own.
+        Yields:
+            Each that is forked. The others wait for rows of their own. After a fault, those without
+            a place still follow the first one.
         """
-        followers, chunk.job.followers = chunk.job.followers, []
-        forked = []
-        for follower in followers:
-            if not self.running.has_row_for(follower):
-                self.queue.add(follower)
-            else:
+        followers = chunk.job.followers
+        while followers:
+            follower = followers[0]
+            is_new = follower.state is State.NEW  # else it got its place before a fault
+            if is_new and self.running.has_row_for(follower):
                 self.guarded(follower, self.running.fork, chunk.job, follower)
-                if follower.state is State.DECODE:
-                    forked.append(follower)
-        return forked
+            elif is_new:
+                self.queue.add(follower)
+            followers.pop(0)
+            if is_new and follower.state is State.DECODE:
+                yield follower
 
     def room_for_state(self, chunk: PrefillChunk, nbytes: int) -> bool:
         """Return whether to copy the row's state after this chunk, and make room for it first."""

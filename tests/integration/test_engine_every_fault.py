@@ -1,6 +1,6 @@
 """A fault at every call that a step makes, one after the other: at most one request fails.
 
-The calls are counted in a run without faults. The ordinary profile raises at two calls of each
+The calls are counted in a run without faults. The ordinary profile raises at three calls of each
 site; `wide` and `deep` raise at every one.
 """
 
@@ -83,11 +83,11 @@ PRIVATE = {
 
 
 def busy_harness() -> EngineHarness:
-    """Return a harness with one request; `step_to_the_end` submits more."""
+    """Return a harness with one request of three samples; `step_to_the_end` submits more."""
     options = {"preemption": "swap", "state_bytes": 400}
     harness = EngineHarness(HashOracle(), options, pages=18, rows=5)
     harness.faulty = True
-    harness.submit(STEM[:10], params(5, n=2))
+    harness.submit(STEM[:10], params(5, n=3))
     return harness
 
 
@@ -133,7 +133,7 @@ def step_to_the_end(harness: EngineHarness, asked: list[Any]) -> int:
 
 def numbers_up_to(calls: int) -> list[int]:
     every = range(1, calls + 1)
-    return list(every) if EVERY else sorted({(calls + 1) // 2, calls}.intersection(every))
+    return list(every) if EVERY else sorted({2, (calls + 1) // 2, calls}.intersection(every))
 
 
 @pytest.fixture(autouse=True)

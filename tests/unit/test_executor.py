@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,15 +72,18 @@ class Planner:
     def __init__(self) -> None:
         self.recovered: list[list[Job]] = []
         self.followers: list[SampleJob] = []
+        self.broken = False
         self.checkpoints: set[int] = set()
 
     def recover(self, jobs: Sequence[Job], error: Exception) -> None:
         assert isinstance(error, ValueError)
         self.recovered.append(list(jobs))
 
-    def prefilled(self, chunk: PrefillChunk) -> list[SampleJob]:
+    def prefilled(self, chunk: PrefillChunk) -> Iterator[SampleJob]:
         assert chunk.last
-        return self.followers
+        yield from self.followers
+        if self.broken:
+            raise ValueError("fork")
 
     def room_for_state(self, chunk: PrefillChunk, nbytes: int) -> bool:
         assert nbytes == Device.row_bytes
@@ -202,7 +205,15 @@ def test_a_prefill_that_raises_after_forking_concerns_the_forks_too(
 
     monkeypatch.setattr(executor, "draw", fail)
     assert setting.launch(prefills=[[whole(other, last=False), whole(job)]]) == []
-    assert setting.planner.recovered == [[other, job, job, follower]]
+    assert setting.planner.recovered == [[other, job, follower]]
+
+
+def test_a_fork_that_raises_concerns_those_before_it() -> None:
+    setting = Setting()
+    job, follower = sample(1), sample(2)
+    setting.planner.followers, setting.planner.broken = [follower], True
+    assert setting.launch(prefills=[[whole(job)]]) == []
+    assert setting.planner.recovered == [[job, follower]]
 
 
 # -- decoding -----------------------------------------------------------------------------------
