@@ -23,7 +23,8 @@ from granite_paged.ray import exact
 from granite_paged.ray.cluster import check_resources, failures_named
 from granite_paged.ray.groups import Columns
 from granite_paged.ray.pipeline import Workers, answered_rows
-from granite_paged.ray.workers import ModelSpec, objects, share_of_gpu
+from granite_paged.ray.rows import objects
+from granite_paged.ray.workers import ModelSpec, share_of_gpu
 
 _SHARES = 4  # per worker and task: enough to even out their speeds
 

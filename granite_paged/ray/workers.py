@@ -5,7 +5,6 @@ This module does not import Ray: a worker is a plain callable class.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from granite_paged.batch.answer import Answer
 from granite_paged.batch.answering import Answering, batch_engine
-from granite_paged.batch.lines import Line, prefix_key
+from granite_paged.batch.lines import Line
 from granite_paged.batch.request import FIELDS, Defaults
 from granite_paged.errors import ClusterError, InvalidArgument
 from granite_paged.geometry import PagedConfig
 from granite_paged.models import LoadedModel, load, load_tokenizer
 from granite_paged.ray import exact
 from granite_paged.ray.groups import Columns, unpacked
+from granite_paged.ray.rows import COUNTS, line_of, objects, row_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,67 +159,11 @@ class Answers(Worker):
             raise InvalidArgument(f"rows need a column prompt or messages, got {sorted(batch)}")
         fields = [name for name in batch if name in FIELDS]
         rows = zip(*(batch[name] for name in fields), strict=True)
-        lines = [_line_of(dict(zip(fields, row, strict=True))) for row in rows]
-        found = [_row_of(answer) for answer in self._answering.answer_all(lines)]
-        added = {name: objects([row[name] for row in found]) for name in _row_of(None)}
-        counts = {name: added[name].astype(np.int64) for name in _COUNTS}
+        lines = [line_of(dict(zip(fields, row, strict=True))) for row in rows]
+        found = [row_of(answer) for answer in self._answering.answer_all(lines)]
+        added = {name: objects([row[name] for row in found]) for name in row_of(None)}
+        counts = {name: added[name].astype(np.int64) for name in COUNTS}
         return {**batch, **added, **counts}
-
-
-def by_prefix(batch: Columns) -> Columns:
-    """Order the rows of a large batch so that prompts with a common beginning are neighbours.
-
-    For `Dataset.map_batches`, before the smaller batches of `Answers`. The order of rows changes.
-    """
-    name = "prompt" if "prompt" in batch else "messages"
-    keys = [prefix_key(_line_of({name: value})) for value in batch[name]]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    return {name: np.asarray(column)[order] for name, column in batch.items()}
-
-
-# -- rows ---------------------------------------------------------------------------------------
-
-_COUNTS = ("prompt_tokens", "completion_tokens")
-
-
-def _line_of(row: dict[str, Any]) -> Line:
-    plain = {name: _plain(value) for name, value in row.items()}
-    return Line(0, json.dumps(plain, sort_keys=True).encode(), plain)
-
-
-def _plain(value: Any) -> Any:
-    """Return a value of numpy as JSON has it. A missing number is NaN there."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float) and value != value:
-        return None
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return value
-
-
-def _row_of(answer: Answer | None) -> dict[str, Any]:
-    row = {"text": "", "finish_reason": "", "prompt_tokens": 0, "completion_tokens": 0}
-    row |= {"error": "", "response": ""}
-    if answer is None:
-        return row
-    if answer.error:
-        return {**row, "error": answer.error.removeprefix("line 0: ")}
-    body = json.loads(answer.content)["response"]["body"]
-    first = body["choices"][0]
-    text = first["message"]["content"] if "message" in first else first["text"]
-    counts = {name: body["usage"][name] for name in _COUNTS}
-    finish = first["finish_reason"]
-    return row | counts | {"text": text, "finish_reason": finish, "response": json.dumps(body)}
-
-
-def objects(values: Sequence[Any]) -> Any:
-    """Return an array of objects; numpy would make texts of fixed width otherwise."""
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
 
 
 def attempts() -> int:
