@@ -230,6 +230,7 @@ def test_samples_wait_for_free_rows() -> None:
     request = ask(harness, [7] * 11, new=3, n=5, temperature=1.0)
     harness.drain()
     assert all(output.finish == "length" for output in request.outputs)
+    assert harness.engine.stats().restarted == 0
 
 
 def test_continuations_share_one_prefill_of_the_context() -> None:
