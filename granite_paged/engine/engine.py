@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from granite_paged.arguments import function
+from granite_paged.engine.interrupts import interrupts_wait
 from granite_paged.engine.prompts import (
     Chat,
     Message,
@@ -235,7 +236,8 @@ class Engine(StepwiseEngine):
         self._check_reentry(method)
         asked: list[_Asked | GranitePagedError] = []
         try:
-            asked += (self._submitted(submit) for submit in submits)
+            for submit in submits:
+                self._submit_into(asked, submit)
             for done, one in enumerate(asked):
                 progress(method, done, len(submits))
                 while not (isinstance(one, GranitePagedError) or one.finished):
@@ -267,16 +269,23 @@ class Engine(StepwiseEngine):
         )
         return [refused(index=index) for index in range(samples_of(params))]
 
-    def _submitted(self, submit: Callable[[], _Asked]) -> _Asked | GranitePagedError:
+    def _submit_into(
+        self, asked: list[_Asked | GranitePagedError], submit: Callable[[], _Asked]
+    ) -> None:
+        """Add the request to `asked`, or what refused it. Step while the queue is full."""
         while True:
-            try:
-                return submit()
-            except QueueFull as full:
-                if self.idle:
-                    return full
-                self.step()
-            except GranitePagedError as refusal:
-                return refusal
+            with interrupts_wait():  # an open request is in the list
+                try:
+                    asked.append(submit())
+                    return
+                except QueueFull as full:
+                    if self.idle:
+                        asked.append(full)
+                        return
+                except GranitePagedError as refusal:
+                    asked.append(refusal)
+                    return
+            self.step()
 
 
 def _sound(asked: _Asked | GranitePagedError) -> _Asked:

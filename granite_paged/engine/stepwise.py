@@ -18,6 +18,7 @@ from granite_paged.device import on_device
 from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.core import EngineCore, Inspection
 from granite_paged.engine.defaults import end_of_text, ignored_fields
+from granite_paged.engine.interrupts import interrupts_wait
 from granite_paged.engine.limits import LONGEST_STEP, Limits, Preemption, Warmup, check_options
 from granite_paged.engine.lock import FairLock
 from granite_paged.engine.prompts import Prompt, PromptEncoder, as_prompts, checked_params
@@ -149,7 +150,10 @@ class StepwiseEngine:
         return self._handed_in(search)
 
     def step(self) -> bool:
-        """Run one step and deliver the one before. Return whether there was anything to do."""
+        """Run one step and deliver the one before. Return whether there was anything to do.
+
+        Ctrl-C waits for its end, when the engine can go on; a second one interrupts at once.
+        """
         with self._locked("step"):
             try:
                 with torch.inference_mode(), on_device(self.runner.device):
@@ -278,16 +282,18 @@ class StepwiseEngine:
         """Hold the lock, then take in what was handed in while it was held."""
         if method:
             self._check_reentry(method, may_deliver=may_deliver)
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._settle()
+        with interrupts_wait():
+            try:
+                with self._lock:
+                    yield
+            finally:
+                self._settle()
 
     def _handed_in(self, request: _Asked) -> _Asked:
         self._settle()
         return request
 
+    @interrupts_wait()
     def _settle(self) -> None:
         """Take in what was handed in, unless the lock is held: its holder settles afterwards."""
         while len(self._core.intake) and self._lock.acquire_now():

@@ -6,8 +6,12 @@ site; `wide` and `deep` raise at every one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import os
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from granite_paged.device import Fetch
 from granite_paged.engine import executor
 from granite_paged.engine.admission import Admission
 from granite_paged.engine.beams import BeamKeeper, BeamRequest
+from granite_paged.engine.core import EngineCore
 from granite_paged.engine.executor import Executor
 from granite_paged.engine.lifecycle import JobLifecycle
 from granite_paged.engine.prefix_cache import PrefixCache
@@ -28,7 +33,15 @@ from granite_paged.engine.waiting import LateCleanups, WaitingQueue
 from granite_paged.errors import CallbackFailed, PromptError, StepFailed, TokenizerFailed
 from granite_paged.paging.allocator import PageAllocator
 from tests.helpers import engine_harness
-from tests.helpers.call_sites import Broken, Site, count_calls, fault_at, methods_of, name_of
+from tests.helpers.call_sites import (
+    Broken,
+    Site,
+    count_calls,
+    fault_at,
+    methods_of,
+    name_of,
+    wrapped,
+)
 from tests.helpers.engine_harness import EngineHarness, expected_tokens
 from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
 from tests.helpers.words import Words
@@ -221,6 +234,20 @@ def user_harness() -> EngineHarness:
     return harness
 
 
+@contextlib.contextmanager
+def ctrl_c_at(site: Site, number: int) -> Iterator[None]:
+    """Send this process SIGINT at the `number`-th call of a site, once."""
+    counts = itertools.count(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with wrapped(
+            [site], lambda name: next(counts) == number and signal.raise_signal(signal.SIGINT)
+        ):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 USER_CODE: dict[str, tuple[Site, type[Exception]]] = {
     "decode": ((Words, "decode"), TokenizerFailed),
     "callback": ((Listener, "heard"), CallbackFailed),
@@ -284,3 +311,36 @@ def test_an_interrupt_at_any_call_of_the_device_changes_no_answer(name: str) -> 
             step_to_the_end(harness, asked)
         harness.drain()
         assert not [one for one in asked if errors_of(one)], f"call {number}"
+
+
+@pytest.mark.parametrize("name", [*SITES, *PRIVATE])
+def test_ctrl_c_at_any_call_of_a_step_changes_no_answer(name: str) -> None:
+    """It comes between two bytecodes of bookkeeping as well, and nothing there can start over."""
+    calls = calls_of_sites().get(name, 0)
+    for number in numbers_up_to(calls) if EVERY else [calls][:calls]:
+        harness = busy_harness()
+        asked, pressed = list(harness.open), False
+        with ctrl_c_at({**SITES, **PRIVATE}[name], number):
+            for steps in range(500):
+                try:
+                    asked += arrive(harness, steps)
+                    if not harness.step():
+                        break
+                except KeyboardInterrupt:
+                    pressed = True
+                    asked += [one for one in harness.open if one not in asked]
+        assert pressed, f"call {number}"
+        harness.drain()
+        assert not [one for one in asked if errors_of(one)], f"call {number}"
+
+
+@pytest.mark.parametrize("number", range(1, 4))
+def test_ctrl_c_while_prompts_are_submitted_leaves_no_request_open(number: int) -> None:
+    engine = user_harness().engine
+    engine.cancel_all()
+    texts = ["w1 w2 w3", "w4 w5", "w6"]
+    with ctrl_c_at((EngineCore, "take_in"), number), pytest.raises(KeyboardInterrupt):
+        engine.generate(texts, params(3))
+    assert engine.idle
+    assert not engine.inspect().allocator.held
+    assert [len(output.tokens) for output in engine.generate(texts[:2], params(3))] == [3, 3]
