@@ -17,10 +17,8 @@ def interrupts_wait() -> Iterator[None]:
     own handler of SIGINT, as `asyncio.run` has.
     """
     default = signal.default_int_handler
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGINT) is not default:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not default:
         yield
         return
     came = False

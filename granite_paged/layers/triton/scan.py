@@ -130,7 +130,7 @@ def _entering_state(
 ):  # fmt: skip
     """Return elements [P, N] of a row's state, after the inputs that are to be replayed.
 
-    held: pointers to them. p, n: their places in the head and in the state. Row -1 is padding.
+    held: pointers to them. p, n: their places in the head and in the state. there: which exist.
     """
     state = tl.load(held, mask=there, other=0.0)
     if REPLAYED > 0:
@@ -216,13 +216,15 @@ def _chunk_states(
     there = p_there[:, None] & n_there[None, :]
     if ONE:
         row = tl.load(rows_ptr + batch).to(tl.int64)
+        is_row = row + tl.zeros([P], tl.int64) >= 0  # -1 is padding
+        stored = there & is_row[:, None]
         held = ssm_ptr + (row * heads + head) * head_dim * state_size + at
         state = _entering_state(
-            held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n,
-            there & (row >= 0), tokens, heads, head_dim, state_size, groups, REPLAYED,
+            held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n, stored,
+            tokens, heads, head_dim, state_size, groups, REPLAYED,
         )  # fmt: skip
         tl.store(states_ptr + place + at, state.to(states_ptr.dtype.element_ty), mask=there)
-        tl.store(held, state * tl.exp(whole) + added, mask=there & (row >= 0))
+        tl.store(held, state * tl.exp(whole) + added, mask=stored)
     else:
         tl.store(states_ptr + place + at, added, mask=there)
 
@@ -241,11 +243,13 @@ def _pass_on(
     at = p[:, None] * state_size + n[None, :]
     there = (p < head_dim)[:, None] & (n < state_size)[None, :]
     row = tl.load(rows_ptr + batch).to(tl.int64)
+    is_row = row + tl.zeros([P], tl.int64) >= 0  # -1 is padding
+    stored = there & is_row[:, None]
     rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
     held = ssm_ptr + (row * heads + head) * head_dim * state_size + at
     state = _entering_state(
-        held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n,
-        there & (row >= 0), tokens, heads, head_dim, state_size, groups, REPLAYED,
+        held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n, stored,
+        tokens, heads, head_dim, state_size, groups, REPLAYED,
     )  # fmt: skip
     ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
     for chunk in range(chunks):
@@ -253,7 +257,7 @@ def _pass_on(
         added = tl.load(states_ptr + place, mask=there, other=0.0)
         tl.store(entering_ptr + place, state.to(entering_ptr.dtype.element_ty), mask=there)
         state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
-    tl.store(held, state, mask=there & (row >= 0))
+    tl.store(held, state, mask=stored)
 
 
 @triton.jit
