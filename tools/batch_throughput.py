@@ -127,6 +127,11 @@ class RayRun(NamedTuple):
     middle: float
     tally: Tally
 
+    @property
+    def whole(self) -> float:
+        """Tokens per second of the whole file."""
+        return self.tally.tokens / self.seconds
+
 
 def middle_rate(samples: Sequence[np.ndarray]) -> float:
     """Return tokens per second between 20 % and 80 % of all tokens.
@@ -170,16 +175,15 @@ def run_on_ray(path: Path, count: int, options: argparse.Namespace) -> RayRun:
 
 def measure_ray(path: Path, options: argparse.Namespace) -> None:
     """Answer the file with each number of workers, and compare the rates with the first one's."""
-    first: tuple[float, float] | None = None
+    first: RayRun | None = None
     for count in options.workers:
         run = run_on_ray(path, count, options)
-        rates = run.tally.tokens / run.seconds, run.middle
-        whole, middle = first = first or rates
+        first = first or run
         print(
             f"{count} workers: {run.tally.lines:,} lines, {run.tally.tokens:,} tokens in "
-            f"{run.seconds:.1f} s after {run.start:.0f} s of start: {rates[0]:,.0f} tokens/s, "
-            f"{rates[0] / whole:.2f} x {options.workers[0]}; "
-            f"middle {rates[1]:,.0f} tokens/s, {rates[1] / middle:.2f} x; "
+            f"{run.seconds:.1f} s after {run.start:.0f} s of start: {run.whole:,.0f} tokens/s, "
+            f"{run.whole / first.whole:.2f} x {options.workers[0]}; "
+            f"middle {run.middle:,.0f} tokens/s, {run.middle / first.middle:.2f} x; "
             f"{run.tally.failed} failed; host memory {peak_memory():.2f} GB",
             flush=True,
         )

@@ -238,11 +238,14 @@ def user_harness() -> EngineHarness:
 def ctrl_c_at(site: Site, number: int) -> Iterator[None]:
     """Send this process SIGINT at the `number`-th call of a site, once."""
     counts = itertools.count(1)
+
+    def press(name: str) -> None:
+        if next(counts) == number:
+            signal.raise_signal(signal.SIGINT)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with wrapped(
-            [site], lambda name: next(counts) == number and signal.raise_signal(signal.SIGINT)
-        ):
+        with wrapped([site], press):
             yield
     finally:
         signal.signal(signal.SIGINT, before)

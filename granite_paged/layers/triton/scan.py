@@ -399,6 +399,7 @@ def _scan(
     chunks = int(triton.cdiv(tokens, size))
     dt = state.ssm.new_empty(2, batch, sizes.heads, chunks * size)
     entering = convolved.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
+    # of one chunk, only the state that enters it is stored
     states = entering if chunks == 1 else torch.empty_like(entering, dtype=state.ssm.dtype)
     shape = (tokens, chunks, sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups)
     stride, starts = projected.shape[1], early(projected.device)
