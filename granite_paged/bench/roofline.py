@@ -1,10 +1,11 @@
 """The floor: a roofline bound on the time of a step.
 
 A step reads at least the weights that it uses, reads or writes K, V and the Mamba states once, and
-does a known number of multiplications. The floor is the longer of two times: moving these bytes at
-the rate of a large copy, and doing these operations at the rate of a large matrix product. Both
-rates are measured on the device. Activations, launches and anything that an implementation adds
-are not part of the floor.
+does a known number of multiplications. A decode step need not write a state: it may keep its inputs
+instead, which later steps replay, as the kernels do for `REPLAYED` tokens. The floor is the longer
+of two times: moving these bytes at the rate of a large copy, and doing these operations at the rate
+of a large matrix product. Both rates are measured on the device. Activations, launches and anything
+that an implementation adds are not part of the floor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from granite_paged.bench.measure import Clock
 from granite_paged.bench.workload import Workload
 from granite_paged.geometry import CacheGeometry
-from granite_paged.layers.mamba import MambaSizes, mixers
+from granite_paged.layers.mamba import REPLAYED, Kept, MambaSizes, mixers
 from granite_paged.report.bench_results import Rates
 
 
@@ -47,6 +48,7 @@ class ModelSizes:
         kv_bytes: bytes of K and V per token, over all attention layers.
         attention_width: query heads x head_dim, summed over all attention layers.
         state_bytes: bytes of the Mamba states of one sequence, over all layers.
+        kept_bytes: bytes of the inputs of `REPLAYED` tokens of one sequence, over all Mamba layers.
         state_size: elements of the recurrent states of one sequence, over all layers.
     """
 
@@ -59,6 +61,7 @@ class ModelSizes:
     kv_bytes: int
     attention_width: int
     state_bytes: int
+    kept_bytes: int
     state_size: int
 
     @classmethod
@@ -67,7 +70,8 @@ class ModelSizes:
         config, dtype = model.config, model.dtype
         geometry = CacheGeometry.from_config(config, page_size=1, dtype=dtype)
         mamba = [MambaSizes.of(mixer) for mixer in mixers(model).values()]
-        counts = _parameters(model)
+        counts, state_bytes = _parameters(model), sum(sizes.state_bytes(dtype) for sizes in mamba)
+        with_inputs = sum(sizes.state_bytes(dtype, Kept.REPLAY) for sizes in mamba)
         return cls(
             **counts,
             expert_count=config.num_local_experts or 0,
@@ -78,7 +82,8 @@ class ModelSizes:
             attention_width=len(geometry.attention_layers)
             * geometry.query_heads
             * geometry.head_dim,
-            state_bytes=sum(sizes.state_bytes(dtype) for sizes in mamba),
+            state_bytes=state_bytes,
+            kept_bytes=with_inputs - state_bytes,
             state_size=sum(sizes.ssm_elements for sizes in mamba),
         )
 
@@ -95,7 +100,7 @@ class ModelSizes:
 
     def decode(self, batch: int, context: int) -> Work:
         """Return the work to decode one token for each of `batch` sequences of `context` tokens."""
-        cache = batch * (context * self.kv_bytes + 2 * self.state_bytes)
+        cache = batch * (context * self.kv_bytes + self._token_state_bytes())
         attention = 4 * batch * context * self.attention_width
         return Work(
             bytes=self._weight_bytes(batch) + cache,
@@ -106,16 +111,26 @@ class ModelSizes:
         """Return the expected work to serve a workload that arrives at once.
 
         The weights are read once per token of the longest answer, K, V and states at least once,
-        and the states twice per new token.
+        and the states once per new token.
         """
         prompt, new = workload.expected_prompt, workload.expected_new
-        states = (workload.requests + 2 * new) * self.state_bytes
+        states = workload.requests * self.state_bytes + new * self._token_state_bytes()
         return Work(
             bytes=workload.new_tokens[1] * self._weight_bytes(workload.requests)
             + (prompt + new) * self.kv_bytes
             + states,
             flops=(prompt + new) * self._token_flops() + 2 * new * self.head,
         )
+
+    def _token_state_bytes(self) -> float:
+        """Bytes of states and kept inputs that a decode step moves per sequence, on average.
+
+        It reads the state and the inputs since it was stored. Once in `REPLAYED` tokens it stores
+        the state, otherwise its inputs.
+        """
+        inputs = (REPLAYED - 1) / 2 + (REPLAYED - 1) / REPLAYED  # read, and stored
+        states = 1 + 1 / REPLAYED
+        return states * self.state_bytes + inputs * self.kept_bytes / REPLAYED
 
     def _weight_bytes(self, tokens: int) -> float:
         touched = min(1.0, tokens * self.experts_per_token / max(1, self.expert_count))

@@ -13,6 +13,7 @@ from transformers import GraniteMoeHybridForCausalLM
 from granite_paged.bench import session
 from granite_paged.bench.capacity import padded_capacity, paged_capacity
 from granite_paged.bench.roofline import ModelSizes, Work, measure_rates
+from granite_paged.bench.workload import Workload
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import geometry_config
 from granite_paged.report.bench_results import Rates
@@ -40,13 +41,26 @@ def test_granite_1b_has_its_published_sizes(one_b: ModelSizes) -> None:
     assert one_b.state_bytes == 4 * one_b.state_size + 36 * conv * 2
 
 
-def test_decode_bytes_are_weights_context_and_states_twice(
-    one_b: ModelSizes,
-) -> None:
+def moved(sizes: ModelSizes) -> float:
+    """Return what eight steps of one sequence move of states and inputs, divided by eight."""
+    inputs = 7 + sum(range(8))  # stored by seven, and read by those that follow
+    return (8 + 1) / 8 * sizes.state_bytes + inputs / 8 * sizes.kept_bytes / 8
+
+
+def test_decode_bytes_are_weights_context_states_and_inputs(one_b: ModelSizes) -> None:
     weights = 2 * 1_461_538_368
+    assert one_b.kept_bytes == 36 * 8 * ((3072 + 128) * 2 + 2 * 48 * 4)
     for batch, context in ((1, 512), (32, 4096)):
-        cache = batch * (8192 * context + 2 * one_b.state_bytes)
-        assert one_b.decode(batch, context).bytes == weights + cache
+        cache = batch * (8192 * context + moved(one_b))
+        assert one_b.decode(batch, context).bytes == pytest.approx(weights + cache)
+
+
+def test_a_served_token_moves_what_a_decode_step_moves(one_b: ModelSizes) -> None:
+    few, many = (
+        one_b.serve(Workload(requests=4, prompt_tokens=(9, 9), new_tokens=(least, 100))).bytes
+        for least in (50, 60)
+    )
+    assert many - few == pytest.approx(4 * 5 * (one_b.kv_bytes + moved(one_b)))
 
 
 def test_a_prefill_of_2048_tokens_takes_5_5_teraflop(one_b: ModelSizes) -> None:
@@ -84,8 +98,8 @@ def test_unused_experts_are_not_read() -> None:
     whole = sizes.itemsize * (sizes.shared + sizes.head + sizes.experts)
     half = whole - sizes.itemsize * sizes.experts / 2
     cache = sizes.decode(1, 0).bytes - half
-    assert cache == 2 * sizes.state_bytes
-    assert sizes.decode(9, 0).bytes == whole + 9 * cache
+    assert cache == pytest.approx(moved(sizes))
+    assert sizes.decode(9, 0).bytes == pytest.approx(whole + 9 * cache)
 
 
 def test_a_dense_model_has_no_states() -> None:
