@@ -9,6 +9,10 @@ from granite_paged.models import load
 from tests.helpers.golden_bits import compare_with_recorded
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_embedded_model_has_the_recorded_bits(dtype: str) -> None:
-    compare_with_recorded(bits_report(load(device="cuda", dtype=dtype)))
+@pytest.mark.parametrize(
+    ("geometry", "dtype"),
+    [(None, "bfloat16"), (None, "float16"), ("granite-4.0-h-1b", "bfloat16")],
+)
+def test_a_model_has_the_recorded_bits(geometry: str | None, dtype: str) -> None:
+    loaded = load(random_weights=geometry, device="cuda", dtype=dtype)
+    compare_with_recorded(bits_report(loaded))

@@ -137,8 +137,6 @@ def compile_exact(mixer: Any, products: Iterable[int]) -> None:
     convolution = mamba.convolution(mixer, newest, state)
     projected = exact_linear.fused_product(x[:1], mixer.in_proj.weight, conv=convolution)
     exact_step.step(sizes, projected, newest, weights, state)
-    many = exact_step.STEP_MANY_ROWS
-    exact_step.step(sizes, projected.expand(many, -1), newest.expand(many), weights, state)
     layers = (ssm[None], unset(1, 1, EXACT_CHUNK, width), weights.dt_bias[None])
     exact_step.close_chunks(sizes, newest, torch.arange(1), *layers, weights.a_log[None])
     pool, table = (unset(1, 4, 3 * 128, 128), unset(1, 4, 3 * 128, 128)), torch.ones(1, 2).int()

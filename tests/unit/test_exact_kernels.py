@@ -225,23 +225,6 @@ def test_the_scan_is_as_defined(shape: str, cut: str) -> None:
     assert_as_defined(state.ssm[1:2], stored.ssm, 20 * FLOAT32)
 
 
-@pytest.mark.parametrize("together", [2, 4])
-@torch.inference_mode()
-def test_heads_of_one_program_have_the_bits_of_heads_alone(
-    monkeypatch: pytest.MonkeyPatch, together: int
-) -> None:
-    layer = Layer(torch.float32, 16, mamba_n_groups=2)  # two heads per group, so four are too many
-    projected = torch.randn(5, layer.mixer.in_proj.out_features, device=DEVICE)
-    alone, state = layer.run(projected, [2, 1, 1, 1])
-    monkeypatch.setattr(exact_step, "STEP_HEADS", together)
-    monkeypatch.setattr(exact_step, "STEP_MANY_ROWS", 1)
-    found, after = layer.run(projected, [2, 1, 1, 1])
-    assert torch.equal(found, alone)
-    assert after.recent is not None
-    assert state.recent is not None
-    assert torch.equal(after.recent[1, :5], state.recent[1, :5])
-
-
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALF)
 @torch.inference_mode()

@@ -29,6 +29,7 @@ from granite_paged.layers.triton.linear import (
     prefetch,
     wait,
 )
+from granite_paged.layers.triton.mamba import convolve_step
 from granite_paged.layers.triton.pointwise import norm_block, normed, silu, silu_mul
 
 FEW_ROWS = 64
@@ -56,7 +57,7 @@ TILES = {
     2048: Tile(128, 128, 64, 8, 3),
 }
 NARROW_TILES = {
-    16: Tile(16, 32, 256, 2, 5),
+    16: Tile(16, 16, 512, 2, 6),
     32: Tile(32, 16, 256, 4, 5),
     64: Tile(64, 64, 128, 4, 5),
     128: Tile(64, 64, 128, 4, 5),
@@ -182,6 +183,18 @@ def gated_product(x: Tensor, weight: Tensor) -> Tensor:
     if _library_has(x, weight):
         return silu_mul(torch.mm(x, weight.T))
     return fused_product(x, weight, gated=True)
+
+
+def convolved_product(x: Tensor, weight: Tensor, conv: Convolution) -> Tensor:
+    """Return x W^T, some of whose columns are convolved; one token per row.
+
+    x, weight: as for `product`.
+    """
+    if _library_has(x, weight):
+        projected = torch.mm(x, weight.T)
+        convolve_step(projected, conv)
+        return projected
+    return fused_product(x, weight, conv=conv)
 
 
 def fused_product(

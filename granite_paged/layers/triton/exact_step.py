@@ -18,7 +18,7 @@ from granite_paged.layers.triton.exact_chunk import (
     sums_of,
     time_step,
 )
-from granite_paged.layers.triton.exact_linear import fused_product
+from granite_paged.layers.triton.exact_linear import convolved_product
 from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.mamba import convolution
 from granite_paged.layers.triton.pointwise import silu
@@ -26,23 +26,16 @@ from granite_paged.layers.triton.pointwise import silu
 STEP_PART, STEP_WARPS = 64, 4
 """Most elements of a head for a program of `_step`, and its warps; measured on an H100."""
 
-STEP_HEADS, STEP_MANY_ROWS = 4, 64
-"""Heads for a program of `_step`, and the rows from which there are programs enough for that. Heads
-together load B once, and issue 28 % fewer instructions."""
-
 
 @triton.jit
 def _step(
     projected_ptr, recent_ptr, ssm_ptr, rows_ptr, positions_ptr,
     dt_bias_ptr, a_log_ptr, skip_ptr, gated_ptr,
     heads, head_dim, state_size, groups, low, high, stride, EARLY: tl.constexpr,
-    TOGETHER: tl.constexpr, L: tl.constexpr, M: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    L: tl.constexpr, M: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Compute a part of some heads of one row's next token, and keep the token's inputs.
-
-    The heads have the same B and C.
-    """
-    batch, first_head = tl.program_id(0), tl.program_id(1) * TOGETHER
+    """Compute a part of one head of one row's next token, and keep the token's inputs."""
+    batch, head = tl.program_id(0), tl.program_id(1)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
     width = channels + heads
@@ -51,58 +44,49 @@ def _step(
     p_there, n_there = p < head_dim, n < state_size
     row = tl.load(rows_ptr + batch).to(tl.int64)
     position = tl.load(positions_ptr + batch).to(tl.int32)
-    gated = gated_ptr + batch.to(tl.int64) * inner
+    x_at = head * head_dim + p
+    gated = gated_ptr + batch.to(tl.int64) * inner + x_at
     if (row < 0) | (position < 0):
-        for number in tl.static_range(TOGETHER):
-            nothing = tl.zeros([P], gated_ptr.dtype.element_ty)
-            tl.store(gated + (first_head + number) * head_dim + p, nothing, mask=p_there)
+        tl.store(gated, tl.zeros([P], gated_ptr.dtype.element_ty), mask=p_there)
         return
     own = position % L
     is_old, is_own = line < own, line == own
     causal = (m[:, None] >= 0) & (line <= own)[None, :]
-    b_at = inner + first_head // (heads // groups) * state_size + n
+    b_at = inner + head // (heads // groups) * state_size + n
     kept = recent_ptr + row * L * width
+    lines = kept + line[:, None] * width
     projected = projected_ptr + batch.to(tl.int64) * stride
     new, mine = projected + inner, kept + own * width
-    old_b = tl.load(
-        kept + line[:, None] * width + b_at[None, :],
-        mask=is_old[:, None] & n_there[None, :],
-        other=0.0,
-    )
-    for number in tl.static_range(TOGETHER):
-        head = first_head + number
-        x_at = head * head_dim + p
-        held = ssm_ptr + (row * heads + head) * head_dim * state_size
-        held_there = n_there[:, None] & p_there[None, :]
-        state = tl.load(held + p[None, :] * state_size + n[:, None], mask=held_there, other=0.0)
-        old_x = is_old[:, None] & p_there[None, :]
-        x = tl.load(kept + line[:, None] * width + x_at[None, :], mask=old_x, other=0.0)
-        raw = tl.load(kept + line * width + channels + head, mask=is_old, other=0.0)
-        bias = tl.load(dt_bias_ptr + head).to(tl.float32)
-        rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
-        skip = tl.load(skip_ptr + head).to(tl.float32)
-        if number == 0:  # what was loaded before is no result of the last kernel
-            wait(EARLY)
-            new_b = tl.load(new + b_at, mask=n_there, other=0.0)
-            new_c = tl.load(new + b_at + groups * state_size, mask=n_there, other=0.0)
-            b = tl.where(is_own[:, None], new_b[None, :], old_b)
-            c = tl.zeros([M, N], new_c.dtype) + new_c[None, :]
-            similar = similarity_of(c, b)
-        gate = tl.load(projected + x_at, mask=p_there, other=0.0).to(tl.float32)
-        new_x = tl.load(new + x_at, mask=p_there, other=0.0)
-        new_raw = tl.load(new + channels + head)
-        x = tl.where(is_own[:, None], new_x[None, :], x)
-        raw = tl.where(is_own, new_raw, raw)
-        dt = tl.where(line <= own, time_step(raw, bias, low, high), 0.0)
-        sums, whole = sums_of(dt, rate)
-        to_sums = tl.zeros([M], tl.float32) + whole
-        out = outputs_of(c, similar, x, state.to(c.dtype), dt, sums, to_sums, causal)
-        out = tl.max(out, axis=0)  # its rows are equal
-        out = tl.fma(new_x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate)
-        tl.store(gated + x_at, out.to(gated_ptr.dtype.element_ty), mask=p_there)
-        tl.store(mine + x_at, new_x, mask=p_there)
-        tl.store(mine + channels + head, new_raw)
-    if (first_head % (heads // groups) == 0) & (tl.program_id(2) == 0):
+    old_x, old_b = is_old[:, None] & p_there[None, :], is_old[:, None] & n_there[None, :]
+    held = ssm_ptr + (row * heads + head) * head_dim * state_size
+    held_there = n_there[:, None] & p_there[None, :]
+    state = tl.load(held + p[None, :] * state_size + n[:, None], mask=held_there, other=0.0)
+    x = tl.load(lines + x_at[None, :], mask=old_x, other=0.0)
+    b = tl.load(lines + b_at[None, :], mask=old_b, other=0.0)
+    raw = tl.load(kept + line * width + channels + head, mask=is_old, other=0.0)
+    bias = tl.load(dt_bias_ptr + head).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log_ptr + head).to(tl.float32))
+    skip = tl.load(skip_ptr + head).to(tl.float32)
+    wait(EARLY)  # what was loaded before is no result of the last kernel
+    gate = tl.load(projected + x_at, mask=p_there, other=0.0).to(tl.float32)
+    new_x = tl.load(new + x_at, mask=p_there, other=0.0)
+    new_b = tl.load(new + b_at, mask=n_there, other=0.0)
+    new_c = tl.load(new + b_at + groups * state_size, mask=n_there, other=0.0)
+    new_raw = tl.load(new + channels + head)
+    x = tl.where(is_own[:, None], new_x[None, :], x)
+    b = tl.where(is_own[:, None], new_b[None, :], b)
+    c = tl.zeros([M, N], new_c.dtype) + new_c[None, :]
+    raw = tl.where(is_own, new_raw, raw)
+    dt = tl.where(line <= own, time_step(raw, bias, low, high), 0.0)
+    sums, whole = sums_of(dt, rate)
+    to_sums = tl.zeros([M], tl.float32) + whole
+    out = outputs_of(c, similarity_of(c, b), x, state.to(c.dtype), dt, sums, to_sums, causal)
+    out = tl.max(out, axis=0)  # its rows are equal
+    out = tl.fma(new_x.to(tl.float32), tl.zeros_like(out) + skip, out) * silu(gate)
+    tl.store(gated, out.to(gated_ptr.dtype.element_ty), mask=p_there)
+    tl.store(mine + x_at, new_x, mask=p_there)
+    tl.store(mine + channels + head, new_raw)
+    if (head % (heads // groups) == 0) & (tl.program_id(2) == 0):
         tl.store(mine + b_at, new_b, mask=n_there)
 
 
@@ -159,7 +143,7 @@ def gated_step(mixer: Any, normed: Tensor, positions: Tensor, state: MambaState)
         [B, inner] before its norm; zeros at padding.
     """
     conv = convolution(mixer, positions, state)
-    projected = fused_product(normed, mixer.in_proj.weight, conv=conv)
+    projected = convolved_product(normed, mixer.in_proj.weight, conv)
     return step(MambaSizes.of(mixer), projected, positions, ScanWeights.of(mixer), state)
 
 
@@ -188,14 +172,11 @@ def step(
     assert recent is not None
     gated = projected.new_empty(batch, sizes.inner)
     blocks, parts = blocks_of(sizes, recent.shape[1], STEP_PART)
-    together = STEP_HEADS if batch >= STEP_MANY_ROWS else 1
-    if sizes.heads // sizes.groups % together:
-        together = 1
-    _step[(batch, sizes.heads // together, parts)](
+    _step[(batch, sizes.heads, parts)](
         projected, recent, state.ssm, state.rows, positions, *weights, gated,
         sizes.heads, sizes.head_dim, sizes.state_size, sizes.groups, *sizes.time_step_limit,
         projected.shape[1],
-        TOGETHER=together, M=16, num_warps=STEP_WARPS, **blocks, **early(projected.device),
+        M=16, num_warps=STEP_WARPS, **blocks, **early(projected.device),
     )  # fmt: skip
     return gated
 
