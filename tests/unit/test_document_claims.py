@@ -248,7 +248,8 @@ def test_pages_state_the_session_on_an_h100() -> None:
 
     two = run["two_gpus"]
     ratios = [a / b for a, b in zip(two["one_seconds"], two["two_seconds"], strict=True)]
-    first, second, _ = run["shared_64x4096_32_seconds"]
+    first, second = run["shared_64x4096_32_seconds"]
+    ray_ratio = run["ray"]["two_tokens_per_second"] / run["ray"]["one_tokens_per_second"]
     assert_states(
         "docs/benchmarks.md",
         row("burst_128x1024x130_seconds", "{:.2f} s"),
@@ -256,6 +257,8 @@ def test_pages_state_the_session_on_an_h100() -> None:
         f"{first:.2f} s, {second:.2f} s",
         f"{100 * run['batch_over_generate']:.1f} %",
         f"{ratios[0]:.2f} and {ratios[1]:.2f} times",
+        f"{run['ray']['requests']:,} requests on two H100s against one | not measured | "
+        f"{ray_ratio:.2f} times",
     )
     assert_states(
         "docs/limits.md",
@@ -278,6 +281,8 @@ def test_the_guide_states_the_cost_of_exact_mode() -> None:
     two = run["two_gpus"]
     assert two["equal_to_one_gpu_answering_all"] == two["requests"]
     faster = two["two_tokens_per_second"] / two["one_tokens_per_second"]
+    mixed = run["mixed_512_tokens_per_second"]
+    shown = [*run["decode_step_ms"].values(), *list(run["prefill_ms"].values())[:3]]
     config = geometry_config("granite-4.0-h-1b")
     with torch.device("meta"):
         model = GraniteMoeHybridForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -291,8 +296,10 @@ def test_the_guide_states_the_cost_of_exact_mode() -> None:
         *(
             f"{times['normal']:.2f} ms | {times['exact']:.2f} ms | "
             f"{times['exact'] / times['normal']:.2f} times"
-            for times in run["decode_step_ms"].values()
+            for times in shown
         ),
+        f"get {mixed['exact']:,} tokens per second instead of {mixed['normal']:,}",
+        f"which is {mixed['exact'] / mixed['normal']:.0%}".replace("%", " %"),
         f"answered {two['requests']:,} mixed requests {faster:.2f} times as fast as one",
         f"keeps {(states[0] - states[1]) / 1e6:.1f} MB of recent inputs",
         f"multiples of {EXACT_CHUNK} tokens",
