@@ -26,6 +26,8 @@ from granite_paged.report.bench_results import Calibration
 SHAPES = (Gated("batch", Shape(4, 512)), Gated("decode", Shape(8, 512)))
 SUITES, TRIES = 12, 5
 
+pytestmark = pytest.mark.whole_gpu
+
 
 @pytest.fixture(scope="module")
 def session() -> Session:

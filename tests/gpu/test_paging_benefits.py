@@ -21,20 +21,20 @@ from granite_paged.models import load
 from granite_paged.runner.memory_plan import RunnerSizes, plan_memory
 from granite_paged.runner.runner import Runner
 
-NEEDED_GB = 100
-"""Fraction of the device memory, for a thousand sequences and their states."""
-
 PREFIX, CONTINUATIONS, SCORED = 4096, 64, 32
 """Tokens of a prefix, number of its continuations, and tokens per continuation."""
 
 SEQUENCES, TOKENS = 1000, 1024
 """Number of sequences held at once, and their final length in tokens."""
 
+NEEDED_GB = 100
+"""Device memory for so many sequences and their states."""
+
+pytestmark = pytest.mark.whole_gpu
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    if torch.cuda.get_device_properties(0).total_memory < NEEDED_GB * 1e9:
-        pytest.skip(f"a thousand sequences need a GPU of {NEEDED_GB} GB")
     return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
 
 
@@ -69,6 +69,8 @@ def test_a_shared_prefix_scores_20_times_faster(
 
 
 def test_a_thousand_sequences_run_at_once(model: Any) -> None:
+    if torch.cuda.get_device_properties(0).total_memory < NEEDED_GB * 1e9:
+        pytest.skip(f"a thousand sequences need a GPU of {NEEDED_GB} GB")
     sizes = PagedConfig(max_sequences=SEQUENCES, max_tokens=SEQUENCES * TOKENS)
     half = TOKENS // 2
     most, began = 0, time.perf_counter()

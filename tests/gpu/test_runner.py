@@ -150,6 +150,7 @@ def test_nothing_compiles_after_warm_up(model: Any) -> None:
     driver.check_valid()
 
 
+@pytest.mark.whole_gpu
 def test_the_memory_plan_is_within_5_per_cent_of_the_peak(model: Any) -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -161,6 +162,7 @@ def test_the_memory_plan_is_within_5_per_cent_of_the_peak(model: Any) -> None:
     runner.close()
 
 
+@pytest.mark.whole_gpu
 def test_a_smaller_step_succeeds_after_out_of_memory(model: Any) -> None:
     driver = Driver(model, PagedConfig(max_tokens=4096, max_sequences=2))
     driver.open(1)

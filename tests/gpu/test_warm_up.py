@@ -90,6 +90,7 @@ with Engine(model, sizes) as engine:
 """
 
 
+@pytest.mark.whole_gpu
 def test_workers_fill_the_caches_for_the_next_start(tmp_path: Any) -> None:
     caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     places = {name: str(tmp_path / folder) for name, folder in caches.items()}

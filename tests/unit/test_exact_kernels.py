@@ -225,6 +225,24 @@ def test_the_scan_is_as_defined(shape: str, cut: str) -> None:
     assert_as_defined(state.ssm[1:2], stored.ssm, 20 * FLOAT32)
 
 
+@torch.inference_mode()
+def test_a_product_of_the_library_is_convolved_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, rows = Layer(torch.float32, 16), torch.tensor([2, -1, 0], device=DEVICE)
+    weight = layer.mixer.in_proj.weight
+    hidden = torch.randn(3, weight.shape[1], device=DEVICE)
+    positions = torch.tensor([5, -1, 0], device=DEVICE, dtype=torch.int32)
+    found = []
+    for library in (False, True):
+        monkeypatch.setattr(exact_linear, "_library_has", lambda x, w, has=library: has)
+        state = layer.sizes.empty_state(3, torch.float32, DEVICE)._replace(rows=rows)
+        state.conv.copy_(torch.linspace(-1, 1, state.conv.numel()).view(state.conv.shape))
+        conv = convolution(layer.mixer, positions, state)
+        projected = exact_linear.convolved_product(hidden, weight, conv)
+        found.append((projected[[0, 2]], state.conv))
+    for ours, theirs in zip(*found, strict=True):
+        assert_as_defined(theirs, ours, FLOAT32)
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALF)
 @torch.inference_mode()
