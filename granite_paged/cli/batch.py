@@ -22,6 +22,7 @@ from granite_paged.cli.options import (
     ModelChoice,
     exact_option,
     keeping,
+    log_timer,
     model_options,
     option,
 )
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from granite_paged.batch.output import BatchOutput, Tally
     from granite_paged.batch.run import Report
     from granite_paged.models import LoadedModel
-
-_LOG_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 @click.command(context_settings=SETTINGS)
@@ -210,7 +209,8 @@ class _Speed:
     def __init__(self, size: int | None, held: Tally) -> None:
         self._size = size
         self._tokens, self._end = held.tokens, held.end
-        self._started = self._logged = time.monotonic()
+        self._started = time.monotonic()
+        self._is_due = log_timer()
 
     def text(self, tally: Tally) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
@@ -228,7 +228,6 @@ class _Speed:
         return f"{hours}:{minutes:02}:{seconds:02} left"
 
     def log(self, tally: Tally) -> None:
-        if time.monotonic() - self._logged >= _LOG_SECONDS:
-            self._logged = time.monotonic()
+        if self._is_due():
             parts = (self.text(tally), self.left(tally))
             click.echo(", ".join(part for part in parts if part), err=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ NOTHING_KEPT = "nothing new was kept; run the same command again"
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 _SMALL_PAGE = 16  # for the embedded model: its contexts are short, and should fill several pages
+
+LOG_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
 
 _TABLE_WIDTH = 100  # minimum width of tables in files, so that numbers are not cut
 _BOUNDLESS = 10**4  # columns, more than any table has
@@ -310,10 +314,33 @@ def keeping(kept: Callable[[], str]) -> Iterator[None]:
         raise
 
 
+def log_timer() -> Callable[[], bool]:
+    """Return a function that says whether a line of progress is due: every half minute."""
+    logged = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal logged
+        if time.monotonic() - logged < LOG_SECONDS:
+            return False
+        logged = time.monotonic()
+        return True
+
+    return is_due
+
+
 @contextmanager
 def progress(title: str = "start", *, time_left: bool = False) -> Iterator[Progress]:
-    """Yield a callback that draws a bar on a terminal, and nothing elsewhere."""
+    """Yield a callback that draws a bar on a terminal, and elsewhere prints a line at times."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        is_due = log_timer()
+
+        def log(description: str, done: int, total: int) -> None:
+            if is_due():
+                click.echo(f"{description}: {done} of {total}", err=True)
+
+        yield log
+        return
     columns = [
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
@@ -322,9 +349,7 @@ def progress(title: str = "start", *, time_left: bool = False) -> Iterator[Progr
     ]
     if time_left:
         columns += [bars.TextColumn("left"), bars.TimeRemainingColumn()]
-    with bars.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
 
         def report(description: str, done: int, total: int) -> None:

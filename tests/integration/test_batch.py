@@ -354,7 +354,7 @@ def test_a_missing_input_or_folder_is_one_line(tmp_path: Path, capsys: Capture) 
 
 
 def test_progress_shows_speed_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 10.0])
+    clock = iter([0.0, 0.0, 10.0, 10.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     held = batch_run.Tally(lines=100, tokens=1000, end=5000)
     speed = _Speed(20_000, held)
