@@ -11,7 +11,7 @@ class EngineStats:
     """An engine at one moment.
 
     Attributes:
-        steps: number of steps.
+        steps: number of steps; those that found no work count as well.
         waiting, running: number of jobs; a request has one per sample.
         rows, rows_held: number of state rows, and of those taken.
         pages, pages_held: number of pages, and of those held by jobs or the prefix cache.
