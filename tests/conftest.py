@@ -5,11 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if sys.dont_write_bytecode and not sys.pycache_prefix:
+    # each of the processes that tests start would compile transformers again, for seconds
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 if not torch.cuda.is_available():
     # set before Triton is imported, so that its kernels run on the CPU
