@@ -104,8 +104,7 @@ def tests(session: nox.Session) -> None:
     """Run every test that needs no GPU. Arguments go to pytest: `nox -s tests -- -k fork`."""
     install(session, "tests", "quantised", package=".[ray,eval]")
     arguments = session.posargs or ["--durations=10"]
-    workers = ("-n", WORKERS, "--dist", "loadgroup")  # one process has all tests of a group
-    session.run("python", "-m", "pytest", *workers, "-m", "not gpu", *arguments)
+    session.run("python", "-m", "pytest", "-n", WORKERS, "-m", "not gpu", *arguments)
 
 
 @nox.session(name="property")

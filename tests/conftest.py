@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.helpers import fast_interpreter  # noqa: PLC0415  # after TRITON_INTERPRET is set
 
         fast_interpreter.install()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.helpers.spread import Spread  # noqa: PLC0415  # only where pytest-xdist is installed
+
+    return Spread(config, log) if config.getvalue("dist") in ("load", "loadgroup") else None
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

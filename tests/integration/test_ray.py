@@ -30,7 +30,6 @@ from tests.helpers.tolerance import LOGITS_FLOAT32
 
 parquet = pytest.importorskip("pyarrow.parquet")
 ray = pytest.importorskip("ray", reason="ray[data] is not installed")
-pytestmark = pytest.mark.xdist_group("ray")  # one process runs this file: one cluster
 RAY = ["--ray=local", "--workers", "1"]
 LARGEST_LOGIT = 20  # of the embedded checkpoint: its largest is about 19
 REQUESTS = [*recall_requests(150), "{broken", *recall_requests(3, seed=1)]  # r0 to r2 are repeated

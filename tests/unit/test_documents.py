@@ -192,4 +192,3 @@ def test_the_session_of_ci_has_ray_and_lm_eval() -> None:
     """Without them, tests/integration/test_ray.py and test_lm_eval*.py are skipped."""
     (session,) = re.findall(r"\ndef tests\(.*?\n\n\n", read("noxfile.py"), flags=re.DOTALL)
     assert 'package=".[ray,eval]"' in session
-    assert '"--dist", "loadgroup"' in session, "each process would start a cluster"
