@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+gc.disable()  # until all tests are collected: modules are no garbage, and to search them takes 2 s
 
 if sys.dont_write_bytecode and not sys.pycache_prefix:
     # each of the processes that tests start would compile transformers again, for seconds
@@ -54,6 +57,8 @@ def sharded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") != "no":  # a process that starts workers collects nothing
+        gc.enable()
     # workers share the cores: one thread each is faster, and fixes the order of sums
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
@@ -61,6 +66,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from tests.helpers import fast_interpreter  # noqa: PLC0415  # after TRITON_INTERPRET is set
 
         fast_interpreter.install()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
