@@ -40,9 +40,15 @@ PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 
 @functools.cache
+def model() -> Any:
+    """Return a model with one layer of each kind."""
+    return tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"])
+
+
+@functools.cache
 def model_oracle() -> ModelOracle:
     """Return an oracle of transformers' SDPA in float32, which caches its answers."""
-    return ModelOracle(tiny_model())
+    return ModelOracle(model())
 
 
 CALLBACKS = ("raise", "interrupt", "step", "cancel", "submit", "close")
@@ -312,7 +318,7 @@ class LiveMachine(EngineMachine):
         sizes = PagedConfig(
             page_size=4, max_tokens=4 * pages, max_sequences=rows, chunk_tokens=chunk_tokens
         )
-        return Runner.for_model(tiny_model(), sizes)
+        return Runner.for_model(model(), sizes)
 
 
 DEEP_STATES = (
