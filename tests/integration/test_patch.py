@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -313,19 +311,6 @@ def test_a_patched_model_can_be_copied(model: Any) -> None:
     out = twin.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     assert isinstance(cache_of(out), PagedCache)
     assert out.sequences.tolist() == expected.tolist()
-
-
-def test_importing_the_package_has_no_side_effects() -> None:
-    code = (
-        "import sys, granite_paged\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\n"
-        "from granite_paged import patch\n"
-        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry\n"
-        "assert not [name for name in registry if 'granite' in name]\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
 
 
 # -- refusals -----------------------------------------------------------------------------------
