@@ -33,6 +33,8 @@ SLICE = 200
 
 EVERYTHING = os.environ.get("GRANITE_PAGED_PARITY") == "all"
 TASKS = ("mmlu", "truthfulqa_mc1", "truthfulqa_mc2")
+LIMIT = None if EVERYTHING else SLICE // len(TASKS) + 1
+"""Number of questions of a task."""
 PAGES = PagedConfig(page_size=16)
 
 
@@ -69,8 +71,7 @@ def loaded(tokenizer: Any) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def tasks(loaded: LoadedModel, tokenizer: Any) -> dict[str, Task]:
-    limit = None if EVERYTHING else SLICE // len(TASKS) + 1
-    options = TaskOptions(num_fewshot=0, limit=limit, data=data_folder())
+    options = TaskOptions(num_fewshot=0, limit=LIMIT, data=data_folder())
     return {name: make_task(name, options, loaded, tokenizer) for name in TASKS}
 
 
@@ -213,9 +214,9 @@ def theirs(offline_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def instances(task: Any, fewshot: int) -> list[list[tuple[str, str]]]:
-    """Return (context, continuation) of each choice of each question."""
+    """Return (context, continuation) of each choice of each of the first questions."""
     task.set_config("num_fewshot", fewshot)
-    task.build_all_requests(rank=0, world_size=1)
+    task.build_all_requests(limit=LIMIT, rank=0, world_size=1)
     by_document: dict[int, list[tuple[str, str]]] = {}
     for instance in task.instances:
         by_document.setdefault(instance.doc_id, []).append(instance.args)
@@ -234,7 +235,7 @@ def test_mmlu_tokens_equal_those_of_lm_eval(
 ) -> None:
     options = TaskOptions(num_fewshot=fewshot, subjects=(subject,), data=data_folder())
     ours = make_task("mmlu", options, loaded, tokenizer)
-    assert_same_tokens(ours, instances(theirs[f"mmlu_{subject}"], fewshot), hflm)
+    assert_same_tokens(ours, theirs[f"mmlu_{subject}"], fewshot, hflm)
 
 
 @pytest.mark.parametrize("name", ["truthfulqa_mc1", "truthfulqa_mc2"])
@@ -242,12 +243,14 @@ def test_truthfulqa_tokens_equal_those_of_lm_eval(
     name: str, theirs: dict[str, Any], loaded: LoadedModel, tokenizer: Any, hflm: Any
 ) -> None:
     ours = make_task(name, TaskOptions(data=data_folder()), loaded, tokenizer)
-    assert_same_tokens(ours, instances(theirs[name], 0), hflm)
+    assert_same_tokens(ours, theirs[name], 0, hflm)
 
 
-def assert_same_tokens(ours: Task, asked: list[list[tuple[str, str]]], hflm: Any) -> None:
-    assert len(ours.questions) == len(asked)
-    for question, pairs in zip(ours.questions, asked, strict=True):
+def assert_same_tokens(ours: Task, task: Any, fewshot: int, hflm: Any) -> None:
+    """Compare the prompts of the first questions, and the number of questions."""
+    assert len(ours.questions) == len(task.eval_docs)
+    asked = instances(task, fewshot)
+    for question, pairs in zip(ours.questions[:LIMIT], asked, strict=True):
         encoded = [hflm._encode_pair(context, continuation) for context, continuation in pairs]
         advice = (
             f"our prompt of {question.key} is not that of lm-eval {version('lm-eval')}, which is "
