@@ -14,7 +14,7 @@ from granite_paged.engine.running import RunningJobs
 from tests.helpers import soak
 from tests.helpers.soak import Memory, Soak, SoakFailed
 
-SECONDS = 15.0
+SECONDS = 8.0
 MB = 10**6
 
 
