@@ -17,10 +17,10 @@ from granite_paged.batch.lines import WINDOW, Line, read_lines
 from granite_paged.batch.output import BatchOutput, Tally
 from granite_paged.batch.run import answer_lines
 
-SHORT, LONG = 5 * WINDOW, 100_000
+SHORT, LONG = 4 * WINDOW, 16 * WINDOW
 GROWTH = 16 << 20
 """Bytes that a long file may take more than a short one: sqlite's cache, and noise. What one line
-holds while it is in memory is about a kilobyte, so that keeping every line takes 100 MB."""
+holds while it is in memory is about a kilobyte, so that keeping every line takes 50 MB."""
 
 
 class EchoAnswering:
@@ -92,6 +92,6 @@ def peak(folder: Path, count: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc/self/statm")
-def test_memory_is_that_of_a_file_a_fifth_as_long(tmp_path: Path) -> None:
+def test_memory_is_that_of_a_file_a_fourth_as_long(tmp_path: Path) -> None:
     short = peak(tmp_path, SHORT)
     assert peak(tmp_path, LONG) - short < GROWTH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import re
@@ -45,6 +46,7 @@ PACKAGE = ROOT / "granite_paged"
 H200, H100 = "nvidia-h200", "nvidia-h100-80gb-hbm3"
 
 
+@functools.cache
 def text_of(page: str) -> str:
     """Return a page without emphasis, each run of white space as one space."""
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -69,6 +71,7 @@ def project() -> dict[str, Any]:
 # -- speed and memory, from the records ----------------------------------------------------------
 
 
+@functools.cache
 def record(gpu: str = H200) -> Result:
     return read_result(PACKAGE / "records" / record_name(gpu, "granite-4.0-h-1b", "bfloat16"))
 
