@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 gc.disable()  # until all tests are collected: modules are no garbage, and to search them takes 2 s
@@ -22,10 +22,6 @@ if sys.dont_write_bytecode and not sys.pycache_prefix:
     sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
-
-if not torch.cuda.is_available():
-    # set before Triton is imported, so that its kernels run on the CPU
-    os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
 LAYERS = ("unit", "property", "golden", "integration", "gpu")
@@ -56,14 +52,28 @@ def sharded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
+def has_gpu() -> bool:
+    import torch  # noqa: PLC0415  # a process that only starts workers does without
+
+    return torch.cuda.is_available()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("dist", "no") != "no":  # a process that starts workers collects nothing
+    if config.getoption("dist", "no") != "no":  # this process starts workers, and runs no tests
         gc.enable()
+        return
+    import torch  # noqa: PLC0415
+
     # workers share the cores: one thread each is faster, and fixes the order of sums
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
-    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-        from tests.helpers import fast_interpreter  # noqa: PLC0415  # after TRITON_INTERPRET is set
+    if has_gpu():
+        return
+    # set before Triton is imported, so that its kernels run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.helpers import fast_interpreter  # noqa: PLC0415
 
         fast_interpreter.install()
 
@@ -101,5 +111,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "give its parameters ids"
         )
         item.add_marker(layer)
-        if layer == "gpu" and not torch.cuda.is_available():
+        if layer == "gpu" and not has_gpu():
             item.add_marker(no_gpu)
