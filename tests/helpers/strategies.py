@@ -219,7 +219,8 @@ class PagedSequences:
         self.keys: dict[int, Tensor] = {}  # sequence -> [Hkv, tokens, D]
         self.values: dict[int, Tensor] = {}
         self._numbers = torch.Generator().manual_seed(seed)
-        earlier = [self.open(geometry.page_size) for _ in range(scattered)]
+        earlier = [self._begin() for _ in range(scattered)]
+        self.append(dict.fromkeys(earlier, geometry.page_size))
         random.Random(seed).shuffle(earlier)
         for sequence in earlier:
             self.release(sequence)
@@ -255,9 +256,7 @@ class PagedSequences:
 
     def open(self, tokens: int) -> int:
         """Open a sequence of `tokens` random tokens."""
-        sequence = self.allocator.open()
-        self.rows.append(sequence)
-        self.keys[sequence] = self.values[sequence] = self._random(self.geometry.kv_heads, 0)
+        sequence = self._begin()
         self.append({sequence: tokens})
         return sequence
 
@@ -350,8 +349,14 @@ class PagedSequences:
                 f"{where} values"
             )
 
+    def _begin(self) -> int:
+        sequence = self.allocator.open()
+        self.rows.append(sequence)
+        self.keys[sequence] = self.values[sequence] = self._random(self.geometry.kv_heads, 0)
+        return sequence
+
     def _write(self, sequence: int, tokens: int) -> None:
-        k, v = (self._random(self.geometry.kv_heads, tokens) for _ in range(2))
+        k, v = self._random(2, self.geometry.kv_heads, tokens)
         self.keys[sequence] = torch.cat([self.keys[sequence], k], dim=1)
         self.values[sequence] = torch.cat([self.values[sequence], v], dim=1)
         start = self.allocator.length(sequence) - tokens
