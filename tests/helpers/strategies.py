@@ -284,8 +284,8 @@ class PagedSequences:
         except OutOfPages as refusal:
             self.allocator.extend_pool(self.allocator.pages + refusal.needed - refusal.free)
             plan = self.allocator.append(growth)
-        pages = max(len(self.allocator.pages_of(sequence)) for sequence in self.rows)
-        rows, width = len(self.rows), max(1, pages)
+        rows = len(self.rows)
+        width = max([1, *(len(self.allocator.pages_of(sequence)) for sequence in self.rows)])
         self.store.resize(pages=self.allocator.pages, rows=rows, width=width)
         self.store.apply(plan, {sequence: row for row, sequence in enumerate(self.rows)})
         self.store.table.settle()
