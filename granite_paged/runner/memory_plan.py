@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """The sum: the peak to expect."""
-        return sum(asdict(self).values())
+        return sum(getattr(self, part.name) for part in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
