@@ -28,7 +28,7 @@ SEQUENCES, TOKENS = 1000, 1024
 """Number of sequences held at once, and their final length in tokens."""
 
 NEEDED_GB = 100
-"""Device memory for so many sequences and their states."""
+"""Device memory for that number of sequences and their states."""
 
 pytestmark = pytest.mark.whole_gpu
 
