@@ -295,10 +295,19 @@ def causal_conv(
 
 
 def _sum_of_taps(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve as `conv1d` does. On a CPU this is faster: three times, in float64 20 and more.
+    """Convolve as `conv1d` does, faster on a CPU.
 
-    extended: [B, width - 1 + S, channels]. Products and sums are separate operations, so an
+    With 96 and 1,792 channels and 1 to 512 tokens it took a third to two thirds of conv1d's time in
+    float32, and an eighth or less in float64. Products and sums are separate operations, so an
     element's bits do not depend on its place in a vector of the processor.
+
+    Args:
+        extended: [B, width - 1 + S, channels], the earlier inputs and the new ones.
+        weight: [channels, width].
+        bias: [channels] or None.
+
+    Returns:
+        [B, S, channels] in extended's dtype; half precision is summed in float32.
     """
     width = weight.shape[1]
     tokens = extended.shape[1] - width + 1
