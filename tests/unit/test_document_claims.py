@@ -691,11 +691,10 @@ def test_limits_state_those_of_files_of_requests() -> None:
     )
 
 
-def test_the_guide_names_the_gpu_that_the_constants_were_chosen_on() -> None:
+def test_the_guide_names_the_gpus_that_the_constants_were_chosen_on() -> None:
     device = json.loads((PACKAGE / "layers" / "tuned.json").read_text(encoding="utf-8"))["device"]
-    assert_states(
-        "docs/guides/record.md", f"were chosen on an {device.removeprefix('NVIDIA ')} (compute"
-    )
+    attention, products = (part.removeprefix("NVIDIA ") for part in device.split(", "))
+    assert_states("docs/guides/record.md", f"were chosen on an {attention} and an {products},")
 
 
 def test_the_readme_says_which_commands_take_a_model_and_write_json() -> None:

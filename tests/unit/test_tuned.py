@@ -20,14 +20,14 @@ from tests.helpers.strategies import make_geometry
 CPU = torch.device("cpu")
 GEOMETRY = make_geometry(page_size=128, kv_heads=4, head_dim=64, dtype=torch.bfloat16)
 
-H200 = 132
-"""Number of multiprocessors."""
+HOPPER = 132
+"""Multiprocessors of an H100 (SXM) or an H200."""
 
 
 @pytest.fixture(autouse=True)
 def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make plans for an H200."""
-    monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: H200)
+    """Make plans for a Hopper GPU."""
+    monkeypatch.setattr("granite_paged.layers.attention.multiprocessors", lambda device: HOPPER)
 
 
 PRODUCTS = {
@@ -39,29 +39,29 @@ PRODUCTS = {
 """Columns, depth and gating of granite-4.0-h-1b's products."""
 
 
-# -- what the rules give for granite-4.0-h-1b on an H200: update these with the constants --------
+# -- what the rules give for granite-4.0-h-1b on a Hopper GPU: update these with the constants ----
 
 ONE_ROW = {
-    "in_proj": (8, 2048, 8),
+    "in_proj": (4, 2048, 4),
     "out_proj": (2, 4096, 4),
-    "gated": (4, 2048, 8),
+    "gated": (2, 2048, 8),
     "output": (2, 4096, 4),
 }
 """COLUMNS, DEPTH, warps."""
 
 FEW_ROWS = {
-    (16, "in_proj"): (64, 256, 1, 3),
-    (16, "out_proj"): (64, 128, 4, 4),
-    (16, "gated"): (64, 128, 1, 4),
-    (16, "output"): (64, 128, 4, 4),
+    (16, "in_proj"): (64, 128, 1, 6),
+    (16, "out_proj"): (64, 128, 4, 6),
+    (16, "gated"): (64, 128, 2, 4),
+    (16, "output"): (64, 128, 4, 6),
     (32, "in_proj"): (64, 256, 1, 3),
-    (32, "out_proj"): (64, 128, 4, 4),
-    (32, "gated"): (64, 128, 1, 4),
-    (32, "output"): (64, 128, 4, 4),
-    (64, "in_proj"): (64, 256, 1, 3),
-    (64, "out_proj"): (64, 128, 4, 4),
+    (32, "out_proj"): (64, 128, 4, 6),
+    (32, "gated"): (64, 128, 2, 4),
+    (32, "output"): (64, 128, 4, 6),
+    (64, "in_proj"): (64, 128, 1, 4),
+    (64, "out_proj"): (64, 128, 4, 6),
     (64, "gated"): (64, 128, 1, 4),
-    (64, "output"): (64, 128, 4, 4),
+    (64, "output"): (64, 128, 4, 6),
 }
 """COLUMNS, DEPTH, SPLITS, stages."""
 
@@ -89,7 +89,7 @@ def test_decode_plans_are_the_measured_ones(batch: int, pages: int, splits: int)
 
 
 def product_tiles(rows: int, name: str) -> dict[str, int]:
-    return tiles.tiles(rows, *PRODUCTS[name], H200)
+    return tiles.tiles(rows, *PRODUCTS[name], HOPPER)
 
 
 # -- the rules, whatever the constants ----------------------------------------------------------
@@ -152,7 +152,13 @@ def options(dtype: torch.dtype, head_dim: int, *, rows: int = 6144, page: int = 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_half_precision_prefill_sets_every_option(dtype: torch.dtype, head_dim: int) -> None:
-    expected = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    expected = {
+        "BLOCK_M": 64,
+        "BLOCK_N": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+        "USE_TMA": True,
+    }
     assert options(dtype, head_dim) == expected
 
 
