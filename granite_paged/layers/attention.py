@@ -327,6 +327,7 @@ def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOp
         "BLOCK_N": min(constants.BLOCK_N, page_size),
         "num_warps": constants.warps,
         "num_stages": constants.stages,
+        "USE_TMA": True,  # torch falls back to plain loads where a GPU has no TMA
     }
 
 

@@ -215,7 +215,7 @@ def test_offsets_of_64_bits_need_the_main_kernel(elements: int, beyond: bool) ->
 
 def test_a_prefill_block_is_no_larger_than_a_page() -> None:
     constants = PrefillConstants(BLOCK_M=64, BLOCK_N=32, warps=4, stages=2)
-    expected = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    expected = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "USE_TMA": True}
     assert prefill_options(constants, 16) == expected
     assert prefill_options(constants, 128) == {**expected, "BLOCK_N": 32}
 
