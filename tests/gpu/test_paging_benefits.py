@@ -126,7 +126,7 @@ def test_long_prompts_do_not_stall_decoding(model: Any) -> None:
     tokens = 16 * (8192 + 512) + 240 * 1024
     sizes = PagedConfig(max_sequences=256, max_tokens=tokens)
     with Engine(model, sizes, queue=len(coming)) as engine:
-        found = summary(serve(engine, coming, lambda name, done: None))
+        found = summary(serve(engine, coming))
     print(found)
     median, slowest = found.between_tokens_ms
     assert slowest <= 3 * median
