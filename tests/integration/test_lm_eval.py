@@ -28,7 +28,7 @@ lm_eval = pytest.importorskip(
 )
 
 CLOSE = 1e-4
-SLICE = 200
+SLICE = 99
 """Number of questions over all tasks, unless GRANITE_PAGED_PARITY=all."""
 
 EVERYTHING = os.environ.get("GRANITE_PAGED_PARITY") == "all"

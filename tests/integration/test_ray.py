@@ -16,8 +16,9 @@ import torch
 from granite_paged import PagedConfig
 from granite_paged.cli.main import run
 from granite_paged.cli.options import FAILED, OK, USAGE
-from granite_paged.errors import CannotBeExact
+from granite_paged.errors import CannotBeExact, ClusterError
 from granite_paged.ray import Answers, by_prefix, exact
+from granite_paged.ray.groups import read_groups
 from granite_paged.ray.workers import LineWorker, ModelSpec, WorkerOptions, attempts
 from tests.helpers.batch_files import (
     SIZES,
@@ -80,7 +81,7 @@ def test_killed_and_slow_workers_complete_a_partial_output_as_one_process_does(
 
     The file has a broken line and three repeated ids; each gets its error, in its place.
     """
-    died = tmp_path / "died"
+    died, again = tmp_path / "died", tmp_path / "again"
     held = expected[: len(expected) // 3]
     first = held.count(b"\n")
 
@@ -91,31 +92,61 @@ def test_killed_and_slow_workers_complete_a_partial_output_as_one_process_does(
             elif not died.exists():
                 died.touch()
                 os._exit(1)
+            if attempts() == 1:
+                again.touch()
             return super()._answered(group)
 
     spoil(monkeypatch, Troubled)
     (tmp_path / "out.jsonl").write_bytes(held)
     assert batch(tmp_path, "--workers", "2") == FAILED
     assert died.exists()
+    assert again.exists(), "no group knows that a worker died with it"
     assert (tmp_path / "out.jsonl").read_bytes() == expected
     assert sum(bool(row["error"]) for row in read_answers(tmp_path / "out.jsonl")) == 4
 
 
-def test_a_line_that_kills_every_worker_ends_the_run_in_one_line(
+def groups_of(folder: Path, requests: Any) -> list[Any]:
+    source = write_requests(folder / "in.jsonl", requests)
+    return list(read_groups({"item": [source]}, held=0, lines=64))
+
+
+def small_worker() -> LineWorker:
+    options = WorkerOptions(rows=4, max_new_tokens=4)
+    return LineWorker(ModelSpec(device="cpu", config=PagedConfig(page_size=16)), options)
+
+
+def test_a_line_that_killed_several_workers_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (group,) = groups_of(tmp_path, recall_requests(3))
+    worker = small_worker()
+    deaths = LineWorker.most_deaths
+    monkeypatch.setattr("granite_paged.ray.workers.attempts", lambda: deaths - 1)
+    assert len(worker(group)["answers"]) == 1
+    monkeypatch.setattr("granite_paged.ray.workers.attempts", lambda: deaths)
+    with pytest.raises(ClusterError, match=r"workers died 5 times .* lines between 1 and 3"):
+        worker(group)
+
+
+def test_an_output_of_another_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    class Poisoned(LineWorker):
-        most_deaths = 1
+    """The worker answers in this process: it is the same object that Ray would call."""
 
-        def _answered(self, group: Any) -> bytes:
-            if not attempts():
-                os._exit(1)
-            return super()._answered(group)
+    def here(ray: Any, items: Any, worker: Any, arguments: Any, *_: Any, **__: Any) -> Any:
+        (group,) = groups_of(tmp_path, recall_requests(3))
+        answered = worker(*arguments)(group)
+        yield {name: column[0] for name, column in answered.items()}
 
-    spoil(monkeypatch, Poisoned)
+    monkeypatch.setattr("granite_paged.ray.batch.answered_rows", here)
+    source = write_requests(tmp_path / "in.jsonl", recall_requests(3))
+    output = str(tmp_path / "out.jsonl")
+    short = write_requests(tmp_path / "short.jsonl", recall_requests(2))
+    assert run(["batch", short, output, *SIZES, "--seed", "5"]) == OK
     capsys.readouterr()
-    assert batch(tmp_path) == USAGE
-    assert_one_line(capsys, "workers died 1 times while they answered lines between")
+    assert run(["batch", source, output, *SIZES, *RAY]) == USAGE
+    assert_one_line(capsys, "was written with another model, tokenizer or other settings")
+    assert len(read_answers(output)) == 2
 
 
 # -- one line each ------------------------------------------------------------------------------
@@ -146,17 +177,6 @@ def test_standard_input_is_refused(tmp_path: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert run(["batch", "-", str(tmp_path / "out"), *RAY]) == USAGE
     assert_one_line(capsys, "name a file, got -")
-
-
-def test_an_output_of_another_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
-    source = write_requests(tmp_path / "in.jsonl", recall_requests(80))
-    output = str(tmp_path / "out.jsonl")
-    short = write_requests(tmp_path / "short.jsonl", recall_requests(2))
-    assert run(["batch", short, output, *SIZES, "--seed", "5"]) == OK
-    capsys.readouterr()
-    assert run(["batch", source, output, *SIZES, *RAY]) == USAGE
-    assert_one_line(capsys, "was written with another model, tokenizer or other settings")
-    assert len(read_answers(output)) == 2
 
 
 # -- eval ---------------------------------------------------------------------------------------
@@ -217,10 +237,19 @@ def test_answers_is_a_callable_class_and_rays_checkpoint_skips_written_rows(
     )
     sizes = {"device": "cpu", "config": PagedConfig(page_size=16, max_tokens=1024), "rows": 4}
 
-    def answer() -> list[dict[str, Any]]:
+    class Nothing:
+        """Takes a second to start, not ten."""
+
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def __call__(self, batch: Any) -> Any:
+            raise AssertionError("a row that was written is answered again")
+
+    def answer(worker: type) -> list[dict[str, Any]]:
         dataset = ray.data.read_json(str(source))
         dataset.map_batches(by_prefix, batch_size=12, num_cpus=0.1).map_batches(
-            Answers,
+            worker,
             fn_constructor_kwargs=sizes,
             compute=ray.data.ActorPoolStrategy(size=1),
             batch_size=4,
@@ -230,8 +259,8 @@ def test_answers_is_a_callable_class_and_rays_checkpoint_skips_written_rows(
         return [row for table in tables for row in table.to_pylist()]
 
     with ray.data.DataContext.current(context):
-        answered = answer()
-        assert answer() == answered, "the second run answered rows again"
+        answered = answer(Answers)
+        assert answer(Nothing) == answered
     columns = {name: np.array([row[name] for row in rows], dtype=object) for name in rows[0]}
     alone = Answers(**sizes)(columns)
     assert sorted(row["id"] for row in answered) == list(range(12))
