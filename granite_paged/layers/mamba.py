@@ -446,7 +446,8 @@ def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: M
     decay = torch.exp(whole[:, 0] * rate)[..., None, None]
     added = torch.einsum("zlhp,zlhn->zhpn", scaled, b)
     _put(state.ssm, rows, _of_batch(state.ssm, rows) * decay + added)
-    _put(state.times, rows, torch.zeros_like(times))
+    is_padding = positions[:, :1, None, None] < 0
+    _put(state.times, rows, times.where(is_padding, 0))
 
 
 def _inside(sizes: MambaSizes, scaled: Tensor, b: Tensor, c: Tensor, decay: Tensor) -> Tensor:
