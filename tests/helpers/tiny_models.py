@@ -51,6 +51,11 @@ def tiny_model(flavour: str = "hybrid", seed: int = 0, **sizes: Any) -> GraniteM
     return GraniteMoeHybridForCausalLM(config).eval()
 
 
+def shortest_model() -> GraniteMoeHybridForCausalLM:
+    """Build a model with one layer of each kind, for tests of many steps."""
+    return tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"])
+
+
 def prompts(
     lengths: tuple[int, ...] = (21, 16, 8), seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:

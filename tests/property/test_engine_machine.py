@@ -27,7 +27,7 @@ from granite_paged.geometry import PagedConfig
 from granite_paged.runner.runner import Runner
 from tests.helpers.engine_harness import EngineHarness, Interrupted, random_walk
 from tests.helpers.simulated_runner import HashOracle, ModelOracle, SimulatedRunner
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import shortest_model
 from tests.helpers.words import Words
 
 DEEP_STEPS = int(os.environ.get("GRANITE_PAGED_DEEP_STEPS", "6000"))
@@ -41,8 +41,7 @@ PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 @functools.cache
 def model() -> Any:
-    """Return a model with one layer of each kind."""
-    return tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"])
+    return shortest_model()
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from granite_paged.engine.request import SamplingParams
 from granite_paged.geometry import PagedConfig
 from tests.helpers.exact_bits import Alone, ExactHarness
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import shortest_model
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
 DTYPES = (torch.float32, torch.float64)
@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.float64)
 
 @functools.cache
 def model(dtype: torch.dtype) -> Any:
-    return tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"]).to(dtype)
+    return shortest_model().to(dtype)
 
 
 @functools.cache
