@@ -17,6 +17,10 @@ from granite_paged.errors import DeviceError
 TUNED_SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory per program on compute capability 9.0, where kernels were tuned."""
 
+TMA_TORCH = (2, 11)
+"""The oldest torch whose FlexAttention is known to load by TMA, and to load otherwise where it
+cannot. That of torch 2.9 does not look whether it can."""
+
 
 # -- abilities ----------------------------------------------------------------------------------
 
@@ -60,6 +64,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def has_tma(device: torch.device) -> bool:
+    """Return whether FlexAttention can load by TMA (compute capability 9.0, torch 2.11)."""
+    numbers = tuple(int(number) for number in torch.__version__.split(".")[:2])
+    if device.type != "cuda" or numbers < TMA_TORCH:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def stages_that_fit(stages: int, stage_bytes: int, memory: int) -> int:

@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
 )
 
-from granite_paged.device import multiprocessors, shared_memory, stages_that_fit
+from granite_paged.device import has_tma, multiprocessors, shared_memory, stages_that_fit
 from granite_paged.errors import GeometryError
 from granite_paged.geometry import Backend, CacheGeometry
 from granite_paged.layers.backend import (
@@ -88,7 +88,7 @@ def paged_attention(
     if compiling:
         out = _fused(folded, keys, values, block_mask, scale, options)
     else:
-        options = options or _smaller_options(block_mask, keys)
+        options = options or _device_options(block_mask, keys)
         out = _call_compiled(_fused, folded, keys, values, block_mask, scale, options)
     return _unfold(out, query.shape)
 
@@ -309,15 +309,18 @@ def kernel_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions:
     return options
 
 
-def _smaller_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
-    """Return `kernel_options` with fewer stages if shared memory requires it, else None."""
+def _device_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
+    """Return `kernel_options` as this GPU can use them, or None where nothing is tuned.
+
+    If shared memory requires it, stages are fewer. Not for traced regions: it asks the device.
+    """
     options = kernel_options(mask, pool)
     stages = options.get("num_stages")
     if not pool.is_cuda or stages is None:
         return None
     block = _kv_bytes(options["BLOCK_N"], pool.shape[3], pool.itemsize)
     fewer = stages_that_fit(stages, block, shared_memory(pool.device) - _QUERY_BYTES)
-    return None if fewer == stages else {**options, "num_stages": fewer}
+    return {**options, "num_stages": fewer, "USE_TMA": has_tma(pool.device)}
 
 
 def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOptions:
@@ -327,7 +330,6 @@ def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOp
         "BLOCK_N": min(constants.BLOCK_N, page_size),
         "num_warps": constants.warps,
         "num_stages": constants.stages,
-        "USE_TMA": True,  # torch falls back to plain loads where a GPU has no TMA
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
+from granite_paged.device import has_tma
 from granite_paged.errors import GeometryError
 from granite_paged.layers import attention
 from granite_paged.layers.attention import DecodePlan, kernel_options, prefill_options
@@ -215,28 +216,55 @@ def test_offsets_of_64_bits_need_the_main_kernel(elements: int, beyond: bool) ->
 
 def test_a_prefill_block_is_no_larger_than_a_page() -> None:
     constants = PrefillConstants(BLOCK_M=64, BLOCK_N=32, warps=4, stages=2)
-    expected = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "USE_TMA": True}
+    expected = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
     assert prefill_options(constants, 16) == expected
     assert prefill_options(constants, 128) == {**expected, "BLOCK_N": 32}
 
 
-def smaller(memory: int, monkeypatch: pytest.MonkeyPatch, **pool: Any) -> Any:
+def on_device(
+    memory: int, monkeypatch: pytest.MonkeyPatch, *, tma: bool = False, **pool: Any
+) -> Any:
     """Return the options for a device that has `memory` bytes for K and V."""
     queries = 64 * 128 * 2  # a block of queries in half precision
     monkeypatch.setattr(attention, "shared_memory", lambda device: queries + memory)
-    return attention._smaller_options(mask_like(17, 128), pool_like(**pool))
+    monkeypatch.setattr(attention, "has_tma", lambda device: tma)
+    return attention._device_options(mask_like(17, 128), pool_like(**pool))
 
 
-def test_a_pipeline_that_does_not_fit_gets_fewer_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_device_gets_the_stages_that_fit_and_tma_if_it_has_it(
+    tma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = TUNED.prefill.stages
     stage = 2 * TUNED.prefill.BLOCK_N * 96 * 2  # K and V of a block, in bfloat16
-    full = prefill_options(TUNED.prefill, 128)
-    fewer = {**full, "num_stages": stages - 1}
-    assert smaller(stages * stage, monkeypatch, head_dim=96) is None
-    assert smaller(stages * stage - 1, monkeypatch, head_dim=96) == fewer
-    assert smaller(0, monkeypatch, head_dim=96) == {**full, "num_stages": 1}
-    assert smaller(0, monkeypatch, head_dim=96, is_cuda=False) is None
-    assert smaller(0, monkeypatch, head_dim=256) is None, "nothing is tuned, so nothing is changed"
+    full = {**prefill_options(TUNED.prefill, 128), "USE_TMA": tma}
+
+    def found(memory: int, head_dim: int = 96, **pool: Any) -> Any:
+        return on_device(memory, monkeypatch, tma=tma, head_dim=head_dim, **pool)
+
+    assert found(stages * stage) == full
+    assert found(stages * stage - 1) == {**full, "num_stages": stages - 1}
+    assert found(0) == {**full, "num_stages": 1}
+    assert found(0, is_cuda=False) is None
+    assert found(0, head_dim=256) is None, "nothing is tuned, so nothing is changed"
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "version", "has"),
+    [
+        ("cuda", (9, 0), "2.11.0+cu130", True),
+        ("cuda", (10, 0), "3.0.0a0+git1", True),
+        ("cuda", (8, 9), "2.11.0+cu130", False),
+        ("cuda", (9, 0), "2.9.1", False),
+        ("cpu", (9, 0), "2.11.0", False),
+    ],
+)
+def test_tma_needs_a_new_gpu_and_a_torch_that_looks_for_it(
+    device: str, capability: Any, version: str, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    assert has_tma(torch.device(device)) is has
 
 
 # -- what is compiled -----------------------------------------------------------------------------
@@ -278,7 +306,7 @@ def compiled_call(**options: Any) -> Any:
     called = mock.Mock(side_effect=lambda function, folded, *args: folded)
     with (
         mock.patch.object(attention, "_call_compiled", called),
-        mock.patch.object(attention, "_smaller_options", return_value={"num_stages": 1}),
+        mock.patch.object(attention, "_device_options", return_value={"num_stages": 1}),
     ):
         out = attention.paged_attention(
             query, keys, keys, mask_like(S * G), scale=1.0, backend="compiled", **options

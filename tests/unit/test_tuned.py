@@ -152,13 +152,7 @@ def options(dtype: torch.dtype, head_dim: int, *, rows: int = 6144, page: int = 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_half_precision_prefill_sets_every_option(dtype: torch.dtype, head_dim: int) -> None:
-    expected = {
-        "BLOCK_M": 64,
-        "BLOCK_N": 64,
-        "num_warps": 4,
-        "num_stages": 3,
-        "USE_TMA": True,
-    }
+    expected = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     assert options(dtype, head_dim) == expected
 
 
