@@ -125,20 +125,22 @@ def test_a_killed_mutant_names_the_file_and_a_survivor_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cosmic_ray")
-    from tools.mutants.__main__ import judge, reaches, split, survivor, tests_for  # noqa: PLC0415
+    from tools.mutants.__main__ import judge, parts_for, reaches, split, survivor  # noqa: PLC0415
     from tools.mutants.catalogue import mutants  # noqa: PLC0415
-    from tools.mutants.forks import by_file  # noqa: PLC0415
 
     (tmp_path / "mutated_here.py").write_text(
-        "def double(n: int) -> int:\n    if n > 99:\n        return 2\n    return n * max(2, 0)\n"
+        "def double(n: int) -> int:\n    if n > 99:\n        return 2\n    return n * max(2, 0)\n\n"
+        "def shared() -> int:\n    return 50\n"
     )
     (tmp_path / "test_double.py").write_text(
-        "from mutated_here import double\n\ndef test_double():\n    assert double(3) == 6\n\n"
-        "def test_two():\n    assert double(1) == 2\n\ndef test_other():\n    pass\n"
+        "import functools\nfrom mutated_here import double, shared\n\n"
+        "once = functools.cache(shared)\n\ndef test_double():\n    assert double(3) == 6\n\n"
+        "def test_two():\n    assert double(1) == 2\n\ndef test_first():\n    once()\n\n"
+        "def test_later():\n    assert once() == 50\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
     monkeypatch.chdir(tmp_path)
-    reached = list(reaches(tmp_path, ["test_double.py"], ["mutated_here.py"], 1).values())
+    reached = reaches(tmp_path, ["test_double.py"], ["mutated_here.py"], 1)
     found = mutants(tmp_path, "mutated_here.py")
     same = Equivalent(
         *("mutated_here.py", "double", "return n * max(2, 0)", "return n * max(2, -1)"),
@@ -147,10 +149,11 @@ def test_a_killed_mutant_names_the_file_and_a_survivor_does_not(
     rest, equivalent, unused = split(tmp_path, found, [same, same._replace(mutant="x")])
     assert (len(rest), equivalent["mutated_here.py"]) == (len(found) - 1, 1)
     assert [entry.mutant for entry in unused] == ["x"]
-    tasks = [(tmp_path, m, by_file(tests_for(m, reached, 9))) for m in rest]
+    tasks = [(tmp_path, m, parts_for(m, reached, 9)) for m in rest]
     verdicts = {verdict.line: verdict for verdict in map(judge, tasks)}
     killed = {line for line, verdict in verdicts.items() if verdict.by}
     assert {"return n + max(2, 0)", "return n * max(3, 0)", "if not n > 99:"} <= killed
+    assert "return 51" in killed, "test_first runs the line, test_later sees what it returned"
     unreached = verdicts["return 3"]
     assert "no recorded test reaches it" in survivor(unreached)
     assert verdicts["if n > 100:"].tests == 2

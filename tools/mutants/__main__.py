@@ -148,6 +148,16 @@ def tests_for(mutant: Mutant, reached: Iterable[Reach], budget: float) -> dict[s
 # -- mutants -------------------------------------------------------------------------------------
 
 
+def parts_for(mutant: Mutant, reached: Mapping[str, Reach], budget: float) -> list[Part]:
+    """Return the tests that reach a mutant, then the whole files.
+
+    What a fixture of a module does, or a function that is cached, is recorded for the first test
+    only, so a mutant that seems to survive is shown to every test of its files.
+    """
+    likely = by_file(tests_for(mutant, reached.values(), budget))
+    return likely + [Part(file, [], sum(reach.seconds.values())) for file, reach in reached.items()]
+
+
 def judge(task: tuple[Path, Mutant, list[Part]]) -> Verdict:
     """Run tests against one mutant until one fails."""
     root, mutant, parts = task
@@ -277,8 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warm_up(sorted({name for reach in reached.values() for name in reach.modules}))
             parts = {}
             for mutant in rest:
-                judging = [reached[file] for file in judges[mutant.module]]
-                parts[mutant] = by_file(tests_for(mutant, judging, options.budget))
+                judging = {file: reached[file] for file in judges[mutant.module]}
+                parts[mutant] = parts_for(mutant, judging, options.budget)
         verdicts = run(parts, options.jobs)
     except RuntimeError as error:
         print(f"mutants: {error}", file=sys.stderr)
