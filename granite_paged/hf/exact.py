@@ -86,7 +86,8 @@ def attention(
     for row, column in tokens.tokens():
         one = query[row : row + 1, :, column : column + 1]
         slots = tokens.attended(row, column)
-        out[row, column] = attend_one_token(one, keys, values, slots, scale)[0, :, 0]
+        attended = attend_one_token(one, keys, values, slots, scale)
+        out[row, column] = attended.reshape(out.shape[2:])
     return out
 
 

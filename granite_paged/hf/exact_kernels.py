@@ -85,7 +85,7 @@ def mamba(
     batch, columns, _ = hidden.shape
     flat = hidden.flatten(0, 1)
     if columns == 1:
-        gated = _step(mixer, flat, positions[:, 0].int(), state)
+        gated = _step(mixer, flat, positions.flatten().int(), state)
     else:
         gated = _scan(mixer, flat, positions, state)
     normed = rms_norm(gated, mixer.norm.weight, mixer.norm.variance_epsilon, norm_groups(mixer))

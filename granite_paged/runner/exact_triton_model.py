@@ -80,7 +80,7 @@ class ExactTritonModel(TritonModel):
         mixer, norm = layer.mamba, layer.mamba.norm
         state, positions = self._state(index, step), step.positions
         if positions.shape[1] == 1:
-            gated = exact_step.gated_step(mixer, normed, positions[:, 0], state)
+            gated = exact_step.gated_step(mixer, normed, positions.flatten(), state)
         else:
             gated = exact_scan.gated_scan(mixer, normed, positions, state)
         mixed = rms_norm(gated, norm.weight, norm.variance_epsilon, norm_groups(mixer))
@@ -93,7 +93,7 @@ class ExactTritonModel(TritonModel):
         # stacked in every step: a live model's weights may be written to
         rates = (torch.stack(part) for part in zip(*map(_rates, mixers), strict=True))
         _, ssm, recent = self._storage.stacked
-        newest, sizes = step.positions[:, 0], MambaSizes.of(mixers[0])
+        newest, sizes = step.positions.flatten(), MambaSizes.of(mixers[0])
         exact_step.close_chunks(sizes, newest, step.states, ssm, recent, *rates)
 
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:

@@ -108,7 +108,7 @@ class TritonModel(EagerModel):
     ) -> DeferredNorm:
         eps, out_eps = layer.input_layernorm.variance_epsilon, 0.0
         if layer.mamba is not None:
-            mixer, newest = layer.mamba, step.positions[:, 0]
+            mixer, newest = layer.mamba, step.positions.flatten()
             state = self._state(index, step)
             conv = mamba.convolution(mixer, newest, state)
             projected = linear(normed, mixer.in_proj.weight, eps=eps, conv=conv)[0]
@@ -119,7 +119,7 @@ class TritonModel(EagerModel):
             parts = (attention.q_proj, attention.k_proj, attention.v_proj)
             query, key, value = (part.weight for part in parts)
             projected = linear(normed, (query, key, value), eps=eps)[0]
-            columns = torch.split(projected, [len(query), len(key), len(value)], dim=-1)
+            columns = torch.split(projected, [len(query), len(key), len(value)], dim=1)
             mixed = self._attention_of(index, attention, columns, step, rotary)
             weight = attention.o_proj.weight
         norm = layer.post_attention_layernorm.weight

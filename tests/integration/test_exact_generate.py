@@ -11,8 +11,10 @@ from torch import Tensor
 
 from granite_paged import Engine, PagedCache, PagedConfig, SamplingParams, paged
 from granite_paged.errors import CannotBeExact, InvalidRequest
+from granite_paged.hf import exact
 from granite_paged.hf.compat import CACHE
 from granite_paged.layers.logprobs import log_probabilities
+from granite_paged.layers.mamba import MambaSizes
 from granite_paged.layers.modules import changed_part
 from tests.helpers.exact_bits import generated_logits
 from tests.helpers.tiny_models import FLAVOURS, tiny_model
@@ -180,3 +182,24 @@ def test_a_module_that_changes_is_refused(part: str) -> None:
             model(ids, use_cache=True)
         remove()
         model(ids, use_cache=True)
+
+
+@torch.inference_mode()
+def test_a_decoder_that_changes_is_refused_when_it_is_called_by_itself() -> None:
+    model, ids = tiny_model(), padded_prompts()[0]
+    with paged(model, CONFIG):
+        model.model(ids, use_cache=True)
+        hook = model.model.norm.register_forward_hook(lambda *_: None)
+        with pytest.raises(CannotBeExact, match="norm has a hook"):
+            model.model(ids, use_cache=True)
+        hook.remove()
+
+
+@torch.inference_mode()
+def test_a_mamba_layer_gives_zeros_at_padding() -> None:
+    mixer = tiny_model().model.layers[0].mamba
+    state = MambaSizes.of(mixer).empty_state(1, torch.float32, torch.device("cpu"))
+    hidden = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
+    out = exact.mamba(mixer, hidden, torch.tensor([[-1, 0, 1]]), state)
+    assert out[0, 1:].all()
+    assert not out[0, 0].any()

@@ -7,6 +7,7 @@ bounds; `tests/gpu/test_exact.py` compares bits.
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,12 +18,15 @@ from granite_paged.errors import CannotBeExact
 from granite_paged.hf import exact, step
 from granite_paged.hf.compat import CACHE
 from granite_paged.layers import backend
+from granite_paged.layers.mamba import Kept, MambaSizes
 from tests.helpers.exact_bits import generated_logits
 from tests.helpers.tiny_models import prompts as padded_prompts
 from tests.helpers.tiny_models import tiny_model
 from tests.helpers.tolerance import assert_same_logits
 
 pytest.importorskip("triton")
+
+from granite_paged.hf import exact_kernels  # needs Triton
 
 CONFIG = PagedConfig(page_size=16, max_tokens=1024, exact=True)
 LENGTHS = (66, 3)  # the first crosses a chunk
@@ -104,3 +108,32 @@ def test_tokens_that_a_mask_hides_are_refused() -> None:
         later[0, 3] = 0
         with pytest.raises(CannotBeExact, match="hides have no exact kernel"):
             model(ids[:, :1], attention_mask=later, **{CACHE: cache})
+
+
+def test_every_part_that_computes_runs_a_kernel() -> None:
+    model = tiny_model(**HYBRID)
+    names = {module: name for name, module in model.named_modules()}
+    found = {names[module] for module, _ in exact_kernels.forwards(model)}
+    each = ("input_layernorm", "post_attention_layernorm", "shared_mlp")
+    attention = (f"self_attn.{kind}_proj" for kind in "qkvo")
+    expected = {"lm_head", "model.norm", *(f"model.layers.1.{part}" for part in attention)}
+    assert found == expected | {f"model.layers.{n}.{part}" for n in (0, 1) for part in each}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("columns", "kind"), [(1, "_step"), (2, "_scan"), (3, "_scan")])
+def test_a_mamba_layer_takes_a_step_for_one_token_and_gives_zeros_at_padding(
+    columns: int, kind: str
+) -> None:
+    mixer = tiny_model(**HYBRID).model.layers[0].mamba
+    sizes, rows = MambaSizes.of(mixer), torch.arange(2)
+    state = sizes.empty_state(2, torch.float32, rows.device, Kept.CHUNK)._replace(rows=rows)
+    positions = torch.arange(columns).repeat(2, 1)
+    positions[1] -= columns  # the second row is padding
+    hidden = torch.randn(2, columns, 48, generator=torch.Generator().manual_seed(0))
+    kernel = getattr(exact_kernels, kind)
+    with mock.patch.object(exact_kernels, kind, wraps=kernel) as taken:
+        out = exact_kernels.mamba(mixer, hidden, positions.clamp(min=-1), state)
+    assert taken.call_count == 1
+    assert out[0].all()
+    assert not out[1].any()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.mamba import Kept
-from granite_paged.runner import memory_plan
+from granite_paged.runner import graph, memory_plan
 from granite_paged.runner import runner as runner_module
 from granite_paged.runner.model import EagerModel
 from tests.helpers.driver import Driver
@@ -23,7 +26,9 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are interpreted here; tests/gpu runs them", allow_module_level=True)
 
-from granite_paged.runner.exact_triton_model import ExactTritonModel  # both need Triton
+from granite_paged.layers.triton import exact_scan, exact_step  # they need Triton
+from granite_paged.layers.triton import mamba as triton_mamba
+from granite_paged.runner.exact_triton_model import ExactTritonModel
 from granite_paged.runner.triton_model import TritonModel
 
 CONFIG = PagedConfig(page_size=16, max_sequences=4, max_tokens=320, backend="eager")
@@ -35,13 +40,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "experts": {"layer_types": ["mamba", "attention"]},
     "dense": {"layer_types": ["attention", "attention"]},
 }
+SCALES = {"logits_scaling": 3.0, "residual_multiplier": 0.4, "embedding_multiplier": 2.0}
+
+
+def model_of(flavour: str, **sizes: Any) -> Any:
+    """Return a model of two layers whose norms and scales all differ."""
+    model = tiny_model(flavour, num_hidden_layers=2, **{**SIZES[flavour], **SCALES, **sizes})
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.uniform_(0.5, 1.5, generator=draw)
+    return model
 
 
 class Both:
     """A runner of kernels, and a plain one with the same model, that are fed the same tokens."""
 
-    def __init__(self, flavour: str) -> None:
-        model = tiny_model(flavour, num_hidden_layers=2, **SIZES[flavour])
+    def __init__(self, flavour: str, **sizes: Any) -> None:
+        model = model_of(flavour, **sizes)
         self.plain, self.kernels = Driver(model, CONFIG), Driver(model, CONFIG)
         self._draw = torch.Generator().manual_seed(1)
         self.use(TritonModel)
@@ -92,6 +109,102 @@ def test_kernels_run_prompts_and_answers_as_plain_pytorch_does(flavour: str) -> 
     both.prefill({1: 5, 2: 19, 3: 1})
     both.decode(2)
     both.decode(1, 2, 3)
+
+
+@pytest.mark.usefixtures("replaying")
+def test_a_norm_of_two_groups_is_no_part_of_a_product() -> None:
+    both = Both("hybrid", mamba_n_groups=2)
+    both.prefill({1: 5})
+    both.decode(1)
+
+
+@pytest.fixture
+def calls() -> Iterator[Counter[str]]:
+    """Count the calls of some methods and functions that a step may take."""
+    counted: Counter[str] = Counter()
+
+    def noting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **options: Any) -> Any:
+            counted[name] += 1
+            return call(*args, **options)
+
+        return noted
+
+    with ExitStack() as patches:
+        for owner, name in (
+            (TritonModel, "_one_row_logits"),
+            (TritonModel, "_decode_mixer"),
+            (exact_step, "gated_step"),
+            (exact_scan, "gated_scan"),
+            (graph, "paged_block_mask"),
+        ):
+            noted = noting(name, getattr(owner, name))
+            patches.enter_context(mock.patch.object(owner, name, noted))
+        yield counted
+
+
+@pytest.mark.usefixtures("replaying")
+def test_the_head_of_one_row_is_a_product_of_one_row(calls: Counter[str]) -> None:
+    both = Both("dense")
+    both.prefill({1: 2, 2: 2})
+    both.decode(1, 2)
+    assert calls["_one_row_logits"] == 0
+    both.prefill({1: 1})
+    both.decode(1)
+    assert calls["_one_row_logits"] == 2
+
+
+@pytest.mark.usefixtures("replaying")
+def test_more_rows_than_products_take_run_as_a_prompt_does(
+    calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("granite_paged.runner.triton_model.MOST_ROWS", 2)
+    both = Both("dense")
+    both.prefill({1: 1, 2: 1, 3: 1})
+    both.decode(1, 2, 3)
+    assert calls["_decode_mixer"] == 0
+    both.decode(1, 2)
+    assert calls["_decode_mixer"] == 2, "once per layer"
+
+
+@pytest.mark.usefixtures("replaying")
+def test_the_first_step_of_several_rows_allocates_what_their_products_share() -> None:
+    both = Both("dense")
+    model = both.kernels.runner._steps.model
+    assert isinstance(model, TritonModel)
+    both.prefill({1: 1, 2: 1, 3: 1})
+    both.decode(1)
+    assert model._scratch is None
+    both.decode(1, 2)
+    first = model._scratch
+    assert first is not None
+    both.decode(1, 2, 3)
+    both.decode(1)
+    assert model._scratch is first
+
+
+@pytest.mark.usefixtures("replaying")
+@pytest.mark.parametrize(("groups", "deferred"), [(1, True), (2, False)])
+def test_a_norm_of_one_group_is_left_to_the_next_product(groups: int, deferred: bool) -> None:
+    both = Both("hybrid", mamba_n_groups=groups)
+    both.prefill({1: 1})
+    with mock.patch.object(triton_mamba, "step", wraps=triton_mamba.step) as step:
+        both.decode(1)
+    (call,) = step.call_args_list
+    assert (call.args[-1] is not None) is deferred
+
+
+def test_exact_mode_takes_a_step_for_one_token_and_no_block_mask(
+    calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_rows_keep(Kept.CHUNK, monkeypatch)
+    both = Both("hybrid")
+    both.use(ExactTritonModel)
+    both.prefill({1: 3})
+    assert (calls["gated_scan"], calls["gated_step"]) == (1, 0)
+    both.decode(1)
+    assert (calls["gated_scan"], calls["gated_step"]) == (1, 1)
+    assert calls["paged_block_mask"] == 2, "of the plain model"
 
 
 def test_the_kernels_of_exact_mode_run_prompts_and_answers_as_plain_pytorch_does(

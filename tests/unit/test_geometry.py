@@ -56,6 +56,7 @@ def test_every_power_of_two_is_a_valid_page_size(page_size: int) -> None:
     ("field", "value"),
     [
         *[("page_size", size) for size in (0, -1, -16, 3, 12, 96, 100, None)],
+        *[(name, value) for name in ("check_finite", "exact") for value in (1, "yes", None)],
         *[("chunk_tokens", tokens) for tokens in (0, 8, 15, 17, 24, 48, 1000, None)],
         *[("memory_fraction", part) for part in (0.0, -0.1, 1.01, float("nan"), float("inf"))],
         *[("max_tokens", tokens) for tokens in (0, -1, 127)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -247,3 +248,41 @@ def test_top_p_counts_in_units_of_two_to_the_minus_40(above: float, kept: int) -
     wanted = Draw(SamplingParams(temperature=1.0, top_p=0.5 + above), 0, 0)
     found = truncated(torch.zeros(1, 2), [wanted], exact=False)
     assert int(found.isfinite().sum()) == kept
+
+
+def test_top_p_of_1_drops_no_token_whatever_its_neighbours_are() -> None:
+    """The first token has all of the mass, and each of the others less than one unit more."""
+    scores = torch.full((2, 10), math.log(0.6 * 2**-40))
+    scores[:, 0] = 0
+    found = truncated(scores, [wanted(temperature=1.0), wanted(temperature=1.0, top_k=1)])
+    assert torch.equal(found[0], scores[0])
+    assert int(found[1].isfinite().sum()) == 1
+
+
+def test_top_p_counts_the_tokens_of_top_k_as_all_there_are() -> None:
+    scores = torch.tensor([[0.3, 0.25, 0.45]]).log()  # without the last: 0.6 and 0.4
+    found = truncated(scores, [wanted(temperature=1.0, top_k=2, top_p=0.59)])
+    assert found.isfinite().tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_only_an_exact_draw_computes_each_row_by_itself(rows: int, exact: bool) -> None:
+    draws = [wanted(row, temperature=1.0, top_p=0.9, logprobs=1) for row in range(rows)]
+    with (
+        mock.patch.object(sampling, "_sampled", wraps=sampling._sampled) as sampled,
+        mock.patch.object(sampling, "by_row", wraps=sampling.by_row) as by_row,
+    ):
+        found = draw(logits(rows), draws, exact=exact)
+    asked = {call.kwargs["exact"] for call in (*sampled.call_args_list, *by_row.call_args_list)}
+    assert asked == {exact}
+    assert sampled.call_count == (1 + rows if exact and rows > 1 else 1)
+    assert found.tokens.tolist() == draw(logits(rows), draws).tokens.tolist()
+
+
+def test_a_draw_is_not_exact_unless_asked() -> None:
+    draws = [wanted(row, temperature=1.0, top_p=0.9) for row in range(2)]
+    with mock.patch.object(sampling, "by_row", wraps=sampling.by_row) as by_row:
+        draw(logits(2), draws)
+        truncated(logits(2), draws)
+    assert [call.kwargs["exact"] for call in by_row.call_args_list] == [False, False]
