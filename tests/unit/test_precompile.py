@@ -12,6 +12,7 @@ import pytest
 from granite_paged.runner import precompile
 from granite_paged.runner.precompile import compiled_ahead, keep_caches
 
+DIGEST = precompile._digest
 SHAPES = [(1, 32), (1, 64), (1, 1), (2, 1), (16, 32)]
 
 
@@ -37,7 +38,7 @@ class Compiler:
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "caches" / "inductor"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr(precompile.os, "cpu_count", lambda: 2)  # one worker
     monkeypatch.setattr(precompile, "_digest", lambda shapes, content: f"note-{content}")
@@ -65,6 +66,7 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
     warm_up(compiler)  # its kernels are in the caches
     with pytest.warns(UserWarning, match="a worker failed: 'NoneType'"):
         warm_up(Compiler(caches / "done", content="another"))
+    warm_up(Compiler(caches / "done", content="another"))  # compiled here, and noted as well
 
 
 def test_an_interrupted_warm_up_is_not_noted(caches: Path) -> None:
@@ -74,24 +76,78 @@ def test_an_interrupted_warm_up_is_not_noted(caches: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
-    assert not (caches / "inductor" / "granite_paged").exists()
+    assert not (caches / "caches" / "inductor" / "granite_paged").exists()
 
 
 def test_a_worker_that_fails_leaves_its_shapes_with_one_warning(caches: Path) -> None:
     compiler = Compiler(caches / "done", broken=(16, 32))
-    with pytest.warns(UserWarning, match="one by one: a worker failed: .*no memory") as caught:
+    with pytest.warns(
+        UserWarning, match="one by one: a worker failed: MemoryError: no memory"
+    ) as caught:
         warm_up(compiler)
     assert len(caught) == 1
     assert "16x32" not in compiler.done()
 
 
-def test_what_cannot_be_shared_is_compiled_here(caches: Path) -> None:
+def test_what_cannot_be_shared_is_compiled_here(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: 6)
     compiler = SimpleNamespace(
         content=str, compile=lambda batch, length: None
     )  # lambdas cannot be pickled
     with pytest.warns(UserWarning, match="one by one: a worker failed: .*pickle") as caught:
         warm_up(compiler)
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "shapes", "workers"),
+    [(None, 73, 0), (1, 73, 0), (2, 73, 1), (6, 73, 3), (64, 73, 8), (64, 3, 2), (64, 1, 0)],
+)
+def test_workers_take_half_of_the_cores_and_share_the_shapes(
+    cores: int | None, shapes: int, workers: int, caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts come first, then decode steps: they have few kernels in common."""
+    parts: list[list[tuple[int, int]]] = []
+
+    class Noted:
+        def __init__(self, shared: bytes, shapes: list[tuple[int, int]]) -> None:
+            parts.append(shapes)
+
+        def stop(self) -> None:
+            pass
+
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(precompile, "_Worker", Noted)
+    asked = [(2 + n, 1 if n % 3 else 32) for n in range(shapes)]
+    asked[-1] = (1, 64)
+    with compiled_ahead(Compiler(caches / "done"), asked):
+        assert len(parts) == workers
+    if workers:
+        rest = asked[1:]  # the first is compiled here
+        prompts, steps = ([s for s in rest if (s[1] == 1) is one] for one in (False, True))
+        assert [shape for part in parts for shape in part] == prompts + steps
+        assert max(map(len, parts)) == -(-len(rest) // workers)
+
+
+def test_a_note_depends_on_the_code_that_decides_what_is_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(precompile.torch.cuda, "get_device_name", lambda: "a GPU")
+    read: list[Path] = []
+
+    def noted(path: Path, *args: Any, **options: Any) -> str:
+        read.append(path)
+        return "text"
+
+    monkeypatch.setattr(precompile.Path, "read_text", noted)
+    first = DIGEST(SHAPES, "a")
+    assert {path.parent.name for path in read} >= {"layers", "triton", "paging", "runner"}
+    assert first == DIGEST(SHAPES[::-1], "a")
+    assert first != DIGEST(SHAPES, "b")
+    assert first != DIGEST(SHAPES[:1], "a")
 
 
 def test_a_cache_that_cannot_be_written_moves_with_a_warning(
