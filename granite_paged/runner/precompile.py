@@ -73,7 +73,7 @@ def compiled_ahead(
     with contextlib.ExitStack() as running:
         yield _started(steps, shapes[1:], count, running)  # the first is compiled here
     with contextlib.suppress(OSError):  # without the note, the next start asks workers again
-        note.parent.mkdir(parents=True, exist_ok=True)
+        note.parent.mkdir(exist_ok=True)
         note.touch()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +69,8 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
     with pytest.warns(UserWarning, match="a worker failed: 'NoneType'"):
         warm_up(Compiler(caches / "done", content="another"))
     warm_up(Compiler(caches / "done", content="another"))  # compiled here, and noted as well
+    notes = caches / "caches" / "inductor" / "granite_paged"
+    assert {path.name for path in notes.iterdir()} == {"note-a", "note-another"}
 
 
 def test_an_interrupted_warm_up_is_not_noted(caches: Path) -> None:
@@ -156,11 +160,32 @@ def test_a_cache_that_cannot_be_written_moves_with_a_warning(
     blocked = caches / "file"
     blocked.touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(blocked / "below"))
-    with pytest.warns(UserWarning, match=r"Triton's cache .*file/below cannot be written"):
-        keep_caches()
+    reason = r"Triton's cache .*file/below cannot be written"
+    with (
+        pytest.warns(UserWarning, match=reason) as caught,
+        compiled_ahead(Compiler(caches / "done"), SHAPES[:2]),
+    ):
+        pass
+    assert caught[0].filename == __file__, "the warning points at the caller"
+    assert keep_caches() == caches / "caches" / "inductor"
     moved = Path(precompile.os.environ["TRITON_CACHE_DIR"])
     assert moved.is_dir()
     assert moved != blocked
+
+
+def test_a_worker_says_when_each_shape_is_compiled(
+    caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output is a pipe: what is not flushed arrives at its end."""
+    compiler, said = Compiler(caches / "done"), []
+    work = (SHAPES[:2], pickle.dumps(compiler), "module.of.the.user")
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(pickle.dumps(work))))
+    monkeypatch.setattr(precompile, "print", lambda *a, **k: said.append((a, k)), raising=False)
+    monkeypatch.setattr(precompile.torch.cuda, "ipc_collect", lambda: None)
+    precompile.main()
+    assert compiler.done() == {"1x32", "1x64"}
+    assert said == [((f"compiled 1 {n}",), {"flush": True}) for n in (32, 64)]
 
 
 def test_keys_name_the_same_module_in_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
