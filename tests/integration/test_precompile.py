@@ -41,7 +41,7 @@ class Compiler:
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "caches" / "inductor"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "own" / "triton"))
     monkeypatch.setattr(precompile.os, "cpu_count", lambda: 2)  # one worker
     monkeypatch.setattr(precompile, "_digest", lambda shapes, content: f"note-{content}")
     (tmp_path / "done").mkdir()
@@ -70,6 +70,7 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
         warm_up(Compiler(caches / "done", content="another"))
     warm_up(Compiler(caches / "done", content="another"))  # compiled here, and noted as well
     notes = caches / "caches" / "inductor" / "granite_paged"
+    assert (caches / "own" / "triton").is_dir(), "it was made, with its parent"
     assert {path.name for path in notes.iterdir()} == {"note-a", "note-another"}
 
 
