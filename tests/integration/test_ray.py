@@ -105,21 +105,35 @@ def test_killed_and_slow_workers_complete_a_partial_output_as_one_process_does(
     assert sum(bool(row["error"]) for row in read_answers(tmp_path / "out.jsonl")) == 4
 
 
-def groups_of(folder: Path, requests: Any) -> list[Any]:
-    source = write_requests(folder / "in.jsonl", requests)
-    return list(read_groups({"item": [source]}, held=0, lines=64))
+def test_a_line_that_kills_every_worker_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    class Poisoned(LineWorker):
+        most_deaths = 1
+
+        def _answered(self, group: Any) -> bytes:
+            if not attempts():
+                os._exit(1)
+            return super()._answered(group)
+
+    spoil(monkeypatch, Poisoned)
+    capsys.readouterr()
+    assert batch(tmp_path) == USAGE
+    assert_one_line(capsys, "workers died 1 times while they answered lines between")
 
 
-def small_worker() -> LineWorker:
-    options = WorkerOptions(rows=4, max_new_tokens=4)
-    return LineWorker(ModelSpec(device="cpu", config=PagedConfig(page_size=16)), options)
+def only_group(source: str) -> Any:
+    """Return the one group of a short file, as a worker gets it."""
+    (group,) = read_groups({"item": [source]}, held=0, lines=64)
+    return group
 
 
-def test_a_line_that_killed_several_workers_ends_the_run(
+def test_a_group_is_answered_until_several_workers_died_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (group,) = groups_of(tmp_path, recall_requests(3))
-    worker = small_worker()
+    group = only_group(write_requests(tmp_path / "in.jsonl", recall_requests(3)))
+    spec = ModelSpec(device="cpu", config=PagedConfig(page_size=16))
+    worker = LineWorker(spec, WorkerOptions(rows=4, max_new_tokens=4))
     deaths = LineWorker.most_deaths
     monkeypatch.setattr("granite_paged.ray.workers.attempts", lambda: deaths - 1)
     assert len(worker(group)["answers"]) == 1
@@ -134,8 +148,7 @@ def test_an_output_of_another_model_is_refused(
     """The worker answers in this process: it is the same object that Ray would call."""
 
     def here(ray: Any, items: Any, worker: Any, arguments: Any, *_: Any, **__: Any) -> Any:
-        (group,) = groups_of(tmp_path, recall_requests(3))
-        answered = worker(*arguments)(group)
+        answered = worker(*arguments)(only_group(*items))
         yield {name: column[0] for name, column in answered.items()}
 
     monkeypatch.setattr("granite_paged.ray.batch.answered_rows", here)
@@ -238,7 +251,7 @@ def test_answers_is_a_callable_class_and_rays_checkpoint_skips_written_rows(
     sizes = {"device": "cpu", "config": PagedConfig(page_size=16, max_tokens=1024), "rows": 4}
 
     class Nothing:
-        """Takes a second to start, not ten."""
+        """A worker that imports no torch, which takes seconds."""
 
         def __init__(self, **_: Any) -> None:
             pass
