@@ -17,9 +17,9 @@ from granite_paged.errors import DeviceError
 TUNED_SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory per program on compute capability 9.0, where kernels were tuned."""
 
-TMA_TORCH = (2, 11)
-"""The oldest torch whose FlexAttention is known to load by TMA, and to load otherwise where it
-cannot. That of torch 2.9 does not look whether it can."""
+TMA_TORCH = "2.11"
+"""The oldest torch whose FlexAttention was run with TMA, a GPU's unit that copies blocks of memory.
+Torch 2.9 does not check whether a load by TMA is possible."""
 
 
 # -- abilities ----------------------------------------------------------------------------------
@@ -66,10 +66,10 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def has_tma(device: torch.device) -> bool:
-    """Return whether FlexAttention can load by TMA (compute capability 9.0, torch 2.11)."""
-    numbers = tuple(int(number) for number in torch.__version__.split(".")[:2])
-    if device.type != "cuda" or numbers < TMA_TORCH:
+    """Return whether FlexAttention loads by TMA: from compute capability 9.0 and `TMA_TORCH` on."""
+    if device.type != "cuda" or torch.__version__ < TMA_TORCH:  # compared as versions
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 

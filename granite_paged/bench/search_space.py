@@ -24,12 +24,13 @@ from granite_paged.bench.kernel import KernelCase
 from granite_paged.bench.measure import Clock, release_cached_memory
 from granite_paged.bench.modes import Sequences, config_for, make_runner
 from granite_paged.bench.tune import Group, Layout, Timer, TunedShape
-from granite_paged.device import device_name, has_tma, multiprocessors
+from granite_paged.device import device_name, multiprocessors
 from granite_paged.errors import CannotJudge
 from granite_paged.geometry import CacheGeometry, PagedConfig
 from granite_paged.layers.attention import (
     WIDEST_TUNED_HEAD,
     DecodePlan,
+    on_device,
     paged_attention,
     prefill_options,
 )
@@ -204,8 +205,8 @@ def prefill_groups(target: TuningTarget, quick: bool) -> Iterator[Group]:
 
 def _prefill_shape(target: TuningTarget, tokens: int, past: int) -> TunedShape:
     def layout(constants: Any) -> Layout:
-        tma = has_tma(target.clock.device)
-        return {**prefill_options(constants, target.config.page_size), "USE_TMA": tma}
+        options = prefill_options(constants, target.config.page_size)
+        return dict(on_device(options, target.clock.device))
 
     def prepare() -> Timer:
         target.fresh()

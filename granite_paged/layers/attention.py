@@ -320,7 +320,12 @@ def _device_options(mask: BlockMask, pool: Tensor) -> FlexKernelOptions | None:
         return None
     block = _kv_bytes(options["BLOCK_N"], pool.shape[3], pool.itemsize)
     fewer = stages_that_fit(stages, block, shared_memory(pool.device) - _QUERY_BYTES)
-    return {**options, "num_stages": fewer, "USE_TMA": has_tma(pool.device)}
+    return on_device({**options, "num_stages": fewer}, pool.device)
+
+
+def on_device(options: FlexKernelOptions, device: torch.device) -> FlexKernelOptions:
+    """Return tuned options that load K and V by TMA where the device has it."""
+    return {**options, "USE_TMA": has_tma(device)}
 
 
 def prefill_options(constants: PrefillConstants, page_size: int) -> FlexKernelOptions:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.torch_version import TorchVersion
 
 from granite_paged.device import has_tma
 from granite_paged.errors import GeometryError
@@ -221,16 +222,6 @@ def test_a_prefill_block_is_no_larger_than_a_page() -> None:
     assert prefill_options(constants, 128) == {**expected, "BLOCK_N": 32}
 
 
-def on_device(
-    memory: int, monkeypatch: pytest.MonkeyPatch, *, tma: bool = False, **pool: Any
-) -> Any:
-    """Return the options for a device that has `memory` bytes for K and V."""
-    queries = 64 * 128 * 2  # a block of queries in half precision
-    monkeypatch.setattr(attention, "shared_memory", lambda device: queries + memory)
-    monkeypatch.setattr(attention, "has_tma", lambda device: tma)
-    return attention._device_options(mask_like(17, 128), pool_like(**pool))
-
-
 @pytest.mark.parametrize("tma", [False, True])
 def test_a_device_gets_the_stages_that_fit_and_tma_if_it_has_it(
     tma: bool, monkeypatch: pytest.MonkeyPatch
@@ -239,8 +230,13 @@ def test_a_device_gets_the_stages_that_fit_and_tma_if_it_has_it(
     stage = 2 * TUNED.prefill.BLOCK_N * 96 * 2  # K and V of a block, in bfloat16
     full = {**prefill_options(TUNED.prefill, 128), "USE_TMA": tma}
 
+    monkeypatch.setattr(attention, "has_tma", lambda device: tma)
+
     def found(memory: int, head_dim: int = 96, **pool: Any) -> Any:
-        return on_device(memory, monkeypatch, tma=tma, head_dim=head_dim, **pool)
+        """Return the options for a device that has `memory` bytes for K and V."""
+        queries = 64 * 128 * 2  # a block of queries in half precision
+        monkeypatch.setattr(attention, "shared_memory", lambda device: queries + memory)
+        return attention._device_options(mask_like(17, 128), pool_like(head_dim=head_dim, **pool))
 
     assert found(stages * stage) == full
     assert found(stages * stage - 1) == {**full, "num_stages": stages - 1}
@@ -263,8 +259,8 @@ def test_tma_needs_a_new_gpu_and_a_torch_that_looks_for_it(
     device: str, capability: Any, version: str, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch, "__version__", version)
-    assert has_tma(torch.device(device)) is has
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert has_tma.__wrapped__(torch.device(device)) is has
 
 
 # -- what is compiled -----------------------------------------------------------------------------
