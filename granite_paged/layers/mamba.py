@@ -424,6 +424,8 @@ def chunk_scan(
 def store_replayed(sizes: MambaSizes, positions: Tensor, a_log: Tensor, state: MambaState) -> None:
     """Store the states before the batch's first tokens, so that no input is left to be replayed.
 
+    Rows that are padding from end to end keep their states and inputs.
+
     Args:
         sizes: the layer's sizes.
         positions: [B, S] int, of the next tokens; -1 for padding, on the right only.
