@@ -51,9 +51,10 @@ def tiny_model(flavour: str = "hybrid", seed: int = 0, **sizes: Any) -> GraniteM
     return GraniteMoeHybridForCausalLM(config).eval()
 
 
-def shortest_model() -> GraniteMoeHybridForCausalLM:
-    """Build a model with one layer of each kind, for tests of many steps."""
-    return tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"])
+def shortest_model(flavour: str = "hybrid", **sizes: Any) -> GraniteMoeHybridForCausalLM:
+    """Build a model with one layer of each kind."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]}
+    return tiny_model(flavour, **{**layers, **sizes})
 
 
 def prompts(

@@ -21,7 +21,7 @@ from granite_paged.layers import backend
 from granite_paged.layers.mamba import Kept, MambaSizes
 from tests.helpers.exact_bits import generated_logits
 from tests.helpers.tiny_models import prompts as padded_prompts
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import shortest_model, tiny_model
 from tests.helpers.tolerance import assert_same_logits
 
 pytest.importorskip("triton")
@@ -30,7 +30,6 @@ from granite_paged.hf import exact_kernels  # needs Triton
 
 CONFIG = PagedConfig(page_size=16, max_tokens=1024, exact=True)
 LENGTHS = (66, 3)  # the first crosses a chunk
-HYBRID: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"]}
 DENSE: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": ["attention"]}
 
 
@@ -55,7 +54,7 @@ def alone(model: Any, row: int) -> Tensor:
 
 
 def test_a_row_in_company_has_the_logits_that_it_has_alone() -> None:
-    model = tiny_model(**HYBRID)
+    model = shortest_model()
     found = generated(model, *padded_prompts(LENGTHS))
     for row in range(len(LENGTHS)):
         assert_same_logits(found[row], alone(model, row))
@@ -63,7 +62,7 @@ def test_a_row_in_company_has_the_logits_that_it_has_alone() -> None:
 
 @torch.inference_mode()
 def test_decoded_and_prefilled_tokens_have_the_same_logits() -> None:
-    model = tiny_model(**HYBRID)
+    model = shortest_model()
     ids = padded_prompts((68,))[0]
     with paged(model, CONFIG):
         whole = model(ids, use_cache=True).logits
@@ -76,8 +75,8 @@ def test_decoded_and_prefilled_tokens_have_the_same_logits() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("flavour", ["hybrid", "dense"])
 def test_logits_are_those_of_sdpa(flavour: str) -> None:
-    sizes = HYBRID if flavour == "hybrid" else DENSE
-    model, ids = tiny_model(flavour, **sizes), padded_prompts((21,))[0]
+    model = shortest_model() if flavour == "hybrid" else tiny_model(flavour, **DENSE)
+    ids = padded_prompts((21,))[0]
     expected = model(ids, use_cache=False).logits[0]
     with paged(model, CONFIG):
         assert_same_logits(model(ids, use_cache=True).logits[0], expected)
@@ -86,7 +85,7 @@ def test_logits_are_those_of_sdpa(flavour: str) -> None:
 @torch.inference_mode()
 def test_rows_that_are_reordered_keep_their_inputs() -> None:
     """As beam search does: row 0 continues what row 1 was."""
-    model = tiny_model(**HYBRID)
+    model = shortest_model()
     ids, mask = padded_prompts((9, 5))
     with paged(model, CONFIG):
         cache = PagedCache.for_model(model, CONFIG)
@@ -99,7 +98,7 @@ def test_rows_that_are_reordered_keep_their_inputs() -> None:
 
 @torch.inference_mode()
 def test_tokens_that_a_mask_hides_are_refused() -> None:
-    model = tiny_model(**HYBRID)
+    model = shortest_model()
     ids, shown = padded_prompts((9,))
     with paged(model, CONFIG):
         cache = PagedCache.for_model(model, CONFIG)
@@ -111,7 +110,7 @@ def test_tokens_that_a_mask_hides_are_refused() -> None:
 
 
 def test_every_part_that_computes_runs_a_kernel() -> None:
-    model = tiny_model(**HYBRID)
+    model = shortest_model()
     names = {module: name for name, module in model.named_modules()}
     found = {names[module] for module, _ in exact_kernels.forwards(model)}
     each = ("input_layernorm", "post_attention_layernorm", "shared_mlp")
@@ -125,15 +124,14 @@ def test_every_part_that_computes_runs_a_kernel() -> None:
 def test_a_mamba_layer_takes_a_step_for_one_token_and_gives_zeros_at_padding(
     columns: int, kind: str
 ) -> None:
-    mixer = tiny_model(**HYBRID).model.layers[0].mamba
+    mixer = shortest_model().model.layers[0].mamba
     sizes, rows = MambaSizes.of(mixer), torch.arange(2)
     state = sizes.empty_state(2, torch.float32, rows.device, Kept.CHUNK)._replace(rows=rows)
-    positions = torch.arange(columns).repeat(2, 1)
-    positions[1] -= columns  # the second row is padding
+    positions = torch.stack([torch.arange(columns), torch.full((columns,), -1)])
     hidden = torch.randn(2, columns, 48, generator=torch.Generator().manual_seed(0))
     kernel = getattr(exact_kernels, kind)
     with mock.patch.object(exact_kernels, kind, wraps=kernel) as taken:
-        out = exact_kernels.mamba(mixer, hidden, positions.clamp(min=-1), state)
+        out = exact_kernels.mamba(mixer, hidden, positions, state)
     assert taken.call_count == 1
     assert out[0].all()
     assert not out[1].any()

@@ -36,7 +36,7 @@ from granite_paged.runner.model import EagerModel, ModelStep
 from granite_paged.runner.runner import Runner, scores_of
 from granite_paged.runner.storage import RowSnapshot, Storage
 from tests.helpers.driver import Driver
-from tests.helpers.tiny_models import VOCABULARY, tiny_model
+from tests.helpers.tiny_models import VOCABULARY, shortest_model
 
 Patch = pytest.MonkeyPatch
 DTYPES = (torch.float32, torch.float64)
@@ -53,7 +53,7 @@ PROMPT, FED = tokens(45), tokens(24, 1)
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> Any:
-    return tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"]).to(dtype)
+    return shortest_model().to(dtype)
 
 
 # -- laws ---------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def _card(folder: Path, configs: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def theirs(offline_hub: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The tasks of lm-eval, by name. Only their folders are searched: all take seven seconds."""
+    """The tasks of lm-eval, by name. To search the folders of all tasks takes seven seconds."""
     import lm_eval.tasks  # noqa: PLC0415
 
     folder = Path(lm_eval.tasks.__file__).parent

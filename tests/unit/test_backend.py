@@ -21,11 +21,10 @@ from granite_paged.layers.backend import (
     triton_refusal,
     warn_if_slow,
 )
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import shortest_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HALF = torch.bfloat16
-KINDS = ["mamba", "attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 def small_model(**options: Any) -> Any:
-    return tiny_model(num_hidden_layers=2, layer_types=KINDS, **options)
+    return shortest_model(**options)
 
 
 # -- attention ------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ def test_a_model_with_a_time_step_limit_is_not_exact(limit: tuple[float, float])
 
 
 def test_experts_are_exact_on_the_cpu_only() -> None:
-    model = tiny_model("experts", num_hidden_layers=2, layer_types=KINDS)
+    model = shortest_model("experts")
     assert exact_refusal(model, "auto") == ""
     assert "experts" in exact_refusal(OnGpu(model), "auto")
     assert exact_refusal(OnGpu(small_model()), "compiled") == ""

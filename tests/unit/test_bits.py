@@ -17,7 +17,7 @@ from granite_paged.models import LoadedModel
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.runner.runner import Runner
 from granite_paged.runner.storage import RowSnapshot
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import shortest_model
 
 REPORT = BitsReport("tiny", "f00", "float32", {"torch": "2.14.1"}, {"short": {"logits": "a"}})
 
@@ -33,7 +33,7 @@ def test_a_request_is_computed_in_its_chunks_and_then_token_by_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bits, "REQUESTS", {"chunked": (9, (2, 5))})
-    model = tiny_model(num_hidden_layers=2, layer_types=["mamba", "attention"])
+    model = shortest_model()
     calls: list[Any] = []
 
     def noted(owner: Any, name: str, read: Any) -> Any:

@@ -693,8 +693,8 @@ def test_limits_state_those_of_files_of_requests() -> None:
 
 def test_the_guide_names_the_gpus_that_the_constants_were_chosen_on() -> None:
     device = json.loads((PACKAGE / "layers" / "tuned.json").read_text(encoding="utf-8"))["device"]
-    attention, products = (part.removeprefix("NVIDIA ") for part in device.split(", "))
-    assert_states("docs/guides/record.md", f"were chosen on an {attention} and an {products},")
+    names = " and an ".join(part.removeprefix("NVIDIA ") for part in device.split(", "))
+    assert_states("docs/guides/record.md", f"were chosen on an {names},")
 
 
 def test_the_readme_says_which_commands_take_a_model_and_write_json() -> None:

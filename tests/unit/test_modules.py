@@ -13,9 +13,8 @@ from torch.nn.utils import parametrize
 from granite_paged.errors import UnsupportedModel
 from granite_paged.layers.modules import changed_part, check_model, check_supported, is_own
 from granite_paged.layers.one_token import TokenByToken
-from tests.helpers.tiny_models import tiny_model
+from tests.helpers.tiny_models import shortest_model
 
-KINDS = ["mamba", "attention"]
 FRAMES = [
     "model.layers.0",
     "model.layers.0.mamba",
@@ -35,7 +34,7 @@ class OtherLinear(nn.Linear):
 
 @pytest.fixture
 def model() -> Any:
-    return tiny_model(num_hidden_layers=2, layer_types=KINDS)
+    return shortest_model()
 
 
 def hook(module: Any) -> None:

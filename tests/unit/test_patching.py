@@ -28,17 +28,16 @@ from granite_paged.hf.compat import CACHE, with_cache
 from granite_paged.hf.step import CacheStep
 from granite_paged.layers.mamba import MambaSizes
 from granite_paged.layers.one_token import ExactForward
-from tests.helpers.tiny_models import VOCABULARY, cache_of, prompts, tiny_model
+from tests.helpers.tiny_models import VOCABULARY, cache_of, prompts, shortest_model, tiny_model
 
 PAGES = PagedConfig(page_size=4)
-KINDS = ["mamba", "attention"]
 LONG, ONE = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[5]])
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
     """A tiny model, patched for the whole file."""
-    hybrid = tiny_model(num_hidden_layers=2, layer_types=KINDS).requires_grad_(False)
+    hybrid = shortest_model().requires_grad_(False)
     with paged(hybrid, PAGES):
         yield hybrid
 
@@ -131,8 +130,7 @@ def test_positional_arguments_have_the_names_of_the_decoders_forward() -> None:
 
 
 def test_router_logits_are_refused_in_exact_mode_only() -> None:
-    options = {"num_hidden_layers": 2, "layer_types": KINDS}
-    experts = tiny_model("experts", **options).requires_grad_(False)
+    experts = shortest_model("experts").requires_grad_(False)
     with paged(experts, PagedConfig(page_size=4, exact=True)):
         experts.base_model(ONE)
         with pytest.raises(InvalidRequest, match="router logits"):
@@ -142,7 +140,7 @@ def test_router_logits_are_refused_in_exact_mode_only() -> None:
 
 
 def test_exact_mode_computes_every_part_token_by_token() -> None:
-    own = tiny_model(num_hidden_layers=2, layer_types=KINDS).requires_grad_(False)
+    own = shortest_model().requires_grad_(False)
     forward = mock.patch.object(exact, "mamba", wraps=exact.mamba)
     with forward as by_token, paged(own, PagedConfig(page_size=4, exact=True)):
         for module in (own.lm_head, own.model.norm, own.model.layers[0].shared_mlp):
@@ -162,7 +160,7 @@ def test_mamba_layers_keep_no_inputs_where_plain_pytorch_runs(model: Any) -> Non
 
 
 def test_gradients_are_refused_where_weights_require_them() -> None:
-    own = tiny_model(num_hidden_layers=2, layer_types=KINDS)
+    own = shortest_model()
     with paged(own, PAGES):
         with pytest.raises(InferenceOnly, match="no_grad"):
             own(LONG)
@@ -172,7 +170,7 @@ def test_gradients_are_refused_where_weights_require_them() -> None:
 
 
 def test_only_a_patched_model_refuses_another_attention() -> None:
-    own = tiny_model(num_hidden_layers=2, layer_types=KINDS)
+    own = shortest_model()
     with paged(own, PAGES):
         own.set_attn_implementation("sdpa")
         with pytest.raises(AlreadyPatched, match="'eager'"):
@@ -183,7 +181,7 @@ def test_only_a_patched_model_refuses_another_attention() -> None:
 
 
 def test_a_cache_of_another_model_is_refused_after_a_step_too() -> None:
-    own_model = tiny_model(num_hidden_layers=2, layer_types=KINDS).requires_grad_(False)
+    own_model = shortest_model().requires_grad_(False)
     with paged(own_model, PAGES):
         own = fresh(own_model)
         own_model(LONG, **with_cache(own))
@@ -208,7 +206,7 @@ def test_a_cache_is_compared_with_its_model_once(model: Any) -> None:
 
 
 def test_a_cache_of_a_model_with_an_equal_config_is_taken(model: Any) -> None:
-    twin = tiny_model(num_hidden_layers=2, layer_types=KINDS)
+    twin = shortest_model()
     own = fresh(twin)
     model(LONG, **with_cache(own))
     assert own.get_seq_length() == LONG.shape[1]
@@ -256,7 +254,7 @@ def test_a_model_may_return_a_tuple(model: Any) -> None:
 
 
 def test_logits_are_not_checked_unless_asked_for() -> None:
-    plain = tiny_model(num_hidden_layers=2, layer_types=KINDS).requires_grad_(False)
+    plain = shortest_model().requires_grad_(False)
     plain.lm_head.register_forward_hook(nan)
     with paged(plain, PagedConfig(page_size=4, check_finite=False)):
         assert plain(LONG).logits.isnan().all()
@@ -346,7 +344,7 @@ def test_a_cache_of_the_user_is_reserved_for_the_call(model: Any) -> None:
 
 
 def test_the_attention_of_other_steps_is_the_models_own(model: Any) -> None:
-    own = tiny_model(num_hidden_layers=2, layer_types=KINDS).requires_grad_(False)
+    own = shortest_model().requires_grad_(False)
     own.set_attn_implementation("eager")
     expected = own(LONG, use_cache=False).logits
     with paged(own, PAGES):

@@ -17,10 +17,9 @@ from granite_paged.runner.graph import CapturedStep, Inputs
 from granite_paged.runner.model import EagerModel
 from granite_paged.runner.runner import Chunk, Runner, _check_chunk, _scored, scores_of
 from granite_paged.runner.shapes import Shapes
-from tests.helpers.tiny_models import VOCABULARY, tiny_model
+from tests.helpers.tiny_models import VOCABULARY, shortest_model
 
 CONFIG = PagedConfig(page_size=16, max_tokens=512, max_sequences=4, chunk_tokens=128)
-KINDS = ["mamba", "attention"]
 V = VOCABULARY
 
 
@@ -58,8 +57,7 @@ class MarkedSteps:
 
 
 def small_model(**options: Any) -> Any:
-    sizes = {"num_hidden_layers": 2, "layer_types": KINDS, **options}
-    return tiny_model(**sizes).requires_grad_(False)
+    return shortest_model(**options).requires_grad_(False)
 
 
 @pytest.fixture
