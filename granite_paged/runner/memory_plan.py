@@ -184,11 +184,15 @@ def _workspace_bytes(model: Any, config: PagedConfig, geometry: CacheGeometry) -
 def _scan_bytes(sizes: MambaSizes, hidden: int, item: int, kept: Kept) -> int:
     """Return the bytes per token of a Mamba layer's intermediate tensors.
 
-    They are: projected, convolved, gated and mixed channels; decays; chunk states.
+    They are: projected, convolved, gated and mixed channels; decays; chunk states; similarities of
+    a chunk's tokens, which exact mode computes where it needs them.
     """
     projected = sizes.inner + sizes.channels + sizes.heads
     per_state = torch.float32.itemsize + item  # added by a chunk, and entering it
-    chunk = EXACT_CHUNK if kept is Kept.CHUNK else min(sizes.chunk_size, 256)
+    exact = kept is Kept.CHUNK
+    chunk = EXACT_CHUNK if exact else min(sizes.chunk_size, 256)
     states = per_state * sizes.ssm_elements // chunk
     decays = 2 * torch.float32.itemsize * sizes.heads
-    return item * (projected + sizes.channels + 2 * sizes.inner + hidden) + decays + states
+    similarities = 0 if exact else torch.float32.itemsize * sizes.groups * chunk
+    channels = projected + sizes.channels + 2 * sizes.inner + hidden
+    return item * channels + decays + states + similarities

@@ -2,8 +2,11 @@
 
 Four kernels: the convolution; the state that each chunk adds; the recurrence over chunks; the
 output. For a single chunk, the second kernel also does the third one's work. Decays are float32;
-operands of matrix products have the model's dtype. Each kernel is started before the one in front
-of it has finished (`linear.early`), and waits for it first.
+operands of matrix products have the model's dtype. The similarities C B^T of a chunk's tokens are
+the same for all heads of a group: the second kernel computes them once.
+
+Each kernel is started before the one in front of it has finished (`linear.early`). It waits for
+that one before it uses its results, and does first what depends on earlier kernels only.
 """
 
 from __future__ import annotations
@@ -18,6 +21,10 @@ from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.pointwise import silu, softplus
 
 _RING_BLOCK = 256  # channels whose inputs one program stores
+
+_OUTPUT_REGISTERS = 168
+"""Registers per thread of `_chunk_outputs`, so that three programs fit a multiprocessor of 65,536.
+Measured on an H100: a prompt of 512 tokens takes 4.54 ms with it, and 4.78 without."""
 
 
 @triton.jit
@@ -151,9 +158,41 @@ def _entering_state(
 
 
 @triton.jit
+def _similarity(
+    convolved_ptr, similarity_ptr, batch, chunk, number,
+    tokens, chunks, inner, state_size, groups,
+    SIZE: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Store C B^T of two blocks of a chunk's tokens: those of B are not after those of C."""
+    PAIRS: tl.constexpr = SIZE // L * (SIZE // L + 1) // 2
+    group, pair = number // PAIRS, number % PAIRS
+    part = 0
+    for later in tl.static_range(1, SIZE // L):
+        part += (pair >= later * (later + 1) // 2).to(tl.int32)
+    to = part * L + tl.arange(0, L)
+    at = (pair - part * (part + 1) // 2) * L + tl.arange(0, L)
+    n, left = tl.arange(0, N), tokens - chunk * SIZE
+    first = batch.to(tl.int64) * tokens + chunk * SIZE
+    channels, b_at = inner + 2 * groups * state_size, inner + group * state_size + n
+    c = tl.load(
+        convolved_ptr + (first + to)[:, None] * channels + (b_at + groups * state_size)[None, :],
+        mask=(to < left)[:, None] & (n < state_size)[None, :],
+        other=0.0,
+    )
+    b = tl.load(
+        convolved_ptr + (first + at)[None, :] * channels + b_at[:, None],
+        mask=(at < left)[None, :] & (n < state_size)[:, None],
+        other=0.0,
+    )
+    place = ((batch * chunks + chunk) * groups + group).to(tl.int64) * SIZE * SIZE
+    place += to[:, None] * SIZE + at[None, :]
+    tl.store(similarity_ptr + place, tl.dot(c, b, input_precision="ieee"))
+
+
+@triton.jit
 def _chunk_states(
     convolved_ptr, projected_ptr, positions_ptr, dt_bias_ptr, a_log_ptr,
-    dt_ptr, decay_ptr, states_ptr,
+    dt_ptr, decay_ptr, similarity_ptr, states_ptr,
     ssm_ptr, recent_ptr, times_ptr, rows_ptr, ring_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, low, high, stride,
     ONE: tl.constexpr, REPLAYED: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
@@ -161,17 +200,24 @@ def _chunk_states(
 ):  # fmt: skip
     """Compute a chunk's dt, the cumulative sum of dt * A, and what the chunk adds to the state.
 
-    Programs beyond the heads store the inputs of the row's last tokens in its ring. With `ONE`
-    chunk, this also updates the row's state, and stores the state that entered at `states_ptr`.
+    Programs beyond the heads compute similarities, and store the inputs of the row's last tokens in
+    its ring. With `ONE` chunk, this also updates the row's state, and stores the state that entered
+    at `states_ptr`.
     """
-    wait(EARLY)
     batch, chunk, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     inner = heads * head_dim
     channels = inner + 2 * groups * state_size
     if head >= heads:
-        if chunk == 0:
+        wait(EARLY)
+        blocks = groups * (SIZE // L * (SIZE // L + 1) // 2)
+        if head < heads + blocks:
+            _similarity(
+                convolved_ptr, similarity_ptr, batch, chunk, head - heads,
+                tokens, chunks, inner, state_size, groups, SIZE, L, N,
+            )  # fmt: skip
+        elif chunk == 0:
             _store_last(
-                projected_ptr, ring_ptr, rows_ptr, positions_ptr, batch, head - heads,
+                projected_ptr, ring_ptr, rows_ptr, positions_ptr, batch, head - heads - blocks,
                 tokens, inner, channels, stride, WIDTH, C,
             )  # fmt: skip
         return
@@ -193,11 +239,22 @@ def _chunk_states(
 
     p, n, group = tl.arange(0, P), tl.arange(0, N), head // (heads // groups)
     p_there, n_there = p < head_dim, n < state_size
+    at, there = p[:, None] * state_size + n[None, :], p_there[:, None] & n_there[None, :]
+    if ONE:
+        row = tl.load(rows_ptr + batch).to(tl.int64)
+        is_row = row + tl.zeros([P], tl.int64) >= 0  # -1 is padding
+        stored = there & is_row[:, None]
+        held = ssm_ptr + (row * heads + head) * head_dim * state_size + at
+        state = _entering_state(
+            held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n, stored,
+            tokens, heads, head_dim, state_size, groups, REPLAYED,
+        )  # fmt: skip
+    wait(EARLY)
     added = tl.zeros([P, N], tl.float32)
     for start in range(0, SIZE, L):
-        at = start + tl.arange(0, L)
-        here = chunk * SIZE + at < tokens
-        token = (first + chunk * SIZE + at) * channels
+        line = start + tl.arange(0, L)
+        here = chunk * SIZE + line < tokens
+        token = (first + chunk * SIZE + line) * channels
         x = tl.load(
             convolved_ptr + token[None, :] + (head * head_dim + p)[:, None],
             mask=p_there[:, None] & here[None, :],
@@ -208,21 +265,12 @@ def _chunk_states(
             mask=here[:, None] & n_there[None, :],
             other=0.0,
         )
-        to_end = tl.exp(whole - tl.load(decay_ptr + by_head + at)) * tl.load(dt_ptr + by_head + at)
+        to_end = tl.exp(whole - tl.load(decay_ptr + by_head + line))
+        to_end *= tl.load(dt_ptr + by_head + line)
         scaled = (x.to(tl.float32) * to_end[None, :]).to(b.dtype)
         added = tl.dot(scaled, b, added, input_precision="ieee")
     place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
-    at = p[:, None] * state_size + n[None, :]
-    there = p_there[:, None] & n_there[None, :]
     if ONE:
-        row = tl.load(rows_ptr + batch).to(tl.int64)
-        is_row = row + tl.zeros([P], tl.int64) >= 0  # -1 is padding
-        stored = there & is_row[:, None]
-        held = ssm_ptr + (row * heads + head) * head_dim * state_size + at
-        state = _entering_state(
-            held, recent_ptr, times_ptr, positions_ptr, batch, row, head, rate, p, n, stored,
-            tokens, heads, head_dim, state_size, groups, REPLAYED,
-        )  # fmt: skip
         tl.store(states_ptr + place + at, state.to(states_ptr.dtype.element_ty), mask=there)
         tl.store(held, state * tl.exp(whole) + added, mask=stored)
     else:
@@ -237,7 +285,6 @@ def _pass_on(
     SIZE: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute the state that enters each chunk; the state after the last chunk goes to the row."""
-    wait(EARLY)
     batch, head = tl.program_id(0), tl.program_id(1)
     p, n = tl.program_id(2) * P + tl.arange(0, P), tl.arange(0, N)
     at = p[:, None] * state_size + n[None, :]
@@ -252,24 +299,29 @@ def _pass_on(
         tokens, heads, head_dim, state_size, groups, REPLAYED,
     )  # fmt: skip
     ends = decay_ptr + (batch * heads + head).to(tl.int64) * chunks * SIZE + SIZE - 1
-    for chunk in range(chunks):
-        place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size + at
-        added = tl.load(states_ptr + place, mask=there, other=0.0)
-        tl.store(entering_ptr + place, state.to(entering_ptr.dtype.element_ty), mask=there)
-        state = state * tl.exp(tl.load(ends + chunk * SIZE)) + added
+    place = (batch * chunks * heads + head).to(tl.int64) * head_dim * state_size + at
+    wait(EARLY)
+    next_added, next_end = tl.load(states_ptr + place, mask=there, other=0.0), tl.load(ends)
+    for chunk in range(chunks):  # loads what the next chunk needs before it stores this one's
+        added, end, entering = next_added, next_end, entering_ptr + place
+        follows = chunk + 1 < chunks
+        place += heads * head_dim * state_size
+        next_added = tl.load(states_ptr + place, mask=there & follows, other=0.0)
+        next_end = tl.load(ends + (chunk + 1) * SIZE, mask=follows, other=0.0)
+        tl.store(entering, state.to(entering_ptr.dtype.element_ty), mask=there)
+        state = state * tl.exp(end) + added
     tl.store(held, state, mask=stored)
 
 
 @triton.jit
 def _chunk_outputs(
-    convolved_ptr, projected_ptr, dt_ptr, decay_ptr, entering_ptr, skip_ptr, gated_ptr,
-    times_ptr, rows_ptr, positions_ptr,
+    convolved_ptr, projected_ptr, dt_ptr, decay_ptr, similarity_ptr, entering_ptr, skip_ptr,
+    gated_ptr, times_ptr, rows_ptr, positions_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, stride,
-    REPLAYED: tl.constexpr, EARLY: tl.constexpr,
+    ONE: tl.constexpr, REPLAYED: tl.constexpr, EARLY: tl.constexpr,
     SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Compute (decayed C . state) + (masked, decayed C B^T) (dt x) + D x, times silu(gate)."""
-    wait(EARLY)
+    """Compute (masked, decayed C B^T) (dt x) + (decayed C . state) + D x, times silu(gate)."""
     batch, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts = SIZE // L
     chunk, part = part // parts, part % parts
@@ -281,49 +333,50 @@ def _chunk_outputs(
     p_there, n_there = p < head_dim, n < state_size
     to = part * L + tl.arange(0, L)
     to_there = to < left
-    by_head = (batch * heads + head).to(tl.int64) * chunks * SIZE + chunk * SIZE
-    decay = tl.load(decay_ptr + by_head + to)
-    b_at = inner + group * state_size + n
+    column = (head * head_dim + p)[None, :]
+    token_there = to_there[:, None] & p_there[None, :]
+    gate = tl.load(
+        projected_ptr + (first + to)[:, None] * stride + column, mask=token_there, other=0.0
+    )
+    c_at = inner + (groups + group) * state_size + n
     c = tl.load(
-        convolved_ptr + (first + to)[:, None] * channels + (b_at + groups * state_size)[None, :],
+        convolved_ptr + (first + to)[:, None] * channels + c_at[None, :],
         mask=to_there[:, None] & n_there[None, :],
         other=0.0,
     )
-    place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
-    entering = tl.load(
-        entering_ptr + place + p[None, :] * state_size + n[:, None],
-        mask=p_there[None, :] & n_there[:, None],
-        other=0.0,
-    )
-    out = tl.dot(c, entering, input_precision="ieee") * tl.exp(decay)[:, None]
+    if ONE:  # of several chunks, the last kernel computed only the entering states
+        wait(EARLY)
+    by_head = (batch * heads + head).to(tl.int64) * chunks * SIZE + chunk * SIZE
+    decay = tl.load(decay_ptr + by_head + to)
+    similar = ((batch * chunks + chunk) * groups + group).to(tl.int64) * SIZE * SIZE
+    similar += to[:, None] * SIZE
+    out = tl.zeros([L, P], tl.float32)
     for start in range(0, (part + 1) * L, L):
         at = start + tl.arange(0, L)
-        here = at < left
-        b = tl.load(
-            convolved_ptr + (first + at)[None, :] * channels + b_at[:, None],
-            mask=here[None, :] & n_there[:, None],
-            other=0.0,
-        )
         x = tl.load(
-            convolved_ptr + (first + at)[:, None] * channels + (head * head_dim + p)[None, :],
-            mask=here[:, None] & p_there[None, :],
+            convolved_ptr + (first + at)[:, None] * channels + column,
+            mask=(at < left)[:, None] & p_there[None, :],
             other=0.0,
         )
         later = decay[:, None] - tl.load(decay_ptr + by_head + at)[None, :]
         causal = to[:, None] >= at[None, :]
         weight = tl.exp(tl.where(causal, later, -float("inf")))
         weight *= tl.load(dt_ptr + by_head + at)[None, :]
-        weight *= tl.dot(c, b, input_precision="ieee")
+        weight *= tl.load(similarity_ptr + similar + at[None, :])
         out = tl.dot(weight.to(x.dtype), x, out, input_precision="ieee")
-    token_there = to_there[:, None] & p_there[None, :]
-    column = (head * head_dim + p)[None, :]
     x = tl.load(
         convolved_ptr + (first + to)[:, None] * channels + column, mask=token_there, other=0.0
     )
     out += tl.load(skip_ptr + head).to(tl.float32) * x.to(tl.float32)
-    gate = tl.load(
-        projected_ptr + (first + to)[:, None] * stride + column, mask=token_there, other=0.0
+    if not ONE:
+        wait(EARLY)
+    place = ((batch * chunks + chunk) * heads + head).to(tl.int64) * head_dim * state_size
+    entering = tl.load(
+        entering_ptr + place + p[None, :] * state_size + n[:, None],
+        mask=p_there[None, :] & n_there[:, None],
+        other=0.0,
     )
+    out += tl.dot(c, entering, input_precision="ieee") * tl.exp(decay)[:, None]
     out *= silu(gate.to(tl.float32))
     place = (first + to)[:, None] * inner + column
     tl.store(gated_ptr + place, out.to(gated_ptr.dtype.element_ty), mask=token_there)
@@ -398,6 +451,7 @@ def _scan(
     block = min(64, size)
     chunks = int(triton.cdiv(tokens, size))
     dt = state.ssm.new_empty(2, batch, sizes.heads, chunks * size)
+    similarity = state.ssm.new_empty(batch, chunks, sizes.groups, size, size)
     entering = convolved.new_empty(batch, chunks, sizes.heads, sizes.head_dim, sizes.state_size)
     # of one chunk, only the state that enters it is stored
     states = entering if chunks == 1 else torch.empty_like(entering, dtype=state.ssm.dtype)
@@ -410,9 +464,10 @@ def _scan(
         "N": max(16, triton.next_power_of_2(sizes.state_size)),
     }
     inputs, replayed = (state.recent, state.times), 0 if state.times is None else REPLAYED
-    rings = triton.cdiv(sizes.channels, _RING_BLOCK)
-    _chunk_states[(batch, chunks, sizes.heads + rings)](
-        convolved, projected, positions, *weights[:2], dt[0], dt[1], states,
+    parts, rings = size // block, triton.cdiv(sizes.channels, _RING_BLOCK)
+    others = sizes.groups * parts * (parts + 1) // 2 + rings
+    _chunk_states[(batch, chunks, sizes.heads + others)](
+        convolved, projected, positions, *weights[:2], dt[0], dt[1], similarity, states,
         state.ssm, *inputs, state.rows, state.conv,
         *shape, *sizes.time_step_limit, stride,
         ONE=chunks == 1, REPLAYED=replayed, WIDTH=sizes.conv_width, C=_RING_BLOCK,
@@ -425,10 +480,11 @@ def _scan(
             *shape, REPLAYED=replayed, SIZE=size, P=lines, N=blocks["N"], **starts,
         )  # fmt: skip
     gated = projected.new_empty(batch * tokens, sizes.inner)
-    _chunk_outputs[(batch, chunks * (size // block), sizes.heads)](
-        convolved, projected, dt[0], dt[1], entering, weights.skip, gated,
+    _chunk_outputs[(batch, chunks * parts, sizes.heads)](
+        convolved, projected, dt[0], dt[1], similarity, entering, weights.skip, gated,
         state.times, state.rows, positions, *shape, stride,
-        REPLAYED=replayed, **blocks, num_warps=4, num_stages=1, **starts,
+        ONE=chunks == 1, REPLAYED=replayed, **blocks,
+        num_warps=4, num_stages=1, maxnreg=_OUTPUT_REGISTERS, **starts,
     )  # fmt: skip
     return gated
 
