@@ -27,12 +27,9 @@ from granite_paged.bench.judge import (
 )
 from granite_paged.bench.modes import config_for, make_runner
 from granite_paged.bench.session import Session
-from granite_paged.bench.visits import VISITS, look_at, ready_subjects
+from granite_paged.bench.visits import TRIES, VISITS, look_at, ready_subjects
 from granite_paged.errors import CannotJudge
 from granite_paged.progress import Progress, silent
-
-TRIES = 3
-"""Tries to measure a shape that noise leaves undecided, each with twice the visits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ A slowdown of five per cent must be seen, so the limit lies half way, at 1.025::
     across it, and wider                  unmeasurable: measure again, with twice the visits; fail
                                           after three tries
 
-A suite whose own visits scatter so much that two standard errors reach half way is unmeasurable as
-well. Peak memory hardly varies, so it is compared directly, with 1 % for the allocator's rounding.
+A suite is unmeasurable as well if its own visits scatter too much (`scattered`). Peak memory hardly
+varies, so it is compared directly, with 1 % for the allocator's rounding.
 """
 
 from __future__ import annotations
@@ -206,27 +206,38 @@ def _timed(visits: Sequence[float]) -> bool:
     return all(0 < time < math.inf for time in visits)
 
 
-def suite_time(visits: Sequence[float]) -> float:
-    """Return a suite's time: the median of its visits, which one disturbed visit does not move."""
-    return median(visits)
+def suite_time(visits: Sequence[float], *, on_device: bool = True) -> float:
+    """Return a suite's time.
+
+    Of the device: the median of its visits, which one disturbed visit does not move. Of the host:
+    the shortest, because whatever else a host does can only add to the time of a visit.
+    """
+    return median(visits) if on_device else min(visits)
 
 
-def scattered(visits: Sequence[float], seen: float) -> bool:
-    """Whether two standard errors of these visits' median reach half way to `seen`.
+def scattered(visits: Sequence[float], seen: float, *, on_device: bool = True) -> bool:
+    """Whether these visits are too far apart to tell a slowdown of `seen`.
 
-    True as well for fewer than 2 visits, and where one took no time.
+    Of the device: two standard errors of their median reach half way to `seen`. Of the host: the
+    two shortest differ by that much. True as well for fewer than 2 visits, and where one took no
+    time.
     """
     if len(visits) < 2 or not _timed(visits):
         return True
+    if not on_device:
+        shortest, second, *_ = sorted(visits)
+        return second > shortest * limit_of(seen)
     error = math.sqrt(math.pi / 2 / len(visits)) * stdev(map(math.log, visits))
     return 2 * error > math.log(limit_of(seen))
 
 
-def judge_time(visits: Sequence[float], floor: float, bound: Bound, seen: float) -> Verdict:
+def judge_time(
+    visits: Sequence[float], floor: float, bound: Bound, seen: float, *, on_device: bool = True
+) -> Verdict:
     """Compare the time of a suite's visits, in seconds, with the calibrated bound."""
-    if scattered(visits, seen):
+    if scattered(visits, seen, on_device=on_device):
         return "unmeasurable"
-    excess = suite_time(visits) - bound.base * floor
+    excess = suite_time(visits, on_device=on_device) - bound.base * floor
     return "failed" if excess > max(bound.allowed * bound.base * floor, LEAST_SECONDS) else "passed"
 
 
@@ -295,9 +306,10 @@ def _time(
         return _lacking(what, TIME_LAW, lack)
     if not seen.times:
         return Check(what, TIME_LAW, "no visits", "-", "unmeasurable")
-    found = f"{suite_time(seen.times) / floor:.4f}"
+    found = f"{suite_time(seen.times, on_device=gated.on_device) / floor:.4f}"
     limit = f"<= {bound.base * (1 + bound.allowed):.4f}"
-    return Check(what, TIME_LAW, found, limit, judge_time(seen.times, floor, bound, gated.seen))
+    verdict = judge_time(seen.times, floor, bound, gated.seen, on_device=gated.on_device)
+    return Check(what, TIME_LAW, found, limit, verdict)
 
 
 def _lacking(what: str, law: str, lack: str) -> Check:

@@ -27,6 +27,9 @@ from granite_paged.bench.session import Measured, Session
 VISITS = 5
 """Visits of each mode in a suite; each further try has twice as many."""
 
+TRIES = 3
+"""Tries to measure a shape that noise leaves undecided."""
+
 STEPS, FEWEST = 40, 2
 """Most and fewest steps of a visit."""
 

@@ -277,7 +277,8 @@ def test_teeth_count_green_and_red_tries(
     folder, report = tmp_path, tmp_path / "teeth.json"
     command = ["gate", "--device", "cpu", "--records", str(folder)]
     run([*command, "--calibrate", "6"])
-    monkeypatch.setattr(judge, "scattered", lambda *args: False)
+    for module in (judge, suites):
+        monkeypatch.setattr(module, "scattered", lambda *args, **options: False)
     monkeypatch.setattr(judge, "SEEN", 100.0)
     for base, green, red in ((1e9, 2, 0), (1e-9, 0, 2)):
         bound = Bound(base, 0.0, 0.0, 0.01, 0.0)

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from granite_paged.bench import gate, judge, records
 from granite_paged.bench.calibration import Bound, bound_of
 from granite_paged.bench.cases import Shape
-from granite_paged.bench.gate import TRIES, judged
+from granite_paged.bench.gate import judged
 from granite_paged.bench.judge import (
+    ENGINE_SEEN,
     GATED,
     LAW_SEEN,
     LEAST_BYTES,
@@ -39,7 +40,7 @@ from granite_paged.bench.judge import (
     suite_time,
     visit_ratio,
 )
-from granite_paged.bench.visits import VISITS
+from granite_paged.bench.visits import TRIES, VISITS
 from granite_paged.errors import CannotJudge, ResultFileError
 from granite_paged.geometry import PagedConfig
 from granite_paged.report.bench_results import (
@@ -241,8 +242,9 @@ def test_one_disturbed_visit_changes_no_verdict() -> None:
     assert red(disturbed, record()) == []
 
 
-def test_a_suites_time_is_the_median_of_its_visits() -> None:
-    assert suite_time([1.0, 1.0, 9.0]) == 1.0
+def test_a_suites_time_is_the_median_of_its_visits_and_of_the_host_the_shortest() -> None:
+    assert suite_time([1.0, 9.0, 2.0]) == 2.0
+    assert suite_time([2.0, 9.0, 1.0], on_device=False) == 1.0
 
 
 def test_the_false_alarms_of_a_suite_are_shared_by_its_time_checks() -> None:
@@ -264,6 +266,29 @@ def test_visits_that_scatter_are_unmeasurable() -> None:
     assert not scattered([1.0, 1.0], SEEN)
     assert not scattered([1.0, 1.0], 1.0), "whatever must be seen"
     assert TIME_RECORD in red(seen(noise=0.08), record())
+
+
+def test_visits_of_the_host_scatter_when_the_two_shortest_are_half_way_apart() -> None:
+    limit = judge.limit_of(ENGINE_SEEN)
+    for second, verdict in ((limit, False), (math.nextafter(limit, 2), True)):
+        assert scattered([9.0, second, 1.0], ENGINE_SEEN, on_device=False) == verdict
+    assert scattered([1.0], ENGINE_SEEN, on_device=False)
+    assert scattered([0.0, 1.0, 1.0], ENGINE_SEEN, on_device=False)
+
+
+def test_a_busy_host_makes_no_engine_slower() -> None:
+    """Seen on a GPU: of 20 suites of the same code, one was red because its host was busy."""
+    bound, busy = Bound(1.0, 0.01, 0.04, 0.01, 0.08), [1.3, 1.0, 1.2, 1.01, 1.4]
+    assert judge_time(busy, 1.0, bound, ENGINE_SEEN, on_device=False) == "passed"
+    slower = [ENGINE_SEEN * visit for visit in busy]
+    assert judge_time(slower, 1.0, bound, ENGINE_SEEN, on_device=False) == "failed"
+    engine = replace(GATE, case="serve", seen=ENGINE_SEEN)
+    for gated, verdict in ((GATE, "unmeasurable"), (engine, "passed")):
+        against = Against(calibration(calibrated(case=gated.case)))
+        found = seen()
+        scale = found.times[0]
+        checks = checks_of(gated, replace(found, times=[scale * v for v in busy]), against, FLOOR)
+        assert verdicts(checks)[TIME_RECORD] == verdict
 
 
 def test_visits_scatter_when_two_standard_errors_reach_half_way() -> None:

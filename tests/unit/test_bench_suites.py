@@ -266,6 +266,38 @@ def test_a_worsened_step_takes_longer_and_holds_more(monkeypatch: pytest.MonkeyP
     assert CLOCK.seconds(sleep_of(CLOCK, 0.0)) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("noises", "counts"),
+    [([0.0], [5]), ([0.3, 0.0], [5, 10]), ([0.3] * 9, [5, 10, 20])],
+    ids=["quiet", "noisy once", "noisy"],
+)
+@pytest.mark.parametrize("gated", [GATE, SERVED])
+def test_a_suite_repeats_visits_that_scatter_as_the_gate_does(
+    gated: Gated, noises: list[float], counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen on a GPU: a slower step counted as missed, which the gate would have measured again."""
+    session = Session(LoadedModel("tiny", tiny_model(), None), PagedConfig())
+    asked, left = list[int](), list(noises)
+
+    def look(gated: Gated, subjects: Any, seen: Seen, visits: int, *, whole: bool) -> None:
+        asked.append(visits)
+        noise = left.pop(0)
+        seen.times = [(1 + noise) ** number for number in range(visits)]
+
+    monkeypatch.setattr(suites, "look_at", look)
+    suite = suites.measure_suite(session, {gated: subject([], "paged")})
+    assert asked == counts
+    assert len(suite[gated].times) == counts[-1]
+
+
+def test_a_suite_looks_once_at_a_shape_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(LoadedModel("tiny", tiny_model(), None), PagedConfig())
+    asked: list[int] = []
+    monkeypatch.setattr(suites, "look_at", lambda *given, whole: asked.append(given[3]))
+    suites.measure_suite(session, {replace(GATE, time=False): subject([], "paged")})
+    assert asked == [5]
+
+
 @pytest.mark.parametrize("gated", [GATE, SERVED])
 def test_teeth_add_the_loss_that_the_gate_must_see(
     gated: Gated, monkeypatch: pytest.MonkeyPatch
