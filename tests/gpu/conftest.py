@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-LONGEST = ("test_warm_up.py", "test_runner.py", "test_models.py", "test_evaluate.py")
-"""Files whose tests take up to two minutes each. They start first, so that several processes end
-at about the same time."""
+LONGEST = (
+    "test_accuracy.py",
+    "test_warm_up.py",
+    "test_models.py",
+    "test_runner.py",
+    "test_evaluate.py",
+)
+"""Files that take up to two minutes, or whose tests do. They start first, so that several processes
+end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

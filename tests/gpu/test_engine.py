@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from granite_paged import Engine, PagedConfig, SamplingParams, verify
+from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine.sampling import gumbel
 from granite_paged.models import load
+from tests.helpers.float64 import float64_copy
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
 from tests.helpers.tolerance import SDPA_RATIO, relative_error
 
@@ -56,8 +57,8 @@ def test_log_probabilities_are_as_accurate_as_those_of_sdpa(model: Any) -> None:
     pairs = [(context, each) for context, several in items for each in several]
     ours = torch.tensor([t for scores in found for score in scores for t in score.tokens])
     sdpa = torch.cat([logprobs(model, *pair) for pair in pairs])
-    exact_model = verify.float64_copy(model)
-    exact = torch.cat([logprobs(exact_model, *pair) for pair in pairs])
+    with float64_copy(model) as exact_model:
+        exact = torch.cat([logprobs(exact_model, *pair) for pair in pairs])
     assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(sdpa, exact)
 
 

@@ -13,6 +13,7 @@ from granite_paged.errors import NonFinite
 from granite_paged.hf.compat import with_cache
 from granite_paged.models import LoadedModel, load
 from tests.helpers import faults
+from tests.helpers.float64 import float64_copy, float64_turn
 from tests.helpers.tiny_models import FLAVOURS, prompts, tiny_model
 from tests.helpers.tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, relative_error
 
@@ -33,7 +34,8 @@ def test_the_embedded_model_passes_every_law(dtype: str) -> None:
 
 
 def test_granite_4_h_1b_in_bfloat16_is_as_accurate_as_sdpa(one_b: LoadedModel) -> None:
-    report = verify.verify(one_b, context=1024)
+    with float64_turn():
+        report = verify.verify(one_b, context=1024)
     ratios = {case.name: case.error_ratio for case in report.cases}
     assert all(ratio is not None and ratio <= SDPA_RATIO for ratio in ratios.values()), ratios
 
@@ -56,9 +58,9 @@ def test_a_prompt_of_32768_tokens_is_as_accurate_as_sdpa(one_b: LoadedModel) -> 
     default = last(model, DynamicCache(config=model.config))
     with paged(model):
         ours = last(model, PagedCache.for_model(model))
-    exact_model = verify.float64_copy(model)
-    # shorter steps: the scores of 2,048 tokens would take 6 GB, several times
-    exact = last(exact_model, DynamicCache(config=model.config), most=256)
+    with float64_copy(model) as exact_model:
+        # shorter steps: the scores of 2,048 tokens would take 6 GB, several times
+        exact = last(exact_model, DynamicCache(config=model.config), most=256)
     assert relative_error(ours, exact) <= SDPA_RATIO * relative_error(default, exact)
 
 

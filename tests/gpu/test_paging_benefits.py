@@ -124,7 +124,7 @@ def test_long_prompts_do_not_stall_decoding(model: Any) -> None:
     )
     coming = arrivals(workload, model.config.vocab_size, seed=0)
     tokens = 16 * (8192 + 512) + 240 * 1024
-    sizes = PagedConfig(max_sequences=256, max_tokens=tokens)
+    sizes = PagedConfig(max_sequences=128, max_tokens=tokens)
     with Engine(model, sizes, queue=len(coming)) as engine:
         found = summary(serve(engine, coming))
     print(found)

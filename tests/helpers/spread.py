@@ -12,8 +12,8 @@ from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
-WHOLE = {"test_lm_eval.py", "test_ray.py", "test_soak.py"}
-"""Files whose fixtures take seconds: a cluster, tasks of lm-eval, answers of a model."""
+WHOLE = {"test_lm_eval.py", "test_ray.py", "test_soak.py", "test_accuracy.py"}
+"""Files whose fixtures are slow or large: a cluster, tasks of lm-eval, answers of a model."""
 
 
 class Spread(LoadScopeScheduling):
