@@ -304,10 +304,10 @@ def _pass_on(
     next_added, next_end = tl.load(states_ptr + place, mask=there, other=0.0), tl.load(ends)
     for chunk in range(chunks):  # loads what the next chunk needs before it stores this one's
         added, end, entering = next_added, next_end, entering_ptr + place
-        follows = chunk + 1 < chunks
-        place += heads * head_dim * state_size
-        next_added = tl.load(states_ptr + place, mask=there & follows, other=0.0)
-        next_end = tl.load(ends + (chunk + 1) * SIZE, mask=follows, other=0.0)
+        step = tl.minimum(chunk + 1, chunks - 1) - chunk  # 0 at the last chunk, else 1
+        place += step * heads * head_dim * state_size
+        next_added = tl.load(states_ptr + place, mask=there, other=0.0)
+        next_end = tl.load(ends + (chunk + step) * SIZE)
         tl.store(entering, state.to(entering_ptr.dtype.element_ty), mask=there)
         state = state * tl.exp(end) + added
     tl.store(held, state, mask=stored)
