@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -368,7 +369,7 @@ class Runner:
             row, start, tokens = chunks[piece.chunk]
             count = piece.end - piece.start
             inputs.rows[place] = row
-            inputs.positions[place, :count] = range(start + piece.start, start + piece.end)
+            inputs.positions[place, :count] = np.arange(start + piece.start, start + piece.end)
             inputs.tokens[place, :count] = tokens[piece.start : piece.end]
             inputs.last[place] = place * batch.length + count - 1
         self._run(step, inputs)
