@@ -280,6 +280,7 @@ def test_a_busy_host_makes_no_engine_slower() -> None:
     """Seen on a GPU: of 20 suites of the same code, one was red because its host was busy."""
     bound, busy = Bound(1.0, 0.01, 0.04, 0.01, 0.08), [1.3, 1.0, 1.2, 1.01, 1.4]
     assert judge_time(busy, 1.0, bound, ENGINE_SEEN, on_device=False) == "passed"
+    assert judge_time(busy, 1.0, bound, ENGINE_SEEN) == "unmeasurable", "on the device"
     slower = [ENGINE_SEEN * visit for visit in busy]
     assert judge_time(slower, 1.0, bound, ENGINE_SEEN, on_device=False) == "failed"
     engine = replace(GATE, case="serve", seen=ENGINE_SEEN)
