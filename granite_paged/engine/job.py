@@ -122,9 +122,14 @@ class Job:
         return place.stored if place else 0
 
     @property
+    def launched(self) -> bool:
+        """Whether everything that it was to compute has been launched, or it ended before."""
+        return self.state in (State.UNREAD, State.DONE)
+
+    @property
     def remaining(self) -> int:
         """Number of tokens that it has yet to compute, at most."""
-        return self.max_stored - self.stored
+        return 0 if self.launched else self.max_stored - self.stored
 
     @property
     def prefill_tokens(self) -> int:
@@ -265,6 +270,8 @@ class ScoringJob(Job):
     @property
     def remaining(self) -> int:
         """Number of tokens of its context and continuations that are not computed, at most."""
+        if self.launched:
+            return 0
         continuations = sum(len(self.continuation(number)) for number in self.pending)
         return len(self.tokens) - self.stored + continuations
 

@@ -58,6 +58,15 @@ def test_a_job_without_a_row_has_no_place_and_nothing_stored() -> None:
     assert (job.stored, job.remaining) == (5, 4)
 
 
+@pytest.mark.parametrize("state", [State.UNREAD, State.DONE])
+def test_a_job_without_a_row_that_was_launched_has_nothing_left(state: State) -> None:
+    """Seen here: an engine's load counted all tokens of a request whose stream had just ended."""
+    for job in (sample(), scoring()):
+        assert job.remaining
+        job.state = state
+        assert job.remaining == 0
+
+
 # -- samples ------------------------------------------------------------------------------------
 
 
