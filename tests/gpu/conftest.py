@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from granite_paged.models import load
 
 LONGEST = (
     "test_accuracy.py",
@@ -24,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     rank = {here / name: place - len(LONGEST) for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, 0))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """granite-4.0-h-1b with random weights, in bfloat16."""
+    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
 
 
 @pytest.fixture(autouse=True)

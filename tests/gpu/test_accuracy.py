@@ -14,18 +14,12 @@ from transformers import DynamicCache
 
 from granite_paged import PagedCache, PagedConfig, paged
 from granite_paged.hf.compat import with_cache
-from granite_paged.models import load
 from tests.helpers.driver import Driver
 from tests.helpers.float64 import float64_copy
 from tests.helpers.tolerance import SDPA_RATIO, relative_error
 
 CONFIG = PagedConfig(max_tokens=16384, max_sequences=100)  # 100 forks each copy their last page
 PROMPT, STEPS = 600, 4
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
 
 
 @pytest.fixture(scope="module")

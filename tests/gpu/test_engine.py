@@ -21,11 +21,6 @@ PROMPTS = [
 NEW = 24
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
-
-
 def text(count: int, seed: int) -> list[int]:
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(3, 100_000, (count,), generator=draw).tolist()

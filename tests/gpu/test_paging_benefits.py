@@ -17,7 +17,6 @@ from granite_paged.bench.serving import serve, summary
 from granite_paged.bench.workload import Workload, arrivals
 from granite_paged.errors import OutOfMemory
 from granite_paged.geometry import CacheGeometry
-from granite_paged.models import load
 from granite_paged.runner.memory_plan import RunnerSizes, plan_memory
 from granite_paged.runner.runner import Runner
 
@@ -31,11 +30,6 @@ NEEDED_GB = 100
 """Device memory for that number of sequences and their states."""
 
 pytestmark = pytest.mark.whole_gpu
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
 
 
 def text(count: int, seed: int) -> list[int]:

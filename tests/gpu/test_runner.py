@@ -9,18 +9,12 @@ import torch
 
 from granite_paged import PagedConfig
 from granite_paged.errors import OutOfMemory
-from granite_paged.models import load
 from granite_paged.runner.memory_plan import weight_bytes
 from granite_paged.runner.runner import Runner
 from tests.helpers.driver import Driver
 from tests.helpers.golden_models import MODELS
 from tests.helpers.golden_runner import decoded, make_driver, prefilled, recorded
 from tests.helpers.tolerance import LOGITS_FLOAT32, largest_error
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return load(random_weights="granite-4.0-h-1b", device="cuda", dtype="bfloat16").model
 
 
 @pytest.mark.parametrize("name", MODELS)

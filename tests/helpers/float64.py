@@ -30,7 +30,7 @@ def float64_turn() -> Iterator[None]:
 
 @contextmanager
 def float64_copy(model: Any) -> Iterator[Any]:
-    """Give a float64 copy for the block. Its memory is free afterwards, even if it is kept."""
+    """Give a float64 copy for the block. Its memory is free afterwards, even if you keep it."""
     with float64_turn():
         exact = verify.float64_copy(model)
         try:

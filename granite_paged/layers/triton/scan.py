@@ -161,10 +161,9 @@ def _entering_state(
 def _similarity(
     convolved_ptr, similarity_ptr, batch, chunk, number,
     tokens, chunks, inner, state_size, groups,
-    SIZE: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
+    PAIRS: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Store C B^T of two blocks of a chunk's tokens: those of B are not after those of C."""
-    PAIRS: tl.constexpr = SIZE // L * (SIZE // L + 1) // 2
     group, pair = number // PAIRS, number % PAIRS
     part = 0
     for later in tl.static_range(1, SIZE // L):
@@ -196,7 +195,8 @@ def _chunk_states(
     ssm_ptr, recent_ptr, times_ptr, rows_ptr, ring_ptr,
     tokens, chunks, heads, head_dim, state_size, groups, low, high, stride,
     ONE: tl.constexpr, REPLAYED: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
-    EARLY: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    EARLY: tl.constexpr, PAIRS: tl.constexpr,
+    SIZE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Compute a chunk's dt, the cumulative sum of dt * A, and what the chunk adds to the state.
 
@@ -209,11 +209,11 @@ def _chunk_states(
     channels = inner + 2 * groups * state_size
     if head >= heads:
         wait(EARLY)
-        blocks = groups * (SIZE // L * (SIZE // L + 1) // 2)
+        blocks = groups * PAIRS
         if head < heads + blocks:
             _similarity(
                 convolved_ptr, similarity_ptr, batch, chunk, head - heads,
-                tokens, chunks, inner, state_size, groups, SIZE, L, N,
+                tokens, chunks, inner, state_size, groups, PAIRS, SIZE, L, N,
             )  # fmt: skip
         elif chunk == 0:
             _store_last(
@@ -465,12 +465,12 @@ def _scan(
     }
     inputs, replayed = (state.recent, state.times), 0 if state.times is None else REPLAYED
     parts, rings = size // block, triton.cdiv(sizes.channels, _RING_BLOCK)
-    others = sizes.groups * parts * (parts + 1) // 2 + rings
-    _chunk_states[(batch, chunks, sizes.heads + others)](
+    pairs = parts * (parts + 1) // 2  # of a block of C, and a block of B that is not after it
+    _chunk_states[(batch, chunks, sizes.heads + sizes.groups * pairs + rings)](
         convolved, projected, positions, *weights[:2], dt[0], dt[1], similarity, states,
         state.ssm, *inputs, state.rows, state.conv,
         *shape, *sizes.time_step_limit, stride,
-        ONE=chunks == 1, REPLAYED=replayed, WIDTH=sizes.conv_width, C=_RING_BLOCK,
+        ONE=chunks == 1, REPLAYED=replayed, WIDTH=sizes.conv_width, C=_RING_BLOCK, PAIRS=pairs,
         **blocks, num_warps=8 if chunks == 1 else 4, num_stages=1, **starts,
     )  # fmt: skip
     if chunks > 1:
