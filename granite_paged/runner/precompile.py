@@ -141,23 +141,21 @@ class _Worker:
     def __init__(self, shared: bytes, shapes: Sequence[StepShape]) -> None:
         self._left = list(shapes)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `stop`)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            # a worker is one of many already; and it must import what this process imports
-            env={
-                **os.environ,
-                "TORCHINDUCTOR_COMPILE_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            },
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            work = (list(shapes), shared, _first_with_torch())
-            self._process.stdin.write(pickle.dumps(work))
-            self._process.stdin.close()
+        with tempfile.TemporaryFile() as work:  # not a pipe, which is full until the worker reads
+            pickle.dump((list(shapes), shared, _first_with_torch()), work)
+            work.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=work,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                # a worker is one of many already; and it must import what this process imports
+                env={
+                    **os.environ,
+                    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
+            )
 
     def wait(self, shape: StepShape) -> None:
         """Wait until a shape is compiled, or the process ended."""
@@ -179,10 +177,9 @@ class _Worker:
             self._process.wait(0 if self._left else _GOODBYE_SECONDS)
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
+        for stream in (self._process.stdout, self._log):
             if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+                stream.close()
 
 
 def _explain(reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,20 @@ def warm_up(compiler: Any) -> None:
     with compiled_ahead(compiler, SHAPES) as wait:
         for shape in SHAPES:
             wait(shape)
+
+
+def test_a_worker_is_started_without_waiting_until_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it gets is more than a pipe holds, and it imports for 10 s: eight took 30 s to start."""
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(precompile.sys, "executable", str(slow))
+    begin = time.monotonic()
+    worker = precompile._Worker(bytes(1 << 20), SHAPES)
+    worker.stop()
+    assert time.monotonic() - begin < 20
 
 
 def test_a_worker_compiles_all_but_the_first_shape_once(
