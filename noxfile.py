@@ -17,7 +17,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 
-GPU_WORKERS = "8"
+GPU_WORKERS = "7"
 """Processes that share a GPU of 80 GB. A test takes up to 10 GB, and one at a time 12 GB more."""
 
 PYTEST_FOUND_NONE = 5
