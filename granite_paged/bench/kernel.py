@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from granite_paged.bench.cases import Shape
 from granite_paged.bench.measure import Clock, Repeats, Samples
 from granite_paged.geometry import CacheGeometry, PagedConfig
-from granite_paged.layers.attention import DecodePlan, paged_attention, split_attention
+from granite_paged.layers.attention import (
+    DecodePlan,
+    paged_attention,
+    split_attention,
+    split_queries,
+)
 from granite_paged.layers.backend import kernel_refusal
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.masks import PADDING, paged_block_mask
@@ -81,6 +85,9 @@ class KernelCase:
         self._make_padded(ragged=shape.shortest is not None)
         g = self._geometry
         self._query = self._random(len(self._lengths), g.query_heads, 1, g.head_dim)
+        plan = self._split_plan(*self._store.table.physical.shape)
+        own = [(self._keys, self._values)]
+        self._split = None if plan is None else self.split_calls(plan, own)[0]
 
     @property
     def kv_bytes(self) -> int:
@@ -90,19 +97,25 @@ class KernelCase:
 
     def paged(self) -> Tensor:
         """Attend over pages as a runner's decode step does: [B, Hq, 1, D]."""
-        query, pools, mask = self._query, (self._keys, self._values), self._block_mask
-        if self._plan is not None:
-            return self._split_call(self._plan, pools, mask)()[:, :, None]
-        return paged_attention(query, *pools, mask, scale=self._scale, backend=self._backend)
+        if self._split is not None:
+            return self._split()[:, :, None]
+        pools = self._keys, self._values
+        return paged_attention(
+            self._query, *pools, self._block_mask, scale=self._scale, backend=self._backend
+        )
 
     def split_calls(self, plan: DecodePlan, pools: Sequence[Pools]) -> list[Callable[[], Tensor]]:
         """Return the paged call with this plan, once for each pair of pools."""
-        mask = self._split_mask(plan)
-        return [self._split_call(plan, pool, mask) for pool in pools]
+        from granite_paged.layers.triton.masks import SplitMask  # needs Triton
 
-    def _split_call(self, plan: DecodePlan, pool: Pools, mask: BlockMask) -> Callable[[], Tensor]:
-        query, scale = self._query[:, :, 0], self._scale
-        return functools.partial(split_attention, query, *pool, mask, scale=scale, plan=plan)
+        rows, kv_heads = torch.arange(len(self._lengths), device=self._device), self._keys.shape[1]
+        mask = SplitMask(self._store, plan.parts).fill(rows, self._newest, plan.splits)
+        query = self._query[:, :, 0]
+        queries = split_queries(query, plan, kv_heads=kv_heads)
+        by_group = query.view(len(rows), 1, 1, kv_heads, -1, query.shape[2])
+        queries.places.copy_(by_group)  # the kernel that writes K and V does so in a runner
+        call = functools.partial(split_attention, queries, scale=self._scale, plan=plan)
+        return [functools.partial(call, *pool, mask) for pool in pools]
 
     def copies(self, count: int) -> list[Pools]:
         """Return `count` copies of K and V."""
@@ -137,13 +150,9 @@ class KernelCase:
         last = (lengths[:, None] - 1).int().to(self._device)
         self._newest = last[:, 0]
         table = store.table
-        self._plan = self._split_plan(*table.physical.shape)
-        if self._plan is None:
-            self._block_mask = paged_block_mask(
-                table.physical, table.logical, last, page_size=g.page_size, group=g.group
-            )
-        else:
-            self._block_mask = self._split_mask(self._plan)
+        self._block_mask = paged_block_mask(
+            table.physical, table.logical, last, page_size=g.page_size, group=g.group
+        )
         tokens = torch.arange(int(lengths.max()), device=self._device).expand(len(lengths), -1)
         self._slots = table.slots(tokens.where(tokens <= last, PADDING), g.page_size)
 
@@ -151,13 +160,7 @@ class KernelCase:
         """Return how a runner would split the rows; None if it would not."""
         if kernel_refusal(self._backend, self._device, self._geometry.dtype):
             return None
-        return DecodePlan.choose(self._geometry, rows, width, self._device)
-
-    def _split_mask(self, plan: DecodePlan) -> BlockMask:
-        from granite_paged.layers.triton.pages import SplitMask  # needs Triton
-
-        rows = torch.arange(len(self._lengths), device=self._device)
-        return SplitMask(self._store, len(rows), plan.splits).fill(rows, self._newest)
+        return DecodePlan.choose(self._geometry, rows, width, self._device, rows)
 
     def _make_store(self) -> PageStore:
         """Return one layer's pages, in the order in which an empty pool issues them."""

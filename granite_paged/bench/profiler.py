@@ -26,7 +26,7 @@ from granite_paged.errors import DeviceError
 from granite_paged.report.bench_results import writable_folder
 
 KERNEL_RULES: tuple[tuple[str, str], ...] = (
-    ("attention", r"^_(write_pages|split_pages|attend)$"),
+    ("attention", r"^_(write_pages|list_blocks|list_parts|combine|attend)$"),
     (
         "mamba",
         r"^_(step|pass_on|store_ring|convolve|chunk_states|chunk_outputs|lines|keep|close)$",

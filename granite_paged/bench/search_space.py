@@ -182,7 +182,8 @@ def _decode_shape(target: TuningTarget, shape: Shape) -> TunedShape:
 
     def layout(constants: Any) -> Layout:
         pages, device = g.pages_for(shape.context), target.clock.device
-        return asdict(DecodePlan.from_constants(constants, g, shape.batch, pages, device))
+        plan = DecodePlan.from_constants(constants, g, shape.batch, pages, device, shape.batch)
+        return asdict(plan)
 
     def prepare() -> Timer:
         target.fresh()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from granite_paged.layers.backend import (
 )
 from granite_paged.layers.gathered import gathered_attention
 from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
+from granite_paged.paging.masks import QUERY_BLOCK, blocks_of
 
 _T = TypeVar("_T")
 
@@ -129,6 +130,73 @@ def _unfold(out: Tensor, shape: torch.Size) -> Tensor:
     return by_group.transpose(2, 3).reshape(batch, query_heads, tokens, head_dim)
 
 
+# -- captured steps -------------------------------------------------------------------------------
+
+
+class Queries(NamedTuple):
+    """Queries of a captured step, where FlexAttention reads them.
+
+    FlexAttention is compiled for every shape, and takes seconds for each. Here the shape is the
+    mask's, so that steps of many batches and lengths share a compiled kernel.
+
+    Attributes:
+        tensor: [B', Hkv, rows, D], as the mask has it. What is no token's attends to nothing, so
+            it may be anything.
+        places: [B, S, copies, Hkv, G, D], a view of `tensor`: where each token's queries are.
+    """
+
+    tensor: Tensor
+    places: Tensor
+
+
+def block_queries(like: Tensor, mask: BlockMask, *, kv_heads: int) -> Queries:
+    """Return room for the queries of all rows, one after the other, in blocks of `QUERY_BLOCK`.
+
+    Args:
+        like: [B, S, Hq, D].
+        mask: from `QueryBlockMask`.
+        kv_heads: KV heads (Hkv).
+    """
+    batch, tokens, heads, head_dim = like.shape
+    blocks = like.new_empty(kv_heads, mask.shape[0], QUERY_BLOCK, head_dim).transpose(0, 1)
+    places = _by_token(blocks, batch, tokens, heads // kv_heads)
+    return Queries(blocks, places[:, :, None])
+
+
+def block_attention(
+    queries: Queries, keys: Tensor, values: Tensor, mask: BlockMask, *, scale: float
+) -> Tensor:
+    """Compute causal attention of each row over its own pages, in separate blocks of queries.
+
+    Args:
+        queries: from `block_queries`, written.
+        keys, values: [1, Hkv, slots, D], the pool, with this step's tokens written.
+        mask: from `QueryBlockMask`.
+        scale: factor on the scores.
+
+    Returns:
+        [B, S, Hq, D]; zeros for padding queries.
+    """
+    batch, tokens, _, kv_heads, group, head_dim = queries.places.shape
+    options = _device_options(mask, keys)
+    out = _call_compiled(_fused, queries.tensor, keys, values, mask, scale, options)
+    by_token = _by_token(out, batch, tokens, group)
+    return by_token.reshape(batch, tokens, kv_heads * group, head_dim)
+
+
+def _by_token(blocks: Tensor, batch: int, tokens: int, group: int) -> Tensor:
+    """View what rows fill of [blocks, Hkv, QUERY_BLOCK, D], as [B, S, Hkv, G, D].
+
+    In memory, the blocks of a head follow each other: a token's queries may lie in two of them.
+    """
+    _, kv_heads, _, head_dim = blocks.shape
+    each = blocks_of(tokens, group)
+    used = blocks.transpose(0, 1)[:, : batch * each]
+    by_row = used.reshape(kv_heads, batch, each * QUERY_BLOCK, head_dim)
+    filled = by_row[:, :, : tokens * group].view(kv_heads, batch, tokens, group, head_dim)
+    return filled.permute(1, 2, 0, 3, 4)
+
+
 # -- decode -------------------------------------------------------------------------------------
 
 
@@ -137,11 +205,13 @@ class DecodePlan:
     """How a decode step's attention is laid out on a GPU.
 
     Attributes:
+        parts: parts of all rows together; those that no row has are computed too.
         splits: parts that each row's pages are divided into, computed independently.
         block: tokens per block of FlexAttention's kernel.
         warps, stages: warps per program and stages of its load pipeline.
     """
 
+    parts: int
     splits: int
     block: int
     warps: int
@@ -149,13 +219,16 @@ class DecodePlan:
 
     @classmethod
     def choose(
-        cls, geometry: CacheGeometry, batch: int, pages: int, device: torch.device
+        cls, geometry: CacheGeometry, batch: int, pages: int, device: torch.device, most: int
     ) -> DecodePlan:
         """Return the tuned plan for `batch` rows of at most `pages` pages each.
 
         Blocks are halved until their pipeline fits the device's shared memory.
+
+        most: rows of the largest step that shares the compiled kernel; `batch` or more.
         """
-        plan = cls.from_constants(TUNED.for_batch(batch), geometry, batch, pages, device)
+        constants = TUNED.for_batch(batch)
+        plan = cls.from_constants(constants, geometry, batch, pages, device, most)
         memory, block = shared_memory(device), plan.block
         per_token = plan.stages * _kv_bytes(1, geometry.head_dim, geometry.dtype.itemsize)
         while block > SMALLEST_KERNEL_BLOCK and per_token * block > memory:
@@ -170,40 +243,41 @@ class DecodePlan:
         batch: int,
         pages: int,
         device: torch.device,
+        most: int,
     ) -> DecodePlan:
         """Return the plan that these constants give, whether or not it fits the device.
 
         FlexAttention's own split (SPLIT_KV) divides the *pool*, of which a sequence is a small
         part, so rows are split before the call: into as many parts as give each multiprocessor
         `parts_per_multiprocessor` programs. More parts cost more to combine than they gain.
+
+        The number of parts is the same for all batches whose rows are split, and for all others,
+        since FlexAttention is compiled for each number. A part that no row has ends at once.
         """
-        parts = int(constants.parts_per_multiprocessor * multiprocessors(device))
+        programs = int(constants.parts_per_multiprocessor * multiprocessors(device))
+        parts = programs // geometry.kv_heads
+        splits = max(1, min(pages, parts // batch))
         return cls(
-            splits=max(1, min(pages, parts // max(1, batch * geometry.kv_heads))),
+            parts=parts if splits > 1 else most,
+            splits=splits,
             block=min(constants.block, geometry.page_size),
             warps=constants.warps,
             stages=constants.stages,
         )
 
-    def options(self, *, beyond_32_bits: bool) -> FlexKernelOptions:
+    def options(self) -> FlexKernelOptions:
         """Return the options for `flex_attention(kernel_options=...)`.
 
-        Split rows use FlexAttention's decode kernel. Whole rows use its main kernel: the decode
-        kernel would need a second kernel that divides its sums.
-
-        beyond_32_bits: whether the pool has 2**31 elements or more; see `kernel_options`.
+        FlexAttention's decode kernel would leave more to other kernels: it does not divide its
+        sums. And it did not compile for pools that need 64-bit offsets (torch 2.11).
         """
-        options: dict[str, Any] = {
+        return {
             "BLOCK_M": SMALLEST_KERNEL_BLOCK,
             "BLOCK_N": self.block,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            "FORCE_USE_FLEX_ATTENTION": True,
         }
-        if beyond_32_bits or self.splits == 1:
-            options["FORCE_USE_FLEX_ATTENTION"] = True
-        else:
-            options["SPLIT_KV"] = 1  # works, but is missing from torch's list of options
-        return cast("FlexKernelOptions", options)
 
 
 def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
@@ -211,8 +285,22 @@ def _kv_bytes(block: int, head_dim: int, itemsize: int) -> int:
     return 2 * block * head_dim * itemsize
 
 
+def split_queries(like: Tensor, plan: DecodePlan, *, kv_heads: int) -> Queries:
+    """Return room for the queries of all parts, [parts, Hkv, G, D].
+
+    Args:
+        like: [B, Hq, D].
+        plan: how rows are split: each has a copy for each of its parts.
+        kv_heads: KV heads (Hkv).
+    """
+    batch, heads, head_dim = like.shape
+    tensor = like.new_empty(plan.parts, kv_heads, heads // kv_heads, head_dim)
+    used = tensor[: batch * plan.splits]
+    return Queries(tensor, used.view(batch, 1, plan.splits, *tensor.shape[1:]))
+
+
 def split_attention(
-    query: Tensor,
+    queries: Queries,
     keys: Tensor,
     values: Tensor,
     mask: BlockMask,
@@ -223,53 +311,44 @@ def split_attention(
     """Compute attention of one token per row, in `plan.splits` parts that are then combined.
 
     Args:
-        query: [B, Hq, D].
+        queries: from `split_queries`, written.
         keys, values: [1, Hkv, slots, D], the pool.
-        mask: from `split_block_mask`, for B * splits rows.
+        mask: from `SplitMask`, for `plan.parts` parts.
         scale: factor on the scores.
         plan: from `DecodePlan.choose`.
 
     Returns:
         [B, Hq, D]; zeros for padding.
     """
-    return _call_compiled(_attend_split, query, keys, values, mask, scale, plan)
-
-
-def _attend_split(
-    query: Tensor, keys: Tensor, values: Tensor, mask: BlockMask, scale: float, plan: DecodePlan
-) -> Tensor:
-    batch, _, head_dim = query.shape
-    by_group = query.view(batch, 1, keys.shape[1], -1, head_dim)  # [B, 1, Hkv, G, D]
-    parts = by_group.expand(-1, plan.splits, -1, -1, -1).reshape(-1, *by_group.shape[2:])
-    options = plan.options(beyond_32_bits=keys.numel() >= 2**31)
-    attend = functools.partial(
-        flex_attention, parts, keys, values, block_mask=mask, scale=scale, kernel_options=options
-    )
+    batch, *_, head_dim = queries.places.shape
+    arguments = (queries.tensor, keys, values, mask, scale, plan.options())
     if plan.splits == 1:
-        return attend().reshape(query.shape)
-    out, aux = attend(return_aux=AuxRequest(lse=True))
-    return combined(out, aux.lse, plan.splits)
+        return _call_compiled(_fused, *arguments)[:batch].view(batch, -1, head_dim)
+    from granite_paged.layers.triton.combine import combine  # needs Triton
+
+    return combine(*_call_compiled(_attend_parts, *arguments), batch, plan.splits)
 
 
-def combined(parts: Tensor, logsumexp: Tensor, splits: int) -> Tensor:
-    """Combine the parts of rows, each weighted by its share of the row's softmax.
-
-    Args:
-        parts: [B * splits, Hkv, G, D].
-        logsumexp: [B * splits, Hkv, G] float32; -inf for a part without pages.
-        splits: parts per row.
-
-    Returns:
-        [B, Hq, D] in the dtype of `parts`; zeros where no part has pages.
-    """
-    rows, kv_heads, group, head_dim = parts.shape
-    by_part = parts.reshape(rows // splits, splits, kv_heads * group, head_dim).float()
-    # expanded to the shape of the parts: Inductor fuses reductions over the same elements
-    shares = logsumexp.reshape(*by_part.shape[:-1], 1).expand(by_part.shape)
-    highest = shares.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weight = (shares - highest).exp()
-    total = weight.sum(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((by_part * weight).sum(dim=1) / total).to(parts.dtype)
+def _attend_parts(
+    parts: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: BlockMask,
+    scale: float,
+    options: FlexKernelOptions,
+) -> tuple[Tensor, Tensor]:
+    """Return what each part finds [parts, Hkv, G, D], and the logsumexp of its scores."""
+    out, aux = flex_attention(
+        parts,
+        keys,
+        values,
+        block_mask=mask,
+        scale=scale,
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True),
+    )
+    assert aux.lse is not None
+    return out, aux.lse
 
 
 # -- compiled -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ sequence's own pages.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,72 +108,131 @@ def paged_block_mask(
     )
 
 
-def split_mask_mod(
-    table: Tensor,
-    logical: Tensor,
-    rows: Tensor,
-    positions: Tensor,
-    *,
-    page_size: int,
-    splits: int,
-) -> MaskMod:
-    """Make the mask_mod of a decode step whose rows are split into parts.
+def blocks_of(tokens: int, group: int) -> int:
+    """Return the query blocks that a row of `tokens` tokens fills."""
+    return -(-tokens * group // QUERY_BLOCK)
 
-    The parts attend separately. Part `row * splits + i` sees the i-th of `splits` equal runs of the
-    row's logical pages; together, the parts see what the row sees.
+
+class QueryBlocks(NamedTuple):
+    """The query blocks of a prefill step, each of which attends separately.
+
+    Each row of the step fills whole blocks. Folded rows that are missing in its last block, and
+    blocks after the last row's, attend to nothing.
+
+    Attributes:
+        rows: [blocks] int32, row of the page table.
+        positions: [blocks, QUERY_BLOCK] int32, of each folded row; `PADDING` attends to nothing.
+    """
+
+    rows: Tensor
+    positions: Tensor
+
+
+def query_block_mask_mod(
+    table: Tensor, logical: Tensor, blocks: QueryBlocks, *, page_size: int
+) -> MaskMod:
+    """Make the mask_mod of a prefill step of separate query blocks.
 
     Args:
         table: [rows of the table, width] int32, logical page -> physical page.
         logical: [pages] int32, inverse map of the whole pool.
-        rows: [B] int, rows of the table.
-        positions: [B] int32, of the query tokens; `PADDING` attends to nothing.
+        blocks: which rows and tokens they are of.
         page_size: tokens per page.
-        splits: parts per row.
     """
     last = table.shape[1] - 1
+    rows, positions = blocks
 
-    def mask_mod(part: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
-        row = part // splits
-        newest = positions[row]
-        each = ((newest // page_size + splits) // splits).clamp(min=1)  # pages per part
+    def mask_mod(block: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
         physical_page = slot // page_size
         logical_page = logical[physical_page]
-        named = table[rows[row], logical_page.clamp(0, last)]
+        named = table[rows[block], logical_page.clamp(0, last)]
         mine = (logical_page != UNHELD) & (named == physical_page)
         position = logical_page * page_size + slot % page_size
-        return mine & (position <= newest) & (logical_page // each == part % splits)
+        return mine & (position <= positions[block, folded_row])
 
     return mask_mod
 
 
-def split_block_mask(
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
-    mask_mod: MaskMod,
-    *,
-    page_size: int,
-    group: int,
-    slots: int,
-) -> BlockMask:
-    """Make the BlockMask of split rows, over lists that a kernel fills at every step.
+class Parts(NamedTuple):
+    """The parts of a decode step's rows, each of which attends separately.
+
+    A row's parts see consecutive runs of its logical pages; together they see what the row sees.
+    Parts beyond those of the last row see nothing.
+
+    Attributes:
+        rows: [parts] int32, row of the page table.
+        newest: [parts] int32, position of the row's query token; `PADDING` attends to nothing.
+        first, end: [parts] int32, the logical pages that a part sees, `end` excluded.
+    """
+
+    rows: Tensor
+    newest: Tensor
+    first: Tensor
+    end: Tensor
+
+
+def split_mask_mod(table: Tensor, logical: Tensor, parts: Parts, *, page_size: int) -> MaskMod:
+    """Make the mask_mod of a decode step whose rows are split into parts.
 
     Args:
-        lists: four int32 tensors: the number of full pages of each part [parts] and the pages
-            [parts, wide]; the number of partly filled pages, 0 or 1 [parts], and the page
-            [parts, wide].
-        mask_mod: from `split_mask_mod`.
+        table: [rows of the table, width] int32, logical page -> physical page.
+        logical: [pages] int32, inverse map of the whole pool.
+        parts: what each of them sees.
         page_size: tokens per page.
-        group: query heads a KV head.
-        slots: slots of the pool.
     """
-    whole_count, whole, partial_count, partial = lists
+    last = table.shape[1] - 1
+    rows, newest, first, end = parts
+
+    def mask_mod(part: Tensor, head: Tensor, folded_row: Tensor, slot: Tensor) -> Tensor:
+        physical_page = slot // page_size
+        logical_page = logical[physical_page]
+        named = table[rows[part], logical_page.clamp(0, last)]
+        mine = (logical_page >= first[part]) & (logical_page < end[part])  # no page is before 0
+        position = logical_page * page_size + slot % page_size
+        return mine & (named == physical_page) & (position <= newest[part])
+
+    return mask_mod
+
+
+class PageLists(NamedTuple):
+    """The pages that each query block, or each part, reads; a kernel fills them at every step.
+
+    Attributes:
+        whole_count: [blocks] int32, how many pages a block sees whole.
+        whole: [blocks, width] int32, which; what follows must name pages of the pool.
+        partial_count, partial: the same for pages of which a block sees some slots.
+    """
+
+    whole_count: Tensor
+    whole: Tensor
+    partial_count: Tensor
+    partial: Tensor
+
+
+def listed_block_mask(
+    lists: PageLists, mask_mod: MaskMod, *, page_size: int, folded_rows: int, slots: int
+) -> BlockMask:
+    """Make the BlockMask of query blocks that attend separately.
+
+    Args:
+        lists: what each of them reads.
+        mask_mod: decides on pages that are seen in part.
+        page_size: tokens per page.
+        folded_rows: queries of a block.
+        slots: slots of the pool.
+
+    Returns:
+        A BlockMask for queries [blocks, Hkv, folded_rows, D].
+    """
+    whole_count, whole, partial_count, partial = (part[:, None, None] for part in lists)
     return BlockMask.from_kv_blocks(
-        kv_num_blocks=partial_count[:, None, None],
-        kv_indices=partial[:, None, None],
-        full_kv_num_blocks=whole_count[:, None, None],
-        full_kv_indices=whole[:, None, None],
+        kv_num_blocks=partial_count,
+        kv_indices=partial,
+        full_kv_num_blocks=whole_count,
+        full_kv_indices=whole,
         BLOCK_SIZE=(QUERY_BLOCK, page_size),
         mask_mod=mask_mod,
-        seq_lengths=(group, slots),
+        seq_lengths=(folded_rows, slots),
         compute_q_blocks=False,
     )
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
 from granite_paged.layers.attention import DecodePlan
 from granite_paged.layers.backend import COMPILING
@@ -28,7 +27,7 @@ from granite_paged.runner.model import EagerModel, ModelStep
 from granite_paged.runner.storage import Storage
 
 if TYPE_CHECKING:
-    from granite_paged.layers.triton.pages import SplitMask
+    from granite_paged.layers.triton.masks import QueryBlockMask, SplitMask
 
 
 class Inputs(NamedTuple):
@@ -59,7 +58,10 @@ class CapturedStep:
         batch: rows (B).
         length: tokens per row (S).
         decodes: whether this is a decode step; its length is 1.
-        plan: how a decode step splits its rows; None if it does not.
+        prefill_mask: the mask of a prefill step whose query blocks attend separately, which steps
+            share; None for a step with a mask of its own.
+        split: how a decode step splits its rows, and its mask, which steps share; None if it does
+            not.
 
     Attributes:
         hidden: [B, S, hidden], of the last prefill.
@@ -76,7 +78,8 @@ class CapturedStep:
         batch: int,
         length: int,
         decodes: bool,
-        plan: DecodePlan | None,
+        prefill_mask: QueryBlockMask | None = None,
+        split: tuple[DecodePlan, SplitMask] | None = None,
     ) -> None:
         self._model, self._storage, self._tokens = model, storage, storage.tokens
         self._batch, self._length, self._decodes = batch, length, decodes
@@ -86,8 +89,7 @@ class CapturedStep:
         self._spans = list(pairwise([0, *ends]))
         self._inputs = torch.zeros(ends[-1], dtype=torch.int64, device=self._device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._plan = plan if decodes else None
-        self._split_mask = _split_mask(storage, batch, self._plan)
+        self._prefill_mask, self._split = prefill_mask, split
 
     def padding(self) -> Inputs:
         """Return inputs that are all padding, for the caller to fill."""
@@ -142,7 +144,7 @@ class CapturedStep:
     def _compute(self) -> None:
         rows, positions, tokens, last = (self._inputs[start:end] for start, end in self._spans)
         positions = positions.view(self._batch, self._length).int()
-        step = ModelStep(rows, rows - 1, positions, self._block_mask(rows, positions), self._plan)
+        step = self._with_mask(ModelStep(rows, rows - 1, positions, None))
         if self._decodes:
             self.logits = self._model.decode(self._tokens, step)
             self._model.write_argmax(self.logits, rows, self._tokens)
@@ -150,24 +152,22 @@ class CapturedStep:
         self.hidden = self._model.forward(tokens.view(self._batch, self._length), step)
         self.logits = self._model.logits(self.hidden.flatten(0, 1).index_select(0, last))
 
-    def _block_mask(self, rows: Tensor, positions: Tensor) -> BlockMask | None:
+    def _with_mask(self, step: ModelStep) -> ModelStep:
         if not self._model.reads_mask:
-            return None
-        if self._split_mask is not None:
-            return self._split_mask.fill(rows, positions[:, 0])
+            return step
+        if self._split is not None:
+            plan, mask = self._split
+            filled = mask.fill(step.rows, step.positions[:, 0], plan.splits)
+            return step._replace(block_mask=filled, plan=plan)
+        if self._prefill_mask is not None:
+            filled = self._prefill_mask.fill(step.rows, step.positions)
+            return step._replace(block_mask=filled, in_blocks=True)
         store = self._storage.pages
-        return paged_block_mask(
-            store.table.physical.index_select(0, rows),
+        plain = paged_block_mask(
+            store.table.physical.index_select(0, step.rows),
             store.table.logical,
-            positions,
+            step.positions,
             page_size=store.geometry.page_size,
             group=store.geometry.group,
         )
-
-
-def _split_mask(storage: Storage, batch: int, plan: DecodePlan | None) -> SplitMask | None:
-    if plan is None:
-        return None
-    from granite_paged.layers.triton.pages import SplitMask  # needs Triton
-
-    return SplitMask(storage.pages, batch, plan.splits)
+        return step._replace(block_mask=plain)

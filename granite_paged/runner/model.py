@@ -33,13 +33,16 @@ class ModelStep(NamedTuple):
         positions: [B, S] int32, -1 for padding.
         block_mask: mask of every attention layer; None for a model that reads none.
         plan: how a decode step splits the rows; None if it does not.
+        in_blocks: whether blocks of queries of a prefill step attend separately, see
+            `QueryBlockMask`.
     """
 
     rows: Tensor
     states: Tensor
     positions: Tensor
     block_mask: BlockMask | None
-    plan: DecodePlan | None
+    plan: DecodePlan | None = None
+    in_blocks: bool = False
 
 
 class EagerModel:

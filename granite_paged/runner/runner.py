@@ -123,7 +123,7 @@ class Runner:
             )
         self.tokens, self.nonfinite = self._storage.tokens, self._storage.nonfinite
         self._live, self._look = model, Look(model)
-        self._steps = Steps(model, self._storage, config, geometry, fallback)
+        self._steps = Steps(model, self._storage, config, geometry, self.shapes)
 
     @classmethod
     def for_model(cls, model: Any, config: PagedConfig | None = None) -> Runner:
@@ -286,7 +286,7 @@ class Runner:
                 check_exact(model, self.config.backend)
             self.fallback = self.fallback or triton_refusal(model, self.config.backend)
             self.shapes = self._shapes()
-            parts = (self._storage, self.config, self.geometry, self.fallback)
+            parts = (self._storage, self.config, self.geometry, self.shapes)
             late = self._steps.late
             self._steps = Steps(model, *parts)  # the captured ones read the old places
             self._steps.late = late

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from granite_paged.geometry import CacheGeometry, PagedConfig
+from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.layers.attention import DecodePlan
+from granite_paged.paging.masks import blocks_of
 from granite_paged.progress import Progress
 from granite_paged.runner.exact_model import ExactModel
 from granite_paged.runner.graph import CapturedStep
 from granite_paged.runner.model import EagerModel
 from granite_paged.runner.precompile import StepShape, compiled_ahead
+from granite_paged.runner.shapes import FEW_TOKENS, Shapes
 from granite_paged.runner.storage import Storage
+
+if TYPE_CHECKING:
+    from granite_paged.layers.triton.masks import QueryBlockMask, SplitMask
 
 
 class Steps:
@@ -26,8 +31,7 @@ class Steps:
     Args:
         live: the model, a `GraniteMoeHybridForCausalLM`.
         storage: the runner's buffers.
-        config, geometry: of the runner.
-        fallback: why steps are not captured; empty if they are.
+        config, geometry, shapes: of the runner.
 
     Attributes:
         model: runs the layers.
@@ -40,16 +44,18 @@ class Steps:
         storage: Storage,
         config: PagedConfig,
         geometry: CacheGeometry,
-        fallback: str,
+        shapes: Shapes,
     ) -> None:
-        self._parts = (live, storage, config, geometry, fallback)
-        self._storage, self._geometry = storage, geometry
+        self._parts = (live, storage, config, geometry, shapes)
+        self._storage, self._geometry, self._shapes = storage, geometry, shapes
         self._device = storage.tokens.device
-        self.model = _model(live, storage, config, fallback)
+        self.model = _model(live, storage, config, captured=shapes.captured)
         self.late = 0
         self._captured: dict[tuple[int, int, bool], CapturedStep] = {}
-        self._graphs = None if fallback else torch.cuda.graph_pool_handle()
-        self._stream = None if fallback else _capture_stream(self._device)
+        self._prefill_masks: dict[int, QueryBlockMask] = {}
+        self._split_masks: dict[int, SplitMask] = {}
+        self._graphs = torch.cuda.graph_pool_handle() if shapes.captured else None
+        self._stream = _capture_stream(self._device) if shapes.captured else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Steps, self._parts
@@ -90,11 +96,31 @@ class Steps:
     # -- details --------------------------------------------------------------------------------
 
     def _made(self, batch: int, length: int, decodes: bool) -> CapturedStep:
-        plan = None
-        if self._stream is not None and self.model.reads_mask:
-            pages = self._storage.pages.table.physical.shape[1]
-            plan = DecodePlan.choose(self._geometry, batch, pages, self._device)
-        return CapturedStep(self.model, self._storage, batch, length, decodes, plan)
+        step = (self.model, self._storage, batch, length, decodes)
+        if self._stream is None or not self.model.reads_mask:
+            return CapturedStep(*step)
+        if not decodes:
+            blocks = query_blocks(self._shapes, batch, length, self._geometry.group)
+            return CapturedStep(*step, prefill_mask=self._prefill_mask(blocks))
+        pages, most = self._storage.pages.table.physical.shape[1], most_rows(self._shapes, batch)
+        plan = DecodePlan.choose(self._geometry, batch, pages, self._device, most)
+        return CapturedStep(*step, split=(plan, self._split_mask(plan.parts)))
+
+    def _prefill_mask(self, blocks: int) -> QueryBlockMask:
+        """Return the mask that all prefill steps with this number of query blocks share."""
+        from granite_paged.layers.triton.masks import QueryBlockMask  # needs Triton
+
+        if blocks not in self._prefill_masks:
+            self._prefill_masks[blocks] = QueryBlockMask(self._storage.pages, blocks)
+        return self._prefill_masks[blocks]
+
+    def _split_mask(self, parts: int) -> SplitMask:
+        """Return the mask that all decode steps with this number of parts share."""
+        from granite_paged.layers.triton.masks import SplitMask  # needs Triton
+
+        if parts not in self._split_masks:
+            self._split_masks[parts] = SplitMask(self._storage.pages, parts)
+        return self._split_masks[parts]
 
     def _capture(self, batch: int, length: int, decodes: bool) -> CapturedStep:
         step = self._made(batch, length, decodes)
@@ -104,6 +130,37 @@ class Steps:
         return step
 
 
+FEW_ROWS = 64
+"""Decode steps of up to so few rows do not compute attention for more."""
+
+
+def most_rows(shapes: Shapes, batch: int) -> int:
+    """Return the rows of the largest decode step that shares its compiled attention with this one.
+
+    FlexAttention is compiled for each number of rows, so there are only two. Rows of padding end
+    at once.
+    """
+    most = bucket(shapes.rows)
+    return min(most, FEW_ROWS) if batch <= FEW_ROWS else most
+
+
+def query_blocks(shapes: Shapes, batch: int, length: int, group: int) -> int:
+    """Return the query blocks that attention of a captured prefill step computes.
+
+    FlexAttention is compiled for each number of them, so there are only two: what the largest step
+    of up to `FEW_TOKENS` tokens needs, and what the largest step needs. Blocks of padding end at
+    once.
+
+    group: query heads per KV head.
+    """
+    few = batch * length <= FEW_TOKENS
+    return max(
+        rows * blocks_of(tokens, group)
+        for rows, tokens in shapes.all()
+        if tokens > 1 and (rows * tokens <= FEW_TOKENS) == few
+    )
+
+
 @functools.cache
 def _capture_stream(device: torch.device) -> Any:
     """Return one stream for all graphs: the matrix library keeps a workspace per stream."""
@@ -111,10 +168,10 @@ def _capture_stream(device: torch.device) -> Any:
     return make_stream(device)
 
 
-def _model(model: Any, storage: Storage, config: PagedConfig, fallback: str) -> EagerModel:
+def _model(model: Any, storage: Storage, config: PagedConfig, *, captured: bool) -> EagerModel:
     if config.exact:
         return _exact_model(model, storage, config)
-    if fallback:
+    if not captured:
         return EagerModel(model, storage, config.backend)
     from granite_paged.runner.triton_model import TritonModel  # needs Triton
 

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
 
-from granite_paged.layers.attention import paged_attention, split_attention
+from granite_paged.layers.attention import (
+    Queries,
+    block_attention,
+    block_queries,
+    split_attention,
+    split_queries,
+)
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, norm_groups
 from granite_paged.layers.triton import mamba, pages, pointwise
 from granite_paged.layers.triton.linear import (
@@ -226,8 +232,12 @@ class TritonModel(EagerModel):
         query, key, value = projected
         if rotary is not None:
             query, key = self._rotated(query, key, attention.head_dim, step, rotary)
-        self._write_pages(index, key, value, step)
-        return self._attend(index, attention, query, step)
+        if step.plan is None and not step.in_blocks:
+            self._write_pages(index, key, value, step)
+            return self._attend(index, attention, query, step)
+        queries = self._room(query, attention.head_dim, step)
+        self._write_pages(index, key, value, step, (query, queries.places))
+        return self._attend_placed(index, attention, queries, step).view(query.shape)
 
     def _rotated(
         self,
@@ -244,7 +254,23 @@ class TritonModel(EagerModel):
         query, key = (part.transpose(1, 2).flatten(2).flatten(0, 1) for part in turned)
         return query, key
 
-    def _write_pages(self, index: int, key: Tensor, value: Tensor, step: ModelStep) -> None:
+    def _room(self, query: Tensor, head_dim: int, step: ModelStep) -> Queries:
+        """Return where the attention of a captured step reads its queries. They are not written."""
+        kv_heads = self._storage.pages.geometry.kv_heads
+        if step.plan is not None:
+            return split_queries(query.view(len(query), -1, head_dim), step.plan, kv_heads=kv_heads)
+        assert step.block_mask is not None
+        heads = query.view(*step.positions.shape, -1, head_dim)
+        return block_queries(heads, step.block_mask, kv_heads=kv_heads)
+
+    def _write_pages(
+        self,
+        index: int,
+        key: Tensor,
+        value: Tensor,
+        step: ModelStep,
+        queries: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         storage = self._storage
         pool = storage.pages.pools[index]
         pages.write_pages(
@@ -256,27 +282,23 @@ class TritonModel(EagerModel):
             storage.pages.table.physical,
             storage.nonfinite,
             storage.pages.geometry.page_size,
+            queries,
         )
 
+    def _attend_placed(
+        self, index: int, attention: Any, queries: Queries, step: ModelStep
+    ) -> Tensor:
+        """Attend over the pool of a layer: [B, Hq, D], or [B, S, Hq, D] of a prefill step."""
+        pool, mask, scale = self._storage.pages.pools[index], step.block_mask, attention.scaling
+        assert mask is not None
+        if step.plan is None:
+            return block_attention(queries, pool.keys, pool.values, mask, scale=scale)
+        return split_attention(queries, pool.keys, pool.values, mask, scale=scale, plan=step.plan)
+
     def _attend(self, index: int, attention: Any, query: Tensor, step: ModelStep) -> Tensor:
-        """[B * S, Hq * D] -> the same"""
-        pool, scale = self._storage.pages.pools[index], attention.scaling
-        assert step.block_mask is not None
-        if step.plan is not None:
-            heads = query.view(len(query), -1, attention.head_dim)
-            out = split_attention(
-                heads,
-                pool.keys,
-                pool.values,
-                step.block_mask,
-                scale=scale,
-                plan=step.plan,
-            )
-            return out.view(query.shape)
+        """[B * S, Hq * D] -> the same, by the mask of a step that is not captured"""
         heads = by_head(query.view(*step.positions.shape, -1), attention.head_dim)
-        out = paged_attention(
-            heads, pool.keys, pool.values, step.block_mask, scale=scale, backend=self._backend
-        )
+        out = self._attend_pages(index, heads, step, attention.scaling)
         return out.transpose(1, 2).reshape(query.shape)
 
 

@@ -15,6 +15,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -29,12 +30,14 @@ from triton.runtime.jit import JITFunction
 
 from granite_paged.layers.mamba import EXACT_CHUNK, Kept, MambaSizes, MambaState, ScanWeights
 from granite_paged.layers.triton import (
+    combine,
     exact_attention,
     exact_linear,
     exact_scan,
     exact_step,
     linear,
     mamba,
+    masks,
     pages,
     pointwise,
     scan,
@@ -110,8 +113,16 @@ def compile_all(tiles: Tiles = EVERY_TILE) -> None:
     rows, bad = torch.arange(2), torch.zeros(3, dtype=torch.uint8)
     key = unset(2, 512)
     pages.write_pages(key, key, pool, rows, newest[:, None], table, bad, 128)
-    counts, listed = torch.zeros(2 * 33, dtype=torch.int32), torch.zeros(66, 9, dtype=torch.int32)
-    pages.split_pages(rows, newest, table, (counts, listed, counts, listed), 33, 128)
+    queries = unset(2, 1536), unset(2, 1, 33, 4, 3, 128)
+    pages.write_pages(key, key, pool, rows, newest[:, None], table, bad, 128, queries)
+    maps = SimpleNamespace(physical=table, logical=torch.zeros(20, dtype=torch.int32))
+    store: Any = SimpleNamespace(
+        table=maps, pages=20, geometry=SimpleNamespace(page_size=128, group=3)
+    )
+    combine.combine(unset(67, 4, 3, 128), torch.zeros(67, 4, 3), 2, 33)
+    combine.combine(unset(67, 1, 4, 256), torch.zeros(67, 1, 4), 1, 66)
+    masks.SplitMask(store, 67).fill(rows, newest, 33)
+    masks.QueryBlockMask(store, 48).fill(rows, newest[:, None])
     pointwise.rms_norm(key, norm[:512], 1e-5)
     pointwise.silu_mul(unset(2, 8192))
     fed = torch.zeros(3, dtype=torch.int64)

@@ -11,8 +11,10 @@ import dataclasses
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -486,6 +488,35 @@ def assert_whole_pages_are_allowed(step: Step) -> None:
     assert allowed[whole_pages(mask) > 0].all(), (
         "a page is listed as whole, but the mask_mod hides some of its slots"
     )
+
+
+def assert_query_blocks_show_the_same(step: Step, more: int) -> None:
+    """Check the mask of a step's query blocks, and `more` of padding, against that of its rows.
+
+    The lists must be right whatever an earlier step left in them.
+    """
+    kernels = pytest.importorskip("granite_paged.layers.triton.masks")
+    batch, tokens = step.positions.shape
+    group = step.geometry.group
+    rows = torch.arange(batch) + 2  # the table has rows of others before and after
+    table = torch.ones(batch + 4, step.physical.shape[1], dtype=torch.int32)
+    table[rows] = step.physical
+    each = masks.blocks_of(tokens, group)
+    blocks, used = batch * each + more, batch * each
+    maps = SimpleNamespace(physical=table, logical=step.logical)
+    store: Any = SimpleNamespace(table=maps, geometry=step.geometry, pages=len(step.logical))
+    shared, mask = kernels.QueryBlockMask(store, blocks), step.mask()
+    shared.fill(rows.flip(0), step.positions.flip(0))
+    by_block = shared.fill(rows, step.positions)
+    assert by_block.shape == (blocks, 1, masks.QUERY_BLOCK, mask.shape[3])
+    allowed = allowed_slots(by_block)
+    found = allowed[:used].reshape(batch, each * masks.QUERY_BLOCK, -1)
+    assert torch.equal(found[:, : tokens * group], allowed_slots(mask))
+    assert not found[:, tokens * group :].any()
+    assert not allowed[used:].any()
+    for listed in (whole_pages, partial_pages):
+        assert torch.equal(listed(by_block)[:used].view(batch, each, -1), listed(mask))
+        assert not listed(by_block)[used:].any()
 
 
 def assert_no_page_is_listed_twice(step: Step) -> None:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from granite_paged.geometry import PagedConfig
+from granite_paged.layers import attention
 from granite_paged.layers.mamba import Kept
+from granite_paged.paging.masks import blocks_of
 from granite_paged.runner import graph, memory_plan
 from granite_paged.runner import runner as runner_module
 from granite_paged.runner.model import EagerModel
+from granite_paged.runner.steps import Steps
 from tests.helpers.driver import Driver
 from tests.helpers.tiny_models import VOCABULARY, tiny_model
 from tests.helpers.tolerance import assert_as_defined
@@ -27,6 +30,7 @@ if torch.cuda.is_available():
 
 from granite_paged.layers.triton import exact_scan, exact_step  # they need Triton
 from granite_paged.layers.triton import mamba as triton_mamba
+from granite_paged.layers.triton.masks import QueryBlockMask, SplitMask
 from granite_paged.runner.exact_triton_model import ExactTritonModel
 from granite_paged.runner.triton_model import TritonModel
 
@@ -107,6 +111,45 @@ def test_kernels_run_prompts_and_answers_as_plain_pytorch_does(flavour: str) -> 
     both = Both(flavour)
     both.prefill({1: 5, 2: 19, 3: 1})
     both.decode(2)
+    both.decode(1, 2, 3)
+
+
+@pytest.fixture
+def laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps have the masks of captured ones: prompts in blocks, and rows in parts."""
+
+    def made(steps: Steps, batch: int, length: int, decodes: bool) -> graph.CapturedStep:
+        geometry, storage = steps._geometry, steps._storage
+        parts = (steps.model, storage, batch, length, decodes)
+        if not isinstance(steps.model, TritonModel):
+            return graph.CapturedStep(*parts)
+        if not decodes:
+            blocks = batch * blocks_of(length, geometry.group)
+            return graph.CapturedStep(
+                *parts, prefill_mask=QueryBlockMask(storage.pages, blocks + 1)
+            )
+        pages = storage.pages.table.physical.shape[1]
+        plan = attention.DecodePlan.choose(geometry, batch, pages, storage.tokens.device, 4)
+        assert plan.parts == (5 if batch <= 2 else 4)
+        return graph.CapturedStep(*parts, split=(plan, SplitMask(storage.pages, plan.parts)))
+
+    monkeypatch.setattr(Steps, "_made", made)
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 10)
+    monkeypatch.setattr(
+        attention,
+        "_compiled",
+        lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=False),
+    )
+
+
+@pytest.mark.usefixtures("replaying", "laid_out")
+@pytest.mark.parametrize("flavour", SIZES)
+def test_steps_with_the_masks_of_captured_ones_run_as_plain_pytorch_does(flavour: str) -> None:
+    both = Both(flavour)
+    both.prefill({1: 5, 2: 50, 3: 1})
+    both.prefill({2: 20, 3: 30})
+    both.decode(2)
+    both.decode(1, 2)
     both.decode(1, 2, 3)
 
 

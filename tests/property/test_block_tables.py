@@ -14,6 +14,7 @@ from tests.helpers.strategies import (
     Step,
     additions,
     assert_no_page_is_listed_twice,
+    assert_query_blocks_show_the_same,
     assert_right,
     assert_same_outputs,
     assert_unlisted_pages_hold_nothing,
@@ -95,6 +96,12 @@ def test_permuting_physical_pages_changes_no_output(data, history, seed) -> None
     """Seen in torch: if a block of a BlockMask spans pages, the output depends on placement."""
     _, _, step = draw_step(data, history, "ragged")
     assert_same_outputs(move_pages(step, seed).attend(), step.attend())
+
+
+@given(data=st.data(), history=histories(SMALL), more=st.integers(0, 3))
+def test_query_blocks_see_what_each_row_sees(data, history, more) -> None:
+    _, _, step = draw_step(data, history, "ragged")
+    assert_query_blocks_show_the_same(step, more)
 
 
 @given(data=st.data(), history=histories(SMALL))

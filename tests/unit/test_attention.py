@@ -12,14 +12,11 @@ from granite_paged.errors import GeometryError
 from granite_paged.layers import gathered
 from granite_paged.layers.attention import (
     DecodePlan,
-    _attend_split,
-    combined,
     kernel_options,
     paged_attention,
 )
 from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.tuning import TUNED
-from granite_paged.paging.masks import split_block_mask, split_mask_mod
 from tests.helpers.reference import attention
 from tests.helpers.strategies import (
     DTYPES,
@@ -298,7 +295,7 @@ def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     ("batch", "pages", "splits"), [(1, 1024, 33), (1, 5, 5), (8, 1024, 4), (32, 32, 1), (999, 9, 1)]
 )
 def test_rows_are_split_to_occupy_every_multiprocessor(batch: int, pages: int, splits: int) -> None:
-    plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU)
+    plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU, batch)
     assert plan.splits == splits
     assert plan.block <= 128
 
@@ -306,7 +303,7 @@ def test_rows_are_split_to_occupy_every_multiprocessor(batch: int, pages: int, s
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 def test_a_decode_block_never_spans_two_pages(page_size: int) -> None:
     geometry = dataclasses.replace(GEOMETRY, page_size=page_size)
-    assert page_size % DecodePlan.choose(geometry, 1, 10, CPU).block == 0
+    assert page_size % DecodePlan.choose(geometry, 1, 10, CPU, 1).block == 0
 
 
 @pytest.mark.parametrize(
@@ -317,82 +314,4 @@ def test_a_gpu_with_less_shared_memory_gets_smaller_blocks(
 ) -> None:
     monkeypatch.setattr("granite_paged.layers.attention.shared_memory", lambda device: memory)
     assert TUNED.for_batch(1).block == 128
-    assert DecodePlan.choose(GEOMETRY, 1, 10, CPU).block == block
-
-
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
-def test_every_token_is_seen_by_exactly_one_part(splits: int) -> None:
-    page_size, tokens = 4, 23
-    table = torch.tensor([[5, 1, 4, 2, 6, 3]], dtype=torch.int32)
-    logical = torch.tensor([-1, 1, 3, 5, 2, 0, 4], dtype=torch.int32)
-    rows, newest = torch.tensor([0]), torch.tensor([tokens - 1], dtype=torch.int32)
-    mask_mod = split_mask_mod(table, logical, rows, newest, page_size=page_size, splits=splits)
-    part, slot = torch.arange(splits)[:, None], torch.arange(7 * page_size)[None]
-    seen = mask_mod(part, part * 0, part * 0, slot).sum(dim=0)
-    expected = torch.zeros(7 * page_size, dtype=seen.dtype)
-    for place, page in enumerate(table[0].tolist()):
-        count = min(page_size, tokens - place * page_size)
-        expected[page * page_size : page * page_size + count] = 1
-    assert torch.equal(seen, expected)
-
-
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
-def test_split_attention_equals_the_formula(splits: int) -> None:
-    page_size, heads, kv_heads, head_dim = 4, 6, 2, 16
-    lengths = [23, 1, 8, 0]
-    draw = torch.Generator().manual_seed(splits)
-    pages = [-(-n // page_size) for n in lengths]
-    total = 1 + sum(pages)
-    order = (torch.randperm(total - 1, generator=draw) + 1).tolist()
-    table = torch.zeros(6, 8, dtype=torch.int32)
-    logical = torch.full((total,), -1, dtype=torch.int32)
-    rows = torch.tensor([4, 1, 5, 2])
-    for row, count in zip(rows.tolist(), pages, strict=True):
-        for place in range(count):
-            page = order.pop()
-            table[row, place], logical[page] = page, place
-    keys, values = (
-        torch.randn(1, kv_heads, total * page_size, head_dim, generator=draw) for _ in "kv"
-    )
-    query = torch.randn(len(lengths), heads, head_dim, generator=draw)
-    positions = torch.tensor(lengths, dtype=torch.int32) - 1
-    mask_mod = split_mask_mod(table, logical, rows, positions, page_size=page_size, splits=splits)
-    count = torch.zeros(len(lengths) * splits, dtype=torch.int32)
-    listed = count[:, None]  # eager attention uses the mask_mod alone
-    mask = split_block_mask(
-        (count, listed, count, listed),
-        mask_mod,
-        page_size=page_size,
-        group=heads // kv_heads,
-        slots=total * page_size,
-    )
-    plan = DecodePlan(splits=splits, block=page_size, warps=4, stages=3)
-    run = torch.compile(_attend_split, backend="eager", fullgraph=True, dynamic=False)
-    out = run(query, keys, values, mask, 0.25, plan)
-    for place, (row, n) in enumerate(zip(rows.tolist(), lengths, strict=True)):
-        if n == 0:
-            assert not out[place].any()
-            continue
-        slots = (table[row].long()[:, None] * page_size + torch.arange(page_size)).flatten()[:n]
-        exact = attention(
-            query[place][:, None], keys[0][:, slots], values[0][:, slots], n - 1, 0.25
-        )
-        assert relative_error(out[place], exact[:, 0]) <= 1e-6
-
-
-@pytest.mark.parametrize("splits", [1, 2, 3, 33])
-@pytest.mark.parametrize("head_dim", [16, 24])
-def test_combined_parts_equal_the_formula(splits: int, head_dim: int) -> None:
-    torch.manual_seed(splits)
-    parts = torch.randn(3 * splits, 2, 3, head_dim)
-    logsumexp = 200 * torch.randn(3 * splits, 2, 3)
-    logsumexp[:splits] = -torch.inf  # padding has no pages
-    if splits > 1:
-        logsumexp[splits + 1] = -torch.inf
-    parts[logsumexp == -torch.inf] = 0
-    shares = logsumexp.view(3, splits, 6, 1).double().softmax(dim=1).nan_to_num(0.0)
-    expected = (parts.view(3, splits, 6, head_dim).double() * shares).sum(dim=1)
-    actual = combined(parts, logsumexp, splits)
-    assert actual.shape == (3, 6, head_dim)
-    assert not actual[0].any()
-    assert relative_error(actual, expected) <= 1e-6
+    assert DecodePlan.choose(GEOMETRY, 1, 10, CPU, 1).block == block

@@ -10,7 +10,6 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 from torch.torch_version import TorchVersion
 
 from granite_paged.device import has_tma
@@ -18,8 +17,8 @@ from granite_paged.errors import GeometryError
 from granite_paged.layers import attention
 from granite_paged.layers.attention import DecodePlan, kernel_options, prefill_options
 from granite_paged.layers.tuning import TUNED, DecodeConstants, PrefillConstants
+from granite_paged.paging.masks import QUERY_BLOCK, blocks_of
 from tests.helpers.strategies import make_geometry
-from tests.helpers.tolerance import relative_error
 
 B, HKV, G, S, D = 2, 3, 5, 4, 7
 HQ, SLOTS = HKV * G, 48
@@ -87,6 +86,57 @@ def test_a_mask_for_fewer_rows_or_tokens_or_another_pool_is_refused(
         attention._check_mask(query, keys, mask_like(rows, batch=batch))
 
 
+# -- query blocks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 26), (2, 60)])
+def test_query_blocks_are_unfolded_in_their_order(batch: int, tokens: int) -> None:
+    """A kernel that returns its queries gives each query its own place again."""
+    query = numbers(batch, tokens, HQ, D)
+    mask: Any = SimpleNamespace(shape=(20, 1, QUERY_BLOCK, SLOTS), BLOCK_SIZE=(128, 16))
+    given = []
+
+    def returned(function: Any, blocks: Tensor, *args: Any) -> Tensor:
+        given.append((function, blocks.shape, *args))
+        return blocks
+
+    keys = pool_like()
+    queries = attention.block_queries(query, mask, kv_heads=HKV)
+    queries.places.copy_(query.view(batch, tokens, 1, HKV, G, D))
+    with mock.patch.object(attention, "_call_compiled", returned):
+        out = attention.block_attention(queries, keys, keys, mask, scale=0.5)
+    assert torch.equal(out, query)
+    shape, options = (20, HKV, QUERY_BLOCK, D), attention._device_options(mask, keys)
+    assert given == [(attention._fused, shape, keys, keys, mask, 0.5, options)]
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 26), (2, 60)])
+def test_a_row_fills_whole_query_blocks(batch: int, tokens: int) -> None:
+    mask: Any = SimpleNamespace(shape=(20, 1, QUERY_BLOCK, SLOTS))
+    blocks, places = attention.block_queries(numbers(batch, tokens, HQ, D), mask, kv_heads=HKV)
+    assert places.shape == (batch, tokens, 1, HKV, G, D)
+    blocks.zero_()
+    places += torch.arange(1, batch + 1)[:, None, None, None, None, None]
+    each = blocks_of(tokens, G)
+    for number in range(batch):
+        row = blocks[number * each : (number + 1) * each].transpose(0, 1).flatten(1, 2)
+        assert (row[:, : tokens * G] == 1 + number).all()
+        assert not row[:, tokens * G :].any()
+    assert not blocks[batch * each :].any()
+
+
+def test_each_part_of_a_row_has_a_copy_of_its_queries() -> None:
+    plan = DecodePlan(parts=9, splits=3, block=16, warps=4, stages=1)
+    parts, places = attention.split_queries(numbers(B, HQ, D), plan, kv_heads=HKV)
+    assert parts.shape == (9, HKV, G, D)
+    parts.zero_()
+    query = numbers(B, HQ, D)
+    places.copy_(query.view(B, 1, 1, HKV, G, D))
+    for part in range(B * 3):
+        assert torch.equal(parts[part].view(HQ, D), query[part // 3])
+    assert not parts[B * 3 :].any()
+
+
 # -- plans of decode steps ------------------------------------------------------------------------
 
 GEOMETRY = make_geometry(page_size=128, kv_heads=4, group=3, head_dim=128, dtype=torch.bfloat16)
@@ -99,24 +149,33 @@ def _multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "pages", "splits"),
-    [(1, 999, 37), (2, 999, 18), (1, 36, 36), (37, 999, 1), (38, 999, 1), (0, 999, 150)],
+    ("batch", "pages", "parts", "splits"),
+    [
+        (1, 999, 37, 37),
+        (2, 999, 37, 18),
+        (18, 999, 37, 2),
+        (1, 36, 37, 36),
+        (19, 999, 50, 1),
+        (37, 999, 50, 1),
+        (1, 1, 50, 1),
+    ],
 )
 def test_parts_are_shared_by_the_rows_and_their_kv_heads(
-    batch: int, pages: int, splits: int
+    batch: int, pages: int, parts: int, splits: int
 ) -> None:
-    plan = DecodePlan.from_constants(CONSTANTS, GEOMETRY, batch, pages, CPU)
-    assert plan == DecodePlan(splits=splits, block=64, warps=4, stages=3)
+    """All batches whose rows are split have as many parts, and so have all others."""
+    plan = DecodePlan.from_constants(CONSTANTS, GEOMETRY, batch, pages, CPU, most=50)
+    assert plan == DecodePlan(parts=parts, splits=splits, block=64, warps=4, stages=3)
 
 
 def test_a_block_of_a_plan_is_no_larger_than_a_page() -> None:
     geometry = dataclasses.replace(GEOMETRY, page_size=32)
-    assert DecodePlan.from_constants(CONSTANTS, geometry, 1, 9, CPU).block == 32
+    assert DecodePlan.from_constants(CONSTANTS, geometry, 1, 9, CPU, 1).block == 32
 
 
 def block_with(memory: int, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(attention, "shared_memory", lambda device: memory)
-    return DecodePlan.choose(GEOMETRY, 1, 10, CPU).block
+    return DecodePlan.choose(GEOMETRY, 1, 10, CPU, 1).block
 
 
 def test_blocks_are_halved_until_their_pipeline_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,54 +193,14 @@ def test_bytes_of_a_block_are_those_of_k_and_v() -> None:
     assert attention._kv_bytes(3, 5, 7) == 2 * 3 * 5 * 7
 
 
-def test_whole_rows_and_large_pools_use_the_main_kernel() -> None:
-    sizes = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-    split, whole = DecodePlan(2, 64, 4, 3), DecodePlan(1, 64, 4, 3)
-    assert split.options(beyond_32_bits=False) == {**sizes, "SPLIT_KV": 1}
-    main = {**sizes, "FORCE_USE_FLEX_ATTENTION": True}
-    assert split.options(beyond_32_bits=True) == main
-    assert whole.options(beyond_32_bits=False) == whole.options(beyond_32_bits=True) == main
-
-
-@pytest.mark.parametrize("splits", [1, 2, 3])
-def test_a_part_of_a_row_gets_the_queries_of_its_row(splits: int) -> None:
-    """Parts that all see everything give what one part gives."""
-    query, keys, values = (
-        numbers(B, HQ, 16),
-        numbers(1, HKV, SLOTS, 16),
-        numbers(2, 1, HKV, SLOTS, 16)[0],
-    )
-    mask = create_block_mask(lambda b, h, q, kv: kv >= 0, None, None, G, SLOTS, device="cpu")
-    plan, seen = DecodePlan(splits, 16, 4, 3), {}
-
-    def flex(parts: Tensor, *args: Any, return_aux: Any = None, **options: Any) -> Any:
-        seen.update(options, parts=parts, lse=return_aux)
-        scores = torch.einsum("bhgd,hkd->bhgk", parts, keys[0]) * options["scale"]
-        out = scores.softmax(-1) @ values[0]
-        return (out, SimpleNamespace(lse=scores.logsumexp(-1))) if return_aux else out
-
-    with mock.patch.object(attention, "flex_attention", flex):
-        out = attention._attend_split(query, keys, values, mask, 0.5, plan)
-    by_row = query.view(B, HKV, G, 16)
-    assert torch.equal(seen["parts"], by_row.repeat_interleave(splits, dim=0))
-    assert seen["kernel_options"] == plan.options(beyond_32_bits=False)
-    assert (seen["lse"] is None) == (splits == 1)
-    assert seen["lse"] is None or seen["lse"].lse is True
-    for head in range(HQ):
-        scores = query[:, head] @ keys[0, head // G].T * 0.5
-        expected = scores.softmax(-1) @ values[0, head // G]
-        assert relative_error(out[:, head], expected) <= 1e-6
-
-
-@pytest.mark.parametrize(("slots", "beyond"), [(2**20, True), (2**20 - 1, False)])
-def test_a_pool_of_two_to_the_31_elements_needs_the_main_kernel(slots: int, beyond: bool) -> None:
-    keys = torch.empty(1, 2, slots, 2**10, device="meta")
-    query = torch.empty(1, 2, 2**10, device="meta")
-    attend = mock.Mock(return_value=(torch.empty(2, 2, 1, 2**10), mock.Mock(lse=numbers(2, 2, 1))))
-    with mock.patch.object(attention, "flex_attention", attend):
-        attention._attend_split(query, keys, keys, mock.Mock(), 1.0, DecodePlan(2, 16, 4, 3))
-    options = attend.call_args.kwargs["kernel_options"]
-    assert options.get("FORCE_USE_FLEX_ATTENTION", False) is beyond
+def test_decode_steps_use_the_main_kernel() -> None:
+    assert DecodePlan(9, 2, 64, 4, 3).options() == {
+        "BLOCK_M": 16,
+        "BLOCK_N": 64,
+        "num_warps": 4,
+        "num_stages": 3,
+        "FORCE_USE_FLEX_ATTENTION": True,
+    }
 
 
 # -- kernel options -------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def make(**parts: Any) -> tuple[EagerModel, Any]:
 
 def step_of(rows: list[int], positions: list[list[int]]) -> ModelStep:
     at = torch.tensor(rows)
-    return ModelStep(at, at - 1, torch.tensor(positions, dtype=torch.int32), None, None)
+    return ModelStep(at, at - 1, torch.tensor(positions, dtype=torch.int32), None)
 
 
 def test_logits_are_of_normed_states_and_divided_by_their_scaling() -> None:

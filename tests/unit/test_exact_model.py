@@ -46,7 +46,7 @@ def test_it_reads_no_mask() -> None:
 def test_every_token_is_computed_by_itself_in_order(model: ExactModel) -> None:
     tokens = torch.tensor([[7, 8, 9], [1, 2, 3]])
     positions = torch.tensor([[5, 6, 7], [0, 1, -1]])
-    step = ModelStep(torch.tensor([2, 4]), torch.tensor([1, 3]), positions, None, None)
+    step = ModelStep(torch.tensor([2, 4]), torch.tensor([1, 3]), positions, None)
     calls: list[Any] = []
 
     def forward(self: EagerModel, token: Tensor, one: ModelStep) -> Tensor:
@@ -57,11 +57,11 @@ def test_every_token_is_computed_by_itself_in_order(model: ExactModel) -> None:
     with mock.patch.object(EagerModel, "forward", forward):
         hidden = model.forward(tokens, step)
     assert calls == [
-        ([[7]], [2], [1], [[5]], None, None),
-        ([[8]], [2], [1], [[6]], None, None),
-        ([[9]], [2], [1], [[7]], None, None),
-        ([[1]], [4], [3], [[0]], None, None),
-        ([[2]], [4], [3], [[1]], None, None),
+        ([[7]], [2], [1], [[5]], None, None, False),
+        ([[8]], [2], [1], [[6]], None, None, False),
+        ([[9]], [2], [1], [[7]], None, None, False),
+        ([[1]], [4], [3], [[0]], None, None, False),
+        ([[2]], [4], [3], [[1]], None, None, False),
     ]
     assert hidden.dtype == torch.float64
     assert hidden.shape == (2, 3, HIDDEN)
@@ -86,7 +86,7 @@ def test_a_token_attends_to_the_slots_of_its_row_up_to_itself(
     model: ExactModel, position: int, expected: list[int]
 ) -> None:
     rows, query = torch.tensor([2]), torch.zeros(1, 2, 1, 4)
-    step = ModelStep(rows, rows - 1, torch.tensor([[position]]), None, None)
+    step = ModelStep(rows, rows - 1, torch.tensor([[position]]), None)
     attend = mock.Mock(return_value="attended")
     with mock.patch.object(exact_model, "attend_one_token", attend):
         assert model._attend_pages(1, query, step, 0.5) == "attended"

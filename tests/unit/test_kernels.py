@@ -5,7 +5,7 @@ The interpreter computes bfloat16 products wrongly, so the CPU runs float32 and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights, mamba_forward
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.store import PageStore
+from tests.helpers import reference
 from tests.helpers.mamba_layers import mamba_layer
 from tests.helpers.strategies import make_geometry
 from tests.helpers.tolerance import assert_as_defined
@@ -23,9 +24,10 @@ from tests.helpers.tolerance import assert_as_defined
 pytest.importorskip("triton")
 
 from granite_paged import device
-from granite_paged.layers import backend
+from granite_paged.layers import attention, backend
 from granite_paged.layers.triton import linear as few_rows
-from granite_paged.layers.triton import mamba, pages, pointwise, tokens
+from granite_paged.layers.triton import mamba, masks, pages, pointwise, tokens
+from granite_paged.layers.triton.combine import combine
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FLOAT32 = 2e-6
@@ -409,45 +411,134 @@ def test_write_pages_stores_non_finite_values_as_zero() -> None:
     assert pool[0][0, 0, 12, 4] == keys[0, 4]
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 8])
-def test_each_page_is_read_by_exactly_one_part(splits: int) -> None:
-    page_size, width = 4, 9
-    lengths = [0, 1, 4, 5, 16, 23, 36]
-    table = torch.arange(1, 1 + len(lengths) * width, dtype=torch.int32, device=DEVICE)
-    table = table.view(len(lengths), width)
-    rows = torch.arange(len(lengths), device=DEVICE)
-    positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE) - 1
-    parts, wide = len(lengths) * splits, -(-width // splits)
-    counts = [torch.full((parts,), 99, dtype=torch.int32, device=DEVICE) for _ in "wp"]
-    lists = [torch.zeros(parts, wide, dtype=torch.int32, device=DEVICE) for _ in "wp"]
-    pages.split_pages(
-        rows, positions, table, (counts[0], lists[0], counts[1], lists[1]), splits, page_size
+@pytest.mark.parametrize("copies", [1, 3])
+def test_write_pages_writes_queries_to_their_places(copies: int) -> None:
+    """Of 2 rows of 3 tokens, each with 2 KV heads for groups of 3. Padding's are not written."""
+    pool = [torch.zeros(1, 2, 6 * 4, 8, device=DEVICE) for _ in "kv"]
+    table = torch.tensor([[0, 0, 0], [3, 1, 0], [5, 2, 4]], dtype=torch.int32, device=DEVICE)
+    rows = torch.tensor([2, 1], device=DEVICE)
+    positions = torch.tensor([[6, 7, 8], [0, 1, -1]], dtype=torch.int32, device=DEVICE)
+    keys, values = (torch.randn(6, 2 * 8, device=DEVICE) for _ in "kv")
+    wide = torch.randn(6, 6 * 8 + 5, device=DEVICE)  # a product's columns, with others after them
+    query = wide[:, : 6 * 8]
+    bad = torch.zeros(3, dtype=torch.uint8, device=DEVICE)
+    room = torch.full((copies, 2, 2, 3, 3, 8), 9.0, device=DEVICE)  # [copies, Hkv, B, S, G, D]
+    places = room.permute(2, 3, 0, 1, 4, 5)
+    pages.write_pages(
+        keys, values, (pool[0], pool[1]), rows, positions, table, bad, 4, (query, places)
     )
+    written = query.reshape(2, 3, 2, 3, 8)
+    for copy in range(copies):
+        assert torch.equal(places[0, :, copy], written[0])
+        assert torch.equal(places[1, :2, copy], written[1, :2])
+    assert (places[1, 2] == 9).all()
+    assert torch.equal(
+        pool[0][0][:, [2 * 4 + 2, 3 * 4 + 1]], keys[[0, 4]].view(2, 2, 8).transpose(0, 1)
+    )
+
+
+def store_of(lengths: Sequence[int], *, pages: int, page_size: int, width: int) -> PageStore:
+    """Return a store whose rows have this many tokens."""
+    allocator = PageAllocator(pages, page_size)
+    geometry = make_geometry(page_size=page_size, kv_heads=2, group=3)
+    store = PageStore(geometry, pages, DEVICE, rows=len(lengths), width=width)
+    row_of = {allocator.open(): row for row in range(len(lengths))}
+    store.apply(allocator.append(dict(zip(row_of, lengths, strict=True))), row_of)
+    store.table.settle()
+    return store
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+@pytest.mark.parametrize("more", [0, 5])
+def test_each_page_is_read_by_exactly_one_part(splits: int, more: int) -> None:
+    page_size, lengths = 4, [0, 1, 4, 5, 16, 23, 36]
+    store = store_of(lengths, pages=40, page_size=page_size, width=9)
+    shared = masks.SplitMask(store, len(lengths) * splits + more)
+    for order in (range(len(lengths) - 1, -1, -1), range(len(lengths))):  # the second overwrites
+        rows = torch.tensor(list(order), device=DEVICE)
+        newest = torch.tensor([lengths[row] - 1 for row in order], dtype=torch.int32).to(DEVICE)
+        mask = shared.fill(rows, newest, splits)
+    counts, listed = mask.full_kv_num_blocks[:, 0, 0], mask.full_kv_indices[:, 0, 0]
+    counts_partial, listed_partial = mask.kv_num_blocks[:, 0, 0], mask.kv_indices[:, 0, 0]
     for row, length in enumerate(lengths):
         whole: list[int] = []
         partial: list[int] = []
         for part in range(row * splits, (row + 1) * splits):
-            whole += lists[0][part][: counts[0][part]].tolist()
-            partial += lists[1][part][: counts[1][part]].tolist()
-        named = table[row].tolist()
+            whole += listed[part][: counts[part]].tolist()
+            partial += listed_partial[part][: counts_partial[part]].tolist()
+        named = store.table.physical[row].tolist()
         assert whole == named[: length // page_size], (row, length)
         assert partial == named[length // page_size : -(-length // page_size)], (row, length)
+    used = len(lengths) * splits
+    assert not counts[used:].any()
+    assert not counts_partial[used:].any()
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_the_parts_of_a_split_mask_cover_each_row_once(splits: int) -> None:
-    allocator, lengths = PageAllocator(20, 4), [23, 1, 0, 8]
-    store = PageStore(make_geometry(page_size=4), 20, DEVICE, rows=4, width=6)
-    row_of = {allocator.open(): row for row in range(4)}
-    store.apply(allocator.append(dict(zip(row_of, lengths, strict=True))), row_of)
-    store.table.settle()
-    rows = torch.tensor([3, 0, 2], device=DEVICE)
-    newest = torch.tensor([lengths[row] - 1 for row in rows], dtype=torch.int32, device=DEVICE)
-    mask = pages.SplitMask(store, 3, splits).fill(rows, newest)
-    part = torch.arange(3 * splits, device=DEVICE)[:, None]
-    seen = mask.mask_mod(part, 0 * part, 0 * part, torch.arange(80, device=DEVICE)[None])
-    for place, length in enumerate([8, 23, 0]):
-        parts = slice(place * splits, (place + 1) * splits)
-        counts = mask.kv_num_blocks[parts] + mask.full_kv_num_blocks[parts]
-        assert int(seen[parts].sum()) == length, "a slot is seen twice, or by no part"
-        assert int(counts.sum()) == -(-length // 4)
+    lengths = [23, 1, 0, 8]
+    shared = masks.SplitMask(store_of(lengths, pages=20, page_size=4, width=6), 10)
+    for places in ([1], [3, 0, 2]):  # the lists of the first step are still there in the second
+        rows = torch.tensor(places, device=DEVICE)
+        newest = torch.tensor([lengths[row] - 1 for row in rows], dtype=torch.int32, device=DEVICE)
+        mask = shared.fill(rows, newest, splits)
+        part = torch.arange(10, device=DEVICE)[:, None]
+        seen = mask.mask_mod(part, 0 * part, 0 * part, torch.arange(80, device=DEVICE)[None])
+        counts = mask.kv_num_blocks + mask.full_kv_num_blocks
+        for place, row in enumerate(places):
+            mine = slice(place * splits, (place + 1) * splits)
+            assert int(seen[mine].sum()) == lengths[row], "a slot is seen twice, or by no part"
+            assert int(counts[mine].sum()) == -(-lengths[row] // 4)
+        assert not seen[len(places) * splits :].any()
+        assert not counts[len(places) * splits :].any()
+
+
+@pytest.mark.parametrize("splits", [2, 3, 33])
+@pytest.mark.parametrize("head_dim", [16, 24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_combined_parts_equal_the_formula(splits: int, head_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(splits)
+    parts = torch.randn(3 * splits + 2, 2, 3, head_dim, device=DEVICE).to(dtype)
+    logsumexp = 200 * torch.randn(3 * splits + 2, 2, 3, device=DEVICE)
+    logsumexp[:splits] = -torch.inf  # padding has no pages
+    logsumexp[splits + 1] = -torch.inf
+    parts[logsumexp == -torch.inf] = 0
+    parts[3 * splits :] = torch.nan  # no row has them
+    shares = logsumexp[:-2].view(3, splits, 6, 1).double().softmax(dim=1).nan_to_num(0.0)
+    expected = (parts[:-2].view(3, splits, 6, head_dim).double() * shares).sum(dim=1)
+    actual = combine(parts, logsumexp, 3, splits)
+    assert (actual.shape, actual.dtype) == ((3, 6, head_dim), dtype)
+    assert not actual[0].any()
+    assert_as_defined(actual, expected, FLOAT32 if dtype == torch.float32 else HALF)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_split_attention_equals_the_formula(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 9 parts: one row has all of them, two rows have four each, four rows have two each."""
+    monkeypatch.setattr(
+        attention,
+        "_compiled",
+        lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=False),
+    )
+    lengths = [0, 75, 33, 1, 16]
+    store = store_of(lengths, pages=40, page_size=16, width=6)
+    draw = torch.Generator().manual_seed(batch)
+    keys, values = (torch.randn(1, 2, 40 * 16, 16, generator=draw).to(DEVICE) for _ in "kv")
+    query = torch.randn(batch, 6, 16, generator=draw).to(DEVICE)
+    rows = torch.arange(batch, device=DEVICE) + 1
+    newest = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)[1 : batch + 1] - 1
+    plan = attention.DecodePlan(9, 9 // batch, 16, 4, 1)
+    mask = masks.SplitMask(store, 9).fill(rows, newest, plan.splits)
+    queries = attention.split_queries(query, plan, kv_heads=2)
+    queries.tensor.fill_(torch.nan)  # parts that no row has are not written
+    queries.places.copy_(query.view(batch, 1, 1, 2, 3, 16))
+    out = attention.split_attention(queries, keys, values, mask, scale=0.25, plan=plan)
+    assert out.shape == query.shape
+    for place, row in enumerate(rows.tolist()):
+        count = lengths[row]
+        named = store.table.physical[row].long()[:, None] * 16
+        slots = (named + torch.arange(16, device=DEVICE)).flatten()[:count]
+        exact = reference.attention(
+            query[place][:, None], keys[0][:, slots], values[0][:, slots], count - 1, 0.25
+        )
+        assert_as_defined(out[place], exact[:, 0], FLOAT32)

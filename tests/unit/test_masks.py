@@ -10,8 +10,10 @@ from granite_paged.paging.allocator import NULL_PAGE
 from granite_paged.paging.masks import (
     PADDING,
     QUERY_BLOCK,
+    PageLists,
+    Parts,
+    listed_block_mask,
     paged_block_mask,
-    split_block_mask,
     split_mask_mod,
 )
 from granite_paged.paging.page_table import UNHELD
@@ -19,6 +21,7 @@ from tests.helpers.strategies import (
     PagedSequences,
     Step,
     allowed_slots,
+    assert_query_blocks_show_the_same,
     assert_right,
     make_geometry,
     partial_pages,
@@ -166,19 +169,38 @@ def test_a_page_with_a_hidden_token_is_never_listed_whole() -> None:
     assert named(partial_pages(mask)) == [[1, 3, 5]]
 
 
+# -- query blocks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("past", "added"), [((37, 5, 16), 1), ((0, 70), 60), ((200,), 100), ((3, 60, 0, 17), 43)]
+)
+def test_query_blocks_show_each_row_what_its_own_mask_shows(
+    past: tuple[int, ...], added: int, group: int
+) -> None:
+    paged = PagedSequences(make_geometry(page_size=16, group=group))
+    growth = {paged.open(tokens): added for tokens in past}
+    positions = paged.step(growth).positions
+    positions[-1, -1:] = PADDING
+    assert_query_blocks_show_the_same(paged.step(growth).replace(positions=positions), more=2)
+
+
 # -- split rows ---------------------------------------------------------------------------------
 
 
 def seen_by_parts(position: int, splits: int, *, row: int = 0, width: int = 3) -> list[list[int]]:
     """Return the pages that each part of a row sees a slot of, by a table of `width` pages."""
-    mask_mod = split_mask_mod(
-        PHYSICAL[:, :width],
-        LOGICAL,
-        torch.tensor([row]),
-        torch.tensor([position], dtype=torch.int32),
-        page_size=4,
-        splits=splits,
+    pages = (position + 4) // 4
+    each = -(-pages // splits)
+    first = torch.arange(splits, dtype=torch.int32) * each
+    parts = Parts(
+        rows=torch.full((splits,), row, dtype=torch.int32),
+        newest=torch.full((splits,), position, dtype=torch.int32),
+        first=first,
+        end=(first + each).clamp(max=pages),
     )
+    mask_mod = split_mask_mod(PHYSICAL[:, :width], LOGICAL, parts, page_size=4)
     part, slot = torch.arange(splits)[:, None], torch.arange(4 * len(LOGICAL))[None]
     allowed = mask_mod(part, part * 0, part * 0, slot).expand(splits, -1)
     return [sorted({at // 4 for at in slots.nonzero()[:, 0].tolist()}) for slots in allowed]
@@ -212,13 +234,21 @@ def test_parts_do_not_see_another_rows_pages() -> None:
     assert seen_by_parts(3, 2, row=1) == [[2], []]
 
 
-def test_a_mask_of_parts_has_no_lists_for_the_backward_pass() -> None:
-    count, page = torch.tensor([1]), torch.tensor([[3]])
-    mask = split_block_mask(
-        (count, page, count, page), lambda b, h, q, kv: kv >= 0, page_size=4, group=2, slots=24
+def test_a_mask_over_lists_takes_them_as_they_are() -> None:
+    lists = PageLists(
+        torch.tensor([1, 2]),
+        torch.tensor([[3, 0], [4, 5]]),
+        torch.tensor([1, 0]),
+        torch.tensor([[2, 0], [0, 0]]),
     )
-    assert mask.q_indices is None
-    assert mask.shape == (1, 1, 2, 24)
+    mask = listed_block_mask(
+        lists, lambda b, h, q, kv: kv >= 0, page_size=4, folded_rows=2, slots=24
+    )
+    assert whole_pages(mask)[:, 0].tolist() == [[0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
+    assert partial_pages(mask)[:, 0].tolist() == [[0, 0, 1, 0, 0, 0], [0] * 6]
+    assert mask.q_indices is None, "lists for the backward pass"
+    assert mask.shape == (2, 1, 2, 24)
+    assert mask.BLOCK_SIZE == (QUERY_BLOCK, 4)
 
 
 # -- the lists ----------------------------------------------------------------------------------

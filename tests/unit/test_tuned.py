@@ -80,12 +80,21 @@ def test_few_rows_tiles_are_the_measured_ones(rows: int, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "pages", "splits"),
-    [(1, 4, 4), (1, 1024, 33), (8, 32, 4), (8, 2, 2), (32, 32, 1), (128, 1024, 1)],
+    ("batch", "pages", "parts", "splits"),
+    [
+        (1, 4, 33, 4),
+        (1, 1024, 33, 33),
+        (8, 32, 33, 4),
+        (8, 2, 33, 2),
+        (32, 32, 256, 1),
+        (128, 1024, 256, 1),
+    ],
 )
-def test_decode_plans_are_the_measured_ones(batch: int, pages: int, splits: int) -> None:
-    plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU)
-    assert plan == DecodePlan(splits=splits, block=128, warps=4, stages=3)
+def test_decode_plans_are_the_measured_ones(
+    batch: int, pages: int, parts: int, splits: int
+) -> None:
+    plan = DecodePlan.choose(GEOMETRY, batch, pages, CPU, most=256)
+    assert plan == DecodePlan(parts=parts, splits=splits, block=128, warps=4, stages=3)
 
 
 def product_tiles(rows: int, name: str) -> dict[str, int]:
@@ -121,7 +130,7 @@ def test_splits_occupy_multiprocessors_with_at_least_one_page_each(
     parts_per_multiprocessor: float, batch: int, pages: int, splits: int
 ) -> None:
     constants = replace(TUNED.decode[0], parts_per_multiprocessor=parts_per_multiprocessor)
-    plan = DecodePlan.from_constants(constants, GEOMETRY, batch, pages, CPU)
+    plan = DecodePlan.from_constants(constants, GEOMETRY, batch, pages, CPU, batch)
     assert plan.splits == splits
 
 
@@ -129,7 +138,7 @@ def test_splits_occupy_multiprocessors_with_at_least_one_page_each(
 def test_a_block_of_a_plan_is_at_most_a_page(page_size: int) -> None:
     constants = replace(TUNED.decode[0], block=128)
     geometry = replace(GEOMETRY, page_size=page_size)
-    plan = DecodePlan.from_constants(constants, geometry, 1, 8, CPU)
+    plan = DecodePlan.from_constants(constants, geometry, 1, 8, CPU, 1)
     assert plan.block == min(128, page_size)
 
 
