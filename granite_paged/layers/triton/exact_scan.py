@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_paged.layers.mamba import MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.triton.convolution import store_ring
 from granite_paged.layers.triton.exact_chunk import (
     added_by,
     advanced,
@@ -22,7 +23,6 @@ from granite_paged.layers.triton.exact_chunk import (
 from granite_paged.layers.triton.exact_linear import product
 from granite_paged.layers.triton.mamba import conv_weight
 from granite_paged.layers.triton.pointwise import silu
-from granite_paged.layers.triton.scan import store_ring
 
 
 @triton.jit

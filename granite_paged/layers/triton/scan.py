@@ -1,9 +1,9 @@
 """Mamba-2 in Triton, several tokens per row, computed by chunks. `mamba.py` gives the layouts.
 
-Four kernels: the convolution; the state that each chunk adds; the recurrence over chunks; the
-output. For a single chunk, the second kernel also does the third one's work. Decays are float32;
-operands of matrix products have the model's dtype. The similarities C B^T of a chunk's tokens are
-the same for all heads of a group: the second kernel computes them once.
+Four kernels: the convolution (`convolution.py`); the state that each chunk adds; the recurrence
+over chunks; the output. For a single chunk, the second kernel also does the third one's work.
+Decays are float32; operands of matrix products have the model's dtype. The similarities C B^T of a
+chunk's tokens are the same for all heads of a group: the second kernel computes them once.
 
 Each kernel is started before the one in front of it has finished (`linear.early`). It waits for
 that one before it uses its results, and does first what depends on earlier kernels only.
@@ -17,117 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from granite_paged.layers.mamba import REPLAYED, MambaSizes, MambaState, ScanWeights
+from granite_paged.layers.triton.convolution import RING_BLOCK, convolve, store_last
 from granite_paged.layers.triton.linear import early, wait
 from granite_paged.layers.triton.pointwise import silu, softplus
-
-_RING_BLOCK = 256  # channels whose inputs one program stores
 
 _OUTPUT_REGISTERS = 168
 """Registers per thread of `_chunk_outputs`, so that three programs fit a multiprocessor of 65,536.
 Measured on an H100: a prompt of 512 tokens takes 4.54 ms with it, and 4.78 without."""
-
-
-@triton.jit
-def _convolve(
-    projected_ptr, ring_ptr, rows_ptr, positions_ptr, weight_ptr, bias_ptr, out_ptr,
-    tokens, inner, channels, stride,
-    WIDTH: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    wait(EARLY)
-    batch = tl.program_id(0)
-    s = tl.program_id(1) * S + tl.arange(0, S)
-    c = tl.program_id(2) * C + tl.arange(0, C)
-    s_there, c_there = s < tokens, c < channels
-    row = tl.load(rows_ptr + batch).to(tl.int64)
-    positions = positions_ptr + batch * tokens
-    position = tl.load(positions + s, mask=s_there, other=-1)
-    first = batch.to(tl.int64) * tokens
-    token = (first + s) * stride
-    inputs = projected_ptr + inner + c[None, :]
-    total = tl.zeros([S, C], tl.float32)
-    if BIAS:
-        total += tl.load(bias_ptr + c, mask=c_there, other=0.0).to(tl.float32)[None, :]
-    place = (first + s)[:, None] * channels + c[None, :]
-    start = tl.program_id(1) * S
-    inside = (start >= WIDTH - 1) & (start + S <= tokens)
-    if inside:  # padding is at the ends of a row: between two tokens are only tokens
-        oldest = tl.load(positions + start - (WIDTH - 1))
-        inside = (oldest >= 0) & (tl.load(positions + start + S - 1) >= 0)
-    if inside:
-        for age in tl.static_range(WIDTH):
-            tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
-            x = tl.load(inputs + (token - age * stride)[:, None], mask=c_there[None, :], other=0.0)
-            total += x.to(tl.float32) * tap.to(tl.float32)[None, :]
-        tl.store(out_ptr + place, silu(total).to(out_ptr.dtype.element_ty), mask=c_there[None, :])
-        return
-    for age in tl.static_range(WIDTH):
-        before = s - age
-        is_here = (before >= 0) & s_there
-        if age > 0:
-            is_here &= tl.load(positions + before, mask=is_here, other=-1) >= 0
-        wanted = position - age
-        here = tl.load(
-            inputs + (token - age * stride)[:, None],
-            mask=is_here[:, None] & c_there[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if age > 0:
-            stored = (wanted >= 0) & s_there & (is_here == 0)
-            ring = ring_ptr + row * channels * WIDTH + c[None, :] * WIDTH
-            here += tl.load(
-                ring + (wanted % WIDTH)[:, None],
-                mask=stored[:, None] & c_there[None, :],
-                other=0.0,
-            ).to(tl.float32)
-        tap = tl.load(weight_ptr + c * WIDTH + (WIDTH - 1 - age), mask=c_there, other=0.0)
-        total += here * tap.to(tl.float32)[None, :]
-    total = silu(total)
-    tl.store(
-        out_ptr + place,
-        total.to(out_ptr.dtype.element_ty),
-        mask=s_there[:, None] & c_there[None, :],
-    )
-
-
-@triton.jit
-def _store_last(
-    projected_ptr, ring_ptr, rows_ptr, positions_ptr, batch, block,
-    tokens, inner, channels, stride, WIDTH: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Store a row's last `WIDTH` inputs of a block of channels in the slots of their positions."""
-    row = tl.load(rows_ptr + batch).to(tl.int64)
-    c = block * C + tl.arange(0, C)
-    there = c < channels
-    positions = positions_ptr + batch * tokens
-    last = tl.full([], -1, tl.int32)
-    column = tl.full([], 0, tl.int32)
-    for start in range(0, tokens, 1024):
-        s = start + tl.arange(0, 1024)
-        position = tl.load(positions + s, mask=s < tokens, other=-1).to(tl.int32)
-        highest = tl.max(position, axis=0)
-        if highest > last:
-            column = tl.max(tl.where(position == highest, s, -1), axis=0)
-            last = highest
-    for age in tl.static_range(WIDTH):
-        at = column - age + tl.zeros([C], tl.int32)  # the same for every channel
-        known = there & (at >= 0)
-        position = tl.load(positions + at, mask=known, other=-1)
-        token = (batch.to(tl.int64) * tokens + at) * stride
-        new = tl.load(projected_ptr + token + inner + c, mask=known, other=0.0)
-        slot = ring_ptr + row * channels * WIDTH + c * WIDTH + position % WIDTH
-        tl.store(slot, new, mask=known & (position >= 0))
-
-
-@triton.jit
-def _store_ring(
-    projected_ptr, ring_ptr, rows_ptr, positions_ptr,
-    tokens, inner, channels, stride, WIDTH: tl.constexpr, EARLY: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    wait(EARLY)
-    _store_last(
-        projected_ptr, ring_ptr, rows_ptr, positions_ptr, tl.program_id(0), tl.program_id(1),
-        tokens, inner, channels, stride, WIDTH, C,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -216,7 +112,7 @@ def _chunk_states(
                 tokens, chunks, inner, state_size, groups, PAIRS, SIZE, L, N,
             )  # fmt: skip
         elif chunk == 0:
-            _store_last(
+            store_last(
                 projected_ptr, ring_ptr, rows_ptr, positions_ptr, batch, head - heads - blocks,
                 tokens, inner, channels, stride, WIDTH, C,
             )  # fmt: skip
@@ -412,30 +308,10 @@ def scan(
     Returns:
         [B * S, inner] gated output in projected's dtype; arbitrary finite values at padding.
     """
-    batch, tokens = positions.shape
-    stride = projected.shape[1]
-    convolved = projected.new_empty(batch * tokens, sizes.channels)
-    width, has_bias = sizes.conv_width, bias is not None
-    block = 64
-    grid = (batch, triton.cdiv(tokens, 16), triton.cdiv(sizes.channels, block))
-    _convolve[grid](
-        projected, state.conv, state.rows, positions, weight, bias, convolved,
-        tokens, sizes.inner, sizes.channels, stride,
-        WIDTH=width, BIAS=has_bias, S=16, C=block, num_warps=2, **early(projected.device),
-    )  # fmt: skip
+    convolved = convolve(sizes, projected, positions, weight, bias, state)
     if mask is not None:
         convolved *= mask.view(-1, 1)
     return _scan(sizes, projected, convolved, positions, weights, state)
-
-
-def store_ring(sizes: MambaSizes, projected: Tensor, positions: Tensor, state: MambaState) -> None:
-    """Store the inputs of each row's last tokens in its rings. Arguments are those of `scan`."""
-    batch, tokens = positions.shape
-    _store_ring[(batch, triton.cdiv(sizes.channels, _RING_BLOCK))](
-        projected, state.conv, state.rows, positions,
-        tokens, sizes.inner, sizes.channels, projected.shape[1],
-        WIDTH=sizes.conv_width, C=_RING_BLOCK, **early(projected.device),
-    )  # fmt: skip
 
 
 def _scan(
@@ -464,13 +340,13 @@ def _scan(
         "N": max(16, triton.next_power_of_2(sizes.state_size)),
     }
     inputs, replayed = (state.recent, state.times), 0 if state.times is None else REPLAYED
-    parts, rings = size // block, triton.cdiv(sizes.channels, _RING_BLOCK)
+    parts, rings = size // block, triton.cdiv(sizes.channels, RING_BLOCK)
     pairs = parts * (parts + 1) // 2  # of a block of C, and a block of B that is not after it
     _chunk_states[(batch, chunks, sizes.heads + sizes.groups * pairs + rings)](
         convolved, projected, positions, *weights[:2], dt[0], dt[1], similarity, states,
         state.ssm, *inputs, state.rows, state.conv,
         *shape, *sizes.time_step_limit, stride,
-        ONE=chunks == 1, REPLAYED=replayed, WIDTH=sizes.conv_width, C=_RING_BLOCK, PAIRS=pairs,
+        ONE=chunks == 1, REPLAYED=replayed, WIDTH=sizes.conv_width, C=RING_BLOCK, PAIRS=pairs,
         **blocks, num_warps=8 if chunks == 1 else 4, num_stages=1, **starts,
     )  # fmt: skip
     if chunks > 1:
