@@ -512,9 +512,11 @@ def test_combined_parts_equal_the_formula(splits: int, head_dim: int, dtype: tor
     assert_as_defined(actual, expected, FLOAT32 if dtype == torch.float32 else HALF)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4])
-def test_split_attention_equals_the_formula(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 9 parts: one row has all of them, two rows have four each, four rows have two each."""
+@pytest.mark.parametrize(("batch", "splits"), [(1, 9), (2, 4), (4, 2), (4, 1)])
+def test_split_attention_equals_the_formula(
+    batch: int, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 9 parts: one row has all of them, two rows have four each, four rows have two or one."""
     monkeypatch.setattr(
         attention,
         "_compiled",
@@ -527,8 +529,8 @@ def test_split_attention_equals_the_formula(batch: int, monkeypatch: pytest.Monk
     query = torch.randn(batch, 6, 16, generator=draw).to(DEVICE)
     rows = torch.arange(batch, device=DEVICE) + 1
     newest = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)[1 : batch + 1] - 1
-    plan = attention.DecodePlan(9, 9 // batch, 16, 4, 1)
-    mask = masks.SplitMask(store, 9).fill(rows, newest, plan.splits)
+    plan = attention.DecodePlan(9, splits, 16, 4, 1)
+    mask = masks.SplitMask(store, 9).fill(rows, newest, splits)
     queries = attention.split_queries(query, plan, kv_heads=2)
     queries.tensor.fill_(torch.nan)  # parts that no row has are not written
     queries.places.copy_(query.view(batch, 1, 1, 2, 3, 16))

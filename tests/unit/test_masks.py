@@ -12,8 +12,10 @@ from granite_paged.paging.masks import (
     QUERY_BLOCK,
     PageLists,
     Parts,
+    QueryBlocks,
     listed_block_mask,
     paged_block_mask,
+    query_block_mask_mod,
     split_mask_mod,
 )
 from granite_paged.paging.page_table import UNHELD
@@ -186,11 +188,20 @@ def test_query_blocks_show_each_row_what_its_own_mask_shows(
     assert_query_blocks_show_the_same(paged.step(growth).replace(positions=positions), more=2)
 
 
+def test_a_longer_row_in_the_pool_is_hidden_from_a_narrower_table_of_query_blocks() -> None:
+    positions = torch.full((1, QUERY_BLOCK), 3, dtype=torch.int32)
+    blocks = QueryBlocks(torch.tensor([0], dtype=torch.int32), positions)
+    mask_mod = query_block_mask_mod(PHYSICAL[:, :1], LOGICAL, blocks, page_size=4)
+    block = torch.zeros(1, dtype=torch.int64)
+    allowed = mask_mod(block, block, block, torch.arange(4 * len(LOGICAL)))
+    assert allowed.nonzero()[:, 0].tolist() == [12, 13, 14, 15]
+
+
 # -- split rows ---------------------------------------------------------------------------------
 
 
-def seen_by_parts(position: int, splits: int, *, row: int = 0, width: int = 3) -> list[list[int]]:
-    """Return the pages that each part of a row sees a slot of, by a table of `width` pages."""
+def slots_of_parts(position: int, splits: int, *, row: int = 0, width: int = 3) -> list[list[int]]:
+    """Return the slots that each part of a row sees, by a table of `width` pages."""
     pages = (position + 4) // 4
     each = -(-pages // splits)
     first = torch.arange(splits, dtype=torch.int32) * each
@@ -203,7 +214,17 @@ def seen_by_parts(position: int, splits: int, *, row: int = 0, width: int = 3) -
     mask_mod = split_mask_mod(PHYSICAL[:, :width], LOGICAL, parts, page_size=4)
     part, slot = torch.arange(splits)[:, None], torch.arange(4 * len(LOGICAL))[None]
     allowed = mask_mod(part, part * 0, part * 0, slot).expand(splits, -1)
-    return [sorted({at // 4 for at in slots.nonzero()[:, 0].tolist()}) for slots in allowed]
+    return [slots.nonzero()[:, 0].tolist() for slots in allowed]
+
+
+def seen_by_parts(position: int, splits: int, **table: int) -> list[list[int]]:
+    """Return the pages of which each part sees a slot."""
+    slots = slots_of_parts(position, splits, **table)
+    return [sorted({slot // 4 for slot in part}) for part in slots]
+
+
+def test_parts_see_the_slots_up_to_the_newest_token() -> None:
+    assert slots_of_parts(9, 2) == [[4, 5, 6, 7, 12, 13, 14, 15], [20, 21]]
 
 
 @pytest.mark.parametrize(
