@@ -47,7 +47,7 @@ def _list_blocks(
     block = tl.program_id(0)
     number, lane = block // each, tl.arange(0, QUERIES)
     token = ((block % each) * QUERIES + lane) // group
-    there = (number < batch) & (token < tokens)
+    there = token < tl.where(number < batch, tokens, 0)
     position = tl.load(positions_ptr + number * tokens + token, mask=there, other=-1)
     highest = tl.max(position, axis=0)
     # what is not there hides no page: its outputs are never read
