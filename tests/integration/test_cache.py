@@ -534,32 +534,28 @@ def test_huge_values_of_one_batch_do_not_reach_the_next(model: Any) -> None:
     assert_same_logits(three_steps(model, own), three_steps(model, fresh(model)))
 
 
-@pytest.fixture(scope="module")
-def fused() -> Any:
-    """A model with heads of 16, so that both tests below share one compiled kernel."""
-    return tiny_model(num_attention_heads=3, num_key_value_heads=1).requires_grad_(False)
+def test_compiled_output_ignores_nan_of_an_earlier_owner_which_a_pool_would_pass_on() -> None:
+    """The second half is a mutation test: a stored NaN makes the next layer's K and V NaN.
 
-
-def logits_after_nan(model: Any) -> Tensor:
-    """Refuse a sequence of NaN, then return the logits of the next owner of its page."""
+    Both are one test, with heads of 16 and steps of 12 columns, so that it compiles one kernel.
+    """
+    model = tiny_model(num_attention_heads=3, num_key_value_heads=1).requires_grad_(False)
     config = PagedConfig(page_size=16, max_tokens=32, backend="compiled")
-    with paged(model, config):
+    ids, mask = prompts((11, 12))
+    expected = run(model, DynamicCache(config=model.config), ids[:1], mask[:1])
+
+    def after_nan() -> Tensor:
+        """Refuse a sequence of NaN, then return the logits of the next owner of its page."""
         own = PagedCache.for_model(model, config)
         with pytest.raises(NonFinite):
             model(inputs_embeds=torch.full((1, 12, 48), torch.nan), **with_cache(own))
         own.reset()
-        return run(model, own, prompts((11,))[0])
+        return run(model, own, ids[:1], mask[:1])
 
-
-def test_compiled_output_ignores_nan_of_an_earlier_owner(fused: Any) -> None:
-    expected = run(fused, DynamicCache(config=fused.config), prompts((11,))[0])
-    assert_same_logits(logits_after_nan(fused), expected)
-
-
-def test_nan_stored_in_a_pool_would_reach_the_output(fused: Any) -> None:
-    """Mutation test: a stored NaN makes the next layer's K and V NaN, which ends the step."""
-    with faults.stored_nan(), pytest.raises(NonFinite, match="layer 3"):
-        logits_after_nan(fused)
+    with paged(model, config):
+        assert_same_logits(after_nan()[:, 1:], expected[:, 1:])
+        with faults.stored_nan(), pytest.raises(NonFinite, match="attention layer 3"):
+            after_nan()
 
 
 def first_row_of(model: Any, others: tuple[tuple[int, ...], int]) -> Tensor:
