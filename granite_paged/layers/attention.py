@@ -140,8 +140,8 @@ class Queries(NamedTuple):
     mask's, so that steps of many batches and lengths share a compiled kernel.
 
     Attributes:
-        tensor: [B', Hkv, rows, D], as the mask has it. What is no token's attends to nothing, so
-            it may be anything.
+        tensor: [B', Hkv, rows, D], as the mask has it. Rows without a token may hold anything:
+            they attend to nothing.
         places: [B, S, copies, Hkv, G, D], a view of `tensor`: where each token's queries are.
     """
 

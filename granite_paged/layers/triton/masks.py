@@ -2,7 +2,8 @@
 
 The lists stay at fixed addresses, so that a CUDA graph can capture the kernel and attention. Steps
 of several shapes share a mask, if one runs after the other. After its last page, a list still names
-pages of an earlier step: they are pages of the pool too, and no kernel takes them for its own.
+pages of an earlier step. Kernels stop at the count; one that reads ahead of it reads pages of the
+pool.
 """
 
 from __future__ import annotations
