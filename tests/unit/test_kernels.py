@@ -517,11 +517,13 @@ def test_split_attention_equals_the_formula(
     batch: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 9 parts: one row has all of them, two rows have four each, four rows have two or one."""
-    monkeypatch.setattr(
-        attention,
-        "_compiled",
-        lambda function: torch.compile(function, backend="eager", fullgraph=True, dynamic=False),
-    )
+    used = []
+
+    def compiled(function: Any) -> Any:
+        used.append(function)
+        return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(attention, "_compiled", compiled)
     lengths = [0, 75, 33, 1, 16]
     store = store_of(lengths, pages=40, page_size=16, width=6)
     draw = torch.Generator().manual_seed(batch)
@@ -536,6 +538,7 @@ def test_split_attention_equals_the_formula(
     queries.places.copy_(query.view(batch, 1, 1, 2, 3, 16))
     out = attention.split_attention(queries, keys, values, mask, scale=0.25, plan=plan)
     assert out.shape == query.shape
+    assert used == [attention._fused if splits == 1 else attention._attend_parts]
     for place, row in enumerate(rows.tolist()):
         count = lengths[row]
         named = store.table.physical[row].long()[:, None] * 16
