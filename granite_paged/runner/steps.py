@@ -22,6 +22,9 @@ from granite_paged.runner.storage import Storage
 if TYPE_CHECKING:
     from granite_paged.layers.triton.masks import QueryBlockMask, SplitMask
 
+FEW_ROWS = 64
+"""Decode steps of up to this many rows compute attention for no more rows than this."""
+
 
 class Steps:
     """Makes steps, and keeps those that are captured.
@@ -128,10 +131,6 @@ class Steps:
             step.capture(self._graphs, self._stream)
             self._captured[batch, length, decodes] = step
         return step
-
-
-FEW_ROWS = 64
-"""Decode steps of up to so few rows do not compute attention for more."""
 
 
 def most_rows(shapes: Shapes, batch: int) -> int:

@@ -58,7 +58,7 @@ def warm_up(compiler: Any) -> None:
 def test_a_worker_is_started_without_waiting_until_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it gets is more than a pipe holds, and it imports for 10 s: eight took 30 s to start."""
+    """A pipe does not hold its input, and it imports for 10 s: eight took 30 s to start."""
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)

@@ -413,7 +413,7 @@ def test_write_pages_stores_non_finite_values_as_zero() -> None:
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_write_pages_writes_queries_to_their_places(copies: int) -> None:
-    """Of 2 rows of 3 tokens, each with 2 KV heads for groups of 3. Padding's are not written."""
+    """Two rows of 3 tokens, with 2 KV heads and 3 query heads for each. Padding is not written."""
     pool = [torch.zeros(1, 2, 6 * 4, 8, device=DEVICE) for _ in "kv"]
     table = torch.tensor([[0, 0, 0], [3, 1, 0], [5, 2, 4]], dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([2, 1], device=DEVICE)
@@ -516,7 +516,7 @@ def test_combined_parts_equal_the_formula(splits: int, head_dim: int, dtype: tor
 def test_split_attention_equals_the_formula(
     batch: int, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 9 parts: one row has all of them, two rows have four each, four rows have two or one."""
+    """Nine parts: 9 for one row, 4 for each of two rows, and 2 or 1 for each of four rows."""
     used = []
 
     def compiled(function: Any) -> Any:
