@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ TUNED_SHARED_MEMORY = 227 * 1024
 TMA_TORCH = "2.11"
 """The oldest torch whose FlexAttention was run with TMA, a GPU's unit that copies blocks of memory.
 Torch 2.9 does not check whether a load by TMA is possible."""
+
+_MEMORY_REFUSED = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+"""In the messages of the CUDA driver and Triton, of cuBLAS, and of torch's allocator on the CPU."""
 
 
 # -- abilities ----------------------------------------------------------------------------------
@@ -90,6 +93,30 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 # -- memory -------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out.
+
+    torch's allocator on a GPU has an error of its own for that. The CUDA driver, Triton, cuBLAS and
+    the allocator on the CPU do not: their messages tell.
+    """
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    said = str(error)
+    refused = any(words in said for words in _MEMORY_REFUSED)
+    return refused or isinstance(error, torch.OutOfMemoryError)
+
+
+@contextlib.contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Raise every error that says that memory ran out as `torch.OutOfMemoryError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def available_bytes(device: torch.device) -> int:

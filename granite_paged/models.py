@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
 from granite_paged.checkpoints import TINY_RECALL
-from granite_paged.device import resolve_device
+from granite_paged.device import one_memory_error, resolve_device
 from granite_paged.engine.defaults import end_of_text
 from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import (
@@ -112,7 +112,8 @@ def load(
         raise InvalidArgument("a model and random weights exclude each other")
     loaded.model.eval().requires_grad_(False)
     try:
-        loaded.model.to(where)
+        with one_memory_error():
+            loaded.model.to(where)
     except torch.OutOfMemoryError:
         raise DeviceError(f"{loaded.name} does not fit into the memory of {where}") from None
     return loaded
@@ -239,7 +240,7 @@ def _from_geometry(name: str, dtype: torch.dtype, device: torch.device, seed: in
         raise UnknownName("geometry", name, tuple(GEOMETRIES))
     torch.manual_seed(seed)
     try:
-        with device:
+        with device, one_memory_error():
             model = GraniteMoeHybridForCausalLM._from_config(geometry_config(name), dtype=dtype)
     except torch.OutOfMemoryError:
         raise DeviceError(f"{name} does not fit into the memory of {device}") from None

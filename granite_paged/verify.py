@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from granite_paged import tolerances
 from granite_paged.checkpoints.recall import recall_accuracy, recall_batch, usual_pairs
-from granite_paged.device import device_name, dtype_name
+from granite_paged.device import device_name, dtype_name, one_memory_error
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, DeviceError, InvalidArgument
 from granite_paged.geometry import CacheGeometry, PagedConfig
@@ -459,8 +459,9 @@ def float64_copy(model: Any) -> Any:
     """Return a float64 copy of the model. Raises DeviceError if it does not fit into memory."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
-        exact = copy.deepcopy(model).double()
-    except (torch.OutOfMemoryError, MemoryError):
+        with one_memory_error():
+            exact = copy.deepcopy(model).double()
+    except torch.OutOfMemoryError:
         raise DeviceError(
             f"the float64 reference needs {8 * parameters / 1e9:.1f} GB, which is more than is "
             "free; pass --no-reference"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.device import graph_bytes
+from granite_paged.device import graph_bytes, is_out_of_memory
 from granite_paged.errors import GranitePagedError
 from granite_paged.quantiles import quantile
 from granite_paged.report.bench_results import Latency
@@ -120,9 +120,10 @@ def _once(prepared: Prepared, clock: Clock, samples: Samples) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error as one line of at most 200 characters."""
+    """Return an error as one line of at most 200 characters; memory that ran out has one name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
+    name = "OutOfMemoryError" if is_out_of_memory(error) else type(error).__name__
+    return f"{name}: {lines[0] if lines else 'no message'}"[:200]
 
 
 class Clock:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from granite_paged.device import one_memory_error
 from granite_paged.evaluate.scorer import ScoreRequest
 from granite_paged.evaluate.scorer_default import DefaultScorer
 
@@ -27,7 +28,8 @@ def best_batch(model: Any, requests: Sequence[ScoreRequest], seed: int = 0) -> i
     size = 1
     while size <= LARGEST:
         try:
-            times[size] = min(_seconds(model, sample, size) for _ in range(2))
+            with one_memory_error():
+                times[size] = min(_seconds(model, sample, size) for _ in range(2))
         except torch.OutOfMemoryError:
             break
         if times[size] > _WORSE * min(times.values()):

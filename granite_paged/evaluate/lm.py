@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from granite_paged.device import one_memory_error
 from granite_paged.errors import (
     GranitePagedError,
     InvalidArgument,
@@ -212,7 +213,7 @@ class GranitePagedLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         generate = super()._model_generate
         pages = paged(self.model, self._paged) if self._mode == "paged" else nullcontext()
         try:
-            with pages:
+            with pages, one_memory_error():
                 return generate(context, attention_mask=attention_mask, **options)
         except (GranitePagedError, torch.OutOfMemoryError) as refusal:
             if len(context) == 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.device import device_name, dtype_name
+from granite_paged.device import device_name, dtype_name, one_memory_error
 from granite_paged.digests import config_digest, sha256, tokenizer_digest, weights_digest
 from granite_paged.environment import versions
 from granite_paged.errors import BrokenInvariant, GranitePagedError
@@ -239,7 +239,8 @@ def _answers(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Answer | 
     If a batch fails, each of its requests runs alone.
     """
     try:
-        return list(scorer.score(requests))
+        with one_memory_error():
+            return list(scorer.score(requests))
     except BrokenInvariant:
         raise
     except (GranitePagedError, torch.OutOfMemoryError) as error:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from granite_paged.device import host_copy, to_device
+from granite_paged.device import host_copy, one_memory_error, to_device
 from granite_paged.errors import require
 from granite_paged.geometry import CacheGeometry
 from granite_paged.paging.allocator import AppendPlan, PageAllocator
@@ -112,9 +112,10 @@ class PageStore:
         """
         held = self.pages
         try:
-            for pool in self.pools.values():
-                pool.resize(pages)
-            self.table.fit(rows=rows, width=width, pages=pages)
+            with one_memory_error():
+                for pool in self.pools.values():
+                    pool.resize(pages)
+                self.table.fit(rows=rows, width=width, pages=pages)
         except torch.OutOfMemoryError:
             for pool in self.pools.values():
                 pool.resize(held)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.device import available_bytes
+from granite_paged.device import available_bytes, one_memory_error
 from granite_paged.errors import GeometryError, OutOfMemory
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.layers.backend import triton_refusal
@@ -146,12 +146,13 @@ def plan_memory(
 
 @contextmanager
 def memory_refused(device: torch.device, what: str) -> Iterator[None]:
-    """Turn torch's out-of-memory error into `OutOfMemory`, and release cached memory.
+    """Turn an error that memory ran out into `OutOfMemory`, and release cached memory.
 
     what: the subject of the message, such as "a step".
     """
     try:
-        yield
+        with one_memory_error():
+            yield
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         raise OutOfMemory(

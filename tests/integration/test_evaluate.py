@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from granite_paged.evaluate.metrics import (
 from granite_paged.evaluate.near_ties import judge_near_ties
 from granite_paged.evaluate.peak_memory import PeakMemory
 from granite_paged.evaluate.scorer import Answer, Needs, ScoreRequest, choice
+from granite_paged.evaluate.scorer_default import DefaultScorer
 from granite_paged.evaluate.tasks import Question, Task, TaskOptions, make_task
 from granite_paged.models import TINY_RECALL, LoadedModel, load, load_tokenizer
 from granite_paged.paging.page_table import UNHELD, PageTable
@@ -37,6 +38,7 @@ from tests.helpers.evaluation import (
     tiny_loaded,
     tiny_task,
 )
+from tests.helpers.memory_errors import MEMORY_ERRORS
 from tests.helpers.tiny_models import VOCABULARY
 
 LONGEST_RECALL = 128  # tokens: attention on the CPU is dense
@@ -402,6 +404,22 @@ def test_contexts_longer_than_the_pool_are_counted_as_refused(batch: int) -> Non
 def test_a_run_without_answers_is_an_error() -> None:
     with pytest.raises(RequestError, match=r"every question was refused; the first: .* out of"):
         tiny_evaluation(config=PagedConfig(page_size=8, max_tokens=8))
+
+
+def test_a_batch_beyond_the_devices_memory_runs_question_by_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = tiny_evaluation(modes=("default",), batch=1).tasks["tiny"].modes["default"]
+    score = DefaultScorer.score
+
+    def refuse(self: DefaultScorer, asked: Sequence[ScoreRequest]) -> Iterator[Answer]:
+        if len(asked) > 1:
+            raise MEMORY_ERRORS["cublas"]
+        return score(self, asked)
+
+    monkeypatch.setattr(DefaultScorer, "score", refuse)
+    found = tiny_evaluation(modes=("default",), batch=4).tasks["tiny"].modes["default"]
+    assert (found.questions, found.accuracy) == (expected.questions, expected.accuracy)
 
 
 def test_a_non_finite_log_likelihood_is_refused() -> None:

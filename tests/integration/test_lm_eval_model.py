@@ -15,6 +15,7 @@ import torch
 from granite_paged import is_patched
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.errors import InvalidArgument, UnknownName
+from tests.helpers.memory_errors import MEMORY_ERRORS
 from tests.helpers.tiny_models import tiny_model
 
 pytest.importorskip(
@@ -185,6 +186,23 @@ def test_a_batch_beyond_the_pool_is_halved(
     asked = [(text, options) for text in (checkpoint.text, "and", "while")]
     assert_same_texts(small, theirs(checkpoint, batch_size=3), *asked)
     assert rows[:2] == [3, 2]
+
+
+def test_a_batch_beyond_the_devices_memory_is_halved(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ours(checkpoint, batch_size=2)
+    parent = type(whole).__mro__[1]  # HFLM
+    generate = parent._model_generate
+
+    def refuse(self: Any, context: Any, attention_mask: Any, **options: Any) -> Any:
+        if len(context) > 1:
+            raise MEMORY_ERRORS["cublas"]
+        return generate(self, context, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(parent, "_model_generate", refuse)
+    asked = [(text, {"max_gen_toks": 4}) for text in (checkpoint.text, "and")]
+    assert_same_texts(whole, theirs(checkpoint, batch_size=1), *asked)
 
 
 def test_rolling_windows_and_empty_documents_equal_those_of_hflm(

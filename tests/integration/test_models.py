@@ -30,6 +30,7 @@ from granite_paged.errors import (
     UnsupportedModel,
 )
 from granite_paged.models import GEOMETRIES, geometry_config, load
+from tests.helpers.memory_errors import MEMORY_ERRORS
 from tests.helpers.sharded_checkpoint import END, STOP, TEMPLATE
 from tests.helpers.tiny_models import prompts, tiny_model
 
@@ -402,6 +403,18 @@ def test_without_a_gpu_auto_is_the_cpu(
     assert models.resolve_device("auto") == torch.device("cpu")
     with pytest.raises(DeviceError, match="cuda does not exist: this machine has 0"):
         models.resolve_device("cuda")
+
+
+@pytest.mark.parametrize("refused", ["_from_config", "to"])
+def test_a_model_beyond_the_devices_memory_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, small: str, refused: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise MEMORY_ERRORS["driver"]
+
+    monkeypatch.setattr(GraniteMoeHybridForCausalLM, refused, refuse)
+    with pytest.raises(DeviceError, match=f"^{small}.* does not fit into the memory of cpu$"):
+        load(random_weights=small, device="cpu")
 
 
 def test_an_unknown_geometry_error_lists_the_known_ones() -> None:

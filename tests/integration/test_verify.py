@@ -11,9 +11,11 @@ import torch
 from granite_paged import PagedConfig, verify
 from granite_paged.cli.main import run
 from granite_paged.cli.options import FAILED, OK
+from granite_paged.errors import DeviceError
 from granite_paged.geometry import CacheGeometry
 from granite_paged.models import LoadedModel, load
 from tests.helpers import faults
+from tests.helpers.memory_errors import MEMORY_ERRORS
 from tests.helpers.tiny_models import FLAVOURS, tiny_model
 from tests.helpers.tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, WASTE
 
@@ -35,6 +37,18 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loaded(model: Any) -> LoadedModel:
     return LoadedModel("tiny", model.requires_grad_(False), None)
+
+
+def test_a_reference_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Any) -> Any:
+        raise MEMORY_ERRORS["cpu"]
+
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "double", refuse)
+    with pytest.raises(
+        DeviceError, match=r"needs [\d.]+ GB, which is more than is free; pass --no"
+    ):
+        verify.float64_copy(model)
 
 
 def test_the_embedded_model_passes_every_tolerance(embedded: LoadedModel) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-import torch
 
 from granite_paged.evaluate import batch_size
 from granite_paged.evaluate.batch_size import LARGEST, best_batch
 from granite_paged.evaluate.scorer import ScoreRequest
+from tests.helpers.memory_errors import MEMORY_ERRORS
 
 REQUESTS = [ScoreRequest([number], [[1]]) for number in range(3 * LARGEST)]
 
@@ -22,7 +22,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     def seconds(model: object, requests: Sequence[ScoreRequest], size: int) -> float:
         assert len(requests) >= size, "a batch that is not full is no measurement of its size"
         if size not in times:
-            raise torch.OutOfMemoryError
+            raise MEMORY_ERRORS["driver"]
         return times[size]
 
     monkeypatch.setattr(batch_size, "_seconds", seconds)

@@ -21,6 +21,7 @@ from granite_paged.bench.measure import (
     released,
 )
 from granite_paged.quantiles import quantile
+from tests.helpers.memory_errors import MEMORY_ERRORS
 
 
 class Ticks(Clock):
@@ -55,6 +56,12 @@ def test_times_of_one_round_are_paired() -> None:
     samples = three_rounds(a=nothing, b=nothing)
     assert samples["a"].seconds == [1, 4, 5]
     assert samples["b"].seconds == [2, 3, 6]
+
+
+def test_memory_that_ran_out_has_one_name() -> None:
+    names = {reason(error).split(":")[0] for error in MEMORY_ERRORS.values()}
+    assert names == {"OutOfMemoryError"}
+    assert reason(RuntimeError("no kernel")) == "RuntimeError: no kernel"
 
 
 def test_a_failing_mode_does_not_stop_the_others() -> None:
@@ -155,7 +162,7 @@ def test_a_cpu_has_no_peak_memory() -> None:
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(RuntimeError("a\nb"), "RuntimeError: a"), (MemoryError(), "MemoryError: no message")],
+    [(RuntimeError("a\nb"), "RuntimeError: a"), (RuntimeError(), "RuntimeError: no message")],
 )
 def test_a_reason_is_one_line(error: Exception, line: str) -> None:
     assert reason(error) == line

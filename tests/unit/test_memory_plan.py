@@ -22,6 +22,7 @@ from granite_paged.runner.memory_plan import (
     weight_bytes,
 )
 from tests.helpers.mamba_layers import mixer_sizes
+from tests.helpers.memory_errors import MEMORY_ERRORS
 from tests.helpers.strategies import make_geometry
 
 GEOMETRY = make_geometry(page_size=16, group=3, kv_heads=2, head_dim=8, dtype=torch.bfloat16)
@@ -215,11 +216,14 @@ def test_a_mamba_layers_workspace_holds_its_scan(mixers: Any, chunk_size: int) -
     assert plan("cuda", exact=True).workspace_bytes == 64 * (exact + RESIDUAL)
 
 
-def test_a_refusal_of_the_device_names_what_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", MEMORY_ERRORS)
+def test_a_refusal_of_the_device_names_what_did_not_fit(
+    monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
     monkeypatch.setattr(memory_plan, "available_bytes", lambda device: 123)
     with (
         pytest.raises(OutOfMemory, match="a step did not fit") as refusal,
         memory_refused(torch.device("cpu"), "a step"),
     ):
-        raise torch.OutOfMemoryError
+        raise MEMORY_ERRORS[source]
     assert refusal.value.free == 123

@@ -12,6 +12,7 @@ from granite_paged.errors import BrokenInvariant
 from granite_paged.paging.allocator import PageAllocator
 from granite_paged.paging.pool import KVPool
 from granite_paged.paging.store import PageStore
+from tests.helpers.memory_errors import MEMORY_ERRORS
 from tests.helpers.strategies import CPU, make_geometry
 
 GEOMETRY = dataclasses.replace(make_geometry(page_size=4), attention_layers=(1, 4))
@@ -95,7 +96,7 @@ def test_a_store_that_cannot_grow_is_unchanged(monkeypatch: pytest.MonkeyPatch) 
 
     def refuse(self: Any, pages: int) -> None:
         if pages > 9 and self is store.pools[4]:
-            raise torch.OutOfMemoryError
+            raise MEMORY_ERRORS["driver"]
         resize(self, pages)
 
     monkeypatch.setattr(KVPool, "resize", refuse)
