@@ -410,15 +410,17 @@ def test_a_batch_beyond_the_devices_memory_runs_question_by_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = tiny_evaluation(modes=("default",), batch=1).tasks["tiny"].modes["default"]
-    score = DefaultScorer.score
+    score, sizes = DefaultScorer.score, list[int]()
 
     def refuse(self: DefaultScorer, asked: Sequence[ScoreRequest]) -> Iterator[Answer]:
+        sizes.append(len(asked))
         if len(asked) > 1:
             raise MEMORY_ERRORS["cublas"]
         return score(self, asked)
 
     monkeypatch.setattr(DefaultScorer, "score", refuse)
-    found = tiny_evaluation(modes=("default",), batch=4).tasks["tiny"].modes["default"]
+    found = tiny_evaluation(modes=("default",), batch=12).tasks["tiny"].modes["default"]
+    assert sizes[:4] == [3, 1, 1, 1]
     assert (found.questions, found.accuracy) == (expected.questions, expected.accuracy)
 
 
