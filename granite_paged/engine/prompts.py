@@ -166,7 +166,9 @@ def check_tokens(tokens: Any, vocabulary: int, what: str) -> tuple[int, ...]:
             f"a {what} must be text, token ids, a tokenizer's output or chat messages, "
             f"got {reprlib.repr(tokens)}"
         )
-    checked = tuple(t if type(t) is int else _token(t, what) for t in plain)
+    checked = tuple(plain)
+    if not {int}.issuperset(map(type, checked)):
+        checked = tuple(_token(token, what) for token in checked)
     if not checked:
         raise PromptError(f"empty {what}: it has no tokens")
     check_token_range(min(checked), max(checked), vocabulary)

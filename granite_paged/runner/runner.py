@@ -313,8 +313,7 @@ class Runner:
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         """Let the row begin with these pages."""
         self._check_rows([row])
-        for logical_page, physical_page in enumerate(pages):
-            self._storage.pages.table.write(row, logical_page, physical_page)
+        self._storage.pages.table.write_first(row, pages)
 
     def fork_row(self, source: int, *targets: int) -> None:
         """Copy a row to others: its page table, token, flag and Mamba states."""

@@ -125,6 +125,19 @@ def test_tokens_are_checked(tokens: list[int], reason: str) -> None:
         check_tokens(tokens, 97, "prompt")
 
 
+@pytest.mark.parametrize("other", [np.int64(4), np.array(4)])
+def test_token_ids_of_several_types_become_int(other: Any) -> None:
+    tokens = check_tokens([5, other, 6], 97, "prompt")
+    assert tokens == (5, 4, 6)
+    assert {type(token) for token in tokens} == {int}
+
+
+@pytest.mark.parametrize("other", [True, 4.0, "4", None])
+def test_a_token_that_is_no_integer_is_refused(other: Any) -> None:
+    with pytest.raises(PromptError, match="must be integers"):
+        check_tokens([5, other, 6], 97, "prompt")
+
+
 def test_a_workload_is_determined_by_its_seed() -> None:
     workload = Workload(
         requests=50, rate=10, shared_tokens=8, kinds=2, long_every=10, long_tokens=99
