@@ -43,10 +43,10 @@ def test_a_written_entry_appears_in_both_maps() -> None:
 
 def test_the_first_pages_of_a_row_are_written_as_one_by_one() -> None:
     table = PageTable(2, 3, 6, CPU)
-    table.write_first(1, [5, 2])
+    table.write_first(1, [5, 2, 4])
     table.write_first(0, [])
     table.settle()
-    expected = written(PageTable(2, 3, 6, CPU), (1, 0, 5), (1, 1, 2))
+    expected = written(PageTable(2, 3, 6, CPU), (1, 0, 5), (1, 1, 2), (1, 2, 4))
     assert torch.equal(table.physical, expected.physical)
     assert torch.equal(table.logical, expected.logical)
 
