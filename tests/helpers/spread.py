@@ -1,4 +1,4 @@
-"""How pytest-xdist spreads the tests over its workers: whole files or single tests, in order.
+"""How pytest-xdist spreads the tests over its workers: whole files, groups or tests, in order.
 
 Files share fixtures of their module, and a worker gets one at a time, so whole files are best where
 a fixture is slow, and where tests are many and fast. The other tests go one by one, which keeps
@@ -15,9 +15,17 @@ from xdist.scheduler import LoadScopeScheduling
 WHOLE = {"test_lm_eval.py", "test_ray.py", "test_soak.py", "test_accuracy.py"}
 """Files whose fixtures are slow or large: a cluster, tasks of lm-eval, answers of a model."""
 
+TAKING_TURNS = {
+    "test_granite_4_h_1b_in_bfloat16_is_as_accurate_as_sdpa",
+    "test_a_prompt_of_32768_tokens_is_as_accurate_as_sdpa",
+    "test_log_probabilities_are_as_accurate_as_those_of_sdpa",
+}
+"""Tests that hold a float64 model for most of their time (`float64_turn`). In one worker, none of
+them waits for another while a process does nothing."""
+
 
 class Spread(LoadScopeScheduling):
-    """Sends files of unit tests and of `WHOLE` to a worker as they are, and other tests singly.
+    """Sends files of unit tests and of `WHOLE` as they are, `TAKING_TURNS` together, others singly.
 
     Tests start in the order of their collection.
     """
@@ -27,5 +35,8 @@ class Spread(LoadScopeScheduling):
         config.option.loadscopereorder = False
 
     def _split_scope(self, nodeid: str) -> str:
-        file = PurePosixPath(nodeid.partition("::")[0])
+        path, _, test = nodeid.partition("::")
+        if test.partition("[")[0] in TAKING_TURNS:
+            return "float64"
+        file = PurePosixPath(path)
         return str(file) if file.name in WHOLE or file.parent.name == "unit" else nodeid
