@@ -576,6 +576,22 @@ def test_documents_state_what_the_calibration_of_an_h100_found() -> None:
     )
 
 
+def test_documents_state_what_the_teeth_of_an_h100_found() -> None:
+    name = f"{H100}.granite-4.0-h-1b.bfloat16.json"
+    found = json.loads((ROOT / "golden" / "teeth" / name).read_text(encoding="utf-8"))
+    bites = found["bites"]
+    assert {bite["what"] for bite in bites} == {judge.describe(gated) for gated in judge.GATED}
+    assert all(bite["green"] == bite["red"] == bite["tries"] for bite in bites)
+    often = [bite["tries"] for bite in bites if bite["tries"] > 1]
+    (once,) = [bite["what"] for bite in bites if bite["tries"] == 1]
+    assert once == "context 1 x 131072"
+    (tries,) = set(often)
+    assert_states(
+        "docs/golden.md",
+        f"each of {len(often)} checks was green {tries} times of {tries} and red {tries} times",
+    )
+
+
 def test_documents_state_the_gated_shapes() -> None:
     shapes = {
         case: sorted(
