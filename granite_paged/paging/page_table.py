@@ -69,24 +69,15 @@ class PageTable:
 
     def write(self, row: int, logical_page: int, physical_page: int) -> None:
         """Set `physical[row, logical_page]` and the inverse. Raises IndexError outside the maps."""
-        self._check(row, logical_page, physical_page)
-        self._entries[row, logical_page] = physical_page
-        self._places[physical_page] = logical_page
-
-    def write_first(self, row: int, pages: Sequence[int]) -> None:
-        """Let a row begin with these physical pages. Raises IndexError outside the maps."""
-        self._check(row, len(pages) - 1, max(pages, default=NULL_PAGE))
-        for logical_page, physical_page in enumerate(pages):
-            self._entries[row, logical_page] = physical_page
-            self._places[physical_page] = logical_page
-
-    def _check(self, row: int, logical_page: int, physical_page: int) -> None:
         rows, width = self.physical.shape
-        if not (row < rows and logical_page < width and physical_page < len(self.logical)):
+        (pages,) = self.logical.shape  # len() of a tensor takes longer
+        if not (row < rows and logical_page < width and physical_page < pages):
             raise IndexError(
                 f"entry ({row}, {logical_page}) = {physical_page} lies outside a table of "
-                f"{rows} x {width} entries and {len(self.logical)} pages"
+                f"{rows} x {width} entries and {pages} pages"
             )
+        self._entries[row, logical_page] = physical_page
+        self._places[physical_page] = logical_page
 
     def forget(self, pages: Iterable[int]) -> None:
         """Take pages that no sequence holds any more out of the inverse map."""

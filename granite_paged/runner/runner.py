@@ -313,7 +313,8 @@ class Runner:
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         """Let the row begin with these pages."""
         self._check_rows([row])
-        self._storage.pages.table.write_first(row, pages)
+        for logical_page, physical_page in enumerate(pages):
+            self._storage.pages.table.write(row, logical_page, physical_page)
 
     def fork_row(self, source: int, *targets: int) -> None:
         """Copy a row to others: its page table, token, flag and Mamba states."""

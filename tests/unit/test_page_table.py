@@ -41,25 +41,6 @@ def test_a_written_entry_appears_in_both_maps() -> None:
     assert table.logical.tolist() == [UNHELD, UNHELD, UNHELD, 0, UNHELD, 2]
 
 
-def test_the_first_pages_of_a_row_are_written_as_one_by_one() -> None:
-    table = PageTable(2, 3, 6, CPU)
-    table.write_first(1, [5, 2, 4])
-    table.write_first(0, [])
-    table.settle()
-    expected = written(PageTable(2, 3, 6, CPU), (1, 0, 5), (1, 1, 2), (1, 2, 4))
-    assert torch.equal(table.physical, expected.physical)
-    assert torch.equal(table.logical, expected.logical)
-
-
-@pytest.mark.parametrize(("row", "pages"), [(2, [1]), (1, [1, 2, 3, 4]), (1, [6, 1])])
-def test_first_pages_outside_the_maps_are_refused_whole(row: int, pages: list[int]) -> None:
-    table = PageTable(2, 3, 6, CPU)
-    with pytest.raises(IndexError, match="2 x 3 entries and 6 pages"):
-        table.write_first(row, pages)
-    table.settle()
-    assert not table.physical.any()
-
-
 class CopiesToMeta(TorchDispatchMode):
     """Counts copies from the host to another device, for which `meta` stands."""
 
