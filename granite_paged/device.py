@@ -21,8 +21,11 @@ TMA_TORCH = "2.11"
 """The oldest torch whose FlexAttention was run with TMA, a GPU's unit that copies blocks of memory.
 Torch 2.9 does not check whether a load by TMA is possible."""
 
-_MEMORY_REFUSED = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
-"""In the messages of the CUDA driver and Triton, of cuBLAS, and of torch's allocator on the CPU."""
+_DEVICE_IS_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""In the messages of the CUDA driver and Triton, and of cuBLAS."""
+
+_HOST_IS_FULL = "DefaultCPUAllocator"
+"""In the message of torch's allocator on the CPU."""
 
 
 # -- abilities ----------------------------------------------------------------------------------
@@ -96,25 +99,30 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out.
+    """Return whether an error says that a GPU's memory ran out.
 
-    torch's allocator on a GPU has an error of its own for that. The CUDA driver, Triton, cuBLAS and
-    the allocator on the CPU do not: their messages tell.
+    torch's allocator has an error of its own for that. The CUDA driver, Triton and cuBLAS raise
+    RuntimeError, and only the message tells.
     """
-    if not isinstance(error, RuntimeError):
-        return isinstance(error, MemoryError)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     said = str(error)
-    refused = any(words in said for words in _MEMORY_REFUSED)
-    return refused or isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and any(words in said for words in _DEVICE_IS_FULL)
 
 
 @contextlib.contextmanager
 def one_memory_error() -> Iterator[None]:
-    """Raise every error that says that memory ran out as `torch.OutOfMemoryError`."""
+    """Raise `torch.OutOfMemoryError` for every error that says that memory ran out.
+
+    The memory is a GPU's or the host's.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+        host_is_full = isinstance(error, MemoryError) or _HOST_IS_FULL in str(error)
+        if not host_is_full and not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(str(error)) from error
 

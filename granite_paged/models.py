@@ -5,7 +5,9 @@ Weights come from safetensors only, and code inside a checkpoint is never run.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +113,19 @@ def load(
     else:
         raise InvalidArgument("a model and random weights exclude each other")
     loaded.model.eval().requires_grad_(False)
+    with _fitting(loaded.name, where):
+        loaded.model.to(where)
+    return loaded
+
+
+@contextlib.contextmanager
+def _fitting(name: str, device: torch.device) -> Iterator[None]:
+    """Raise DeviceError for a model that runs out of memory on its way to the device."""
     try:
         with one_memory_error():
-            loaded.model.to(where)
+            yield
     except torch.OutOfMemoryError:
-        raise DeviceError(f"{loaded.name} does not fit into the memory of {where}") from None
-    return loaded
+        raise DeviceError(f"{name} does not fit into the memory of {device}") from None
 
 
 def _torch_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -239,11 +248,8 @@ def _from_geometry(name: str, dtype: torch.dtype, device: torch.device, seed: in
     if name not in GEOMETRIES:
         raise UnknownName("geometry", name, tuple(GEOMETRIES))
     torch.manual_seed(seed)
-    try:
-        with device, one_memory_error():
-            model = GraniteMoeHybridForCausalLM._from_config(geometry_config(name), dtype=dtype)
-    except torch.OutOfMemoryError:
-        raise DeviceError(f"{name} does not fit into the memory of {device}") from None
+    with _fitting(name, device), device:
+        model = GraniteMoeHybridForCausalLM._from_config(geometry_config(name), dtype=dtype)
     return LoadedModel(f"{name} (random weights, seed {seed})", model, None)
 
 

@@ -120,7 +120,10 @@ def _once(prepared: Prepared, clock: Clock, samples: Samples) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error as one line of at most 200 characters; memory that ran out has one name."""
+    """Return an error as one line of at most 200 characters.
+
+    Every error that says that a GPU's memory ran out is named `OutOfMemoryError`.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     name = "OutOfMemoryError" if is_out_of_memory(error) else type(error).__name__
     return f"{name}: {lines[0] if lines else 'no message'}"[:200]

@@ -146,7 +146,7 @@ def plan_memory(
 
 @contextmanager
 def memory_refused(device: torch.device, what: str) -> Iterator[None]:
-    """Turn an error that memory ran out into `OutOfMemory`, and release cached memory.
+    """Turn every error that says that memory ran out into `OutOfMemory`; release cached memory.
 
     what: the subject of the message, such as "a step".
     """

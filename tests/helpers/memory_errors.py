@@ -16,4 +16,4 @@ MEMORY_ERRORS = {
     ),
     "python": MemoryError(),
 }
-"""Seen on an H100 with torch 2.11, on the CPU with torch 2.15, and in Triton's driver."""
+"""By their source. The last two concern the host, the others a GPU."""

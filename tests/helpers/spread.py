@@ -20,8 +20,8 @@ TAKING_TURNS = {
     "test_a_prompt_of_32768_tokens_is_as_accurate_as_sdpa",
     "test_log_probabilities_are_as_accurate_as_those_of_sdpa",
 }
-"""Tests that hold a float64 model for most of their time (`float64_turn`). In one worker, none of
-them waits for another while a process does nothing."""
+"""Tests that hold a float64 model for most of their time, one after the other (`float64_turn`). In
+workers of their own, all but one of them would wait."""
 
 
 class Spread(LoadScopeScheduling):

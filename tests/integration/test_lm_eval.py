@@ -305,9 +305,9 @@ def test_lm_eval_runs_the_model_from_its_command_line(
 
     from granite_paged.evaluate.lm import main  # noqa: PLC0415
 
-    manager = lm_eval.tasks.TaskManager
-    some = functools.partialmethod(manager.__init__, include_defaults=False)  # not 14,000 files
-    monkeypatch.setattr(manager, "__init__", some)
+    manager = lm_eval.tasks.TaskManager  # reads 14,000 files of tasks by default
+    without_defaults = functools.partialmethod(manager.__init__, include_defaults=False)
+    monkeypatch.setattr(manager, "__init__", without_defaults)
     monkeypatch.chdir(offline_hub)
     options = {
         "--model": "granite_paged",

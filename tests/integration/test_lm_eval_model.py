@@ -191,16 +191,17 @@ def test_a_batch_beyond_the_pool_is_halved(
 def test_a_batch_beyond_the_devices_memory_is_halved(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
+
     whole = ours(checkpoint, batch_size=2)
-    parent = type(whole).__mro__[1]  # HFLM
-    generate = parent._model_generate
+    generate = HFLM._model_generate
 
     def refuse(self: Any, context: Any, attention_mask: Any, **options: Any) -> Any:
         if len(context) > 1:
             raise MEMORY_ERRORS["cublas"]
         return generate(self, context, attention_mask=attention_mask, **options)
 
-    monkeypatch.setattr(parent, "_model_generate", refuse)
+    monkeypatch.setattr(HFLM, "_model_generate", refuse)
     asked = [(text, {"max_gen_toks": 4}) for text in (checkpoint.text, "and")]
     assert_same_texts(whole, theirs(checkpoint, batch_size=1), *asked)
 

@@ -11,7 +11,7 @@ from tests.helpers.memory_errors import MEMORY_ERRORS
 
 @pytest.mark.parametrize("source", MEMORY_ERRORS)
 def test_memory_that_ran_out_has_one_error(source: str) -> None:
-    assert is_out_of_memory(MEMORY_ERRORS[source])
+    assert is_out_of_memory(MEMORY_ERRORS[source]) is (source not in ("cpu", "python"))
     with pytest.raises(torch.OutOfMemoryError) as error, one_memory_error():
         raise MEMORY_ERRORS[source]
     assert str(error.value) == str(MEMORY_ERRORS[source])
