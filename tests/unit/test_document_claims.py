@@ -565,10 +565,12 @@ def test_documents_state_what_the_calibration_of_an_h100_found() -> None:
     allowed = per_cent([bound.allowed for part in bounds.values() for bound in part])
     seen = per_cent([bound.sees for part in bounds.values() for bound in part])
     alarms = suites.alarms_of(found)
+    (sessions,) = {tuple(map(len, shape.sessions)) for shape in found.shapes if shape.sessions}
+    first, second = sessions
     assert calibration.MISSES == 0.01
     assert_states(
         "docs/golden.md",
-        f"The record of an H100 holds {alarms.suites} suites",
+        f"The record of an H100 holds {alarms.suites} suites, {first} and {second} of two sessions",
         f"allows {allowed} more time (the engine: {per_cent([engine.allowed])})",
         f"a loss of {seen} ({per_cent([engine.sees])})",
         f"the other {alarms.suites - 1}, {alarms.red} of the {alarms.suites} would have been red",
