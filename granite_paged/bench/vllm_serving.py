@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -24,12 +25,15 @@ from granite_paged.device import dtype_name
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import InvalidArgument, ResultFileError, Unsupported
+from granite_paged.geometry import MAMBA_KINDS
 from granite_paged.names import SERVING_ENGINES
 from granite_paged.quantiles import quantile
 from granite_paged.typed_json import read_json
 
 _CHILD = Path(__file__).with_name("vllm_child.py")
 _HAS_VLLM = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+
+_ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .*")
 
 OURS, *_THEIRS = SERVING_ENGINES
 SETTINGS: dict[str, dict[str, Any]] = dict(
@@ -84,7 +88,7 @@ def vllm_arguments(model: Any, checkpoint: str, *, rows: int, seed: int) -> dict
     """Return the arguments of `vllm.LLM` that both of its rows have.
 
     Args:
-        model: gives the dtype.
+        model: gives the dtype, and the kinds of its layers.
         checkpoint: folder or hub id of its weights.
         rows: requests that may run at once.
         seed: of the workload.
@@ -96,7 +100,17 @@ def vllm_arguments(model: Any, checkpoint: str, *, rows: int, seed: int) -> dict
         "max_num_seqs": rows,
         "seed": seed,
         "disable_log_stats": False,  # for the times of each request
+        "hf_overrides": {"layer_types": _published_kinds(model)},
     }
+
+
+def _published_kinds(model: Any) -> list[str]:
+    """Return the kinds of a model's layers by their names in published checkpoints.
+
+    transformers renames them when it reads a configuration; vLLM 0.25.1 knows the published names.
+    """
+    kinds = model.config.layers_block_type
+    return ["mamba" if kind in MAMBA_KINDS else "attention" for kind in kinds]
 
 
 def run_vllm(
@@ -131,8 +145,9 @@ def run_vllm(
             ).returncode
         if status:
             output = Path(log.name).read_text(encoding="utf-8", errors="replace")
-            last = (output.strip().splitlines() or ["no message"])[-1]
-            raise Unsupported(f"vLLM ended with status {status}: {last}; its output: {log.name}")
+            raise Unsupported(
+                f"vLLM ended with status {status}: {_cause(output)}; its output: {log.name}"
+            )
         Path(log.name).unlink()
         try:
             run: EngineRun = read_json(EngineRun, answer, ResultFileError)
@@ -140,6 +155,15 @@ def run_vllm(
             raise Unsupported(f"vLLM's result cannot be used: {error}") from None
     _check_complete(run, rounds)
     return run
+
+
+def _cause(output: str) -> str:
+    """Return the first error that vLLM names; without any, its last line.
+
+    Its engine is a process of its own, whose failure reaches the other one as "see above".
+    """
+    named = _ERROR.search(output)
+    return named[0].strip() if named else (output.strip().splitlines() or ["no message"])[-1]
 
 
 def serve_offline(engine: Engine, coming: Sequence[Arrival]) -> ServedRound:

@@ -23,7 +23,8 @@ class LLM:
     def __init__(self, **settings):
         print("INFO vLLM starts")
         if FAULT == "start at defaults" and "mamba_ssm_cache_dtype" not in settings:
-            raise ValueError("no kernel for this card")
+            print("(EngineCore pid=7) ERROR [core.py:1231] ValueError: no kernel for this card")
+            raise RuntimeError("the engine failed to start, see above")
         files = sorted(os.listdir(settings["model"]))
         self.log(settings=settings, files=files, safe_path=sys.flags.safe_path)
         cache = Object(mamba_ssm_cache_dtype=settings.get("mamba_ssm_cache_dtype", "auto"))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("FAKE_VLLM_LOG", str(log))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return log
 
 
@@ -107,6 +108,7 @@ def test_vllm_runs_with_float32_states_and_at_its_defaults(called: Path, tmp_pat
         "max_num_seqs": 2,
         "seed": SEED,
         "disable_log_stats": False,
+        "hf_overrides": {"layer_types": ["mamba", "attention"] * 2},
     }
     assert first["safe_path"] is True  # modules of the benchmark do not hide packages
     ours, float32, default = read_serve(file).rows
@@ -198,6 +200,20 @@ def test_a_crash_of_vllm_keeps_the_other_rows(
     assert line.startswith("vllm defaults: ")
     (log,) = re.findall(r"its output: (\S+)", line)
     assert "Traceback" in Path(log).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        ("at work\nE1 KeyError: 'kind'\nRuntimeError: see above\n", "KeyError: 'kind'"),
+        ("torch.OutOfMemoryError: 2 GB\n  more\n", "OutOfMemoryError: 2 GB"),
+        ("INFO start\nKilled\n", "Killed"),
+        ("\n", "no message"),
+    ],
+    ids=["the first error", "a qualified name", "no error", "nothing"],
+)
+def test_the_cause_of_a_crash_is_named(output: str, cause: str) -> None:
+    assert vllm_serving._cause(output) == cause
 
 
 def test_an_interruption_keeps_the_rows_that_are_done(
