@@ -14,11 +14,13 @@ configurations were compiled before; those start without workers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import io
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,7 +80,10 @@ def compiled_ahead(
 
 
 def keep_caches() -> Path:
-    """Return the folder of Inductor's cache. Caches that cannot be written move to a new folder."""
+    """Return the folder of Inductor's cache.
+
+    A cache that cannot be written moves to a new folder, which is removed when this process ends.
+    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # slow to import
 
     triton_dir = str(Path("~/.triton/cache").expanduser())
@@ -93,6 +98,7 @@ def keep_caches() -> Path:
                 file.write(b"\0")
         except OSError as error:
             folders[name] = os.environ[name] = tempfile.mkdtemp(prefix="granite-paged-")
+            atexit.register(shutil.rmtree, folders[name], ignore_errors=True)
             warnings.warn(
                 f"{_CACHES[name]} cache {folder} cannot be written ({error.strerror}): kernels are "
                 f"compiled at every start; set {name} to a folder that can",

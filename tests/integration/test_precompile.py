@@ -175,6 +175,10 @@ def test_a_cache_that_cannot_be_written_moves_with_a_warning(
 ) -> None:
     blocked = caches / "file"
     blocked.touch()
+    at_exit = []
+    monkeypatch.setattr(
+        precompile.atexit, "register", lambda call, *a, **k: at_exit.append(lambda: call(*a, **k))
+    )
     monkeypatch.setenv("TRITON_CACHE_DIR", str(blocked / "below"))
     reason = r"Triton's cache .*file/below cannot be written"
     with (
@@ -187,6 +191,10 @@ def test_a_cache_that_cannot_be_written_moves_with_a_warning(
     moved = Path(precompile.os.environ["TRITON_CACHE_DIR"])
     assert moved.is_dir()
     assert moved != blocked
+    (moved / "kernel").touch()
+    for call in at_exit:
+        call()
+    assert not moved.exists()
 
 
 def test_a_worker_says_when_each_shape_is_compiled(
