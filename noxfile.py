@@ -18,7 +18,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 GPU_WORKERS = "7"
-"""Processes that share a GPU of 80 GB. A test takes up to 10 GB, and one at a time 12 GB more."""
+"""Processes that share a GPU of 80 GB. Most tests take less than 10 GB, one at a time up to 23."""
 
 PYTEST_FOUND_NONE = 5
 """Exit status of pytest where no test matched."""

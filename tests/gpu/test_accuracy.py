@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from granite_paged import PagedCache, PagedConfig, paged
 from granite_paged.hf.compat import with_cache
 from tests.helpers.driver import Driver
-from tests.helpers.float64 import float64_copy
 from tests.helpers.tolerance import SDPA_RATIO, relative_error
+from tests.helpers.turns import float64_copy
 
 CONFIG = PagedConfig(max_tokens=16384, max_sequences=100)  # 100 forks each copy their last page
 PROMPT, STEPS = 600, 4

@@ -10,9 +10,9 @@ import torch
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine.sampling import gumbel
 from granite_paged.models import load
-from tests.helpers.float64 import float64_copy
 from tests.helpers.tiny_models import FLAVOURS, VOCABULARY, tiny_model
 from tests.helpers.tolerance import SDPA_RATIO, relative_error
+from tests.helpers.turns import float64_copy
 
 PROMPTS = [
     [3 + (7 * i + 5 * n) % (VOCABULARY - 3) for i in range(length)]

@@ -20,11 +20,13 @@ from granite_paged.runner import exact_triton_model
 from granite_paged.runner.exact_triton_model import ExactTritonModel
 from tests.helpers.driver import Driver
 from tests.helpers.exact_bits import generated_logits
+from tests.helpers.turns import large_turn
 
 Patch = pytest.MonkeyPatch
 DTYPES = ("bfloat16", "float16")
 CONFIG = PagedConfig(exact=True, max_tokens=12_000, max_sequences=4)
 MANY_ROWS = replace(CONFIG, max_tokens=140_000, max_sequences=256)
+HALF_AS_MANY = replace(CONFIG, max_tokens=70_000, max_sequences=128)
 SIZES = (*range(1, 18), 32, 64, 128, 256)
 LONG = 3000
 CUTS = {
@@ -119,15 +121,21 @@ def score_law(driver: Driver) -> None:
     assert_equal(decoded(driver, text, 250), scored(driver, text, [420])[249:], "decoded")
 
 
-LAWS = (company_law, chunk_law, score_law)
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_every_law_of_the_runner_holds(law: Callable[..., None], model: Any) -> None:
-    driver = Driver(model, MANY_ROWS if law is company_law else CONFIG)
+def assert_holds(law: Callable[[Driver], None], model: Any, config: PagedConfig) -> None:
+    driver = Driver(model, config)
     law(driver)
     assert isinstance(driver.runner._steps.model, ExactTritonModel)
     driver.runner.close()
+
+
+def test_a_request_has_the_same_bits_in_any_company(model: Any) -> None:
+    with large_turn():
+        assert_holds(company_law, model, MANY_ROWS)
+
+
+@pytest.mark.parametrize("law", [chunk_law, score_law])
+def test_a_token_has_the_same_bits_in_any_chunk(law: Callable[..., None], model: Any) -> None:
+    assert_holds(law, model, CONFIG)
 
 
 PARAMS = SamplingParams(
@@ -270,14 +278,13 @@ def test_a_guard_taken_out_breaks_its_law(
 ) -> None:
     guard(monkeypatch)
     with pytest.raises(AssertionError, match="other bits"):
-        law(Driver(bfloat16, replace(MANY_ROWS, max_sequences=128)))
+        law(Driver(bfloat16, HALF_AS_MANY))
 
 
 @pytest.mark.parametrize("law", [few_rows, some_chunks, score_law])
 def test_the_laws_hold_for_another_model_and_not_without_exact_mode(
     law: Callable[[Driver], None], bfloat16: Any
 ) -> None:
-    config = replace(MANY_ROWS, max_sequences=128)
-    law(Driver(bfloat16, config))
+    law(Driver(bfloat16, HALF_AS_MANY))
     with pytest.raises(AssertionError, match="other bits"):
-        law(Driver(bfloat16, replace(config, exact=False)))
+        law(Driver(bfloat16, replace(HALF_AS_MANY, exact=False)))

@@ -13,9 +13,9 @@ from granite_paged.errors import NonFinite
 from granite_paged.hf.compat import with_cache
 from granite_paged.models import LoadedModel, load
 from tests.helpers import faults
-from tests.helpers.float64 import float64_copy, float64_turn
 from tests.helpers.tiny_models import FLAVOURS, prompts, tiny_model
 from tests.helpers.tolerance import LOGITS_FLOAT32, RECALL, SDPA_RATIO, relative_error
+from tests.helpers.turns import float64_copy, large_turn
 
 PAGES = PagedConfig(page_size=16)
 
@@ -34,7 +34,7 @@ def test_the_embedded_model_passes_every_law(dtype: str) -> None:
 
 
 def test_granite_4_h_1b_in_bfloat16_is_as_accurate_as_sdpa(one_b: LoadedModel) -> None:
-    with float64_turn():
+    with large_turn():
         report = verify.verify(one_b, context=1024)
     ratios = {case.name: case.error_ratio for case in report.cases}
     assert all(ratio is not None and ratio <= SDPA_RATIO for ratio in ratios.values()), ratios

@@ -20,7 +20,7 @@ TAKING_TURNS = {
     "test_a_prompt_of_32768_tokens_is_as_accurate_as_sdpa",
     "test_log_probabilities_are_as_accurate_as_those_of_sdpa",
 }
-"""Tests that hold a float64 model for most of their time, one after the other (`float64_turn`). In
+"""Tests that hold a float64 model for most of their time, one after the other (`large_turn`). In
 workers of their own, all but one of them would wait."""
 
 

@@ -1,6 +1,6 @@
-"""Float64 copies of models on a GPU that several test processes share.
+"""Turns of tests that share a GPU: only one process at a time takes more than 10 GB.
 
-A copy of granite-4.0-h-1b takes 12 GB, so only one process has one at a time.
+A float64 copy of granite-4.0-h-1b takes 12 GB, and 256 rows of it in exact mode 20 GB.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from granite_paged import verify
 
 
 @contextmanager
-def float64_turn() -> Iterator[None]:
+def large_turn() -> Iterator[None]:
     """Wait until no other process has a turn, and keep others waiting until the block ends."""
-    with (Path(tempfile.gettempdir()) / "granite_paged.float64.lock").open("w") as file:
+    with (Path(tempfile.gettempdir()) / "granite_paged.large.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         try:
             yield
@@ -31,7 +31,7 @@ def float64_turn() -> Iterator[None]:
 @contextmanager
 def float64_copy(model: Any) -> Iterator[Any]:
     """Give a float64 copy for the block. Its memory is free afterwards, even if you keep it."""
-    with float64_turn():
+    with large_turn():
         exact = verify.float64_copy(model)
         try:
             yield exact
