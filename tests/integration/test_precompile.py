@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from granite_paged.runner import precompile
-from granite_paged.runner.precompile import compiled_ahead, keep_caches
+from granite_paged.runner.precompile import compiled_ahead, keep_caches, shares
 
-DIGEST = precompile._digest
-SHAPES = [(1, 32), (1, 64), (1, 1), (2, 1), (16, 32)]
+DIGEST, kernels_of = precompile._digest, precompile._kernels_of
+SHAPES = [(1, 32), (1, 64), (1, 1), (2, 1), (16, 64)]
 
 
 class Compiler:
@@ -78,7 +80,7 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
         for shape in SHAPES[1:]:
             wait(shape)
             assert f"{shape[0]}x{shape[1]}" in compiler.done()
-    assert compiler.done() == {"1x64", "1x1", "2x1", "16x32"}
+    assert compiler.done() == {"1x64", "1x1", "2x1", "16x64"}
     monkeypatch.setattr(precompile, "_Worker", None)
     warm_up(compiler)  # its kernels are in the caches
     with pytest.warns(UserWarning, match="a worker failed: 'NoneType'"):
@@ -100,13 +102,13 @@ def test_an_interrupted_warm_up_is_not_noted(caches: Path) -> None:
 
 
 def test_a_worker_that_fails_leaves_its_shapes_with_one_warning(caches: Path) -> None:
-    compiler = Compiler(caches / "done", broken=(16, 32))
+    compiler = Compiler(caches / "done", broken=(16, 64))
     with pytest.warns(
         UserWarning, match="one by one: a worker failed: MemoryError: no memory"
     ) as caught:
         warm_up(compiler)
     assert len(caught) == 1
-    assert "16x32" not in compiler.done()
+    assert "16x64" not in compiler.done()
 
 
 def test_what_cannot_be_shared_is_compiled_here(
@@ -128,7 +130,6 @@ def test_what_cannot_be_shared_is_compiled_here(
 def test_workers_take_half_of_the_cores_and_share_the_shapes(
     cores: int | None, shapes: int, workers: int, caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts come first, then decode steps: they have few kernels in common."""
     parts: list[list[tuple[int, int]]] = []
 
     class Noted:
@@ -140,15 +141,54 @@ def test_workers_take_half_of_the_cores_and_share_the_shapes(
 
     monkeypatch.setattr(precompile.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(precompile, "_Worker", Noted)
-    asked = [(2 + n, 1 if n % 3 else 32) for n in range(shapes)]
-    asked[-1] = (1, 64)
+    asked = [(1, 32 + n) for n in range(shapes)]
     with compiled_ahead(Compiler(caches / "done"), asked):
         assert len(parts) == workers
     if workers:
-        rest = asked[1:]  # the first is compiled here
-        prompts, steps = ([s for s in rest if (s[1] == 1) is one] for one in (False, True))
-        assert [shape for part in parts for shape in part] == prompts + steps
-        assert max(map(len, parts)) == -(-len(rest) // workers)
+        assert sorted(shape for part in parts for shape in part) == asked[1:]
+
+
+DECODES = [(1 << n, 1) for n in range(9)]
+PREFILLS = [(rows, length) for length in (32, 64, 128, 256, 512, 1024) for rows in (1, 4)]
+
+
+def test_a_worker_gets_one_kind_of_step_where_there_are_enough() -> None:
+    parts = shares([*PREFILLS[::2], *DECODES, *PREFILLS[1::2]], 8)
+    assert parts == [
+        [(1, 1)],
+        [(2, 1), (4, 1), (8, 1), (16, 1)],  # products of up to 16 rows are the same
+        [(32, 1)],
+        [(64, 1)],
+        [(128, 1)],
+        [(256, 1)],
+        [(1, 64), (1, 256), (1, 1024), (4, 64), (4, 256), (4, 1024)],
+        [(1, 128), (1, 512), (4, 128), (4, 512)],
+    ]
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+@given(st.lists(st.sampled_from([*DECODES, *PREFILLS]), min_size=2, unique=True))
+def test_shares_end_at_about_the_same_time(count: int, shapes: list[tuple[int, int]]) -> None:
+    """No later than the mean, and one group: assigning the longest first allows no more."""
+    parts = shares(shapes, count)
+    here = {shape for shape in shapes if kernels_of(shape) == kernels_of(shapes[0])}
+    assert sorted(shape for part in parts for shape in part) == sorted({*shapes} - here)
+    assert all(part == sorted(part, key=shapes.index) for part in parts)
+    owners: dict[Any, set[int]] = {}
+    for number, part in enumerate(parts):
+        for shape in part:
+            owners.setdefault(kernels_of(shape), set()).add(number)
+    assert all(len(workers) == 1 for workers in owners.values())
+    if parts:
+        ends = [seconds(part) for part in parts]
+        assert max(ends) <= sum(ends) / count + precompile.ATTENTION_COST + precompile.DECODE_COST
+
+
+def seconds(shapes: list[tuple[int, int]]) -> float:
+    groups = {kernels_of(shape) for shape in shapes}
+    cost = {"decode": precompile.DECODE_COST, "prefill": precompile.PREFILL_COST}
+    kinds = {kind for kind, _ in groups}
+    return len(kinds) * precompile.ATTENTION_COST + sum(cost[kind] for kind, _ in groups)
 
 
 def test_a_note_depends_on_the_code_that_decides_what_is_compiled(
