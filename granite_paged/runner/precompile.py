@@ -27,7 +27,6 @@ import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +42,10 @@ if TYPE_CHECKING:
 StepShape = tuple[int, int]
 """Rows, and tokens per row; 1 is a decode step."""
 
+StepKernels = tuple[str, int]
+"""What steps that launch the same kernels have in common: "prefill" and the tokens per row, or
+"decode" and the rows. Products of 2 to 16 rows are computed as those of 16 rows are."""
+
 MOST_WORKERS = 8
 """A worker takes 0.5 GB of device memory for its context, and a core."""
 
@@ -50,6 +53,8 @@ ATTENTION_COST, DECODE_COST, PREFILL_COST = 6.0, 5.0, 2.5
 """Seconds until a process has compiled attention of one kind of step, and the other kernels of one
 decode step and of one prefill step. Measured where one process compiled all steps of
 granite-4.0-h-1b, beside an H100, with torch 2.11; only their ratios matter."""
+
+_COSTS = {"decode": DECODE_COST, "prefill": PREFILL_COST}
 
 _CACHES = {"TORCHINDUCTOR_CACHE_DIR": "Inductor's", "TRITON_CACHE_DIR": "Triton's"}
 _SOURCES = ("layers", "paging", "runner")  # folders whose code decides what is compiled
@@ -70,8 +75,9 @@ def compiled_ahead(
     Yields:
         A function that waits until no worker will compile a shape any more.
     """
-    count = min(MOST_WORKERS, (os.cpu_count() or 1) // 2, len(shapes) - 1)
-    if count < 1:
+    count = min(MOST_WORKERS, (os.cpu_count() or 1) // 2)
+    parts = shares(shapes, count) if count else []
+    if not parts:
         yield lambda shape: None
         return
     note = keep_caches() / "granite_paged" / _digest(shapes, steps.content())
@@ -79,7 +85,7 @@ def compiled_ahead(
         yield lambda shape: None
         return
     with contextlib.ExitStack() as running:
-        yield _started(steps, shares(shapes, count), running)
+        yield _started(steps, parts, running)
     with contextlib.suppress(OSError):  # without the note, the next start asks workers again
         note.parent.mkdir(exist_ok=True)
         note.touch()
@@ -126,43 +132,25 @@ def _digest(shapes: Sequence[StepShape], content: Any) -> str:
 def shares(shapes: Sequence[StepShape], count: int) -> list[list[StepShape]]:
     """Divide shapes among up to `count` workers, so that all end at about the same time.
 
-    Shapes that launch the same kernels stay together. The first, and those with its kernels, are in
+    Steps that launch the same kernels stay together. The first, and those with its kernels, are in
     no share: the process that captures the steps compiles them.
     """
-    groups: dict[tuple[str, int], list[StepShape]] = {}
-    for shape in shapes:
-        groups.setdefault(_kernels_of(shape), []).append(shape)
-    del groups[_kernels_of(shapes[0])]
-    cost = {"decode": DECODE_COST, "prefill": PREFILL_COST}
-    workers = [_Share() for _ in range(count)]
-    for group in sorted(groups, key=lambda group: -cost[group[0]]):  # the longest first
-        kind = group[0]
-        worker = min(workers, key=lambda worker: worker.with_kind(kind))
-        worker.seconds = worker.with_kind(kind) + cost[kind]
-        worker.kinds.add(kind)
-        worker.shapes += groups[group]
-    return [sorted(worker.shapes, key=shapes.index) for worker in workers if worker.shapes]
+    wanted = {*map(_kernels_of, shapes)} - {*map(_kernels_of, shapes[:1])}
+    parts: list[list[StepKernels]] = [[] for _ in range(count)]
+    for kernels in sorted(wanted, key=lambda each: (-_COSTS[each[0]], each)):  # the longest first
+        part = min(parts, key=lambda part: seconds_to_compile([*part, kernels]))
+        part.append(kernels)
+    divided = [[shape for shape in shapes if _kernels_of(shape) in part] for part in parts]
+    return [part for part in divided if part]
 
 
-@dataclass(slots=True)
-class _Share:
-    """Shapes for one worker, their kinds of step, and the seconds until they are compiled."""
-
-    shapes: list[StepShape] = field(default_factory=list)
-    kinds: set[str] = field(default_factory=set)
-    seconds: float = 0.0
-
-    def with_kind(self, kind: str) -> float:
-        """Return the seconds until attention of this kind of step is compiled as well."""
-        return self.seconds + (0.0 if kind in self.kinds else ATTENTION_COST)
+def seconds_to_compile(steps: Sequence[StepKernels]) -> float:
+    """Return the seconds in which one process compiles the kernels of these steps."""
+    kinds = [kind for kind, _ in steps]
+    return ATTENTION_COST * len({*kinds}) + sum(_COSTS[kind] for kind in kinds)
 
 
-def _kernels_of(shape: StepShape) -> tuple[str, int]:
-    """Return what steps that launch the same kernels have in common.
-
-    Kernels depend on the tokens per row of a prompt. Products of 2 to 16 rows are computed as those
-    of 16, the fewest that a tensor core takes.
-    """
+def _kernels_of(shape: StepShape) -> StepKernels:
     batch, length = shape
     return ("prefill", length) if length > 1 else ("decode", 1 if batch == 1 else max(16, batch))
 

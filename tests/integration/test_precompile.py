@@ -125,7 +125,16 @@ def test_what_cannot_be_shared_is_compiled_here(
 
 @pytest.mark.parametrize(
     ("cores", "shapes", "workers"),
-    [(None, 73, 0), (1, 73, 0), (2, 73, 1), (6, 73, 3), (64, 73, 8), (64, 3, 2), (64, 1, 0)],
+    [
+        (None, 73, 0),
+        (1, 73, 0),
+        (2, 73, 1),
+        (6, 73, 3),
+        (64, 73, 8),
+        (64, 3, 2),
+        (64, 1, 0),
+        (64, 0, 0),
+    ],
 )
 def test_workers_take_half_of_the_cores_and_share_the_shapes(
     cores: int | None, shapes: int, workers: int, caches: Path, monkeypatch: pytest.MonkeyPatch
@@ -180,15 +189,14 @@ def test_shares_end_at_about_the_same_time(count: int, shapes: list[tuple[int, i
             owners.setdefault(kernels_of(shape), set()).add(number)
     assert all(len(workers) == 1 for workers in owners.values())
     if parts:
-        ends = [seconds(part) for part in parts]
+        ends = [precompile.seconds_to_compile([*{*map(kernels_of, part)}]) for part in parts]
         assert max(ends) <= sum(ends) / count + precompile.ATTENTION_COST + precompile.DECODE_COST
 
 
-def seconds(shapes: list[tuple[int, int]]) -> float:
-    groups = {kernels_of(shape) for shape in shapes}
-    cost = {"decode": precompile.DECODE_COST, "prefill": precompile.PREFILL_COST}
-    kinds = {kind for kind, _ in groups}
-    return len(kinds) * precompile.ATTENTION_COST + sum(cost[kind] for kind, _ in groups)
+def test_the_time_to_compile_counts_attention_of_each_kind_once() -> None:
+    steps = [("decode", 1), ("prefill", 64), ("decode", 16)]
+    assert precompile.seconds_to_compile(steps) == 2 * 6.0 + 2 * 5.0 + 2.5
+    assert precompile.seconds_to_compile([]) == 0
 
 
 def test_a_note_depends_on_the_code_that_decides_what_is_compiled(
