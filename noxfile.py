@@ -222,6 +222,15 @@ def perf_record(session: nox.Session) -> None:
 
 
 @nox.session
+def engine_record(session: nox.Session) -> None:
+    """Measure the engine on this GPU for the documentation. Arguments go to the tool."""
+    install(session, "tests")
+    run(session, "python", "-c", REQUIRE_GPU)
+    run(session, "python", "-m", "tools.engine_figures", *session.posargs)
+    session.run("git", "--no-pager", "diff", "--", "golden/engine", external=True)
+
+
+@nox.session
 def tune(session: nox.Session) -> None:
     """Choose the constants of kernel options again. Arguments go to tune. Needs a GPU."""
     session.install(".")

@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_moves_with_a_warning(
     assert moved.is_dir()
     assert moved != blocked
     (moved / "kernel").touch()
-    for call in at_exit:
+    for call in at_exit * 2:  # also if something else has removed it
         call()
     assert not moved.exists()
 

@@ -1,0 +1,282 @@
+"""Measure the engine on a GPU, and write what the documentation states of it.
+
+Run from the repository, on an idle GPU: `python -m tools.engine_figures` (about four minutes). The
+model has the sizes of granite-4.0-h-1b with random weights, and the engine its defaults. These
+entries go to the file of the GPU in `golden/engine`; what other sessions put there stays::
+
+    warm_up_seconds              start of an engine in a new process: empty caches, then full ones
+    burst_128x1024x130_seconds   `generate()`, run after run; with the limit on every step (all
+    mixed_512_tokens_per_second  requests streamed), and as it is
+    shared_64x4096_32_seconds    prompts that share a prefix: the first time, and the second
+    between_tokens_ms            of streams while long prompts arrive: median, 99th percentile
+    decode_step_ms               of the engine, and of its runner alone
+    late_captures                steps that were compiled or captured while a request waited
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from granite_paged.bench.serving import serve, summary
+from granite_paged.bench.workload import Arrival, Workload, arrivals
+from granite_paged.device import device_name, dtype_name
+from granite_paged.engine.engine import Engine
+from granite_paged.engine.request import SamplingParams
+from granite_paged.environment import versions
+from granite_paged.files import write_json
+from granite_paged.geometry import PagedConfig, pages_for
+from granite_paged.models import DTYPES, LoadedModel, load
+from granite_paged.report.bench_results import slug, writable_folder
+from tools.exact_cost import Mode
+
+FOLDER = Path(__file__).parents[1] / "golden" / "engine"
+POLICIES = {"limit_on_every_step": True, "now": False}
+"""Names of the two ways to treat waiting prompts, and whether requests are streamed in each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """What the engine answers.
+
+    Attributes:
+        burst, mixed, streams: workloads.
+        prompts, shared, own, new: prompts that share a prefix, and tokens of the prefix, of each
+            prompt after it, and of each answer.
+        runs: of each workload.
+        decodes: rows of a decode step; `steps` of them are timed, after `context` tokens.
+    """
+
+    burst: Workload
+    mixed: Workload
+    streams: Workload
+    prompts: int
+    shared: int
+    own: int
+    new: int
+    runs: int
+    decodes: tuple[int, ...]
+    context: int
+    steps: int
+
+
+LOADS = Loads(
+    burst=Workload(128, prompt_tokens=(1024, 1024), new_tokens=(130, 130)),
+    mixed=Workload(512, prompt_tokens=(32, 512), new_tokens=(128, 512)),
+    streams=Workload(256, 30, (32, 512), (256, 512), long_every=16, long_tokens=8192),
+    prompts=64,
+    shared=4096,
+    own=32,
+    new=16,
+    runs=3,
+    decodes=(1, 8, 32),
+    context=512,
+    steps=200,
+)
+QUICK = Loads(
+    burst=Workload(3, prompt_tokens=(20, 20), new_tokens=(3, 3)),
+    mixed=Workload(4, prompt_tokens=(4, 30), new_tokens=(2, 6)),
+    streams=Workload(4, 1000, (4, 20), (4, 8), long_every=2, long_tokens=64),
+    prompts=3,
+    shared=32,
+    own=4,
+    new=2,
+    runs=1,
+    decodes=(1, 2),
+    context=16,
+    steps=4,
+)
+"""Small loads, to try the command."""
+
+
+def seconds(engine: Engine, coming: Sequence[Arrival], *, streamed: bool) -> float:
+    """Return how long `generate()` takes for all requests at once, with no prefix cached."""
+    prompts = [arrival.prompt for arrival in coming]
+    params = [
+        SamplingParams(max_new_tokens=arrival.new_tokens, stop_tokens=(), streamed=streamed)
+        for arrival in coming
+    ]
+    begin = time.perf_counter()
+    engine.generate(prompts, params)
+    taken = time.perf_counter() - begin
+    engine.forget_prefixes()
+    return taken
+
+
+def policies(engine: Engine, coming: Sequence[Arrival], runs: int) -> dict[str, list[float]]:
+    """Return the seconds of each run, as it is first: its first run finds nothing prepared."""
+    return {
+        name: [seconds(engine, coming, streamed=streamed) for _ in range(runs)]
+        for name, streamed in reversed(POLICIES.items())
+    }
+
+
+def shared(engine: Engine, loads: Loads, vocabulary: int) -> list[float]:
+    """Return the seconds for prompts with a new prefix, and for others with the same one."""
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(count)]
+
+    params = SamplingParams(max_new_tokens=loads.new, stop_tokens=())
+    times: list[list[float]] = [[], []]
+    for _ in range(loads.runs):
+        prefix = tokens(loads.shared)
+        for taken in times:
+            prompts = [prefix + tokens(loads.own) for _ in range(loads.prompts)]
+            begin = time.perf_counter()
+            engine.generate(prompts, params)
+            taken.append(time.perf_counter() - begin)
+    engine.forget_prefixes()
+    return [statistics.median(taken) for taken in times]
+
+
+def decode_steps(engine: Engine, loaded: LoadedModel, loads: Loads) -> dict[str, dict[str, float]]:
+    """Return the milliseconds of a decode step by the engine, and by a runner alone."""
+    found = {}
+    for rows in loads.decodes:
+        prompt = (loads.context, loads.context)
+
+        def taken(new: int, rows: int = rows, prompt: tuple[int, int] = prompt) -> float:
+            load = Workload(rows, prompt_tokens=prompt, new_tokens=(new, new))
+            coming = arrivals(load, loaded.model.config.vocab_size, seed=new)
+            return seconds(engine, coming, streamed=False)
+
+        of_engine = (taken(loads.steps + 1) - taken(1)) / loads.steps
+        size = PagedConfig().page_size
+        longest = pages_for(loads.context + loads.steps, size) * size
+        mode = Mode(loaded.model, rows, longest, exact=False)
+        step = mode.decode(rows, loads.context)
+        for count in (2, loads.steps):  # the first capture
+            wait(loaded)
+            begin = time.perf_counter()
+            for _ in range(count):
+                step()
+            wait(loaded)
+            of_runner = (time.perf_counter() - begin) / count
+        mode.runner.close()
+        found[str(rows)] = {
+            "engine": round(1e3 * of_engine, 3),
+            "runner": round(1e3 * of_runner, 3),
+        }
+    return found
+
+
+def wait(loaded: LoadedModel) -> None:
+    """Wait until the device has finished."""
+    if loaded.model.device.type == "cuda":
+        torch.cuda.synchronize(loaded.model.device)
+
+
+def measured(loaded: LoadedModel, config: PagedConfig, loads: Loads) -> dict[str, Any]:
+    """Measure everything but the start from empty caches, and print each part."""
+    vocabulary, found = loaded.model.config.vocab_size, dict[str, Any]()
+
+    def note(name: str, value: Any) -> None:
+        found[name] = value
+        print(name, json.dumps(value), flush=True)
+
+    with Engine(loaded.model, config) as engine:
+        note("rows_at_once", engine.runner.rows)
+        burst, mixed = (arrivals(load, vocabulary, seed=0) for load in (loads.burst, loads.mixed))
+        times = policies(engine, burst, loads.runs)
+        note("burst_128x1024x130_seconds", _rounded(times))
+        asked = sum(arrival.new_tokens for arrival in mixed)
+        times = policies(engine, mixed, loads.runs)
+        rates = {name: [asked / taken for taken in each] for name, each in times.items()}
+        note("mixed_512_tokens_per_second", _rounded(rates, 0))
+        both = [round(each, 3) for each in shared(engine, loads, vocabulary)]
+        note("shared_64x4096_32_seconds", both)
+        streams = summary(serve(engine, arrivals(loads.streams, vocabulary, seed=0)))
+        note("between_tokens_ms", [round(each, 2) for each in streams.between_tokens_ms])
+        note("late_captures", engine.stats().late_captures)
+        note("decode_step_ms", decode_steps(engine, loaded, loads))
+    return found
+
+
+def _rounded(found: dict[str, list[float]], digits: int = 3) -> dict[str, list[float]]:
+    return {name: [round(each, digits or None) for each in found[name]] for name in POLICIES}
+
+
+def start(options: argparse.Namespace) -> float:
+    """Return how long an engine takes to start, apart from imports and the model."""
+    loaded = loaded_model(options)
+    begin = time.perf_counter()
+    with Engine(loaded.model, engine_config(options)):
+        return time.perf_counter() - begin
+
+
+def start_in_new_process(caches: str) -> float:
+    """Return what `start` measures in a process with these caches."""
+    folders = {name: f"{caches}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    command = [sys.executable, "-m", "tools.engine_figures", *sys.argv[1:], "--only-start"]
+    done = subprocess.run(
+        command, check=True, env={**os.environ, **folders}, stdout=subprocess.PIPE, text=True
+    )
+    return round(float(done.stdout.split()[-1]), 1)
+
+
+def loaded_model(options: argparse.Namespace) -> LoadedModel:
+    """Load the model that the command line names."""
+    weights = None if options.model else options.random_weights
+    return load(options.model, random_weights=weights, device=options.device, dtype=options.dtype)
+
+
+def engine_config(options: argparse.Namespace) -> PagedConfig:
+    """Return the engine's defaults; small sizes for small loads."""
+    if not options.quick:
+        return PagedConfig()
+    return PagedConfig(page_size=16, max_sequences=4, max_tokens=1024)
+
+
+def main() -> None:
+    """Measure, and write the entries into the file of this device."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--random-weights", default="granite-4.0-h-1b", metavar="NAME")
+    parser.add_argument("--model", metavar="PATH", help="instead of random weights")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="small loads, to try the command")
+    parser.add_argument("--only-start", action="store_true", help="print the seconds of a start")
+    options = parser.parse_args()
+    if options.only_start:
+        print(start(options))
+        return
+    folder = writable_folder(options.out)
+    with tempfile.TemporaryDirectory() as caches:
+        empty, *full = (start_in_new_process(caches) for _ in range(3))
+    starts = {"empty_caches": empty, "warm_caches": full}
+    print("warm_up_seconds", json.dumps(starts), flush=True)
+    loaded = loaded_model(options)
+    found = measured(loaded, engine_config(options), QUICK if options.quick else LOADS)
+    device = device_name(loaded.model.device)
+    file = folder / f"{slug(device)}.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    about = {
+        "measured_by": "python -m tools.engine_figures",
+        "device": device,
+        "host_cores": os.cpu_count(),
+        "model": loaded.name,
+        "dtype": dtype_name(loaded.model.dtype),
+        "versions": versions(),
+    }
+    write_json(file, {**before, **about, "warm_up_seconds": starts, **found})
+    print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    main()
