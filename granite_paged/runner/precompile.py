@@ -224,7 +224,7 @@ class _Worker:
 
 
 def _explain(reason: str) -> None:
-    warnings.warn(f"kernels are compiled one by one: a worker failed: {reason}", stacklevel=3)
+    warnings.warn(f"kernels are compiled one by one: a worker failed: {reason}", stacklevel=2)
 
 
 def _pickled(shared: Any) -> bytes:

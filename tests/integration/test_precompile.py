@@ -41,6 +41,19 @@ class Compiler:
         return {path.name for path in self.folder.iterdir()}
 
 
+class SlowToLeave(Compiler):
+    """A compiler that takes a moment to end, in a worker: there it was pickled."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.is_copy = True
+
+    def __del__(self) -> None:
+        if hasattr(self, "is_copy"):
+            time.sleep(0.5)
+            (self.folder / "left").touch()
+
+
 @pytest.fixture(autouse=True)
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "caches" / "inductor"))
@@ -91,6 +104,13 @@ def test_a_worker_compiles_all_but_the_first_shape_once(
     assert {path.name for path in notes.iterdir()} == {"note-a", "note-another"}
 
 
+def test_a_worker_without_work_ends_by_itself(caches: Path) -> None:
+    """It gives back what it shares; killed, it would not."""
+    compiler = SlowToLeave(caches / "done")
+    warm_up(compiler)
+    assert "left" in compiler.done()
+
+
 def test_an_interrupted_warm_up_is_not_noted(caches: Path) -> None:
     def interrupt() -> None:
         with compiled_ahead(Compiler(caches / "done"), SHAPES):
@@ -107,7 +127,7 @@ def test_a_worker_that_fails_leaves_its_shapes_with_one_warning(caches: Path) ->
         UserWarning, match="one by one: a worker failed: MemoryError: no memory"
     ) as caught:
         warm_up(compiler)
-    assert len(caught) == 1
+    assert [warned.filename for warned in caught] == [precompile.__file__]
     assert "16x64" not in compiler.done()
 
 
@@ -159,6 +179,23 @@ def test_workers_take_half_of_the_cores_and_share_the_shapes(
 
 DECODES = [(1 << n, 1) for n in range(9)]
 PREFILLS = [(rows, length) for length in (32, 64, 128, 256, 512, 1024) for rows in (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        ((1, 1), ("decode", 1)),
+        ((2, 1), ("decode", 16)),
+        ((16, 1), ("decode", 16)),
+        ((32, 1), ("decode", 32)),
+        ((1, 2), ("prefill", 2)),
+        ((4, 64), ("prefill", 64)),
+    ],
+)
+def test_steps_share_kernels_by_rows_or_by_tokens(
+    shape: tuple[int, int], kernels: tuple[str, int]
+) -> None:
+    assert kernels_of(shape) == kernels
 
 
 def test_a_worker_gets_one_kind_of_step_where_there_are_enough() -> None:
