@@ -223,10 +223,11 @@ def perf_record(session: nox.Session) -> None:
 
 @nox.session
 def engine_record(session: nox.Session) -> None:
-    """Measure the engine on this GPU for the documentation. Arguments go to the tool."""
+    """Measure the engine and exact mode on this GPU, for the documentation. Needs a GPU."""
     install(session, "tests")
     run(session, "python", "-c", REQUIRE_GPU)
     run(session, "python", "-m", "tools.engine_figures", *session.posargs)
+    run(session, "python", "-m", "tools.exact_cost", "--out", "golden/engine")
     session.run("git", "--no-pager", "diff", "--", "golden/engine", external=True)
 
 

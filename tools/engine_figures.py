@@ -2,15 +2,18 @@
 
 Run from the repository, on an idle GPU: `python -m tools.engine_figures` (about four minutes). The
 model has the sizes of granite-4.0-h-1b with random weights, and the engine its defaults. These
-entries go to the file of the GPU in `golden/engine`; what other sessions put there stays::
+entries go to the file of the GPU in `golden/engine`::
 
-    warm_up_seconds              start of an engine in a new process: empty caches, then full ones
-    burst_128x1024x130_seconds   `generate()`, run after run; with the limit on every step (all
-    mixed_512_tokens_per_second  requests streamed), and as it is
-    shared_64x4096_32_seconds    prompts that share a prefix: the first time, and the second
-    between_tokens_ms            of streams while long prompts arrive: median, 99th percentile
-    decode_step_ms               of the engine, and of its runner alone
-    late_captures                steps that were compiled or captured while a request waited
+    start_seconds            an engine in a new process: with empty caches, and with full ones
+    burst_seconds            `generate()` of 128 prompts of 1,024 tokens, 130 new ones each
+    mixed_tokens_per_second  the same of 512 requests: prompts of 32 to 512 tokens, 128 to 512 new
+    shared_seconds           64 prompts that share 4,096 tokens: the first time, and the second
+    between_tokens_ms        of streams while prompts of 8,192 tokens arrive: median and 99 %
+    decode_step_ms           of the engine, and of its runner alone, by rows
+    late_captures            steps that were compiled or captured while a request waited
+
+Bursts and mixed requests are measured run after run, with requests that are not streamed, and
+then with streamed ones, which limit the steps of waiting prompts.
 """
 
 from __future__ import annotations
@@ -33,19 +36,13 @@ import torch
 
 from granite_paged.bench.serving import serve, summary
 from granite_paged.bench.workload import Arrival, Workload, arrivals
-from granite_paged.device import device_name, dtype_name
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import SamplingParams
-from granite_paged.environment import versions
-from granite_paged.files import write_json
 from granite_paged.geometry import PagedConfig, pages_for
 from granite_paged.models import DTYPES, LoadedModel, load
-from granite_paged.report.bench_results import slug, writable_folder
+from granite_paged.report.bench_results import writable_folder
 from tools.exact_cost import Mode
-
-FOLDER = Path(__file__).parents[1] / "golden" / "engine"
-POLICIES = {"limit_on_every_step": True, "now": False}
-"""Names of the two ways to treat waiting prompts, and whether requests are streamed in each."""
+from tools.golden_engine import FOLDER, add_entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +113,11 @@ def seconds(engine: Engine, coming: Sequence[Arrival], *, streamed: bool) -> flo
     return taken
 
 
-def policies(engine: Engine, coming: Sequence[Arrival], runs: int) -> dict[str, list[float]]:
-    """Return the seconds of each run, as it is first: its first run finds nothing prepared."""
+def both_ways(engine: Engine, coming: Sequence[Arrival], runs: int) -> dict[str, list[float]]:
+    """Return the seconds of each run. The very first one finds the engine as it started."""
     return {
         name: [seconds(engine, coming, streamed=streamed) for _ in range(runs)]
-        for name, streamed in reversed(POLICIES.items())
+        for name, streamed in (("not_streamed", False), ("streamed", True))
     }
 
 
@@ -192,23 +189,19 @@ def measured(loaded: LoadedModel, config: PagedConfig, loads: Loads) -> dict[str
     with Engine(loaded.model, config) as engine:
         note("rows_at_once", engine.runner.rows)
         burst, mixed = (arrivals(load, vocabulary, seed=0) for load in (loads.burst, loads.mixed))
-        times = policies(engine, burst, loads.runs)
-        note("burst_128x1024x130_seconds", _rounded(times))
+        times = both_ways(engine, burst, loads.runs)
+        note("burst_seconds", {way: [round(t, 3) for t in each] for way, each in times.items()})
         asked = sum(arrival.new_tokens for arrival in mixed)
-        times = policies(engine, mixed, loads.runs)
-        rates = {name: [asked / taken for taken in each] for name, each in times.items()}
-        note("mixed_512_tokens_per_second", _rounded(rates, 0))
+        times = both_ways(engine, mixed, loads.runs)
+        rates = {way: [round(asked / t) for t in each] for way, each in times.items()}
+        note("mixed_tokens_per_second", rates)
         both = [round(each, 3) for each in shared(engine, loads, vocabulary)]
-        note("shared_64x4096_32_seconds", both)
+        note("shared_seconds", both)
         streams = summary(serve(engine, arrivals(loads.streams, vocabulary, seed=0)))
         note("between_tokens_ms", [round(each, 2) for each in streams.between_tokens_ms])
         note("late_captures", engine.stats().late_captures)
         note("decode_step_ms", decode_steps(engine, loaded, loads))
     return found
-
-
-def _rounded(found: dict[str, list[float]], digits: int = 3) -> dict[str, list[float]]:
-    return {name: [round(each, digits or None) for each in found[name]] for name in POLICIES}
 
 
 def start(options: argparse.Namespace) -> float:
@@ -259,22 +252,11 @@ def main() -> None:
     folder = writable_folder(options.out)
     with tempfile.TemporaryDirectory() as caches:
         empty, *full = (start_in_new_process(caches) for _ in range(3))
-    starts = {"empty_caches": empty, "warm_caches": full}
-    print("warm_up_seconds", json.dumps(starts), flush=True)
+    starts = {"empty_caches": empty, "full_caches": full}
+    print("start_seconds", json.dumps(starts), flush=True)
     loaded = loaded_model(options)
     found = measured(loaded, engine_config(options), QUICK if options.quick else LOADS)
-    device = device_name(loaded.model.device)
-    file = folder / f"{slug(device)}.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    about = {
-        "measured_by": "python -m tools.engine_figures",
-        "device": device,
-        "host_cores": os.cpu_count(),
-        "model": loaded.name,
-        "dtype": dtype_name(loaded.model.dtype),
-        "versions": versions(),
-    }
-    write_json(file, {**before, **about, "warm_up_seconds": starts, **found})
+    file = add_entry(folder, loaded, "engine_figures", {"start_seconds": starts, **found})
     print(f"written: {file}")
 
 

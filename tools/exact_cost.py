@@ -4,7 +4,8 @@ Run from the repository, on a GPU: `python -m tools.exact_cost`. The model has t
 granite-4.0-h-1b with random weights. Steps are medians of the runner's captured steps; a decode
 step's rows stand at different places of their chunks. The last row is `generate()` on mixed
 requests (prompts of 32 to 512 tokens, answers of 128 to 512), in its second run. The modes take
-turns, so that both meet the same clocks.
+turns, so that both meet the same clocks. With `--out`, the numbers go to the file of this GPU in
+that folder, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from granite_paged.engine.request import SamplingParams
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.mamba import EXACT_CHUNK
 from granite_paged.models import DTYPES, load
+from granite_paged.report.bench_results import writable_folder
 from granite_paged.runner.runner import Chunk, Runner
+from tools.golden_engine import add_entry
 
 DECODES = ((1, 512), (8, 512), (32, 512), (128, 1024))
 PREFILLS = ((1, 128), (1, 512), (1, 2048), (16, 128), (4, 512))
@@ -75,18 +79,20 @@ def milliseconds(step: Callable[[], Any], device: torch.device) -> float:
     return float(events[0].elapsed_time(events[1]))
 
 
-def compared(steps: dict[str, Callable[[], Any]], device: torch.device, turns: int) -> None:
-    """Run the modes' steps in turns. Print the medians and their ratio."""
+def compared(
+    steps: dict[str, Callable[[], Any]], device: torch.device, turns: int
+) -> dict[str, float]:
+    """Run the modes' steps in turns. Print and return the medians in ms; print their ratio."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 2):
         for name, step in steps.items():
             taken = milliseconds(step, device)
             if turn > 1:  # the first compile and capture
                 times[name].append(taken)
-    normal, exact = (statistics.median(times[name]) for name in MODES)
-    print(
-        f"normal {normal:8.3f} ms   exact {exact:8.3f} ms   {exact / normal:.2f} times", flush=True
-    )
+    found = {name: round(statistics.median(times[name]), 3) for name in MODES}
+    shown = "   ".join(f"{name} {found[name]:8.3f} ms" for name in MODES)
+    print(f"{shown}   {found['exact'] / found['normal']:.2f} times", flush=True)
+    return found
 
 
 def mixed(model: Any, requests: int, rows: int, tokens: int, longest: int) -> dict[str, float]:
@@ -124,11 +130,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=30, help="timed calls per mode and shape")
     parser.add_argument("--most", type=int, default=2048, help="leave out shapes of more tokens")
     parser.add_argument("--requests", type=int, default=512, help="mixed requests; 0: none")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write to its file of this GPU")
     options = parser.parse_args()
+    folder = writable_folder(options.out) if options.out else None
     weights = None if options.model else options.random_weights
-    model = load(
-        options.model, random_weights=weights, device=options.device, dtype=options.dtype
-    ).model
+    loaded = load(options.model, random_weights=weights, device=options.device, dtype=options.dtype)
+    model, found = loaded.model, dict[str, dict[str, Any]]()
     decodes = [(rows, context) for rows, context in DECODES if rows * 16 <= options.most]
     prefills = [(rows, tokens) for rows, tokens in PREFILLS if rows * tokens <= options.most]
     modes = {
@@ -139,7 +146,8 @@ def main() -> None:
         for rows, tokens in shapes:
             print(f"{kind} {rows} x {tokens}".ljust(20), end="", flush=True)
             steps = {name: getattr(mode, kind)(rows, tokens) for name, mode in modes.items()}
-            compared(steps, model.device, options.turns)
+            medians = compared(steps, model.device, options.turns)
+            found.setdefault(f"{kind}_ms", {})[f"{rows} x {tokens}"] = medians
     for mode in modes.values():
         mode.runner.close()
     if options.requests:
@@ -147,6 +155,9 @@ def main() -> None:
         share = rates["exact"] / rates["normal"]
         shown = "   ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
         print(f"{options.requests} mixed requests   {shown} tokens per second   {share:.0%}")
+        found["mixed_tokens_per_second"] = {name: round(rate) for name, rate in rates.items()}
+    if folder is not None:
+        print(f"written: {add_entry(folder, loaded, 'exact_cost', found)}")
 
 
 if __name__ == "__main__":

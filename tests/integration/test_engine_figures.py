@@ -21,24 +21,28 @@ MODEL = ["--model", str(TINY_RECALL)]
 
 def test_it_writes_what_it_measured_and_keeps_the_rest(tmp_path: Path, monkeypatch: Patch) -> None:
     file = tmp_path / "cpu.json"
-    file.write_text(json.dumps({"ray": {"requests": 3}, "late_captures": 5}), encoding="utf-8")
+    file.write_text(
+        json.dumps({"ray": {"requests": 3}, "engine_figures": {"old": 1}}), encoding="utf-8"
+    )
     starts = iter([40.0, 8.0, 9.0])
     monkeypatch.setattr(engine_figures, "start_in_new_process", lambda caches: next(starts))
     monkeypatch.setattr(sys, "argv", [*COMMAND, *MODEL, "--out", str(tmp_path)])
 
     engine_figures.main()
 
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    assert found["ray"] == {"requests": 3}
-    assert found["warm_up_seconds"] == {"empty_caches": 40.0, "warm_caches": [8.0, 9.0]}
+    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found = kept.pop("engine_figures")
+    assert kept == {"ray": {"requests": 3}}
+    assert found["start_seconds"] == {"empty_caches": 40.0, "full_caches": [8.0, 9.0]}
     assert (found["late_captures"], found["rows_at_once"]) == (0, 4)
-    assert found["dtype"] == "float32"
+    assert (found["device"], found["dtype"]) == ("cpu", "float32")
     assert found["versions"]["torch"]
-    runs = engine_figures.QUICK.runs
-    for name in ("burst_128x1024x130_seconds", "mixed_512_tokens_per_second"):
-        assert list(found[name]) == ["limit_on_every_step", "now"]
-        assert all(len(each) == runs and min(each) > 0 for each in found[name].values())
-    first, second = found["shared_64x4096_32_seconds"]
+    for name in ("burst_seconds", "mixed_tokens_per_second"):
+        assert list(found[name]) == ["not_streamed", "streamed"]
+        runs = [len(each) for each in found[name].values()]
+        assert runs == [engine_figures.QUICK.runs] * 2
+        assert min(min(each) for each in found[name].values()) > 0
+    first, second = found["shared_seconds"]
     assert 0 < second < 10 * first
     median, slowest = found["between_tokens_ms"]
     assert 0 < median <= slowest

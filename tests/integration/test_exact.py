@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,14 +171,20 @@ def test_what_cannot_be_exact_is_refused_by_name(
 
 
 def test_the_cost_is_measured_beside_normal_mode(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = "--device cpu --dtype float32 --turns 1 --most 16 --requests 2"
+    options = f"--device cpu --dtype float32 --turns 1 --most 16 --requests 2 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["exact_cost", "--model", str(TINY_RECALL), *options.split()])
 
     exact_cost.main()
 
-    decode, mixed = capsys.readouterr().out.splitlines()[-2:]
+    decode, mixed, written = capsys.readouterr().out.splitlines()[-3:]
     number = r" +[\d.]+ ms"
     assert re.fullmatch(rf"decode 1 x 512 +normal{number} +exact{number} +[\d.]+ times", decode)
     assert re.fullmatch(r"2 mixed requests +normal \d+ +exact \d+ tokens per second +\d+%", mixed)
+    assert written == f"written: {tmp_path / 'cpu.json'}"
+    found = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["exact_cost"]
+    assert list(found["decode_ms"]) == ["1 x 512"]
+    for each in (found["decode_ms"]["1 x 512"], found["mixed_tokens_per_second"]):
+        assert list(each) == ["normal", "exact"]
+        assert min(each.values()) > 0
