@@ -108,7 +108,8 @@ class PageStore:
         """Have `pages` pages, and a page table of at least `rows` x `width` entries.
 
         Raises:
-            torch.OutOfMemoryError: if the device has too little memory; the pools are as they were.
+            torch.OutOfMemoryError: if the device has too little memory. The pools have the pages
+                that they had; those that had grown keep the memory for more.
         """
         held = self.pages
         try:

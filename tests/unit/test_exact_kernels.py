@@ -263,12 +263,16 @@ def test_a_scan_has_the_same_bits_wherever_it_is_cut(dtype: torch.dtype) -> None
 
 
 def pool(dtype: torch.dtype, tokens: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return keys, values and the page table of one sequence of `tokens` tokens, 16 per page."""
+    """Return keys, values and the page table of one sequence of `tokens` tokens, 16 per page.
+
+    The memory of the keys is larger, as after a growth that failed.
+    """
     torch.manual_seed(2)
     pages = -(-tokens // 16)
     keys, values = (
-        torch.randn(1, 2, 16 * (pages + 3), head_dim, device=DEVICE).to(dtype) for _ in range(2)
+        torch.randn(1, 2, 16 * (pages + more), head_dim, device=DEVICE).to(dtype) for more in (5, 3)
     )
+    keys = keys[:, :, : values.shape[2]]
     order = torch.randperm(pages + 2, device=DEVICE)[:pages] + 1
     table = torch.zeros(3, pages + 1, dtype=torch.int32, device=DEVICE)
     table[2, :pages] = order

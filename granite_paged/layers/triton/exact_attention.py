@@ -26,7 +26,7 @@ QUERIES, FEW_QUERIES = 64, 16
 @triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, rows_ptr, positions_ptr, table_ptr, out_ptr,
-    tokens, head_dim, slots, width, scale, query_heads, group, page_size,
+    tokens, head_dim, key_stride, value_stride, width, scale, query_heads, group, page_size,
     M: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     batch, tile, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -40,6 +40,8 @@ def _attend(
     place = place[:, None] * head_dim + d[None, :]
     there = is_token[:, None] & d_there[None, :]
     query = tl.load(query_ptr + place, mask=there, other=0.0)
+    keys = key_ptr + head.to(tl.int64) * key_stride
+    values = value_ptr + head.to(tl.int64) * value_stride
     highest = tl.full([M], float("-inf"), tl.float32)
     sums = tl.zeros([M, 16], tl.float32)
     out = tl.zeros([M, D], tl.float32)
@@ -48,12 +50,12 @@ def _attend(
         t = start + tl.arange(0, KEYS)
         known = t <= last
         page = tl.load(table_ptr + row * width + t // page_size, mask=known, other=0).to(tl.int64)
-        slot = (head.to(tl.int64) * slots + page * page_size + t % page_size) * head_dim
+        slot = (page * page_size + t % page_size) * head_dim
         key = tl.load(
-            key_ptr + slot[None, :] + d[:, None], mask=known[None, :] & d_there[:, None], other=0.0
+            keys + slot[None, :] + d[:, None], mask=known[None, :] & d_there[:, None], other=0.0
         )
         value = tl.load(
-            value_ptr + slot[:, None] + d[None, :],
+            values + slot[:, None] + d[None, :],
             mask=known[:, None] & d_there[None, :],
             other=0.0,
         )
@@ -88,7 +90,8 @@ def attend(
 
     Args:
         query: [B * S, Hq * D], contiguous.
-        keys, values: [1, Hkv, slots, D], the pool, with this step's tokens written.
+        keys, values: [1, Hkv, slots, D], the pool, with this step's tokens written; each head's
+            part is contiguous.
         rows: [B] int, rows of the page table.
         positions: [B, S] int, contiguous; -1 for padding.
         table: [rows, width] int32, logical page -> physical page.
@@ -99,7 +102,7 @@ def attend(
     Returns:
         [B * S, Hq * D]; zeros for padding.
     """
-    _, kv_heads, slots, _ = keys.shape
+    kv_heads = keys.shape[1]
     batch, tokens = positions.shape
     query_heads = query.shape[1] // head_dim
     group = query_heads // kv_heads
@@ -108,7 +111,8 @@ def attend(
     grid = (batch, triton.cdiv(tokens * group, block), kv_heads)
     _attend[grid](
         query, keys, values, rows, positions, table, out,
-        tokens, head_dim, slots, table.shape[1], scale, query_heads, group, page_size,
+        tokens, head_dim, keys.stride(1), values.stride(1), table.shape[1], scale, query_heads,
+        group, page_size,
         M=block, KEYS=KEYS, D=max(16, int(triton.next_power_of_2(head_dim))),
         num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def _lines(
     is_new = (s >= 0) & (s < tokens)
     is_new &= tl.load(positions + s, mask=is_new, other=-1) >= 0
     projected = projected_ptr + batch.to(tl.int64) * tokens * stride + inner
-    source = s[:, None] * stride + at[None, :]
+    source = s[:, None].to(tl.int64) * stride + at[None, :]
     new_there = is_new[:, None] & at_there[None, :]
     conv_there = is_new[:, None] & is_channel[None, :]
     newest = tl.load(projected + source, mask=new_there, other=0.0)
