@@ -36,7 +36,7 @@ from granite_paged.errors import (
 from granite_paged.geometry import CacheGeometry, PagedConfig, bucket
 from granite_paged.hf.layer_views import LayerViews
 from granite_paged.hf.padding import PaddedBatch, PaddedStep
-from granite_paged.hf.step import CacheStep, make_step
+from granite_paged.hf.step import CacheStep, check_has_kernel, make_step
 from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.mamba import MambaRows
 from granite_paged.paging.allocator import PageAllocator
@@ -163,6 +163,7 @@ class PagedCache(LayerViews):
             PaddingError: for padding on the right, or a mask that disagrees with the cache's past.
             PromptError: for no rows or no columns.
             InvalidRequest: for a batch or mask of another shape.
+            CannotBeExact: in exact mode on a GPU, for a mask that hides stored tokens.
             CacheReleased: after a step that failed or was interrupted, until `reset()`.
         """
         self._check_usable()
@@ -174,6 +175,8 @@ class PagedCache(LayerViews):
             )
         started = [self.allocator.length(s) > 0 for s in self._rows] or [False] * batch
         new = self._columns.check(attention_mask, columns, started)
+        if self.config.exact:
+            check_has_kernel(new, self.device)
         if fresh:
             self._check_rows(batch)
             self._rows = [self.allocator.open() for _ in range(batch)]

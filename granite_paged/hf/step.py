@@ -108,6 +108,12 @@ class CacheStep:
             raise NonFinite(layers, "" if layers else str(bad[0]))
 
 
+def check_has_kernel(new: PaddedStep, device: torch.device) -> None:
+    """Raise CannotBeExact for a step of exact mode that no kernel of the device computes."""
+    if new.hidden_by is not None and uses_exact_kernels(device):
+        raise CannotBeExact("tokens that a mask hides have no exact kernel on a GPU")
+
+
 def make_step(
     store: PageStore,
     record: PaddedBatch,
@@ -125,10 +131,7 @@ def make_step(
         new: the step's columns.
         host_positions: [B, S] int64, of its tokens.
         compiled: pad to shapes for which a kernel may have been compiled already.
-        exact: say what each token attends to.
-
-    Raises:
-        CannotBeExact: for tokens that a mask hides, on a GPU.
+        exact: say what each token attends to; `check_has_kernel` has passed.
     """
     (batch, columns), table, page_size = host_positions.shape, store.table, store.geometry.page_size
     (flat,) = to_device(table.physical.device, host_positions.flatten())
@@ -166,7 +169,5 @@ def _exact_tokens(
 ) -> TokenSlots | TokenPages:
     if not uses_exact_kernels(positions.device):
         return TokenSlots.of(store, host_positions, visible)
-    if visible is not None:
-        raise CannotBeExact("tokens that a mask hides have no exact kernel on a GPU")
     table, page_size = store.table.physical, store.geometry.page_size
     return TokenPages(rows, positions.int().contiguous(), table, page_size)

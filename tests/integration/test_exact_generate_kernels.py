@@ -103,10 +103,14 @@ def test_tokens_that_a_mask_hides_are_refused() -> None:
     with paged(model, CONFIG):
         cache = PagedCache.for_model(model, CONFIG)
         model(ids, **{CACHE: cache})
-        later = torch.cat([shown, shown[:, :1]], dim=1)
+        later = torch.cat([shown, shown[:, :5]], dim=1)
         later[0, 3] = 0
         with pytest.raises(CannotBeExact, match="hides have no exact kernel"):
-            model(ids[:, :1], attention_mask=later, **{CACHE: cache})
+            model(ids[:, :5], attention_mask=later, **{CACHE: cache})
+        after = model(ids[:, :1], **{CACHE: cache}).logits
+        untouched = PagedCache.for_model(model, CONFIG)
+        model(ids, **{CACHE: untouched})
+        assert torch.equal(after, model(ids[:, :1], **{CACHE: untouched}).logits)
 
 
 def test_every_part_that_computes_runs_a_kernel() -> None:
