@@ -50,9 +50,9 @@ from granite_paged.hf.cache import PagedCache
 from granite_paged.hf.compat import CACHE, rename_cache
 from granite_paged.hf.step import CacheStep, TokenPages
 from granite_paged.layers.attention import paged_attention
-from granite_paged.layers.backend import check_exact, kernel_refusal
+from granite_paged.layers.backend import check_exact, kernel_refusal, warn_if_slow
 from granite_paged.layers.mamba import Kept, MambaRows, MambaSizes, mamba_forward, mixers
-from granite_paged.layers.modules import check_supported
+from granite_paged.layers.modules import changed_operator, check_supported
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -246,6 +246,8 @@ def _forward_mamba(
     device, dtype = hidden_states.device, hidden_states.dtype
     if step.tokens is not None:
         forward, state = exact.mamba, state._replace(rows=step.rows)
+    elif changed := changed_operator(mixer):
+        warn_if_slow(f"{changed}, so it is called", device, dtype)
     elif not kernel_refusal(backend, device, dtype, activation=mixer.activation):
         from granite_paged.layers.triton import mamba  # needs Triton
 

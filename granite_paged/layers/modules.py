@@ -51,6 +51,17 @@ def changed_part(model: Any) -> str:
     return ""
 
 
+def changed_operator(mixer: nn.Module) -> str:
+    """Say how a Mamba layer's norm or activation is not transformers' own; empty if neither is.
+
+    The Triton kernels compute both, and call neither.
+    """
+    for name in ("norm", "act"):
+        if change := _change(getattr(mixer, name)):
+            return f"{name} of a Mamba layer {change}"
+    return ""
+
+
 def is_own(module: nn.Module) -> bool:
     """Whether a module's class is torch's or transformers'."""
     return f"{type(module).__module__}.".startswith(_OWN)

@@ -671,3 +671,26 @@ def test_padding_inside_the_first_step_matches_sdpa(
         monkeypatch.setattr(patching, "kernel_refusal", lambda *args, **kwargs: "")
     with paged(model, PAGES):
         assert_same_logits(talk(fresh(model)), expected)
+
+
+def _halved(norm: Any) -> None:
+    norm.register_forward_hook(lambda module, arguments, out: 0.5 * out)
+
+
+def _replaced(norm: Any) -> None:
+    norm.__class__ = type("Own", (type(norm),), {"forward": lambda self, x, gate: 0.5 * (x + gate)})
+
+
+@pytest.mark.parametrize("change", [_halved, _replaced])
+def test_a_changed_norm_of_a_mamba_layer_is_called_also_where_kernels_run(
+    monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("Triton is not interpreted here")
+    model = tiny_model("hybrid").requires_grad_(False)
+    change(model.model.layers[0].mamba.norm)
+    ids = torch.arange(3, 23)[None]
+    expected = run(model, DynamicCache(config=model.config), ids)
+    monkeypatch.setattr(patching, "kernel_refusal", lambda *args, **kwargs: "")
+    with paged(model, PAGES):
+        assert_same_logits(run(model, fresh(model), ids), expected)
