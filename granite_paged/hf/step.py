@@ -153,6 +153,7 @@ def make_step(
             page_size=page_size,
             group=store.geometry.group,
             visible=visible,
+            gathers=not compiled,
         ),
         rows=of_batch,
         since_start=new.since_start(batch, positions.device),

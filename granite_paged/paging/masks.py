@@ -77,20 +77,27 @@ def paged_block_mask(
     page_size: int,
     group: int,
     visible: Tensor | None = None,
+    gathers: bool = False,
 ) -> BlockMask:
     """Make the BlockMask of one step over a pool of `len(logical) * page_size` slots.
 
     Args are those of `paged_mask_mod`. Every entry of `physical` beyond a row's pages must name a
     page of the pool, such as the null page, because kernels may read past the counts.
 
+    gathers: whether plain PyTorch reads the mask (`layers/gathered.py`). It reads lists up to their
+        counts only, so they are as short as that allows, whatever the size of the pool.
+
     Returns:
         A BlockMask for queries folded to [B, Hkv, S * G, D]. Its full list names all pages of a row
         from logical page 0, also beyond its count.
     """
     pages = logical.shape[0]
-    # The CPU kernel refuses lists shorter than the pool, though it never reads past the counts.
-    width = pages if physical.device.type == "cpu" else physical.shape[1]
     whole, touched = _pages_seen(positions, page_size=page_size, group=group)
+    if gathers:
+        width = max(1, int(touched.max()))
+    else:
+        # The CPU kernel refuses lists shorter than the pool, though it reads none past its count.
+        width = pages if physical.device.type == "cpu" else physical.shape[1]
     if visible is not None:  # any page may have a hidden token, so the mask_mod decides on all
         whole = torch.zeros_like(whole)
     mask_mod = paged_mask_mod(

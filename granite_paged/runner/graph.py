@@ -169,5 +169,6 @@ class CapturedStep:
             step.positions,
             page_size=store.geometry.page_size,
             group=store.geometry.group,
+            gathers=self._model.gathers,
         )
         return step._replace(block_mask=plain)

@@ -19,6 +19,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply
 
 from granite_paged.geometry import Backend
 from granite_paged.layers.attention import DecodePlan, paged_attention
+from granite_paged.layers.backend import attention_backend
 from granite_paged.layers.mamba import mamba_forward
 from granite_paged.runner.storage import Storage
 
@@ -55,6 +56,7 @@ class EagerModel:
 
     Attributes:
         reads_mask: whether attention reads a step's block mask, and not the page table itself.
+        gathers: whether plain PyTorch computes attention (`layers/gathered.py`).
     """
 
     reads_mask = True
@@ -64,6 +66,9 @@ class EagerModel:
         self._config = model.config
         self._storage = storage
         self._backend = backend
+        geometry, device = storage.pages.geometry, storage.tokens.device
+        runs = attention_backend(backend, device, geometry.dtype, geometry.head_dim)
+        self.gathers = runs == "eager"
 
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """Return hidden states [B, S, hidden] before the last norm. tokens: [B, S] int64."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE
+from torch.nn.attention.flex_attention import _DEFAULT_SPARSE_BLOCK_SIZE, BlockMask
 
 from granite_paged.paging.allocator import NULL_PAGE
 from granite_paged.paging.masks import (
@@ -412,3 +412,24 @@ def test_mask_memory_is_independent_of_group_and_pool(group: int) -> None:
 def test_cpu_lists_have_one_entry_per_pool_page() -> None:
     """The CPU kernel refuses shorter lists."""
     assert list_bytes(1000, device="cpu") == 2 * 4 * 4 * (1000 + 1)
+
+
+@pytest.mark.parametrize("visible", [None, torch.ones(2, 12, dtype=torch.bool)])
+def test_lists_that_plain_pytorch_reads_are_as_long_as_the_longest_row(
+    visible: torch.Tensor | None,
+) -> None:
+    positions = torch.tensor([[4, 5], [1, 2]], dtype=torch.int32)
+
+    def made(pages: int, *, gathers: bool) -> BlockMask:
+        logical = torch.cat([LOGICAL, LOGICAL.new_full((pages,), UNHELD)])
+        return paged_block_mask(
+            PHYSICAL, logical, positions, page_size=4, group=1, visible=visible, gathers=gathers
+        )
+
+    whole, short = made(1000, gathers=False), made(1000, gathers=True)
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(short, name), getattr(whole, name))
+    for name in ("kv_indices", "full_kv_indices"):
+        listed = getattr(short, name)
+        assert listed.shape[-1] == 2
+        assert torch.equal(listed, getattr(whole, name)[..., :2])
