@@ -50,12 +50,15 @@ class KVPool:
             keys, values: [B, Hkv, S, D].
 
         Returns:
-            [B, S] bool, whether a token's K and V were finite.
+            [B, S] bool, whether a token's K and V are finite in the pool's dtype.
         """
+        sound = []
         for stored, new in ((self.keys, keys), (self.values, values)):
-            finite = torch.nan_to_num(_by_token(new).to(stored.dtype), 0.0, 0.0, 0.0)
+            converted = new.to(stored.dtype)
+            finite = torch.nan_to_num(_by_token(converted), 0.0, 0.0, 0.0)
             stored[0].index_copy_(1, slots, finite)
-        return keys.isfinite().all(dim=(1, 3)) & values.isfinite().all(dim=(1, 3))
+            sound.append(converted.isfinite().all(dim=(1, 3)))
+        return sound[0] & sound[1]
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole pages. sources, targets: [n] int64."""

@@ -91,6 +91,13 @@ def test_a_slot_outside_the_pool_is_refused(slot: int) -> None:
     assert torch.equal(pool.keys, before)
 
 
+def test_what_overflows_in_the_pools_dtype_is_not_finite() -> None:
+    pool = KVPool(make_geometry(page_size=4, dtype=torch.float16), 2, torch.device("cpu"))
+    keys = torch.full((1, pool.keys.shape[1], 1, pool.keys.shape[3]), 1e6)
+    assert pool.write(torch.tensor([4]), keys, torch.ones_like(keys)).tolist() == [[False]]
+    assert not pool.keys.any()
+
+
 def test_write_needs_one_slot_per_token() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         numbered_pool().write(torch.tensor([5]), states(1, 2), states(1, 2))
