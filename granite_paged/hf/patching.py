@@ -300,9 +300,11 @@ def _close_step(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
 
 def _check_logits(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Refuse logits that are not finite, after a paged step. Waits for the device."""
-    rename_cache(kwargs := dict(kwargs))
-    cache = getattr(output, CACHE, kwargs.get(CACHE))
-    logits = getattr(output, "logits", output[0])
+    given = {**dict(zip(_parameters(model.__class__), args, strict=False)), **kwargs}
+    rename_cache(given)
+    cache = getattr(output, CACHE, given.get(CACHE))
+    place = 0 if given.get("labels") is None else 1  # in a tuple, after the loss
+    logits = output.logits if hasattr(output, "logits") else output[place]
     if not isinstance(cache, PagedCache) or not cache.config.check_finite:
         return
     if not finite_rows(logits.reshape(1, -1)):

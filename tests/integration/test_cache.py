@@ -694,3 +694,16 @@ def test_a_changed_norm_of_a_mamba_layer_is_called_also_where_kernels_run(
     monkeypatch.setattr(patching, "kernel_refusal", lambda *args, **kwargs: "")
     with paged(model, PAGES):
         assert_same_logits(run(model, fresh(model), ids), expected)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_a_loss_is_not_taken_for_the_logits(as_dict: bool) -> None:
+    """Labels that are all ignored make it NaN, in transformers as well."""
+    model = tiny_model("hybrid").requires_grad_(False)
+    ids = torch.arange(3, 12)[None]
+    with paged(model, PAGES):
+        cache = with_cache(fresh(model))
+        out = model(ids, labels=torch.full_like(ids, -100), return_dict=as_dict, **cache)
+        loss, logits = out[0], out[1]
+    assert loss.isnan()
+    assert logits.isfinite().all()
