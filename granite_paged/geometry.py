@@ -33,7 +33,8 @@ class PagedConfig:
         page_size: tokens per page, a power of two; at least 16 where FlexAttention is compiled.
             Smaller pages waste less memory; larger ones make page tables and block lists shorter.
         memory_fraction: most memory for all K and V pools, as a fraction of the memory that is
-            free when the cache is made. Sequences take pages only as they need them.
+            free when the cache is made (on a CPU, of the host's whole memory). Sequences take pages
+            only as they need them.
         max_tokens: fixed size of the pools in tokens, allocated at once. None: pools grow with
             the demand of `generate()`, up to `memory_fraction`.
         max_sequences: most sequences at once. None: bounded by memory alone under `generate()`;

@@ -21,8 +21,8 @@ tile to finish adds the parts in their order, so results are identical from run 
 
 On compute capability 9.0 and later, kernels use programmatic dependent launch (PDL): a kernel
 starts before its predecessor finishes, and prefetches the inputs that the predecessor does not
-write: weights, the residual, the history of a convolution. Therefore only `x` may be written by the
-kernel right before a product, if that kernel is one of this package.
+write: weights, the residual, the history of a convolution. Therefore only `x` and its sums of
+squares may be written by the kernel right before a product, if it is one of this package.
 """
 
 from __future__ import annotations
