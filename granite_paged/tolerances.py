@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,12 @@ SDPA_RATIO = 1.1
 Two correct kernels add the same rounded products in different orders, and their errors differ by
 less than a tenth."""
 
-LOGITS_FLOAT32 = 2e-5
-"""float32: limit on the largest |paged - SDPA|, divided by the largest |logit|.
+LOGITS_FLOAT32, FEW_LAYERS = 2e-5, 4
+"""float32: limit on the largest |paged - SDPA|, divided by the largest |logit|, of a few layers.
 
 This is about 170 roundings of 2**-23. A few layers of sums over a few hundred terms differ by that
-much when only the order of summation differs."""
+much when only the order of summation differs. The differences of more layers are independent of
+each other, so their squares add: `logit_bound` grows with the root of the number of layers."""
 
 LOGITS_FLOAT64 = 1e-12
 """The same limit for float64 without Mamba layers: about 10**4 roundings of 2**-53.
@@ -38,13 +41,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(difference.norm() / expected.double().norm())
 
 
-def logit_bound(dtype: torch.dtype, *, attention_only: bool) -> float | None:
+def logit_bound(dtype: torch.dtype, *, attention_only: bool, layers: int) -> float | None:
     """Return the limit on the largest logit difference, divided by the largest logit.
 
     None for float16 and bfloat16, to which `SDPA_RATIO` applies instead.
     """
-    if dtype == torch.float64 and attention_only:
-        return LOGITS_FLOAT64
-    if dtype in (torch.float32, torch.float64):
-        return LOGITS_FLOAT32
-    return None
+    if dtype not in (torch.float32, torch.float64):
+        return None
+    is_exact = dtype == torch.float64 and attention_only
+    few = LOGITS_FLOAT64 if is_exact else LOGITS_FLOAT32
+    return few * math.sqrt(max(1.0, layers / FEW_LAYERS))

@@ -326,7 +326,10 @@ class _Players:
 
     def _bound(self) -> float | None:
         attention_only = not self.geometry.mamba_layers
-        return tolerances.logit_bound(self.model.dtype, attention_only=attention_only)
+        layers = self.model.config.num_hidden_layers
+        return tolerances.logit_bound(
+            self.model.dtype, attention_only=attention_only, layers=layers
+        )
 
     def recall(self, seed: int) -> RecallResult:
         """Feed facts first and then questions about them, so that the facts come from pages."""

@@ -42,6 +42,26 @@ def test_the_float64_bound_is_at_most_10000_roundings() -> None:
     assert 0.4 < tolerances.LOGITS_FLOAT64 / (1e4 * 2**-52) <= 1, RULE
 
 
+@pytest.mark.parametrize(
+    ("dtype", "attention_only", "layers", "expected"),
+    [
+        (torch.float32, False, 1, 2e-5),
+        (torch.float32, True, 4, 2e-5),
+        (torch.float32, False, 16, 4e-5),
+        (torch.float64, False, 4, 2e-5),
+        (torch.float64, True, 4, 1e-12),
+        (torch.float64, True, 36, 3e-12),
+        (torch.bfloat16, True, 4, None),
+    ],
+)
+def test_the_bound_of_logits_grows_with_the_root_of_the_layers(
+    dtype: torch.dtype, attention_only: bool, layers: int, expected: float | None
+) -> None:
+    """Errors of layers are independent, so that their squares add."""
+    found = tolerances.logit_bound(dtype, attention_only=attention_only, layers=layers)
+    assert found == (None if expected is None else pytest.approx(expected)), RULE
+
+
 def test_the_waste_bound_follows_its_derivation() -> None:
     half_a_page = 128 / 2 / ((1 + RAGGED_LONGEST) / 2)
     assert 1 < tolerances.WASTE / half_a_page < 1.34, RULE
