@@ -354,7 +354,9 @@ class MissingExtra(GranitePagedError, ImportError):
 
     def __init__(self, package: str, *, extra: str) -> None:
         self.extra = extra
-        super().__init__(f"{package} is not installed: run pip install 'granite-paged[{extra}]'")
+        super().__init__(
+            f"{package} is not installed: install granite-paged with its extra {extra}"
+        )
 
 
 class DeviceError(GranitePagedError):

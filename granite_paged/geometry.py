@@ -38,7 +38,7 @@ class PagedConfig:
         max_tokens: fixed size of the pools in tokens, allocated at once. None: pools grow with
             the demand of `generate()`, up to `memory_fraction`.
         max_sequences: most sequences at once. None: bounded by memory alone under `generate()`;
-            up to `memory_plan.DEFAULT_SEQUENCES` in a runner, which allocates their rows at once.
+            up to 256 in a runner, which allocates their rows at once.
         chunk_tokens: most prompt tokens that a runner computes in one step, a power of two.
         backend: see `Backend`.
         check_finite: raise `NonFinite`, which names the part, after a step of `PagedCache` with

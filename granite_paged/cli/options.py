@@ -50,7 +50,7 @@ Option = Callable[[Command], Command]
 
 
 def option(names: str, text: str, kind: Any = None, **settings: Any) -> Option:
-    """Return an option: its name, then its parameter's if that differs; its help and its type."""
+    """Return a click option. `names` is the flag, then the parameter's name if that differs."""
     return click.option(*names.split(), help=text, type=kind, **settings)
 
 

@@ -90,8 +90,8 @@ _workload_options = options(
 )
 @option(
     "--mode modes",
-    "Serve with this mode; may be repeated. `paged` is always served; `static` first "
-    "compiles first; `vllm` starts vLLM twice.",
+    "Serve with this mode; may be repeated. `paged` is always served; `static` "
+    "compiles before it serves; `vllm` starts vLLM twice.",
     click.Choice((*MODES, "vllm")),
     multiple=True,
     default=("default", "paged"),

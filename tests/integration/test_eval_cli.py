@@ -296,7 +296,7 @@ def test_a_missing_extra_is_reported_before_the_work(
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert evaluate(option, str(tmp_path / "x")) == USAGE
-    assert_one_line(capsys, f"pip install 'granite-paged[{extra}]'")
+    assert_one_line(capsys, f"with its extra {extra}")
 
 
 @pytest.mark.usefixtures("unanswered")

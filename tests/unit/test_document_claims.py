@@ -232,8 +232,8 @@ def test_limits_state_the_recorded_cold_start_of_one_process() -> None:
     )
     assert_states(
         "docs/limits.md",
-        f"{empty[0]:.0f} s until the first token and {empty[1]:.0f} s until every shape is "
-        f"compiled ({warm[0]:.0f} and {warm[1]:.0f} s with warm caches)",
+        f"the first token took {empty[0]:.0f} s and all shapes {empty[1]:.0f} s "
+        f"({warm[0]:.0f} and {warm[1]:.0f} s with warm caches)",
     )
 
 

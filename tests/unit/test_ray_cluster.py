@@ -22,7 +22,7 @@ def test_a_missing_ray_is_one_line(
     monkeypatch.setitem(sys.modules, "ray", None)
     source = write_requests(tmp_path / "in.jsonl", [{"prompt": "x"}])
     assert run(["batch", source, str(tmp_path / "out"), "--ray"]) == USAGE
-    assert_one_line(capsys, "ray is not installed: run pip install 'granite-paged[ray]'")
+    assert_one_line(capsys, "ray is not installed: install granite-paged with its extra ray")
 
 
 def test_the_ray_options_need_ray(tmp_path: Path, capsys: Capture) -> None:

@@ -1,6 +1,6 @@
 """The causal convolution of a Mamba layer in Triton, several tokens per row, and its rings.
 
-`mamba.py` gives the layouts.
+`layers/triton/mamba.py` gives the layouts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _convolve(
     place = (first + s)[:, None] * channels + c[None, :]
     start = tl.program_id(1) * S
     inside = (start >= WIDTH - 1) & (start + S <= tokens)
-    if inside:  # padding is at the ends of a row: between two tokens are only tokens
+    if inside:  # padding is at the ends of a row only, so all columns between two tokens are tokens
         oldest = tl.load(positions + start - (WIDTH - 1))
         inside = (oldest >= 0) & (tl.load(positions + start + S - 1) >= 0)
     if inside:
