@@ -18,7 +18,8 @@ _SNAPSHOTS, _SNAPSHOTS_ALONE = 4, 2  # prefix states to keep, in batches and one
 class EngineScorer:
     """`Engine.score` as a `Scorer`.
 
-    The first answer of a call counts the tokens that all requests of the call reused.
+    The engine counts the tokens that a whole call reused. They are attributed to its requests in
+    order, to each at most its context, so only their sum over a call has a meaning.
 
     Args:
         engine: the engine that scores.
@@ -58,8 +59,7 @@ class EngineScorer:
         before = self.engine.stats().tokens_hit
         found = self.engine.score(requests)
         hit = self.engine.stats().tokens_hit - before
-        reused = [hit, *[0] * (len(requests) - 1)]
-        return list(map(_answer, requests, found, reused))
+        return list(map(_answer, requests, found, _attributed(hit, requests)))
 
     def forget(self) -> None:
         """See `Scorer`."""
@@ -68,6 +68,15 @@ class EngineScorer:
     def close(self) -> None:
         """See `Scorer`."""
         self.engine.close()
+
+
+def _attributed(hit: int, requests: Sequence[ScoreRequest]) -> list[int]:
+    """Divide `hit` reused tokens among requests, in order, to each at most its context."""
+    shares = []
+    for request in requests:
+        shares.append(min(hit, len(request.context)))
+        hit -= shares[-1]
+    return shares
 
 
 def _answer(request: ScoreRequest, scores: Sequence[Score], reused: int) -> Answer:

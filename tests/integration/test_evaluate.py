@@ -265,6 +265,18 @@ def test_a_finished_run_is_repeated_without_a_model(tmp_path: Path) -> None:
     assert tiny_evaluation(loaded, journal=Journal(path, {})) == first
 
 
+def test_a_batch_that_reuses_more_than_a_question_has_is_read_back(tmp_path: Path) -> None:
+    """All questions but the first reuse 40 tokens in one call; each of them has 41."""
+    shared = requests(1, prefix=40)[0].context[:40]
+    asked = [ScoreRequest([*shared, 5 + i], [[6], [7]]) for i in range(6)]
+    task = Task("tiny", tuple(Question(str(i), "all", r, (1, 0), 40) for i, r in enumerate(asked)))
+    path, loaded = str(tmp_path / "answers.jsonl"), tiny_loaded("dense")
+    with closing(Journal(path, {})) as journal:
+        first = tiny_evaluation(loaded, task, journal=journal, batch=2)
+    assert first.tasks["tiny"].modes["paged"].hit_rate > 0.5
+    assert tiny_evaluation(loaded, task, journal=Journal(path, {}), batch=2) == first
+
+
 def test_an_interrupt_keeps_finished_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

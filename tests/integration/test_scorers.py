@@ -108,6 +108,9 @@ def test_what_was_computed_and_reused_adds_up(batch: int) -> None:
     assert computed + reused == sum(whole)
     assert reused > 0
     assert computed < sum(map(uncached_tokens, asked))
+    for request, answer in zip(asked, found, strict=True):
+        assert 0 <= answer.reused <= len(request.context)
+        assert answer.computed >= 0
 
 
 def test_scoring_leaves_the_model_as_it_was() -> None:
@@ -313,5 +316,5 @@ def test_reused_tokens_are_counted_once() -> None:
     scorer = EngineScorer(double)
     asked = [ScoreRequest(list(range(150)), [[3], [4, 5]])] * 3
     answers = scorer.score(asked)
-    assert [answer.reused for answer in answers] == [300, 0, 0]
-    assert [answer.computed for answer in answers] == [151 - 300, 151, 151]
+    assert [answer.reused for answer in answers] == [150, 150, 0]
+    assert [answer.computed for answer in answers] == [1, 1, 151]
