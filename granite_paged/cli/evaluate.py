@@ -171,8 +171,9 @@ def evaluate(
 
     Asks each mode every question in the same run and compares accuracy, choices, latency,
     throughput and memory. Paged computes a context once, and what neighbouring questions share
-    once. Exits with 1 when two modes differ by more than a near-tie. With --ray, workers of a Ray
-    cluster answer the questions, and this process judges.
+    once. Exits with 1 when two modes differ by more than a near-tie, or when a mode gives NaN or
+    infinity for a question that default answers. With --ray, workers of a Ray cluster answer the
+    questions, and this process judges.
 
     \b
     granite-paged eval
@@ -395,5 +396,7 @@ def _numbers(found: ModeMetrics) -> list[str]:
 def _verdict(mode: str, found: Agreement) -> tuple[str, str]:
     same = f"{found.same} of {found.questions} choices equal default's"
     ties = f", {found.near_ties} of the others are near-ties" if found.differing else ""
+    failed = f", {found.not_finite} answers are not finite" if found.not_finite else ""
     ratio = f"; latency {found.latency_ratio:.3f} x default's"
-    return f"{mode}: {same}{ties}{ratio}", "[green]ok[/]" if found.passed else "[red]FAILED[/]"
+    verdict = "[green]ok[/]" if found.passed else "[red]FAILED[/]"
+    return f"{mode}: {same}{ties}{failed}{ratio}", verdict

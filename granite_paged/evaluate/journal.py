@@ -21,6 +21,9 @@ from granite_paged.typed_json import Signed, checked
 
 FORMAT = 1
 
+NOT_FINITE = "a log-likelihood is not a finite number; check the weights and the dtype"
+"""Reason of a question whose log-likelihoods a mode could not compute as finite numbers."""
+
 EntryKey = tuple[str, str, str]
 """Mode, task and question."""
 
@@ -53,6 +56,11 @@ class JournalEntry:
     reused: int = 0
     peak: int = 0
     refused: str = ""
+
+    @property
+    def not_finite(self) -> bool:
+        """Whether the question has no answer because a log-likelihood is not finite."""
+        return self.refused == NOT_FINITE
 
     @property
     def place(self) -> EntryKey:

@@ -52,9 +52,10 @@ def mode_metrics(task: Task, entries: Entries) -> ModeMetrics:
 
 def agreement(task: Task, default: Entries, other: Entries) -> Agreement:
     """Compare a mode with `default`; `judge_near_ties` judges the differences afterwards."""
-    differing, largest, questions = [], 0.0, 0
+    differing, largest, questions, not_finite = [], 0.0, 0, 0
     for question in task.questions:
         ours, theirs = other[question.key], default[question.key]
+        not_finite += ours.not_finite and not theirs.refused
         if ours.refused or theirs.refused:
             continue
         questions += 1
@@ -64,7 +65,7 @@ def agreement(task: Task, default: Entries, other: Entries) -> Agreement:
         if difference:
             differing.append(difference)
     ratio = _mean_seconds(other) / _mean_seconds(default)
-    return Agreement(questions, tuple(differing), largest, ratio)
+    return Agreement(questions, tuple(differing), largest, ratio, not_finite=not_finite)
 
 
 def credit(question: Question, logprobs: Sequence[float], *, mass: bool) -> float:

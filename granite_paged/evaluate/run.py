@@ -16,8 +16,8 @@ import torch
 from granite_paged.device import device_name, dtype_name, one_memory_error
 from granite_paged.digests import config_digest, sha256, tokenizer_digest, weights_digest
 from granite_paged.environment import versions
-from granite_paged.errors import BrokenInvariant, GranitePagedError
-from granite_paged.evaluate.journal import Journal, JournalEntry
+from granite_paged.errors import BrokenInvariant, GranitePagedError, NonFiniteRequest
+from granite_paged.evaluate.journal import NOT_FINITE, Journal, JournalEntry
 from granite_paged.evaluate.metrics import agreement, mode_metrics
 from granite_paged.evaluate.modes import make_scorer
 from granite_paged.evaluate.near_ties import judge_near_ties
@@ -246,13 +246,19 @@ def _answers(scorer: Scorer, requests: Sequence[ScoreRequest]) -> list[Answer | 
     except (GranitePagedError, torch.OutOfMemoryError) as error:
         scorer.forget()
         if len(requests) == 1:
-            return [f"{requests[0].tokens} tokens: {str(error).splitlines()[0]}"]
+            return [_refusal(requests[0], error)]
     return [answer for request in requests for answer in _answers(scorer, [request])]
+
+
+def _refusal(request: ScoreRequest, error: Exception) -> str:
+    if isinstance(error, NonFiniteRequest):
+        return NOT_FINITE
+    return f"{request.tokens} tokens: {str(error).splitlines()[0]}"
 
 
 def _entry(mode: str, task: str, question: Question, answer: Answer | str) -> JournalEntry:
     if isinstance(answer, Answer) and not answer.finite:
-        answer = "a log-likelihood is not a finite number; check the weights and the dtype"
+        answer = NOT_FINITE
     if isinstance(answer, str):
         return JournalEntry(mode, task, question.key, refused=answer)
     return JournalEntry(

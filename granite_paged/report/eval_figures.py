@@ -63,8 +63,9 @@ def _draw_agreement(axes: Any, place: int, entry: Entry) -> None:
         share = found.same / found.questions if found.questions else 0.0
         axes.plot(share, place, "o", color=_colour(mode))
         others = len(found.differing)
-        ties = "all" if found.passed else f"{found.near_ties} of"
+        ties = "all" if found.near_ties == others else f"{found.near_ties} of"
         rest = f"; {ties} {others} others are near-ties" if others else ""
+        rest += f"; {found.not_finite:,} more are not finite" if found.not_finite else ""
         text = f"{mode}: {found.same:,} of {found.questions:,}{rest}"
         axes.annotate(
             text, (share, place), (-7, 0), textcoords="offset points", ha="right", va="center",

@@ -79,7 +79,8 @@ def result_tables(evaluations: Sequence[Evaluation], bench: Sequence[Result] = (
     """Return the parts of a page: where it was measured, tables, how to read them, and commands."""
     found = entries(evaluations)
     commands = dict.fromkeys(run.command for run in evaluations if run.command)
-    parts = [_places(evaluations), _metrics(found), chance_note(found), _agreement(found), _LEGEND]
+    parts = [_places(evaluations), _metrics(found), chance_note(found), _agreement(found)]
+    parts += [_not_finite(found), _LEGEND]
     parts += [*_study(found), *study_tables(bench), *_shell(commands)]
     return [part.rstrip("\n") for part in parts if part]
 
@@ -193,10 +194,21 @@ def _agreement(found: Sequence[Entry]) -> str:
     return _table(_AGREEMENT, _agreements(found))
 
 
+def _not_finite(found: Sequence[Entry]) -> str:
+    """Return a line for each mode that failed because of NaN or infinity; empty if none did."""
+    lines = (
+        f"- **{label}, {mode}: {other.not_finite:,} questions that `default` answered have "
+        "log-likelihoods that are not finite.** Check the weights and the dtype."
+        for label, mode, other in _agreements(found)
+        if other.not_finite
+    )
+    return "\n".join(lines)
+
+
 def _differences(found: Sequence[Entry]) -> list[str]:
     rows = [(label, mode, d) for label, mode, other in _agreements(found) for d in other.differing]
     if not rows:
-        return ["Every mode makes the same choices as `default`."]
+        return ["Every mode makes the same choices as `default` where both answered."]
     parts = ["### Questions answered differently", _table(_DIFFERENCE, rows[:_MOST_SHOWN])]
     if len(rows) > _MOST_SHOWN:
         parts.append(f"The first {_MOST_SHOWN} of {len(rows):,}; `results.json` has all of them.")

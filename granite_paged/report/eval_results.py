@@ -25,7 +25,8 @@ class ModeMetrics:
 
     Attributes:
         questions: number of questions answered.
-        refused: number of questions not answered, mostly because they do not fit the pool.
+        refused: number of questions not answered, because they do not fit the pool or because a
+            log-likelihood is not finite.
         accuracy: share of answers that are right; for `truthfulqa_mc2`, mean probability mass.
         stderr: standard error of `accuracy`; None for a single question.
         latency_ms: time of each question in task order; in batches, batch time / batch size.
@@ -86,6 +87,8 @@ class Agreement:
         sdpa_error: largest error of a gap between two choices that `default` makes, measured
             against the same weights in `reference` precision; None where nothing differs.
         measured: number of questions that `sdpa_error` was measured on.
+        not_finite: number of questions that `default` answered, and for which a log-likelihood of
+            this mode is NaN or infinite.
     """
 
     questions: int
@@ -95,6 +98,7 @@ class Agreement:
     sdpa_error: float | None = None
     reference: str | None = None
     measured: int = 0
+    not_finite: int = 0
 
     @property
     def same(self) -> int:
@@ -108,8 +112,8 @@ class Agreement:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is a near-tie."""
-        return self.near_ties == len(self.differing)
+        """Whether every difference is a near-tie, and every log-likelihood finite."""
+        return self.near_ties == len(self.differing) and not self.not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +132,7 @@ class Evaluation:
 
     Attributes:
         command: the command line that ran it; empty if it was run from Python.
-        passed: whether all differing choices are near-ties.
+        passed: whether all modes passed the comparison with `default`; see `Agreement.passed`.
         batch: questions per forward pass.
         page_size: tokens per page.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
@@ -20,6 +21,8 @@ from granite_paged.cli.options import FAILED, INTERRUPTED, OK, USAGE
 from granite_paged.environment import mamba_note
 from granite_paged.evaluate import run as evaluation_run
 from granite_paged.evaluate.journal import Journal, held_run
+from granite_paged.evaluate.scorer import Answer
+from granite_paged.evaluate.scorer_engine import EngineScorer
 from granite_paged.report.eval_results import Difference
 from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.evaluation import MMLU, tiny_evaluation, write
@@ -153,6 +156,25 @@ def test_a_difference_beyond_a_near_tie_exits_1(
     monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, **options: broken)
     assert evaluate() == FAILED
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("short_recall")
+def test_answers_that_are_not_finite_exit_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Paged scores NaN for every question but the first."""
+    score, asked = EngineScorer.score, list[Any]()
+
+    def spoilt(self: EngineScorer, requests: Any) -> list[Answer]:
+        asked.extend(requests)
+        found = score(self, requests)
+        return found if requests == asked[:1] else [a._replace(logprobs=(math.nan,)) for a in found]
+
+    monkeypatch.setattr(EngineScorer, "score", spoilt)
+    assert evaluate() == FAILED
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "1 of 1 choices equal default's, 2 answers are not finite" in shown
+    assert "FAILED" in shown
 
 
 def test_missing_data_is_reported_before_a_model_is_loaded(

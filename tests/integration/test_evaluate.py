@@ -15,7 +15,7 @@ import torch
 
 from granite_paged import PagedConfig
 from granite_paged.digests import tensor_digest
-from granite_paged.errors import DataError, RequestError
+from granite_paged.errors import DataError, NonFiniteRequest, RequestError
 from granite_paged.evaluate import peak_memory, run
 from granite_paged.evaluate.journal import Journal
 from granite_paged.evaluate.metrics import (
@@ -158,6 +158,55 @@ class _Contrary:
             a._replace(logprobs=tuple(-logprob for logprob in a.logprobs))
             for a in self._scorer.score(asked)
         ]
+
+
+# -- answers that are not finite ----------------------------------------------------------------
+
+
+class _NotFinite:
+    """The scores of `scorer`; those of all requests but one are NaN, or end in an error."""
+
+    batch = 2
+
+    def __init__(self, scorer: Any, sound: ScoreRequest, *, raises: bool) -> None:
+        self._scorer, self._sound, self._raises = scorer, sound, raises
+        self.forget = scorer.forget
+        self.close = scorer.close
+
+    def score(self, asked: Sequence[ScoreRequest]) -> list[Answer]:
+        return [
+            answer if request == self._sound else self._spoilt(answer)
+            for request, answer in zip(asked, self._scorer.score(asked), strict=True)
+        ]
+
+    def _spoilt(self, answer: Answer) -> Answer:
+        if self._raises:
+            raise NonFiniteRequest(0)
+        return answer._replace(logprobs=(math.nan,) * len(answer.logprobs))
+
+
+@pytest.fixture(params=[False, True], ids=["NaN", "NonFiniteRequest"])
+def paged_is_not_finite(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paged scorer answers only the first question of `tiny_task()` with finite numbers."""
+    make, sound = run.make_scorer, tiny_task().questions[0].request
+
+    def spoilt(mode: str, *args: Any) -> Any:
+        scorer = make(mode, *args)
+        return _NotFinite(scorer, sound, raises=request.param) if mode == "paged" else scorer
+
+    monkeypatch.setattr(run, "make_scorer", spoilt)
+
+
+@pytest.mark.usefixtures("paged_is_not_finite")
+def test_answers_that_are_not_finite_fail_the_run(tmp_path: Path) -> None:
+    path = str(tmp_path / "answers.jsonl")
+    with closing(Journal(path, {})) as journal:
+        evaluation = tiny_evaluation(journal=journal)
+    found = evaluation.tasks["tiny"].agreement["paged"]
+    assert (found.questions, found.differing, found.not_finite) == (1, (), 5)
+    assert not found.passed
+    assert not evaluation.passed
+    assert tiny_evaluation(journal=Journal(path, {})) == evaluation, "a resumed run fails too"
 
 
 # -- near-ties ----------------------------------------------------------------------------------
@@ -411,6 +460,7 @@ def test_contexts_longer_than_the_pool_are_counted_as_refused(batch: int) -> Non
     assert result.modes["paged"].questions == 3
     assert result.modes["default"].refused == 0
     assert result.agreement["paged"].questions == 3
+    assert evaluation.passed, "a question that does not fit the pool is no failure"
 
 
 def test_a_run_without_answers_is_an_error() -> None:

@@ -134,6 +134,15 @@ def test_results_of_several_gpus_name_their_gpu(evaluation: Evaluation) -> None:
     assert "- NVIDIA L4; tiny" in text
 
 
+def test_a_report_counts_answers_that_are_not_finite(evaluation: Evaluation) -> None:
+    said = "paged: 3 questions that `default` answered have log-likelihoods that are not finite"
+    assert said not in "\n".join(result_tables([evaluation]))
+    task = evaluation.tasks["mmlu"]
+    other = replace(task.agreement["paged"], not_finite=3)
+    broken = replace(evaluation, tasks={"mmlu": replace(task, agreement={"paged": other})})
+    assert f"mmlu 0-shot, one by one, {said}" in "\n".join(result_tables([broken]))
+
+
 # -- the original study -------------------------------------------------------------------------
 
 
@@ -251,6 +260,15 @@ def test_an_error_names_the_file_and_field(
         read_evaluation(path)
     assert str(caught.value).startswith(f"{path}: {place}")
     assert problem in str(caught.value)
+
+
+def test_a_result_without_a_count_of_answers_that_are_not_finite_is_read(
+    evaluation: Evaluation, tmp_path: Path
+) -> None:
+    path = tmp_path / "result.json"
+    place = "tasks.mmlu.agreement.paged.not_finite"
+    path.write_text(json.dumps(changed(evaluation.to_json(), place, ...)))
+    assert read_evaluation(path) == evaluation
 
 
 def test_a_malformed_result_file_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from granite_paged.errors import RequestError
-from granite_paged.evaluate.journal import JournalEntry
+from granite_paged.evaluate.journal import NOT_FINITE, JournalEntry
 from granite_paged.evaluate.metrics import (
     agreement,
     credit,
@@ -143,3 +143,14 @@ def test_modes_that_answered_nothing_in_common_do_not_differ() -> None:
     other = {"0": entry("0", refused="too long"), "1": entry("1", -1.0, -2.0)}
     found = agreement(task, default, other)
     assert (found.questions, found.differing, found.largest_difference) == (0, (), 0.0)
+
+
+def test_answers_that_are_not_finite_count_where_default_answered() -> None:
+    default = {str(i): entry(str(i), -1.0, -2.0) for i in range(4)}
+    default["3"] = entry("3", refused="too long")
+    other = {str(i): entry(str(i), refused=NOT_FINITE) for i in (1, 2, 3)}
+    other["0"] = entry("0", -1.0, -2.0)
+    found = agreement(FOUR, default, other)
+    assert (found.questions, found.differing, found.not_finite) == (1, (), 2)
+    assert not found.passed
+    assert agreement(FOUR, default, {**other, "1": default["1"], "2": default["3"]}).passed
