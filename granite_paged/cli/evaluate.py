@@ -397,6 +397,7 @@ def _verdict(mode: str, found: Agreement) -> tuple[str, str]:
     same = f"{found.same} of {found.questions} choices equal default's"
     ties = f", {found.near_ties} of the others are near-ties" if found.differing else ""
     failed = f", {found.not_finite} answers are not finite" if found.not_finite else ""
-    ratio = f"; latency {found.latency_ratio:.3f} x default's"
+    latency = found.latency_ratio
+    ratio = "" if latency is None else f"; latency {latency:.3f} x default's"
     verdict = "[green]ok[/]" if found.passed else "[red]FAILED[/]"
     return f"{mode}: {same}{ties}{failed}{ratio}", verdict

@@ -51,21 +51,24 @@ def mode_metrics(task: Task, entries: Entries) -> ModeMetrics:
 
 
 def agreement(task: Task, default: Entries, other: Entries) -> Agreement:
-    """Compare a mode with `default`; `judge_near_ties` judges the differences afterwards."""
-    differing, largest, questions, not_finite = [], 0.0, 0, 0
+    """Compare a mode with `default`; `judge_near_ties` judges the differences afterwards.
+
+    Choices, log-likelihoods and latency are compared over the questions that both answered.
+    """
+    differing, largest, both, not_finite = [], 0.0, [], 0
     for question in task.questions:
         ours, theirs = other[question.key], default[question.key]
         not_finite += ours.not_finite and not theirs.refused
         if ours.refused or theirs.refused:
             continue
-        questions += 1
+        both.append((ours, theirs))
         differences = map(_distance, ours.logprobs, theirs.logprobs)
         largest = max(largest, *differences)
         difference = _difference(question.key, theirs.logprobs, ours.logprobs)
         if difference:
             differing.append(difference)
-    ratio = _mean_seconds(other) / _mean_seconds(default)
-    return Agreement(questions, tuple(differing), largest, ratio, not_finite=not_finite)
+    ratio = _latency_ratio(both)
+    return Agreement(len(both), tuple(differing), largest, ratio, not_finite=not_finite)
 
 
 def credit(question: Question, logprobs: Sequence[float], *, mass: bool) -> float:
@@ -109,8 +112,11 @@ def _difference(key: str, default: Sequence[float], other: Sequence[float]) -> D
     )
 
 
-def _mean_seconds(entries: Entries) -> float:
-    return statistics.fmean(entry.seconds for entry in entries.values() if not entry.refused)
+def _latency_ratio(both: Sequence[tuple[JournalEntry, JournalEntry]]) -> float | None:
+    """Return the time of the first entries divided by that of the second; None without any."""
+    if not both:
+        return None
+    return sum(ours.seconds for ours, _ in both) / sum(theirs.seconds for _, theirs in both)
 
 
 def _signed(a: float, b: float) -> float:

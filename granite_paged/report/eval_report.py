@@ -165,7 +165,7 @@ _AGREEMENT: dict[str, Callable[[Agreement], str]] = {
     "SDPA's own error of a gap": lambda a: (
         "-" if a.sdpa_error is None else f"{a.sdpa_error:.3g} (against {a.reference})"
     ),
-    "latency / default": lambda a: f"{a.latency_ratio:.3f}",
+    "latency / default": lambda a: "-" if a.latency_ratio is None else f"{a.latency_ratio:.3f}",
 }
 _DIFFERENCE: dict[str, Callable[[Difference], str]] = {
     "question": lambda d: d.key,

@@ -83,7 +83,8 @@ class Agreement:
         questions: number of questions that both answered.
         differing: the questions with another choice.
         largest_difference: largest difference of any log-likelihood.
-        latency_ratio: mean latency, divided by `default`'s.
+        latency_ratio: mean latency of the questions that both answered, divided by `default`'s
+            mean latency of the same questions; None if there are none.
         sdpa_error: largest error of a gap between two choices that `default` makes, measured
             against the same weights in `reference` precision; None where nothing differs.
         measured: number of questions that `sdpa_error` was measured on.
@@ -94,7 +95,7 @@ class Agreement:
     questions: int
     differing: tuple[Difference, ...]
     largest_difference: float
-    latency_ratio: float
+    latency_ratio: float | None
     sdpa_error: float | None = None
     reference: str | None = None
     measured: int = 0

@@ -23,7 +23,7 @@ from granite_paged.evaluate import run as evaluation_run
 from granite_paged.evaluate.journal import Journal, held_run
 from granite_paged.evaluate.scorer import Answer
 from granite_paged.evaluate.scorer_engine import EngineScorer
-from granite_paged.report.eval_results import Difference
+from granite_paged.report.eval_results import Agreement, Difference
 from tests.helpers.command_line import Capture, assert_one_line
 from tests.helpers.evaluation import MMLU, tiny_evaluation, write
 from tests.helpers.killed import kill_soon
@@ -156,6 +156,11 @@ def test_a_difference_beyond_a_near_tie_exits_1(
     monkeypatch.setattr(evaluation_run, "evaluate", lambda *args, **options: broken)
     assert evaluate() == FAILED
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_modes_without_a_common_answer_have_no_latency_ratio() -> None:
+    said, _ = command._verdict("paged", Agreement(0, (), 0.0, None))
+    assert said == "paged: 0 of 0 choices equal default's"
 
 
 @pytest.mark.usefixtures("short_recall")

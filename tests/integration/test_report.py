@@ -348,12 +348,14 @@ def test_unusual_results_can_be_drawn(evaluation: Evaluation, tmp_path: Path) ->
         name: replace(found, latency_ms=(0.0, 0.0), latency_mean_ms=0.0, questions_per_second=0.0)
         for name, found in task.modes.items()
     }
-    nothing = Agreement(0, (), 0.0, 0.0)
+    nothing = Agreement(0, (), 0.0, None)
     odd = [
         replace(evaluation, tasks={"a$_b$": replace(task, modes=still, agreement={"$": nothing})}),
         replace(evaluation, tasks={"c": replace(task, modes={"other": still["paged"]})}),
     ]
     assert len(write_report(str(tmp_path), odd)) == 4
+    page = (tmp_path / "report.md").read_text()
+    assert "| $ | 0 of 0 | 0 | 0 | 0 | - | - |" in page
 
 
 # -- Weights & Biases ---------------------------------------------------------------------------

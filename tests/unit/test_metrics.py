@@ -114,7 +114,7 @@ def test_agreement_compares_what_both_answered() -> None:
     }
     found = agreement(FOUR, default, other)
     assert (found.questions, found.largest_difference) == (3, 2.5)
-    assert found.latency_ratio == pytest.approx(6.0 / 2.5)
+    assert found.latency_ratio == pytest.approx(6.0 / 3.0), "of the questions 1, 2 and 3"
     assert found.differing == (
         Difference(
             key="2",
@@ -143,6 +143,7 @@ def test_modes_that_answered_nothing_in_common_do_not_differ() -> None:
     other = {"0": entry("0", refused="too long"), "1": entry("1", -1.0, -2.0)}
     found = agreement(task, default, other)
     assert (found.questions, found.differing, found.largest_difference) == (0, (), 0.0)
+    assert found.latency_ratio is None
 
 
 def test_answers_that_are_not_finite_count_where_default_answered() -> None:
