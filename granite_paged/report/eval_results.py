@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,24 @@ def read_evaluation(path: str | Path) -> Evaluation:
 
 
 def entries(evaluations: Sequence[Evaluation]) -> list[Entry]:
-    """Return the tasks of all evaluations, labelled."""
+    """Return the tasks of all evaluations, labelled.
+
+    Labels that would be equal name what differs between their runs (model, dtype, page size, seed
+    or a version), and a number where nothing differs.
+    """
     several_devices = len({run.device for run in evaluations}) > 1
-    return [
+    found = [
         Entry(_label(run, name, task, with_device=several_devices), name, run, task)
         for run in evaluations
         for name, task in run.tasks.items()
     ]
+    labels = [entry.label for entry in found]
+    packages = list(dict.fromkeys(name for run in evaluations for name in run.versions))
+    for details in zip(*(_details(entry.run, packages) for entry in found), strict=True):
+        labels = _distinguished(labels, details)
+    numbers = [f"run {labels[: place + 1].count(label)}" for place, label in enumerate(labels)]
+    labels = _distinguished(labels, numbers)
+    return [replace(entry, label=label) for entry, label in zip(found, labels, strict=True)]
 
 
 def _label(run: Evaluation, name: str, task: TaskResult, *, with_device: bool) -> str:
@@ -196,3 +207,20 @@ def _label(run: Evaluation, name: str, task: TaskResult, *, with_device: bool) -
     rows = "one by one" if run.batch == 1 else f"batch {run.batch}"
     device = f", {run.device.removeprefix('NVIDIA ')}" if with_device else ""
     return f"{name}{shots}, {rows}{device}"
+
+
+def _details(run: Evaluation, packages: Sequence[str]) -> list[str]:
+    """Return what tells a run from others, in the order in which labels name it."""
+    versions = [f"{p} {run.versions[p]}" if p in run.versions else f"no {p}" for p in packages]
+    return [run.model, run.dtype, f"page size {run.page_size}", f"seed {run.seed}", *versions]
+
+
+def _distinguished(labels: Sequence[str], details: Sequence[str]) -> list[str]:
+    """Append its detail to each label that has several details."""
+    found: dict[str, set[str]] = {}
+    for label, detail in zip(labels, details, strict=True):
+        found.setdefault(label, set()).add(detail)
+    return [
+        f"{label}, {detail}" if len(found[label]) > 1 else label
+        for label, detail in zip(labels, details, strict=True)
+    ]

@@ -134,6 +134,40 @@ def test_results_of_several_gpus_name_their_gpu(evaluation: Evaluation) -> None:
     assert "- NVIDIA L4; tiny" in text
 
 
+ALONE = "mmlu 0-shot, one by one"
+OTHER: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
+    "dtype": (
+        [{"dtype": "float32"}, {"dtype": "bfloat16"}],
+        [f"{ALONE}, float32", f"{ALONE}, bfloat16"],
+    ),
+    "model": ([{"model": "a"}, {"model": "org/b"}], [f"{ALONE}, a", f"{ALONE}, org/b"]),
+    "model and dtype": (
+        [{"model": "a"}, {"model": "b"}, {"model": "b", "dtype": "bfloat16"}],
+        [f"{ALONE}, a", f"{ALONE}, b, float32", f"{ALONE}, b, bfloat16"],
+    ),
+    "versions": (
+        [{"versions": {"torch": "2.14"}}, {"versions": {"torch": "2.14", "mamba_ssm": "2.3"}}],
+        [f"{ALONE}, no mamba_ssm", f"{ALONE}, mamba_ssm 2.3"],
+    ),
+    "page size": (
+        [{"page_size": 16}, {"page_size": 128}],
+        [f"{ALONE}, page size 16", f"{ALONE}, page size 128"],
+    ),
+    "nothing": ([{}, {}], [f"{ALONE}, run 1", f"{ALONE}, run 2"]),
+    "one of three": (
+        [{}, {}, {"batch": 8}],
+        [f"{ALONE}, run 1", f"{ALONE}, run 2", "mmlu 0-shot, batch 8"],
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHER)
+def test_labels_name_what_is_different(other: str, evaluation: Evaluation) -> None:
+    changes, labels = OTHER[other]
+    runs = [replace(evaluation, **change) for change in changes]
+    assert [entry.label for entry in entries(runs)] == labels
+
+
 def test_a_report_counts_answers_that_are_not_finite(evaluation: Evaluation) -> None:
     said = "paged: 3 questions that `default` answered have log-likelihoods that are not finite"
     assert said not in "\n".join(result_tables([evaluation]))
