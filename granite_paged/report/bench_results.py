@@ -13,7 +13,7 @@
          "clock_mhz"?}]}}
 
 A row that could not be measured is present, with its `error`. What is read is checked field by
-field, so that tables and figures need no checks.
+field, names of cases and modes too, so that tables and figures need no checks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from granite_paged.errors import InvalidArgument, ResultFileError, writing
-from granite_paged.names import MAMBA_PACKAGES
+from granite_paged.names import CASE_NAMES, MAMBA_PACKAGES, MODES
 from granite_paged.typed_json import Share, read_json
 
 Key = tuple[str, str, int, int, str]
@@ -236,6 +236,7 @@ def record_name(device: str, model: str, dtype: str) -> str:
 def read_result(path: str | Path) -> Result:
     """Read and check one file. Raises ResultFileError, which names the file and the field."""
     result: Result = read_json(Result, path, ResultFileError)
+    _check_names(result.rows, str(path))
     _check_unique(result.rows, str(path))
     return result
 
@@ -245,6 +246,14 @@ def writable_folder(folder: Path) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_names(rows: Sequence[Row], path: str) -> None:
+    for place, row in enumerate(rows):
+        for field, name, known in (("case", row.case, CASE_NAMES), ("mode", row.mode, MODES)):
+            if name not in known:
+                problem = f"must be one of {', '.join(known)}, got {name!r:.40}"
+                raise ResultFileError(path, f"rows[{place}].{field}", problem)
 
 
 def _check_unique(rows: Sequence[Row], path: str) -> None:

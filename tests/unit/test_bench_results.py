@@ -157,6 +157,8 @@ WRONG: dict[str, tuple[str, Any, str]] = {
     "median huge": ("rows[0].latency_ms.median", 1e300, "at most 1.84e+19"),
     "batch huge": ("rows[0].batch", 10**400, "must be a whole number"),
     "p10 huge": ("rows[0].latency_ms.p10", 10**400, "must be a finite number"),
+    "unknown mode": ("rows[0].mode", "foo", "must be one of default, static, paged, got 'foo'"),
+    "unknown case": ("rows[0].case", "prefill", "must be one of batch, context, decode, kernel, "),
     "unknown field": ("rows[0].latency", 3, "is not a field of this format"),
 }
 
