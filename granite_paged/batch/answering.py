@@ -103,6 +103,8 @@ class Answering:
             return Pending(line, refused=self._error(line, INVALID, str(full)))
         except GranitePagedError as error:
             return Pending(line, refused=self._error(line, INVALID, str(error)))
+        except Exception as error:  # whatever it is, it concerns this line only
+            return Pending(line, refused=self._error(line, FAILED, _unexpected(error)))
 
     def answer(self, pending: Pending) -> Answer:
         """Return the output line of a finished line."""
@@ -158,6 +160,10 @@ def run_digest(loaded: LoadedModel, defaults: Defaults, place: dict[str, str] | 
         **({"place": place} if place else {}),
     }
     return sha256(settings)
+
+
+def _unexpected(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _described(error: Exception) -> str:

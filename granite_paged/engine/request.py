@@ -40,7 +40,7 @@ class SamplingParams:
     generation config only the stop tokens apply. `from_generation_config` takes the rest as well.
 
     Attributes:
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: most tokens of an answer; below 2**31.
         temperature: divides the logits before sampling. 0, or less than 1e-8, takes the most likely
             token each time.
         top_k: sample from the `top_k` most likely tokens. 0: from all.
@@ -243,7 +243,7 @@ class Scoring:
 
 
 _INTEGERS: dict[str, tuple[float, float]] = {
-    "max_new_tokens": (1, math.inf),
+    "max_new_tokens": (1, 2**31),
     "top_k": (0, math.inf),
     "seed": (0, 2**63),
     "n": (1, 2**16),

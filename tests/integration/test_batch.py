@@ -22,7 +22,7 @@ from granite_paged.batch import run as batch_run
 from granite_paged.batch.answering import Answering
 from granite_paged.batch.lines import Line, parsed
 from granite_paged.batch.output import BatchOutput
-from granite_paged.batch.request import Defaults
+from granite_paged.batch.request import BatchRequest, Defaults
 from granite_paged.batch.run import Window, answer_lines
 from granite_paged.cli import options
 from granite_paged.cli.batch import _Speed
@@ -121,6 +121,44 @@ def test_a_bad_line_gets_an_error_and_the_others_their_answers(
     assert capsys.readouterr().err.endswith(
         f"12 lines, 8 with an error; the first: {messages[0]}\n"
     )
+
+
+HUGE = {
+    "max_tokens": int("9" * 4300),
+    "temperature": 10**400,
+    "top_p": 10**400,
+    "repetition_penalty": 10**400,
+    "n": 10**400,
+}
+
+
+@pytest.mark.parametrize("field", HUGE)
+def test_a_line_with_a_huge_number_is_refused_by_its_field(
+    field: str, engine: Engine, loaded: LoadedModel
+) -> None:
+    answering = Answering(engine, loaded, Defaults())
+    lines = lines_of([{"prompt": "<bos>", field: HUGE[field]}, {"prompt": "<bos>"}])
+    bad, good = answering.answer_all(list(lines))
+    assert bad.error.startswith(f"line 1: {field} must be ")
+    assert not good.error
+
+
+def test_an_error_of_any_kind_ends_its_own_line(
+    engine: Engine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = BatchRequest.params
+
+    def broken(self: BatchRequest, *given: Any) -> SamplingParams:
+        if self.number == 1:
+            raise OverflowError("too large")
+        return params(self, *given)
+
+    monkeypatch.setattr(BatchRequest, "params", broken)
+    answering = Answering(engine, loaded, Defaults())
+    bad, good = answering.answer_all(list(lines_of([{"prompt": "<bos>"}] * 2)))
+    assert bad.error == "line 1: OverflowError: too large"
+    assert json.loads(bad.content)["error"]["code"] == "request_failed"
+    assert not good.error
 
 
 @pytest.mark.usefixtures("one_load")

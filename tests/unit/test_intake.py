@@ -120,7 +120,9 @@ def test_a_search_begins_with_one_beam() -> None:
     assert request.outputs == [Output(0, index, PROMPT) for index in range(3)]
 
 
-@pytest.mark.parametrize("penalty", [math.nan, math.inf, "1"], ids=repr)
+@pytest.mark.parametrize(
+    "penalty", [math.nan, math.inf, "1", 10**400], ids=["nan", "inf", "text", "huge"]
+)
 def test_a_length_penalty_must_be_a_finite_number(penalty: Any) -> None:
     intake, _ = make()
     with pytest.raises(InvalidSampling, match="length_penalty must be a finite number"):

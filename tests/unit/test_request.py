@@ -32,11 +32,11 @@ def test_an_invalid_parameter_is_refused_by_name(name: str) -> None:
 
 
 WRONG_TYPES: dict[str, list[Any]] = {
-    "max_new_tokens": [2.5, "3", True, None],
-    "temperature": ["hot", True, None],
+    "max_new_tokens": [2.5, "3", True, None, 10**5000],
+    "temperature": ["hot", True, None, 10**400, 10**5000],
     "top_k": [2.5, False],
-    "top_p": ["all", None],
-    "repetition_penalty": [None, True, 1e39],
+    "top_p": ["all", None, 10**400],
+    "repetition_penalty": [None, True, 1e39, 10**400],
     "seed": [1.5, None],
     "logprobs": [1.5, True],
     "stop_tokens": [2, "ab", (2.0,), (True,)],
@@ -47,7 +47,12 @@ WRONG_TYPES: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values]
+    ("name", "value"),
+    [
+        pytest.param(name, value, id=f"{name}-{number}")
+        for name, values in WRONG_TYPES.items()
+        for number, value in enumerate(values)
+    ],
 )
 def test_a_parameter_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(InvalidSampling, match=f"^{name} must .*, got "):
@@ -75,6 +80,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "held", "refused"),
     [
+        ("max_new_tokens", [1, 2**31 - 1], [0, 2**31]),
         ("seed", [0, 2**63 - 1], [2**63]),
         ("repetition_penalty", [1e-6, 1e6], [9e-7, 1e6 + 0.5]),
         ("stop_tokens", [(0,)], [(-1,)]),
