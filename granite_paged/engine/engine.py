@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from granite_paged.arguments import function
+from granite_paged.engine.beams import BeamRequest
 from granite_paged.engine.interrupts import interrupts_wait
 from granite_paged.engine.prompts import (
     Chat,
@@ -83,9 +84,10 @@ class Engine(StepwiseEngine):
         """
         listed = as_prompts(prompts)
         params = matched(params, len(listed))
-        submits = [partial(self.submit, *pair) for pair in zip(listed, params, strict=True)]
+        pairs = zip(listed, params, strict=True)
+        encodings = [partial(self._encoded, *pair) for pair in pairs]
         outputs: list[Output] = []
-        for number, asked in enumerate(self._run(submits, "generate", progress)):
+        for number, asked in enumerate(self._run(encodings, "generate", progress)):
             if isinstance(asked, Request):
                 outputs += asked.outputs
             else:
@@ -143,8 +145,8 @@ class Engine(StepwiseEngine):
         Raises:
             GranitePagedError: the first refusal or failure, after the others are done.
         """
-        submits = [partial(self._submit_item, item, namespace) for item in scoring_items(items)]
-        done = [_sound(asked) for asked in self._run(submits, "score", progress)]
+        encodings = [partial(self._encoded_item, item, namespace) for item in scoring_items(items)]
+        done = [_sound(asked) for asked in self._run(encodings, "score", progress)]
         return [[score for score in asked.scores if score is not None] for asked in done]
 
     def search(
@@ -171,11 +173,11 @@ class Engine(StepwiseEngine):
         Raises:
             GranitePagedError: the first refusal or failure, after the others are done.
         """
-        submits = [
-            partial(self.submit_search, p, params, beams=beams, length_penalty=length_penalty)
-            for p in as_prompts(prompts)
+        options = {"beams": beams, "length_penalty": length_penalty}
+        encodings = [
+            partial(self._encoded_search, prompt, params, options) for prompt in as_prompts(prompts)
         ]
-        return [_sound(asked).outputs for asked in self._run(submits, "search", progress)]
+        return [_sound(asked).outputs for asked in self._run(encodings, "search", progress)]
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
@@ -224,10 +226,35 @@ class Engine(StepwiseEngine):
 
     # -- details --------------------------------------------------------------------------------
 
+    def _encoded(self, prompt: Prompt, params: SamplingParams | None) -> Callable[[], Request]:
+        """Encode a prompt. Return the call that submits it."""
+        return partial(self.submit, self._encoder.encode(prompt), params)
+
+    def _encoded_item(self, item: Any, namespace: str) -> Callable[[], Scoring]:
+        """Encode an item to score. Return the call that submits it."""
+        context, continuations = context_and_continuations(item)
+        tokens = self._encoder.encode(context, "context")
+        encoded = [self._encoder.encode(each, "continuation") for each in as_prompts(continuations)]
+        return partial(self.submit_scoring, tokens, encoded, namespace=namespace)
+
+    def _encoded_search(
+        self, prompt: Prompt, params: SamplingParams | None, options: dict[str, Any]
+    ) -> Callable[[], BeamRequest]:
+        """Encode the prompt of a search. Return the call that submits it."""
+        return partial(self.submit_search, self._encoder.encode(prompt), params, **options)
+
     def _run(
-        self, submits: Sequence[Callable[[], _Asked]], method: str, progress: Progress
+        self,
+        encodings: Sequence[Callable[[], Callable[[], _Asked]]],
+        method: str,
+        progress: Progress,
     ) -> list[_Asked | GranitePagedError]:
         """Submit everything, as the queue has room, and step until all of it is finished.
+
+        Args:
+            encodings: each encodes one request, and returns the call that submits it.
+            method: name of the caller's method.
+            progress: called as requests are finished.
 
         Returns:
             For each, the finished request, or the error that refused it.
@@ -236,21 +263,18 @@ class Engine(StepwiseEngine):
         self._check_reentry(method)
         asked: list[_Asked | GranitePagedError] = []
         try:
-            for submit in submits:
-                self._submit_into(asked, submit)
+            for encode in encodings:
+                self._submit_into(asked, encode)
             for done, one in enumerate(asked):
-                progress(method, done, len(submits))
+                progress(method, done, len(encodings))
                 while not (isinstance(one, GranitePagedError) or one.finished):
                     self.step()
-            progress(method, len(submits), len(submits))
+            progress(method, len(encodings), len(encodings))
         finally:
             for one in asked:
                 if not isinstance(one, GranitePagedError):
                     self.cancel(one)
         return asked
-
-    def _submit_item(self, item: Any, namespace: str) -> Scoring:
-        return self.submit_scoring(*context_and_continuations(item), namespace=namespace)
 
     def _refused(
         self, prompt: Prompt, params: SamplingParams | None, error: GranitePagedError
@@ -270,9 +294,19 @@ class Engine(StepwiseEngine):
         return [refused(index=index) for index in range(samples_of(params))]
 
     def _submit_into(
-        self, asked: list[_Asked | GranitePagedError], submit: Callable[[], _Asked]
+        self,
+        asked: list[_Asked | GranitePagedError],
+        encode: Callable[[], Callable[[], _Asked]],
     ) -> None:
-        """Add the request to `asked`, or what refused it. Step while the queue is full."""
+        """Add the request to `asked`, or what refused it. Step while the queue is full.
+
+        It is encoded once, however long it waits.
+        """
+        try:
+            submit = encode()
+        except GranitePagedError as refusal:
+            asked.append(refusal)
+            return
         while True:
             with interrupts_wait():  # an open request is in the list
                 try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
@@ -124,7 +124,7 @@ class EngineGroup:
         What an engine that fails or is closed leaves unanswered is answered by another one. If that
         fails too, those outputs have an `EngineLost` as their error.
         """
-        listed = as_prompts(prompts)
+        listed = [_materialised(prompt) for prompt in as_prompts(prompts)]
         pairs = list(zip(listed, matched(params, len(listed)), strict=True))
         costs = [_size(prompt) + _most_tokens(params) for prompt, params in pairs]
 
@@ -148,7 +148,7 @@ class EngineGroup:
         Raises:
             EngineLost: if an engine failed and another one failed at the same share.
         """
-        items = scoring_items(items)
+        items = [_materialised_item(item) for item in scoring_items(items)]
         costs = [
             _size(context) + sum(map(_size, as_prompts(each)))
             for context, each in map(context_and_continuations, items)
@@ -253,6 +253,20 @@ def _listed(engines: Any) -> list[Any]:
     if isinstance(engines, str) or not isinstance(engines, Iterable):
         raise InvalidArgument(f"engines must be a list of Engine, got {engines!r:.80}")
     return list(engines)
+
+
+def _materialised(value: Any) -> Any:
+    """Return the list that an iterator yields: more than one engine may read it."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def _materialised_item(item: Any) -> tuple[Any, Any]:
+    """Return an item to score whose parts more than one engine may read."""
+    context, continuations = context_and_continuations(item)
+    continuations = _materialised(continuations)
+    if isinstance(continuations, list | tuple):
+        continuations = [_materialised(each) for each in continuations]
+    return _materialised(context), continuations
 
 
 def _unless_closed(samples: list[Output]) -> list[Output] | EngineLost:

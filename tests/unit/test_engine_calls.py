@@ -18,6 +18,7 @@ from granite_paged.errors import (
 )
 from tests.helpers.engine_harness import expected_logprobs, expected_tokens
 from tests.helpers.simulated_runner import HashOracle, SimulatedRunner
+from tests.helpers.words import Words
 
 PARAMS = SamplingParams(max_new_tokens=4, stop_tokens=())
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
@@ -76,6 +77,35 @@ def test_a_prompt_that_is_refused_has_outputs_with_its_error() -> None:
 def test_prompts_wait_for_room_in_the_queue() -> None:
     engine = make(queue=1)
     assert [output.tokens for output in engine.generate(PROMPTS, PARAMS)] == ANSWERS
+
+
+def test_text_is_encoded_once_however_long_it_waits() -> None:
+    encoded: list[str] = []
+
+    class Noted(Words):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            encoded.append(text)
+            return super().__call__(text, **options)
+
+    texts = ["w1 w2 w3", "w4 w5", "w6"]
+    engine = make(queue=1, tokenizer=Noted())
+    assert [output.tokens for output in engine.generate(texts, PARAMS)] == ANSWERS
+    assert encoded == texts
+    encoded.clear()
+    engine.search(texts, PARAMS, beams=1)
+    assert encoded == texts
+    encoded.clear()
+    engine.score([(text, ["w7", "w8"]) for text in texts])
+    assert encoded == [text for context in texts for text in (context, "w7", "w8")]
+
+
+def test_prompts_and_continuations_may_be_iterators() -> None:
+    engine = make(queue=1)
+    outputs = engine.generate([iter(prompt) for prompt in PROMPTS], PARAMS)  # type: ignore[arg-type, misc]
+    assert [output.tokens for output in outputs] == ANSWERS
+    continuations = [[7, 8], [9]]
+    items: list[Any] = [(iter(p), map(iter, continuations)) for p in PROMPTS]
+    assert engine.score(items) == engine.score([(p, continuations) for p in PROMPTS])
 
 
 def test_a_prompt_waits_for_the_requests_of_others_in_the_queue() -> None:

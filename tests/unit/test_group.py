@@ -255,6 +255,16 @@ def test_scores_come_in_the_order_of_the_items() -> None:
     assert (a.work, b.work) == ([[items[0], items[2]]], [[items[1]]])
 
 
+def test_what_is_an_iterator_can_be_read_by_several_engines() -> None:
+    a, b, group = two()
+    a.fault = RuntimeError("gone")
+    group.generate([iter([1, 2]), iter([3])], GREEDY)  # type: ignore[list-item]
+    assert (a.work, b.work) == ([[[1, 2]]], [[[3]], [[1, 2]]])
+    items: list[Any] = [(iter([1, 2]), map(iter, [[3], [4, 5]]))]
+    group.score(items)
+    assert b.work[-1] == [([1, 2], [[3], [4, 5]])]
+
+
 COSTS: dict[str, tuple[Any, SamplingParams | None, float]] = {
     "tokens": ([1, 2, 3], SamplingParams(max_new_tokens=5), 3 + 5),
     "samples": ([1, 2, 3], SamplingParams(max_new_tokens=5, n=4), 3 + 4 * 5),
