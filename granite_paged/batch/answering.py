@@ -97,10 +97,8 @@ class Answering:
             tokens = self._encoder.encode(asked.prompt)
             params = asked.params(self._defaults, len(tokens))
             return Pending(line, asked, self.engine.submit(tokens, params))
-        except QueueFull as full:
-            if params.n <= full.limit and not self.engine.idle:
-                return None
-            return Pending(line, refused=self._error(line, INVALID, str(full)))
+        except QueueFull:
+            return None
         except GranitePagedError as error:
             return Pending(line, refused=self._error(line, INVALID, str(error)))
         except Exception as error:  # whatever it is, it concerns this line only

@@ -312,10 +312,8 @@ class Engine(StepwiseEngine):
                 try:
                     asked.append(submit())
                     return
-                except QueueFull as full:
-                    if self.idle:
-                        asked.append(full)
-                        return
+                except QueueFull:
+                    pass  # a step makes room
                 except GranitePagedError as refusal:
                     asked.append(refusal)
                     return

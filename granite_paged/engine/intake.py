@@ -70,7 +70,13 @@ class Intake:
     def samples(
         self, prompt: tuple[int, ...], params: SamplingParams, on_token: OnToken | None
     ) -> Request:
-        """Hand in the samples of a prompt. Raises RequestTooLarge, QueueFull, EngineClosed."""
+        """Hand in the samples of a prompt.
+
+        Raises:
+            InvalidSampling: if they would not fit into an empty queue.
+            RequestTooLarge, QueueFull, EngineClosed: as `Engine.submit` says.
+        """
+        self._check_samples(params.n)
         self._check_room(params.n)  # first: each sample takes memory
         longest = self._fitting(len(prompt) + params.max_new_tokens - 1)
         request = Request(self.number(), prompt, params, self._stops(params), on_token)
@@ -150,6 +156,13 @@ class Intake:
                 self._came += len(request.jobs)
                 self._line.append(Arrival(request))
         return request
+
+    def _check_samples(self, samples: int) -> None:
+        most = self._scheduler.queue.limit
+        if samples > most:
+            raise InvalidSampling(
+                f"n must be at most {most}, the length of the engine's queue, got {samples}"
+            )
 
     def _check_room(self, jobs: int) -> None:
         if self._closed:

@@ -106,9 +106,10 @@ class StepwiseEngine:
 
         Raises:
             PromptError: if the prompt has no tokens, or one outside the vocabulary.
-            InvalidSampling: for stop strings without a tokenizer.
+            InvalidSampling: for stop strings without a tokenizer, or more samples than the queue
+                holds.
             RequestTooLarge: if it would not fit alone.
-            QueueFull: if its samples are more than may wait.
+            QueueFull: if too many others wait now.
             EngineClosed: after `close`.
         """
         params = checked_params(params)

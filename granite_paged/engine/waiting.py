@@ -48,16 +48,16 @@ class WaitingQueue:
 
     Attributes:
         late: cleanups that raised.
+        limit: most jobs that may wait.
 
     Args:
         prefix: receives the tokens of waiting jobs.
-        limit: most jobs that may wait.
     """
 
     def __init__(self, prefix: PrefixCache, limit: int) -> None:
         self.late = LateCleanups()
+        self.limit = limit
         self._prefix = prefix
-        self._limit = limit
         self._heap: list[tuple[Rank, int, Job]] = []  # a stale entry stays until it surfaces
         self._skipped: list[Job] = []
         self._waiting: dict[Job, None] = {}
@@ -74,8 +74,8 @@ class WaitingQueue:
 
     def check_room(self, jobs: int) -> None:
         """Raise QueueFull unless `jobs` more may wait."""
-        if len(self) + jobs > self._limit:
-            raise QueueFull(waiting=len(self), limit=self._limit)
+        if len(self) + jobs > self.limit:
+            raise QueueFull(waiting=len(self), limit=self.limit)
 
     def add(self, job: Job) -> None:
         """Let a job wait, whatever the limit, unless it is done."""

@@ -113,7 +113,7 @@ def test_a_bad_line_gets_an_error_and_the_others_their_answers(
             "empty prompt",
             "the tokenizer cannot encode",
             "outside the vocabulary",
-            "queue full",
+            "n must be at most 4096, the length of the engine's queue, got 60000",
         ),
         strict=True,
     ):
@@ -141,6 +141,24 @@ def test_a_line_with_a_huge_number_is_refused_by_its_field(
     bad, good = answering.answer_all(list(lines))
     assert bad.error.startswith(f"line 1: {field} must be ")
     assert not good.error
+
+
+def test_a_line_with_too_many_samples_has_the_same_answer_while_others_wait(
+    engine: Engine, loaded: LoadedModel
+) -> None:
+    answering = Answering(engine, loaded, Defaults())
+    line, other = lines_of([{"prompt": "<bos>", "n": 5000}, {"prompt": "<bos>"}])
+    (alone,) = answering.answer_all([line])
+    _, after = answering.answer_all([other, line])
+    assert after == alone
+
+
+def test_a_line_waits_for_room_in_the_queue(loaded: LoadedModel) -> None:
+    sizes = PagedConfig(page_size=16, max_sequences=2, max_tokens=256)
+    lines = list(lines_of([{"prompt": "<bos>", "n": 2, "max_tokens": 2}] * 4))
+    with Engine(loaded.model, sizes, tokenizer=loaded.tokenizer, queue=2) as engine:
+        answers = Answering(engine, loaded, Defaults()).answer_all(lines)
+    assert [answer.error for answer in answers] == [""] * 4
 
 
 def test_an_error_of_any_kind_ends_its_own_line(

@@ -268,7 +268,7 @@ def test_a_full_queue_blocks_generate_and_refuses_submit(model: Any) -> None:
         with pytest.raises(QueueFull):
             engine.submit(PROMPTS[1], SamplingParams(n=2))
         (output, *_) = engine.generate(PROMPTS[0], SamplingParams(n=3))
-        assert isinstance(output.error, QueueFull), (
+        assert isinstance(output.error, InvalidSampling), (
             "three samples can never fit into a queue of two"
         )
 

@@ -292,7 +292,8 @@ def test_a_stream_refused_by_a_full_queue_says_so() -> None:
     harness = EngineHarness(HashOracle(), {"queue": 1})
 
     async def work() -> list[Any]:
-        asked = (tokens_of(harness.engine, [1], SamplingParams(n=2)) for _ in range(2))
+        harness.engine.submit([1], PARAMS)
+        asked = (tokens_of(harness.engine, [1], PARAMS) for _ in range(2))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     assert {type(error) for error in asyncio.run(work())} == {QueueFull}

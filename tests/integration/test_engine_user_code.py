@@ -22,7 +22,6 @@ from granite_paged.errors import (
     GranitePagedError,
     InvalidSampling,
     PromptError,
-    QueueFull,
     RequestCancelled,
     TokenizerFailed,
 )
@@ -161,7 +160,7 @@ def test_too_many_samples_are_refused_before_any_is_made(
 ) -> None:
     engine = make_engine().engine
     monkeypatch.setattr(intake, "SampleJob", None)
-    with pytest.raises(QueueFull):
+    with pytest.raises(InvalidSampling):
         engine.submit(PROMPTS[0], SamplingParams(n=60_000))
 
 

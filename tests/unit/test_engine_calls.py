@@ -9,8 +9,10 @@ import pytest
 
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import SamplingParams
+from granite_paged.engine.stepwise import StepwiseEngine
 from granite_paged.errors import (
     EngineClosed,
+    InvalidSampling,
     PromptError,
     QueueFull,
     RequestCancelled,
@@ -119,8 +121,34 @@ def test_a_prompt_waits_for_the_requests_of_others_in_the_queue() -> None:
 def test_a_prompt_that_no_queue_of_this_size_can_take_is_refused() -> None:
     engine = make(queue=2)
     outputs = engine.generate(PROMPTS[0], SamplingParams(n=3))
-    assert [type(output.error) for output in outputs] == [QueueFull] * 3
+    assert [type(output.error) for output in outputs] == [InvalidSampling] * 3
+    assert "n must be at most 2, the length of the engine's queue, got 3" in str(outputs[0].error)
     assert engine.idle
+
+
+def test_a_prompt_that_is_too_large_for_the_queue_is_refused_while_others_run() -> None:
+    engine = make(queue=2)
+    other = engine.submit(PROMPTS[1], PARAMS)
+    (output, *_) = engine.generate(PROMPTS[0], SamplingParams(n=3))
+    assert isinstance(output.error, InvalidSampling)
+    assert (other.finished, engine.stats().steps) == (False, 0)
+
+
+def test_a_prompt_waits_though_the_queue_empties_before_it_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread may finish the last request after the queue was found full."""
+    engine, submit = make(), StepwiseEngine.submit
+    refusals = [QueueFull(waiting=4096, limit=4096)]
+
+    def full_once(self: StepwiseEngine, *asked: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return submit(self, *asked)
+
+    monkeypatch.setattr(StepwiseEngine, "submit", full_once)
+    (output,) = engine.generate(PROMPTS[0], PARAMS)
+    assert output.tokens == ANSWERS[0]
 
 
 def test_an_interrupt_cancels_everything_that_was_asked() -> None:

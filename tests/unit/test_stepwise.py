@@ -17,7 +17,6 @@ from granite_paged.errors import (
     EngineClosed,
     InvalidArgument,
     InvalidSampling,
-    QueueFull,
     RequestCancelled,
     TokenizerError,
 )
@@ -87,7 +86,7 @@ def test_an_engine_has_the_sizes_of_the_documentation_by_default() -> None:
     engine = make()
     assert engine.inspect().prefix.budget == 2**30
     assert engine.inspect().scheduler._limits.swap_bytes == 4 * 2**30
-    with pytest.raises(QueueFull, match="the limit is 4096"):
+    with pytest.raises(InvalidSampling, match="n must be at most 4096, "):
         engine.submit([1], SamplingParams(n=4097))
     assert not engine.submit([1], SamplingParams(n=4096)).finished
 
