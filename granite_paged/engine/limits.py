@@ -107,7 +107,7 @@ class Limits:
         alignment: chunks are multiples of it, except for the last of a prompt.
         queue: most waiting jobs.
         swap_bytes: most host memory for preempted jobs.
-        shapes: shapes of the runner's calls, and their costs.
+        runner: has the shapes of its calls.
         swap: cost of copying pages to host memory.
     """
 
@@ -118,7 +118,7 @@ class Limits:
     alignment: int
     queue: int
     swap_bytes: int
-    shapes: Shapes
+    runner: Runner
     swap: SwapCost
 
     @classmethod
@@ -143,7 +143,7 @@ class Limits:
             alignment=min(smallest, runner.chunk_tokens),
             queue=queue,
             swap_bytes=swap_bytes,
-            shapes=runner.shapes,
+            runner=runner,
             swap=SwapCost(
                 preemption,
                 runner.config.page_size,
@@ -152,6 +152,11 @@ class Limits:
                 runner.device.type == "cuda",
             ),
         )
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shapes of the runner's calls, and their costs. They change if the live model does."""
+        return self.runner.shapes
 
     @property
     def chunk_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,6 +164,19 @@ def test_an_interrupt_cancels_everything_that_was_asked() -> None:
     for request in asked:
         assert isinstance(request.outputs[0].error, RequestCancelled)
     assert engine.load == 0
+
+
+def test_steps_are_planned_for_a_runner_that_falls_back() -> None:
+    """Captured steps divide a call; one that is not captured pads every chunk to the longest."""
+    runner: Any = SimulatedRunner(HashOracle(), rows=8)
+    eager = runner.shapes
+    runner.shapes = replace(eager, captured=True)
+    engine = Engine(None, runner=runner)
+    runner.shapes = eager  # as after a hook on the live model
+    prompts = [[5] * runner.chunk_tokens, *([6 + number] for number in range(6))]
+    outputs = engine.generate(prompts, PARAMS)
+    assert [output.error for output in outputs] == [None] * 7
+    assert engine.stats().restarted == 0
 
 
 # -- score and search ---------------------------------------------------------------------------
