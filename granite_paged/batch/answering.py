@@ -112,9 +112,12 @@ class Answering:
         for output in outputs:
             if output.error is not None:
                 return self._error(pending.line, FAILED, _described(output.error))
-        return answer_line(
-            self.run, pending.line, pending.asked, outputs, model=self._model, text=self._text
-        )
+        try:
+            return answer_line(
+                self.run, pending.line, pending.asked, outputs, model=self._model, text=self._text
+            )
+        except Exception as error:  # of the tokenizer, for a token among the log-probabilities
+            return self._error(pending.line, FAILED, _unexpected(error))
 
     def answer_all(self, lines: Sequence[Line]) -> list[Answer]:
         """Answer lines, and return the answers in the same order. Any thread may call it."""

@@ -179,6 +179,28 @@ def test_an_error_of_any_kind_ends_its_own_line(
     assert not good.error
 
 
+def test_a_token_that_cannot_be_decoded_ends_its_own_line(
+    engine: Engine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is only among the log-probabilities: the answer itself has another one."""
+    asked = {**REQUESTS[0]["body"], "max_tokens": 1}
+    (output,) = engine.generate(asked["prompt"], SamplingParams(max_new_tokens=1, logprobs=2))
+    other = output.logprobs[0].top[1][0]
+    tokenizer, decode = engine.tokenizer, engine.tokenizer.decode
+
+    def picky(tokens: list[int], **options: Any) -> Any:
+        if other in tokens:
+            raise IndexError("token id out of range")
+        return decode(tokens, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", picky)
+    lines = lines_of([{**asked, "logprobs": 2}, asked])
+    bad, good = Answering(engine, loaded, Defaults()).answer_all(list(lines))
+    assert bad.error == "line 1: IndexError: token id out of range"
+    assert json.loads(bad.content)["error"]["code"] == "request_failed"
+    assert not good.error
+
+
 @pytest.mark.usefixtures("one_load")
 def test_chat_lines_use_the_template_and_one_that_raises_is_an_error(
     tmp_path: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
