@@ -19,6 +19,8 @@ PREFIX = "batch_req_"
 
 _LOWEST = -9999.0  # JSON has no -inf
 
+_NOT_TEXT = "\ufffd"  # the text of a token that is part of a character
+
 TokenText = Callable[[int], str]
 """Returns the text of one token."""
 
@@ -106,7 +108,9 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob], text: TokenText) -> dict[st
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    is_part = _NOT_TEXT in text  # which bytes the token has is not known
+    utf8 = None if is_part else list(text.encode())
+    return {"token": text, "logprob": _finite(logprob), "bytes": utf8}
 
 
 def _text_logprobs(logprobs: Sequence[TokenLogprob], text: TokenText) -> dict[str, Any]:
@@ -114,13 +118,23 @@ def _text_logprobs(logprobs: Sequence[TokenLogprob], text: TokenText) -> dict[st
     offsets = [0]
     for token in tokens:
         offsets.append(offsets[-1] + len(token))
-    tops = [{text(token): _finite(value) for token, value in one.top} for one in logprobs]
     return {
         "tokens": tokens,
         "token_logprobs": [_finite(one.logprob) for one in logprobs],
-        "top_logprobs": tops,
+        "top_logprobs": [_by_text(one.top, text) for one in logprobs],
         "text_offset": offsets[:-1],
     }
+
+
+def _by_text(top: Sequence[tuple[int, float]], text: TokenText) -> dict[str, float]:
+    """Return log-probabilities by text. Of tokens with the same text, the first one counts.
+
+    top: tokens and their log-probabilities, the best first.
+    """
+    found: dict[str, float] = {}
+    for token, logprob in top:
+        found.setdefault(text(token), _finite(logprob))
+    return found
 
 
 def _finite(logprob: float) -> float:
