@@ -83,15 +83,27 @@ class Engine(StepwiseEngine):
             failed has its `error` in its outputs.
         """
         listed = as_prompts(prompts)
-        params = matched(params, len(listed))
-        pairs = zip(listed, params, strict=True)
+        pairs = list(zip(listed, matched(params, len(listed)), strict=True))
+        return self.generate_pairs(pairs, progress=progress)
+
+    def generate_pairs(
+        self,
+        pairs: Sequence[tuple[Prompt, SamplingParams | None]],
+        *,
+        progress: Progress = silent,
+    ) -> list[Output]:
+        """Answer as `generate` does. Each of `pairs` is one prompt and its params.
+
+        So a number in the place of a prompt is refused, where `generate` would take a list of
+        numbers as one prompt.
+        """
         encodings = [partial(self._encoded, *pair) for pair in pairs]
         outputs: list[Output] = []
-        for number, asked in enumerate(self._run(encodings, "generate", progress)):
+        for pair, asked in zip(pairs, self._run(encodings, "generate", progress), strict=True):
             if isinstance(asked, Request):
                 outputs += asked.outputs
             else:
-                outputs += self._refused(listed[number], params[number], asked)
+                outputs += self._refused(*pair, asked)
         return outputs
 
     def chat(

@@ -34,6 +34,7 @@ from granite_paged.errors import (
     EngineLost,
     GranitePagedError,
     InvalidArgument,
+    InvalidRequest,
 )
 from granite_paged.geometry import PagedConfig
 
@@ -131,7 +132,7 @@ class EngineGroup:
         def answer(
             engine: Engine, share: list[tuple[Prompt, SamplingParams | None]]
         ) -> list[list[Output] | EngineLost]:
-            outputs = iter(engine.generate([p for p, _ in share], [w for _, w in share]))
+            outputs = iter(engine.generate_pairs(share))
             samples = [[next(outputs) for _ in range(samples_of(params))] for _, params in share]
             return [_unless_closed(each) for each in samples]
 
@@ -149,10 +150,7 @@ class EngineGroup:
             EngineLost: if an engine failed and another one failed at the same share.
         """
         items = [_materialised_item(item) for item in scoring_items(items)]
-        costs = [
-            _size(context) + sum(map(_size, as_prompts(each)))
-            for context, each in map(context_and_continuations, items)
-        ]
+        costs = list(map(_item_size, items))
         found = self._spread(items, costs, lambda engine, share: engine.score(share))
         for scores in found:
             if isinstance(scores, EngineLost):
@@ -260,9 +258,15 @@ def _materialised(value: Any) -> Any:
     return list(value) if isinstance(value, Iterator) else value
 
 
-def _materialised_item(item: Any) -> tuple[Any, Any]:
-    """Return an item to score whose parts more than one engine may read."""
-    context, continuations = context_and_continuations(item)
+def _materialised_item(item: Any) -> Any:
+    """Return an item to score whose parts more than one engine may read.
+
+    One of another form is left to the engine that refuses it.
+    """
+    try:
+        context, continuations = context_and_continuations(item)
+    except InvalidRequest:
+        return item
     continuations = _materialised(continuations)
     if isinstance(continuations, list | tuple):
         continuations = [_materialised(each) for each in continuations]
@@ -297,5 +301,17 @@ def _most_tokens(params: SamplingParams | None) -> int:
 
 
 def _size(prompt: Any) -> int:
-    """Return about how many tokens a prompt has."""
-    return len(prompt) if hasattr(prompt, "__len__") else 1
+    """Return about how many tokens a prompt has. One that an engine refuses counts as one."""
+    try:
+        return len(prompt)
+    except TypeError:
+        return 1
+
+
+def _item_size(item: Any) -> int:
+    """Return about how many tokens an item to score has, as `_size` counts them."""
+    try:
+        context, continuations = context_and_continuations(item)
+    except InvalidRequest:
+        return 1
+    return _size(context) + sum(map(_size, as_prompts(continuations)))

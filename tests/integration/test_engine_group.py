@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from granite_paged import Engine, PagedConfig, SamplingParams
 from granite_paged.engine import group as groups
@@ -18,6 +19,7 @@ from granite_paged.errors import (
     EngineClosed,
     EngineLost,
     InvalidArgument,
+    InvalidRequest,
 )
 from tests.helpers.tiny_models import tiny_model
 
@@ -50,6 +52,21 @@ def test_a_group_scores_in_order(group: EngineGroup, one: Engine) -> None:
         assert [score.logprob for score in scores] == pytest.approx(
             [score.logprob for score in expected], abs=1e-4
         )
+
+
+def test_a_group_refuses_prompts_and_items_as_an_engine_does(
+    group: EngineGroup, one: Engine
+) -> None:
+    prompts: list[Any] = [PROMPTS[0], torch.tensor(5), None]
+    found, expected = group.generate(prompts), one.generate(prompts)
+    assert [(o.finish, type(o.error)) for o in found] == [
+        (o.finish, type(o.error)) for o in expected
+    ]
+    items: list[Any] = [(PROMPTS[0], [[4, 5]]), (3,)]
+    steps = [stats.steps for stats in group.stats()]
+    with pytest.raises(InvalidRequest, match="an item must be a pair"):
+        group.score(items)
+    assert [stats.steps for stats in group.stats()] != steps, "the sound item was not scored"
 
 
 def test_a_request_goes_to_the_least_loaded_engine(group: EngineGroup) -> None:

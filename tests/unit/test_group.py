@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from granite_paged.engine import group as groups
 from granite_paged.engine.group import EngineGroup
@@ -50,14 +51,14 @@ class Engine:
             raise self.fault
         return self.busy.pop(0)
 
-    def generate(self, prompts: Sequence[Any], params: Sequence[Any]) -> list[Output]:
-        self._called(prompts)
+    def generate_pairs(self, pairs: Sequence[tuple[Any, Any]]) -> list[Output]:
+        self._called([prompt for prompt, _ in pairs])
         error = None
         if self.ends:
             self.closed, error = True, EngineClosed("closed")
         return [
             Output(0, index, (), text=f"{self.name} {prompt} {index}", error=error)
-            for prompt, one in zip(prompts, params, strict=True)
+            for prompt, one in pairs
             for index in range(one.n if one else 1)
         ]
 
@@ -265,6 +266,16 @@ def test_what_is_an_iterator_can_be_read_by_several_engines() -> None:
     assert b.work[-1] == [([1, 2], [[3], [4, 5]])]
 
 
+def test_what_an_engine_refuses_is_left_to_it() -> None:
+    engine, scalar = Engine("a"), torch.tensor(5)
+    group = make(engine)
+    prompts: list[Any] = [[1, 2], scalar]
+    group.generate(prompts, GREEDY)
+    items: list[Any] = [([1], [[2]]), (3,), (scalar, scalar), "ab"]
+    group.score(items)
+    assert engine.work == [prompts, items]
+
+
 COSTS: dict[str, tuple[Any, SamplingParams | None, float]] = {
     "tokens": ([1, 2, 3], SamplingParams(max_new_tokens=5), 3 + 5),
     "samples": ([1, 2, 3], SamplingParams(max_new_tokens=5, n=4), 3 + 4 * 5),
@@ -328,9 +339,9 @@ def test_what_two_engines_fail_at_is_lost_by_name() -> None:
 
 def test_one_engine_gets_a_second_chance() -> None:
     class Once(Engine):
-        def generate(self, prompts: Any, params: Any) -> list[Output]:
+        def generate_pairs(self, pairs: Any) -> list[Output]:
             self.fault = None if self.work else RuntimeError("once")
-            return super().generate(prompts, params)
+            return super().generate_pairs(pairs)
 
     engine = Once("a")
     assert texts(make(engine).generate(["p"], GREEDY)) == ["a p 0"]
