@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -257,7 +257,7 @@ _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def _stop_tokens(tokens: Any) -> tuple[int, ...]:
-    if not isinstance(tokens, Iterable) or isinstance(tokens, str):
+    if not isinstance(tokens, Iterable) or isinstance(tokens, str | Mapping):
         raise InvalidSampling(f"stop_tokens must be token ids or None, got {tokens!r}")
     each = "stop_tokens must hold token ids: each"
     return tuple(integer(each, token, 0, error=InvalidSampling) for token in tokens)
@@ -265,7 +265,7 @@ def _stop_tokens(tokens: Any) -> tuple[int, ...]:
 
 def _stop_strings(strings: Any) -> tuple[str, ...]:
     listed = [strings] if isinstance(strings, str) else strings
-    if not isinstance(listed, Iterable):
+    if not isinstance(listed, Iterable) or isinstance(listed, Mapping):
         raise InvalidSampling(f"stop_strings must be strings, got {strings!r}")
     for one in (listed := tuple(listed)):
         if not isinstance(one, str) or not one:

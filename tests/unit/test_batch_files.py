@@ -177,6 +177,7 @@ def test_the_generation_config_says_what_neither_line_nor_option_says() -> None:
             r"max_tokens must be .* at least 1 and below .*31, got 0",
         ),
         ({"prompt": "x", "temperature": "hot"}, "temperature must be a finite number"),
+        ({"prompt": "x", "stop": {"a": 1}}, "stop must be strings, got {'a': 1}"),
         ({"prompt": "x", "stop": [""]}, "stop must be strings that are not empty"),
         ({"prompt": "x", "logprobs": True}, "logprobs must be a whole number, got True"),
         ({"prompt": "x", "top_logprobs": 1}, "top_logprobs is a field of chat"),

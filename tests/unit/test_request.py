@@ -39,8 +39,8 @@ WRONG_TYPES: dict[str, list[Any]] = {
     "repetition_penalty": [None, True, 1e39, 10**400],
     "seed": [1.5, None],
     "logprobs": [1.5, True],
-    "stop_tokens": [2, "ab", (2.0,), (True,)],
-    "stop_strings": [5, (5,), None],
+    "stop_tokens": [2, "ab", (2.0,), (True,), {2: True}],
+    "stop_strings": [5, (5,), None, {"red": True}],
     "n": [2.0, None, 2**16],
     "priority": [0.5, None],
 }
