@@ -114,7 +114,7 @@ class RequestTooLarge(OutOfPages, RequestError):
 
 
 class QueueFull(RequestError):
-    """The engine's queue holds as many waiting sequences as its limit."""
+    """The engine's queue has no room now for the sequences of a request; a step makes room."""
 
     def __init__(self, *, waiting: int, limit: int) -> None:
         self.waiting = waiting

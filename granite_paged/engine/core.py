@@ -120,7 +120,7 @@ class EngineCore:
         return [*list(self._open), *self.intake.requests]
 
     def knows(self, request: Request | Scoring) -> bool:
-        """Whether a request is open here, about to be, or finished."""
+        """Whether a request is open here or about to be, or finished in any engine."""
         is_open = request.finished or request in self._open
         # and if it opens while this looks
         return is_open or request in self.intake.requests or request in self._open

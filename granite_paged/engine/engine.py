@@ -174,7 +174,7 @@ class Engine(StepwiseEngine):
 
         Args:
             prompts: one or several; see `granite_paged.engine.prompts` for what a prompt may be.
-            params: only `max_new_tokens`, `stop_tokens` and `priority` may be set.
+            params: only `max_new_tokens`, `stop_tokens`, `priority` and `namespace` may be set.
             beams: number of beams, and of answers.
             length_penalty: an answer's score is its log-probability / length ** length_penalty.
             progress: called as prompts are finished.

@@ -106,6 +106,7 @@ class StepwiseEngine:
 
         Raises:
             PromptError: if the prompt has no tokens, or one outside the vocabulary.
+            TokenizerError: for text or messages, without a tokenizer.
             InvalidSampling: for stop strings without a tokenizer, or more samples than the queue
                 holds.
             RequestTooLarge: if it would not fit alone.
@@ -169,7 +170,7 @@ class StepwiseEngine:
         Never waits for a step: while one runs, the request ends when it is over.
 
         Raises:
-            InvalidArgument: for anything but a request of this engine.
+            InvalidArgument: for anything but a request of this engine or a finished one.
         """
         if not isinstance(request, Request | Scoring) or not self._core.knows(request):
             raise InvalidArgument(f"cancel takes a request of this engine, got {request!r:.80}")
