@@ -171,7 +171,10 @@ class Executor:
     def _state_after(self, chunk: PrefillChunk) -> RowSnapshot | None:
         if not self._scheduler.room_for_state(chunk, self._runner.row_bytes):
             return None
-        return self._runner.save_row(chunk.job.placed.row)
+        try:
+            return self._runner.save_row(chunk.job.placed.row)
+        except torch.OutOfMemoryError:
+            return None  # the prompt goes on; others compute what they could have shared
 
     def _scored(self, scores: Scores, chunks: Sequence[ScoreChunk]) -> PendingResult:
         fetch = Fetch(

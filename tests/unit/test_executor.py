@@ -37,6 +37,7 @@ class Device:
         self.calls: list[tuple[Any, ...]] = []
         self.broken = ""
         self.unsound: set[int] = set()  # rows whose state is not finite
+        self.no_memory: set[int] = set()  # rows whose state cannot be copied
 
     def decode(self, rows: list[int], positions: list[int]) -> Tensor:
         self._called("decode", rows, positions)
@@ -53,6 +54,8 @@ class Device:
         return Scores(-torch.tensor(tokens).float(), torch.tensor(tokens) > 1)
 
     def save_row(self, row: int) -> Any:
+        if row in self.no_memory:
+            raise torch.OutOfMemoryError
         finite = torch.tensor([row not in self.unsound])
         return SimpleNamespace(row=row, all_finite=lambda: finite)
 
@@ -359,6 +362,17 @@ def test_the_last_logits_score_the_continuations_of_one_token() -> None:
     expected = _logits(2)[1].log_softmax(-1)[[1, 4]].tolist()
     assert numbers["logprobs"] == pytest.approx(expected)
     assert (numbers["greedy"], numbers["bad"]) == ([True, False], [True, True])
+
+
+def test_a_state_for_which_there_is_no_memory_is_not_kept() -> None:
+    setting = Setting()
+    setting.planner.checkpoints = {3}
+    setting.device.no_memory = {1}
+    jobs = [sample(row) for row in (3, 1)]
+    (result,) = setting.launch(prefills=[[whole(job, last=False) for job in jobs]])
+    assert [state and state.row for _, state in result.prefilled] == [3, None]
+    assert result.fetch.read()["unsound"] == [False, False]
+    assert setting.planner.recovered == []
 
 
 @pytest.mark.parametrize("unsound", [0, 1, 2])
