@@ -122,18 +122,27 @@ class Alarms:
 def false_alarms(shapes: Sequence[CalibratedShape]) -> Alarms:
     """Judge each suite by the bounds that the other suites give; count suites with any shape red.
 
-    Suites that cannot be left out, because too few remain, are not counted.
+    A shape that was added to a record later has only the last of the sessions, so the suites of
+    earlier ones are not counted. Neither are suites that cannot be left out, because too few
+    remain.
     """
     timed = [shape.sessions for shape in shapes if shape.sessions]
-    places = (
-        [(m, i) for m, suites in enumerate(timed[0]) for i in range(len(suites))] if timed else []
-    )
+    common = min(map(len, timed), default=0)
+    places = [
+        (session, suite)
+        for session in range(-common, 0)
+        for suite in range(min(len(sessions[session]) for sessions in timed))
+    ]
     verdicts = [_alarm(timed, *place) for place in places]
     return Alarms(len(verdicts) - verdicts.count(None), verdicts.count(True))
 
 
 def _alarm(timed: Sequence[list[list[float]]], session: int, suite: int) -> bool | None:
-    """Whether one suite is red in any shape; None without a bound."""
+    """Whether one suite is red in any shape; None without a bound.
+
+    Args:
+        session: counted from the last one, which is -1.
+    """
     red = False
     for sessions in timed:
         others = [list(suites) for suites in sessions]

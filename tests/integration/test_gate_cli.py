@@ -197,6 +197,21 @@ def test_a_calibration_is_written_and_extended(
     assert [len(suites) for suites in batch.sessions] == [5]
 
 
+def test_a_calibration_extends_a_record_that_lacks_a_shape(
+    small_suite: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    command = ["gate", "--device", "cpu", "--records", str(tmp_path), "--calibrate", "6"]
+    monkeypatch.setattr(judge, "GATED", SMALL[:2])
+    assert run(command) == OK
+    monkeypatch.setattr(judge, "GATED", SMALL)
+    capsys.readouterr()
+    assert run([*command, "--update"]) == OK
+    assert "of 6 suites would have been red" in capsys.readouterr().out
+    found = read_result(tmp_path / RECORD).calibration
+    assert found is not None
+    assert [list(map(len, shape.sessions)) for shape in found.shapes] == [[6, 6], [], [6]]
+
+
 def interrupt_suite(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Interrupt a suite. Return the list of suites that were begun, which grows."""
     measured = suites.measure_suite

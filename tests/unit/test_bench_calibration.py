@@ -192,6 +192,16 @@ def test_a_suite_at_its_bound_is_no_alarm() -> None:
     assert false_alarms([shape([1.0] * 6 + [1.001 + LEAST])]) == Alarms(7, 1)
 
 
+def test_a_shape_that_was_added_later_limits_the_count_to_its_own_session() -> None:
+    """Its sessions are the last ones of the others: they are compared with the same suites."""
+    quiet = [1.0, 1.001, 0.999, 1.0, 1.001, 0.999, 1.0]
+    slow = [1.2, *quiet[1:]]
+    assert false_alarms([shape(quiet, quiet), shape(quiet)]) == Alarms(7, 0)
+    assert false_alarms([shape(quiet), shape(slow, quiet)]) == Alarms(7, 0)
+    assert false_alarms([shape(quiet, quiet), shape(slow)]) == Alarms(7, 1)
+    assert false_alarms([shape(quiet, quiet), shape(quiet[:6])]) == Alarms(6, 0)
+
+
 def test_suites_without_a_bound_are_not_counted() -> None:
     assert false_alarms([shape([1.0] * 5)]) == Alarms(0, 0)
     assert false_alarms([]) == Alarms(0, 0)
