@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from granite_paged.bench.calibration import Alarms, bound_of, false_alarms
+from granite_paged.bench.calibration import LEAST_DOF, Alarms, bound_of, false_alarms
 from granite_paged.bench.cases import CASES
 from granite_paged.bench.conditions import read_conditions
 from granite_paged.bench.judge import (
@@ -132,6 +132,23 @@ def suites_in(calibration: Calibration | None) -> int:
     """Return the number of suites in a calibration."""
     shapes = calibration.shapes if calibration else []
     return max((sum(map(len, shape.sessions)) for shape in shapes), default=0)
+
+
+def missing_suites(earlier: Calibration | None, suites: int) -> int:
+    """Return how many suites one more session must run, to have `suites` and a bound.
+
+    A session costs a degree of freedom, so a calibration that was interrupted needs more suites.
+
+    Args:
+        earlier: what an interrupted calibration kept; None at the start.
+        suites: how many suites were asked for, of all sessions together.
+    """
+    shapes = earlier.shapes if earlier else []
+    sessions = max((len(shape.sessions) for shape in shapes), default=0)
+    kept = suites_in(earlier)
+    if kept >= suites and kept - sessions >= LEAST_DOF:
+        return 0
+    return max(suites - kept, LEAST_DOF + sessions + 1 - kept)
 
 
 def joined(calibration: Calibration, earlier: Calibration | None) -> Calibration:

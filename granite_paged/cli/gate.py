@@ -76,7 +76,8 @@ def gate(
 
     A record needs a calibration: suites of identical code, from which each shape's bound follows.
     `--calibrate 20` makes one, on an idle machine; `--calibrate 5 --update` adds another machine's.
-    If it is interrupted, the same command runs the suites that are missing.
+    If it is interrupted, the same command runs the suites that are missing, and as many more as a
+    bound needs.
     `--teeth 20` shows that the gate sees a loss: suites of this code must be green, and suites
     with a step that is 5 % slower (10 % for the engine) and 1.5 % larger red, every time.
 
@@ -172,16 +173,19 @@ def _calibrate(
 
 
 def _calibrated(session: Session, suites: int, shapes: Sequence[Gated], left: Path) -> Calibration:
-    """Run the suites that the file of an interrupted calibration lacks, and keep each there."""
+    """Run the suites that the file of an interrupted calibration lacks, and keep each there.
+
+    Runs more than those if a bound needs them.
+    """
     from dataclasses import replace
 
     from granite_paged.bench.records import unfinished
-    from granite_paged.bench.suites import calibrate, suites_in
+    from granite_paged.bench.suites import calibrate, missing_suites, suites_in
 
     earlier = unfinished(left, session, shapes)
-    kept = suites_in(earlier)
+    kept, missing = suites_in(earlier), missing_suites(earlier, suites)
     if kept:
-        click.echo(f"resumed: {kept} suites are in {left}", err=True)
+        click.echo(f"resumed: {kept} suites are in {left}; {missing} more will run", err=True)
 
     def keep(calibration: Calibration) -> None:
         nonlocal kept
@@ -189,7 +193,6 @@ def _calibrated(session: Session, suites: int, shapes: Sequence[Gated], left: Pa
         kept = suites_in(calibration)
 
     with keeping(lambda: _kept(kept, left)), progress() as report_progress:
-        missing = max(suites - kept, 0)
         return calibrate(session, missing, shapes, earlier, report_progress, keep)
 
 

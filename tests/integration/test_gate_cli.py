@@ -239,14 +239,15 @@ def test_an_interrupted_calibration_is_resumed(
     first = read_result(left).calibration
     assert first is not None
     assert run(command) == OK
-    assert f"resumed: 2 suites are in {left}" in capsys.readouterr().err
-    assert len(begun) == 3 + 3
+    assert f"resumed: 2 suites are in {left}; 4 more will run" in capsys.readouterr().err
+    assert len(begun) == 3 + 4
     assert not left.exists()
     found = read_result(tmp_path / RECORD).calibration
     assert found is not None
     for shape, before in zip(found.shapes, first.shapes, strict=True):
-        assert [len(session) for session in shape.sessions] == ([2, 3] if before.sessions else [])
+        assert [len(session) for session in shape.sessions] == ([2, 4] if before.sessions else [])
         assert shape.sessions[:1] == before.sessions
+    assert all(bound for _, bound in suites.bounds_of(found)), "the gate can compare with it"
 
 
 def test_an_interrupted_calibration_with_update_keeps_the_recorded_suites(
@@ -261,7 +262,7 @@ def test_an_interrupted_calibration_with_update_keeps_the_recorded_suites(
     assert run([*command, "--update"]) == OK
     found = read_result(tmp_path / RECORD).calibration
     assert found is not None
-    assert [len(session) for session in found.shapes[0].sessions] == [5, 2, 3]
+    assert [len(session) for session in found.shapes[0].sessions] == [5, 2, 4]
 
 
 @pytest.mark.parametrize(

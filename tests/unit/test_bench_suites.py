@@ -12,6 +12,7 @@ import torch
 
 from granite_paged.bench import session as session_module
 from granite_paged.bench import suites
+from granite_paged.bench.calibration import bound_of
 from granite_paged.bench.cases import CASES, Shape
 from granite_paged.bench.judge import Gated, Seen
 from granite_paged.bench.measure import Clock, Prepared
@@ -325,3 +326,31 @@ def test_another_session_keeps_the_larger_peak_and_all_clocks() -> None:
     joined = suites._joined(second, Calibration(16, "auto", 5, [other, first]))
     assert joined == replace(second, sessions=[[1.0], [2.0]], peak_bytes=9, clock_mhz=[1500, 1980])
     assert suites._joined(second, Calibration(16, "auto", 5, [other])) == second
+
+
+@pytest.mark.parametrize(
+    ("sessions", "wanted", "missing"),
+    [
+        ([], 5, 5),
+        ([2], 5, 4),
+        ([1], 5, 5),
+        ([5], 5, 0),
+        ([2, 2, 1], 5, 3),
+        ([3, 3], 20, 14),
+        ([10, 9], 20, 1),
+        ([20], 5, 0),
+    ],
+)
+def test_a_resumed_calibration_runs_the_suites_that_a_bound_needs(
+    sessions: list[int], wanted: int, missing: int
+) -> None:
+    """Each session costs a degree of freedom: two and three suites would leave only three."""
+    shape = CalibratedShape("decode", 1, 8, [[1.0] * suites for suites in sessions])
+    earlier = Calibration(16, "auto", 5, [shape])
+    assert suites.missing_suites(earlier, wanted) == missing
+    counts = [*sessions, missing] if missing else sessions
+    assert bound_of([[1.0] * suites for suites in counts], 1) is not None
+
+
+def test_a_calibration_that_was_not_begun_lacks_every_suite() -> None:
+    assert suites.missing_suites(None, 5) == 5
