@@ -56,13 +56,20 @@ def gate(
     """Measure and judge these shapes.
 
     Raises:
-        CannotJudge: there is no CUDA device, or the runner fell back to a slower path.
+        CannotJudge: there is no CUDA device, the runner fell back to a slower path, or no shape
+            has anything to be compared with.
     """
     refuse_where_blind(session)
     checks = []
     for done, gated in enumerate(shapes):
         progress(describe(gated), done, len(shapes))
         checks += judged(session, gated, against)
+    if not checks:
+        reason = against.unused or "the model allows none of them"
+        raise CannotJudge(
+            f"no gated shape of {session.name} has anything to be compared with, so nothing was "
+            f"judged: {reason}"
+        )
     incomplete = any(check.found == NOT_COMPARED for check in checks)
     compared = "incomplete record" if incomplete else "recorded"
     return GateReport(

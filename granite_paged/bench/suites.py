@@ -32,6 +32,7 @@ from granite_paged.bench.judge import (
 from granite_paged.bench.measure import Clock, released
 from granite_paged.bench.session import Session
 from granite_paged.bench.visits import TRIES, VISITS, Subject, look_at, subject_of
+from granite_paged.errors import CannotJudge
 from granite_paged.progress import Progress, silent
 from granite_paged.report.bench_results import CalibratedShape, Calibration
 
@@ -241,7 +242,12 @@ def teeth(
 
     The step is followed by a sleep of the device for `Gated.seen` of its time, and holds
     `MORE_MEMORY` of its peak more. Peaks of shapes without a time check are measured once.
+
+    Raises:
+        CannotJudge: there is no shape.
     """
+    if not shapes:
+        raise CannotJudge(f"{session.name} allows none of the gated shapes: nothing was judged")
     progress("prepare", 0, tries)
     judged: dict[tuple[Gated, str, bool], list[str]] = {}
     with all_ready(session, shapes) as subjects:

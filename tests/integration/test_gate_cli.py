@@ -154,6 +154,16 @@ def test_an_unreadable_record_exits_2_in_one_line(
     assert_one_line(capsys, "is not JSON")
 
 
+def test_a_short_model_without_a_record_exits_2_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Only the engine's shape is left then, which `default` does not run."""
+    served = [gated for gated in judge.GATED if gated.case == "serve"]
+    monkeypatch.setattr(judge, "GATED", served)
+    assert judged(monkeypatch, tmp_path) == USAGE
+    assert_one_line(capsys, "nothing was judged")
+
+
 # -- calibration and teeth ----------------------------------------------------------------------
 
 SMALL = (

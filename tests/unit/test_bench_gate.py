@@ -40,6 +40,7 @@ from granite_paged.bench.judge import (
     suite_time,
     visit_ratio,
 )
+from granite_paged.bench.suites import teeth
 from granite_paged.bench.visits import TRIES, VISITS
 from granite_paged.errors import CannotJudge, ResultFileError
 from granite_paged.geometry import PagedConfig
@@ -705,6 +706,21 @@ def test_a_gate_with_an_incomplete_record_is_not_called_recorded(
 ) -> None:
     report = report_with(tmp_path, session, calibration=calibration())
     assert (report.passed, report.record) == (False, "incomplete record")
+
+
+@pytest.mark.parametrize("shapes", [[], [Gated("serve", Shape(64, 96), default=False)]])
+def test_a_run_without_any_check_is_refused(shapes: list[Gated], session: Any) -> None:
+    """Seen with a model whose longest context is shorter than every shape but the engine's."""
+    session.noises = [0.003]
+    with pytest.raises(CannotJudge, match=r"nothing was judged: perf/x\.json does not exist$"):
+        gate.gate(session, Against(unused="perf/x.json does not exist"), shapes)
+
+
+def test_a_model_that_allows_no_gated_shape_is_refused(session: Any) -> None:
+    with pytest.raises(CannotJudge, match="the model allows none of them"):
+        gate.gate(session, record(), [])
+    with pytest.raises(CannotJudge, match="allows none of the gated shapes"):
+        teeth(session, record(), 2, [])
 
 
 def test_records_of_the_package_are_named_after_what_they_hold() -> None:
