@@ -83,7 +83,8 @@ def gate(
 
     Exits with 1 when a check fails, or when noise leaves one undecided after three tries. Exits
     with 2 when there is nothing to judge: no GPU, a fallback to a slower path, or a record that
-    cannot be read or was made with another GPU, model, dtype, torch or triton.
+    cannot be read or was made with another GPU, model, dtype, torch or triton. A --records folder
+    that does not exist is refused, except with --calibrate.
 
     \b
     granite-paged gate --random-weights granite-4.0-h-1b --dtype bfloat16
@@ -94,6 +95,8 @@ def gate(
         raise click.UsageError("--calibrate and --teeth are two runs; pass one of them")
     if update and not calibrate:
         raise click.UsageError("--update needs --calibrate N")
+    if not (calibrate or records.is_dir()):
+        raise click.UsageError(f"--records: {records} does not exist; --calibrate N makes it")
     choice.require_gpu("gate")
     from granite_paged.bench.session import Session
 

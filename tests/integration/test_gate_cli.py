@@ -164,6 +164,15 @@ def test_a_short_model_without_a_record_exits_2_in_one_line(
     assert_one_line(capsys, "nothing was judged")
 
 
+@pytest.mark.parametrize("options", [[], ["--teeth", "2"]])
+def test_a_folder_of_records_that_does_not_exist_is_refused(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A mistyped folder must not look like a GPU without a record."""
+    assert judged(monkeypatch, tmp_path / "typo", *options) == USAGE
+    assert_one_line(capsys, "typo does not exist")
+
+
 # -- calibration and teeth ----------------------------------------------------------------------
 
 SMALL = (
