@@ -103,6 +103,12 @@ _LEGEND = """\
 - **peak GB**: peak GPU memory, weights included, caches of the other modes left out.
 - **prefix hits**: share of context tokens found in the prefix cache.
 - **tokens saved**: tokens that were not computed and that scoring without a cache computes.
+- **largest log-likelihood difference**: over all choices of all questions. Near-ties are not
+  judged by it.
+- **SDPA's own error of a gap**: how far `default`'s gap between two choices is from higher
+  precision.
+- **latency / default**: mean time per question, divided by `default`'s, over the questions that
+  both answered.
 - **near-tie**: a question that two modes answer differently, where `default` prefers its choice by
   less than the error that its own arithmetic makes in such a gap. That error is measured against
   the same weights in higher precision, on the differing questions and some others."""
