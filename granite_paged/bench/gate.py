@@ -67,8 +67,8 @@ def gate(
     if not checks:
         reason = against.unused or "the model allows none of them"
         raise CannotJudge(
-            f"no gated shape of {session.name} has anything to be compared with, so nothing was "
-            f"judged: {reason}"
+            f"no gated shape of {session.name} has anything to be compared with, so "
+            f"nothing was judged: {reason}"
         )
     incomplete = any(check.found == NOT_COMPARED for check in checks)
     compared = "incomplete record" if incomplete else "recorded"
