@@ -103,7 +103,10 @@ class RunningJobs:
         return max(0, min(forks, self._limits.rows // 2) - self.forks)
 
     def place(self, job: Job, hit: Hit) -> bool:
-        """Give a waiting job a row and the pages of its prompt. Return False if pages are short."""
+        """Give a waiting job a row and the pages of its prompt. Return False if pages are short.
+
+        A job whose copy cannot be loaded waits on without it, and is computed again.
+        """
         swapped, needed = job.swapped, self.pages_to_place(job, hit)
         sequence = self._allocator.open(() if swapped else hit.pages)
         row = self.take_row(sequence)
@@ -112,10 +115,12 @@ class RunningJobs:
             self.vacate(job)
             return False
         self.rows.clear(place.row)
-        if swapped:
-            self._swap_in(job, place, swapped)
-        else:
+        if not swapped:
             self._start(job, place, hit)
+        elif not self._swap_in(job, place, swapped):
+            self._queue.remove(job)  # and back, so that its tokens are announced
+            self._queue.add(job)
+            return True
         self._queue.remove(job)
         self._enter(job, place)
         return True
@@ -283,12 +288,18 @@ class RunningJobs:
         self._prefix.promise(list(checkpoints.values()))
         job.checkpoints = checkpoints
 
-    def _swap_in(self, job: Job, place: Placement, swapped: Swapped) -> None:
-        self._reserve(place, swapped.stored)
-        self._device.load_pages(self._allocator.pages_of(place.sequence), swapped.pages)
-        self._device.load_row(place.row, swapped.state)
-        place.stored = place.reserved = swapped.stored
+    def _swap_in(self, job: Job, place: Placement, swapped: Swapped) -> bool:
+        """Load a job's copy and drop it. Return whether it was loaded; if not, vacate the job."""
         self.drop_swapped(job)
+        try:
+            self._reserve(place, swapped.stored)
+            self._device.load_pages(self._allocator.pages_of(place.sequence), swapped.pages)
+            self._device.load_row(place.row, swapped.state)
+        except Exception:
+            self.vacate(job)
+            return False
+        place.stored = place.reserved = swapped.stored
+        return True
 
     def _swap_out(self, job: Job, place: Placement) -> None:
         try:

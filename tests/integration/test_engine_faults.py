@@ -15,7 +15,7 @@ from granite_paged.engine.prefix_cache import PrefixCache
 from granite_paged.engine.request import Request, SamplingParams
 from granite_paged.errors import NonFiniteRequest, StepFailed
 from granite_paged.paging.allocator import PageAllocator
-from tests.helpers.engine_harness import EngineHarness
+from tests.helpers.engine_harness import EngineHarness, expected_tokens
 from tests.helpers.simulated_runner import HashOracle
 from tests.helpers.tiny_models import tiny_model
 
@@ -229,3 +229,23 @@ def test_a_state_that_is_not_finite_is_not_kept_for_others() -> None:
         found = [engine.generate([*stem, last], params)[0].tokens for last in (5, 6)]
         engine.forget_prefixes()
         assert found == [engine.generate([*stem, last], params)[0].tokens for last in (5, 6)]
+
+
+def test_a_request_whose_copy_cannot_be_loaded_once_is_computed_again() -> None:
+    """One case of memory that is short for a moment."""
+    harness = EngineHarness(HashOracle(), {"preemption": "swap"}, pages=10, rows=3)
+    params = SamplingParams(max_new_tokens=12, stop_tokens=())
+    requests = [harness.submit([number] * 6, params) for number in range(1, 4)]
+    faults = [torch.OutOfMemoryError("out of memory")]
+
+    def fault(call: str, rows: Any) -> None:
+        if call == "load_pages" and faults:
+            raise faults.pop()
+
+    harness.runner.fault = fault
+    harness.drain()
+    assert not faults, "no copy was loaded"
+    for request in requests:
+        assert request is not None
+        expected = expected_tokens(harness.oracle, request.prompt, params)
+        assert (request.outputs[0].error, request.outputs[0].tokens) == (None, expected)

@@ -219,6 +219,23 @@ def test_a_job_that_cannot_be_copied_is_computed_again(call: str) -> None:
     setting.running.check_valid()
 
 
+@pytest.mark.parametrize("call", ["write_pages", "load_pages", "load_row"])
+def test_a_copy_that_cannot_be_loaded_is_dropped_and_computed_again(call: str) -> None:
+    setting = Setting()
+    job = setting.start(6)
+    setting.running.preempt(job)
+    setting.waiting.clear()
+    setting.memory.broken = {call}
+    assert setting.running.place(job, NO_HIT), "pages are not short"
+    assert (job.placement, job.swapped, job.state) == (None, None, State.WAITING)
+    assert setting.waiting == [job]
+    assert setting.running.swapped_bytes == 0
+    setting.running.check_valid()
+    setting.memory.broken = set()
+    assert setting.running.place(job, NO_HIT)
+    assert (job.state, job.placed.target) == (State.PREFILL, 6)
+
+
 def test_only_decodes_are_copied() -> None:
     setting = Setting()
     prefilling, scored = sample(5), scoring(5, arrival=2)
