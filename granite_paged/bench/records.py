@@ -24,6 +24,9 @@ from granite_paged.report.published import Published
 DEPENDS_ON = ("torch", "triton")
 """Versions that the time of `paged` depends on: its kernels come from these two."""
 
+MISSING = "missing"
+"""Version of a package that is not installed, or that a record does not name."""
+
 
 def record_path(records: Path, session: Session) -> Path:
     """Return the file that holds the record of the session's GPU, model and dtype."""
@@ -120,9 +123,8 @@ def _contract(record: Result, session: Session) -> list[tuple[str, object, objec
         ("dtype", now.dtype, record.dtype),
     ]
     parts += [
-        (name, now.versions.get(name, "not installed"), record.versions[name])
+        (name, now.versions.get(name, MISSING), record.versions.get(name, MISSING))
         for name in DEPENDS_ON
-        if name in record.versions
     ]
     if then is not None:
         config = session.config

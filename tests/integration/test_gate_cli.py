@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from granite_paged import environment
 from granite_paged.bench import gate, judge, records, suites, visits
 from granite_paged.bench.calibration import Bound
 from granite_paged.bench.cases import Shape
@@ -91,7 +92,8 @@ def recorded(folder: Path, ratio: float, **changes: Any) -> Path:
         for gated in judge.GATED
     ]
     settings = {"page_size": 16, "backend": "auto", "visits": VISITS}
-    head = {"device": "cpu", "model": "tiny-recall", "dtype": "float32", "versions": {}, "seed": 0}
+    head = {"device": "cpu", "model": "tiny-recall", "dtype": "float32", "seed": 0}
+    head["versions"] = environment.versions()
     whole = {**head, "rows": [], "calibration": {**settings, "shapes": shapes}, **changes}
     (folder / RECORD).write_text(json.dumps(whole))
     return folder / RECORD
@@ -128,6 +130,7 @@ def test_found_and_allowed_stand_in_their_own_columns(
         ({"model": "granite-4.0-h-1b"}, "model granite-4.0-h-1b (here tiny-recall)"),
         ({"device": "NVIDIA H200"}, "device NVIDIA H200 (here cpu)"),
         ({"versions": {"torch": "2.0"}}, "torch 2.0"),
+        ({"versions": {}}, "torch missing"),
         ({"calibration": None}, "no calibration"),
         ({"rows": 7}, "must be a list"),
     ],

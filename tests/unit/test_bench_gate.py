@@ -619,10 +619,10 @@ def report_with(folder: Path, session: Any, **changes: Any) -> gate.GateReport:
     return gate.gate(session, records.against_records(folder, session, ()), [GATE])
 
 
-@pytest.mark.parametrize("versions", [{"torch": "2.14", "python": "3.11"}, {}])
 def test_a_record_of_this_device_model_and_kernels_is_compared(
-    versions: dict[str, str], tmp_path: Path, session: Any
+    tmp_path: Path, session: Any
 ) -> None:
+    versions = {"torch": "2.14", "triton": "3.6", "python": "3.11"}
     report = report_with(tmp_path, session, versions=versions)
     assert (report.passed, report.record) == (True, "recorded")
     assert TIME_RECORD in verdicts(report.checks)
@@ -636,6 +636,7 @@ def test_a_shipped_record_has_the_gates_contract(path: Path) -> None:
     """No machine without its GPU compares with it, so a wrong one would refuse users only."""
     found, ours = read_result(path), PagedConfig()
     assert record_name(found.device, found.model, found.dtype) == path.name
+    assert set(records.DEPENDS_ON) <= set(found.versions)
     if found.calibration is None:
         return
     made = (found.calibration.page_size, found.calibration.backend, found.calibration.visits)
@@ -665,6 +666,8 @@ def test_a_record_of_the_same_model_with_other_weights_is_compared(
         ({"dtype": "float32"}, "dtype float32 (here bfloat16)"),
         ({"versions": {"torch": "2.9"}}, "torch 2.9 (here 2.14)"),
         ({"versions": {"triton": "3.5"}}, "triton 3.5 (here 3.6)"),
+        ({"versions": {"torch": "2.14"}}, "triton missing (here 3.6)"),
+        ({"versions": {}}, "torch missing (here 2.14), triton missing (here 3.6)"),
         ({"calibration": Calibration(64, "auto", VISITS, [])}, "page size 64 (here 128)"),
         ({"calibration": Calibration(128, "eager", VISITS, [])}, "backend eager (here auto)"),
         ({"calibration": Calibration(128, "auto", 99, [])}, "visits per suite 99"),
