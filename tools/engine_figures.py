@@ -13,7 +13,7 @@ entries go to the file of the GPU in `golden/engine`::
     late_captures            steps that were compiled or captured while a request waited
 
 Bursts and mixed requests are measured run after run, with requests that are not streamed, and
-then with streamed ones, which limit the steps of waiting prompts.
+then with streamed ones, which limit the steps of waiting prompts. `loads` holds what was asked.
 """
 
 from __future__ import annotations
@@ -28,21 +28,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from granite_paged.bench.measure import Clock
 from granite_paged.bench.serving import serve, summary
 from granite_paged.bench.workload import Arrival, Workload, arrivals
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import SamplingParams
+from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import PagedConfig, pages_for
-from granite_paged.models import DTYPES, LoadedModel, load
-from granite_paged.report.bench_results import writable_folder
+from granite_paged.models import LoadedModel
 from tools.exact_cost import Mode
-from tools.golden_engine import FOLDER, add_entry
+from tools.golden_engine import (
+    FOLDER,
+    add_entry,
+    add_model_options,
+    answers,
+    device_file,
+    exit_status,
+    loaded_model,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ def seconds(engine: Engine, coming: Sequence[Arrival], *, streamed: bool) -> flo
         for arrival in coming
     ]
     begin = time.perf_counter()
-    engine.generate(prompts, params)
+    answers(engine, prompts, params)
     taken = time.perf_counter() - begin
     engine.forget_prefixes()
     return taken
@@ -135,7 +142,7 @@ def shared(engine: Engine, loads: Loads, vocabulary: int) -> list[float]:
         for taken in times:
             prompts = [prefix + tokens(loads.own) for _ in range(loads.prompts)]
             begin = time.perf_counter()
-            engine.generate(prompts, params)
+            answers(engine, prompts, params)
             taken.append(time.perf_counter() - begin)
     engine.forget_prefixes()
     return [statistics.median(taken) for taken in times]
@@ -157,12 +164,13 @@ def decode_steps(engine: Engine, loaded: LoadedModel, loads: Loads) -> dict[str,
         longest = pages_for(loads.context + loads.steps, size) * size
         mode = Mode(loaded.model, rows, longest, exact=False)
         step = mode.decode(rows, loads.context)
+        clock = Clock(loaded.model.device)
         for count in (2, loads.steps):  # the first capture
-            wait(loaded)
+            clock.wait()
             begin = time.perf_counter()
             for _ in range(count):
                 step()
-            wait(loaded)
+            clock.wait()
             of_runner = (time.perf_counter() - begin) / count
         mode.runner.close()
         found[str(rows)] = {
@@ -170,12 +178,6 @@ def decode_steps(engine: Engine, loaded: LoadedModel, loads: Loads) -> dict[str,
             "runner": round(1e3 * of_runner, 3),
         }
     return found
-
-
-def wait(loaded: LoadedModel) -> None:
-    """Wait until the device has finished."""
-    if loaded.model.device.type == "cuda":
-        torch.cuda.synchronize(loaded.model.device)
 
 
 def measured(loaded: LoadedModel, config: PagedConfig, loads: Loads) -> dict[str, Any]:
@@ -213,19 +215,18 @@ def start(options: argparse.Namespace) -> float:
 
 
 def start_in_new_process(caches: str) -> float:
-    """Return what `start` measures in a process with these caches."""
+    """Return what `start` measures in a process with these caches.
+
+    Raises SystemExit with the status of a process that failed; it has said why.
+    """
     folders = {name: f"{caches}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     command = [sys.executable, "-m", "tools.engine_figures", *sys.argv[1:], "--only-start"]
     done = subprocess.run(
-        command, check=True, env={**os.environ, **folders}, stdout=subprocess.PIPE, text=True
+        command, check=False, env={**os.environ, **folders}, stdout=subprocess.PIPE, text=True
     )
+    if done.returncode:
+        raise SystemExit(done.returncode)
     return round(float(done.stdout.split()[-1]), 1)
-
-
-def loaded_model(options: argparse.Namespace) -> LoadedModel:
-    """Load the model that the command line names."""
-    weights = None if options.model else options.random_weights
-    return load(options.model, random_weights=weights, device=options.device, dtype=options.dtype)
 
 
 def engine_config(options: argparse.Namespace) -> PagedConfig:
@@ -236,29 +237,31 @@ def engine_config(options: argparse.Namespace) -> PagedConfig:
 
 
 def main() -> None:
-    """Measure, and write the entries into the file of this device."""
+    """Measure, and write the entries into the file of this device. Raises GranitePagedError."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--random-weights", default="granite-4.0-h-1b", metavar="NAME")
-    parser.add_argument("--model", metavar="PATH", help="instead of random weights")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
-    parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER")
-    parser.add_argument("--quick", action="store_true", help="small loads, to try the command")
+    add_model_options(parser)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"default: {FOLDER}")
+    parser.add_argument(
+        "--quick", action="store_true", help="small loads, to try the command; needs --out"
+    )
     parser.add_argument("--only-start", action="store_true", help="print the seconds of a start")
     options = parser.parse_args()
     if options.only_start:
         print(start(options))
         return
-    folder = writable_folder(options.out)
+    if options.quick and options.out is None:
+        raise InvalidArgument("--quick needs --out FOLDER: its loads are not those of the record")
+    file = device_file(options.out or FOLDER, options.device)
     with tempfile.TemporaryDirectory() as caches:
         empty, *full = (start_in_new_process(caches) for _ in range(3))
     starts = {"empty_caches": empty, "full_caches": full}
     print("start_seconds", json.dumps(starts), flush=True)
-    loaded = loaded_model(options)
-    found = measured(loaded, engine_config(options), QUICK if options.quick else LOADS)
-    file = add_entry(folder, loaded, "engine_figures", {"start_seconds": starts, **found})
+    loaded, loads = loaded_model(options), QUICK if options.quick else LOADS
+    found = measured(loaded, engine_config(options), loads)
+    entry = {"loads": asdict(loads), "start_seconds": starts, **found}
+    add_entry(file, loaded, "engine_figures", entry)
     print(f"written: {file}")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

@@ -2,10 +2,10 @@
 
 Run from the repository, on a GPU: `python -m tools.exact_cost`. The model has the sizes of
 granite-4.0-h-1b with random weights. Steps are medians of the runner's captured steps; a decode
-step's rows stand at different places of their chunks. The last row is `generate()` on mixed
-requests (prompts of 32 to 512 tokens, answers of 128 to 512), in its second run. The modes take
-turns, so that both meet the same clocks. With `--out`, the numbers go to the file of this GPU in
-that folder, too.
+step's rows stand at different places of their chunks. Steps of the two modes take turns, so that
+both meet the same clocks. The last row is `generate()` on mixed requests (prompts of 32 to 512
+tokens, answers of 128 to 512), in its second run: normal mode first, then exact mode. With
+`--out`, the numbers go to the file of this GPU in that folder, too.
 """
 
 from __future__ import annotations
@@ -18,20 +18,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from granite_paged.bench.measure import Clock
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import SamplingParams
+from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.mamba import EXACT_CHUNK
-from granite_paged.models import DTYPES, load
-from granite_paged.report.bench_results import writable_folder
 from granite_paged.runner.runner import Chunk, Runner
-from tools.golden_engine import add_entry
+from tools.golden_engine import (
+    add_entry,
+    add_model_options,
+    answers,
+    device_file,
+    exit_status,
+    loaded_model,
+)
 
 DECODES = ((1, 512), (8, 512), (32, 512), (128, 1024))
 PREFILLS = ((1, 128), (1, 512), (1, 2048), (16, 128), (4, 512))
 MODES = {"normal": False, "exact": True}
+
+LEAST = 16
+"""Smallest `--most`: with less, no shape would be left."""
 
 
 class Mode:
@@ -43,9 +51,9 @@ class Mode:
         self._pages = tokens // self.runner.config.page_size
 
     def decode(self, rows: int, context: int) -> Callable[[], Any]:
-        """Return a decode step of some rows, whose contexts end within the last chunk."""
+        """Return a decode step of some rows, whose contexts end all over the last chunk."""
         which = self._placed(rows)
-        ends = [context - 1 - 7 * row % (EXACT_CHUNK // 2) for row in which]
+        ends = [context - 1 - 7 * row % EXACT_CHUNK for row in which]
         return lambda: self.runner.decode(which, ends)
 
     def prefill(self, rows: int, tokens: int) -> Callable[[], Any]:
@@ -64,29 +72,12 @@ class Mode:
         return which
 
 
-def milliseconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of one call."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        step()
-        return 1e3 * (time.perf_counter() - started)
-    make_event: Any = torch.cuda.Event
-    events = [make_event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    step()
-    events[1].record()
-    events[1].synchronize()
-    return float(events[0].elapsed_time(events[1]))
-
-
-def compared(
-    steps: dict[str, Callable[[], Any]], device: torch.device, turns: int
-) -> dict[str, float]:
+def compared(steps: dict[str, Callable[[], Any]], clock: Clock, turns: int) -> dict[str, float]:
     """Run the modes' steps in turns. Print and return the medians in ms; print their ratio."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + 2):
         for name, step in steps.items():
-            taken = milliseconds(step, device)
+            taken = 1e3 * clock.seconds(step)
             if turn > 1:  # the first compile and capture
                 times[name].append(taken)
     found = {name: round(statistics.median(times[name]), 3) for name in MODES}
@@ -114,30 +105,38 @@ def mixed(model: Any, requests: int, rows: int, tokens: int, longest: int) -> di
         with Engine(model, config=sizes, warmup="lazy") as engine:
             for _ in range(2):
                 started = time.perf_counter()
-                engine.generate(prompts, params)
+                answers(engine, prompts, params)
                 rates[name] = asked / (time.perf_counter() - started)
                 engine.forget_prefixes()
     return rates
 
 
 def main() -> None:
-    """Measure, and print a line per shape."""
+    """Measure, and print a line per shape. Raises GranitePagedError."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
-    parser.add_argument("--random-weights", default="granite-4.0-h-1b", metavar="NAME")
-    parser.add_argument("--model", metavar="PATH", help="instead of random weights")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES))
+    add_model_options(parser)
     parser.add_argument("--turns", type=int, default=30, help="timed calls per mode and shape")
     parser.add_argument("--most", type=int, default=2048, help="leave out shapes of more tokens")
     parser.add_argument("--requests", type=int, default=512, help="mixed requests; 0: none")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write to its file of this GPU")
     options = parser.parse_args()
-    folder = writable_folder(options.out) if options.out else None
-    weights = None if options.model else options.random_weights
-    loaded = load(options.model, random_weights=weights, device=options.device, dtype=options.dtype)
-    model, found = loaded.model, dict[str, dict[str, Any]]()
-    decodes = [(rows, context) for rows, context in DECODES if rows * 16 <= options.most]
-    prefills = [(rows, tokens) for rows, tokens in PREFILLS if rows * tokens <= options.most]
+    for name, least in (("turns", 1), ("most", LEAST), ("requests", 0)):
+        if getattr(options, name) < least:
+            raise InvalidArgument(f"--{name} must be {least} or more, got {getattr(options, name)}")
+    file = device_file(options.out, options.device) if options.out else None
+    loaded = loaded_model(options)
+    settings = {name: getattr(options, name) for name in ("turns", "most", "requests")}
+    found = {"settings": settings, **measured(loaded.model, **settings)}
+    if file is not None:
+        add_entry(file, loaded, "exact_cost", found)
+        print(f"written: {file}")
+
+
+def measured(model: Any, turns: int, most: int, requests: int) -> dict[str, dict[str, Any]]:
+    """Measure steps of at most `most` tokens, and mixed requests; print and return the numbers."""
+    found = dict[str, dict[str, Any]]()
+    decodes = [(rows, context) for rows, context in DECODES if rows * LEAST <= most]
+    prefills = [(rows, tokens) for rows, tokens in PREFILLS if rows * tokens <= most]
     modes = {
         name: Mode(model, max(rows for rows, _ in decodes + prefills), 2048, exact=exact)
         for name, exact in MODES.items()
@@ -146,19 +145,18 @@ def main() -> None:
         for rows, tokens in shapes:
             print(f"{kind} {rows} x {tokens}".ljust(20), end="", flush=True)
             steps = {name: getattr(mode, kind)(rows, tokens) for name, mode in modes.items()}
-            medians = compared(steps, model.device, options.turns)
+            medians = compared(steps, Clock(model.device), turns)
             found.setdefault(f"{kind}_ms", {})[f"{rows} x {tokens}"] = medians
     for mode in modes.values():
         mode.runner.close()
-    if options.requests:
-        rates = mixed(model, options.requests, 128, 1024, min(512, options.most))
+    if requests:
+        rates = mixed(model, requests, 128, 1024, min(512, most))
         share = rates["exact"] / rates["normal"]
         shown = "   ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-        print(f"{options.requests} mixed requests   {shown} tokens per second   {share:.0%}")
+        print(f"{requests} mixed requests   {shown} tokens per second   {share:.0%}")
         found["mixed_tokens_per_second"] = {name: round(rate) for name, rate in rates.items()}
-    if folder is not None:
-        print(f"written: {add_entry(folder, loaded, 'exact_cost', found)}")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

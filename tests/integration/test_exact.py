@@ -184,6 +184,7 @@ def test_the_cost_is_measured_beside_normal_mode(
     assert re.fullmatch(r"2 mixed requests +normal \d+ +exact \d+ tokens per second +\d+%", mixed)
     assert written == f"written: {tmp_path / 'cpu.json'}"
     found = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["exact_cost"]
+    assert found["settings"] == {"turns": 1, "most": 16, "requests": 2}
     assert list(found["decode_ms"]) == ["1 x 512"]
     for each in (found["decode_ms"]["1 x 512"], found["mixed_tokens_per_second"]):
         assert list(each) == ["normal", "exact"]
