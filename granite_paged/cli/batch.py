@@ -80,7 +80,7 @@ def batch(
     OUTPUT of another input, model or setting is refused.
 
     Exits with 0 if every line has an answer, 1 if some have an error, 2 for wrong usage or a full
-    disk, and 130 if interrupted. Finished lines are kept in each case.
+    disk, 130 if interrupted, and 143 if terminated. Finished lines are kept in each case.
 
     With --ray, workers of a Ray cluster answer the lines, each with an engine of its own. The
     output is the same.

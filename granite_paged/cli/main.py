@@ -1,7 +1,8 @@
 """The command line: `granite-paged verify | generate | bench | eval` and more.
 
 Exit status: 0 for success, 1 when a check failed, 2 for wrong usage or environment (explained in
-one line), 130 when interrupted, 141 when the reader of standard output is gone (as after `| head`).
+one line), 130 when interrupted, 143 when terminated, 141 when the reader of standard output is gone
+(as after `| head`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from granite_paged.cli.options import (
     NOTHING_KEPT,
     OK,
     SETTINGS,
+    TERMINATED,
     USAGE,
     CommandGroup,
 )
 from granite_paged.cli.profiling import profile
 from granite_paged.cli.report import plot, report
+from granite_paged.cli.termination import Termination, terminations_interrupt
 from granite_paged.cli.tune import tune
 from granite_paged.cli.verify import verify
 from granite_paged.errors import GeometryError, GranitePagedError, PagingError
@@ -44,6 +47,11 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit status; an error is one line on standard error."""
+    with terminations_interrupt() as termination:
+        return _run(arguments, termination)
+
+
+def _run(arguments: Sequence[str], termination: Termination) -> int:
     try:
         status = cli.main(list(arguments) or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
@@ -52,8 +60,9 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(_in_options(error))
     except (KeyboardInterrupt, click.Abort) as interrupt:  # click turns the one into the other
         kept = getattr(interrupt.__cause__ or interrupt, "__notes__", [NOTHING_KEPT])
-        click.echo(f"{PROGRAM}: interrupted; {kept[0]}", err=True)
-        return INTERRUPTED
+        ended = "terminated" if termination.came else "interrupted"
+        click.echo(f"{PROGRAM}: {ended}; {kept[0]}", err=True)
+        return TERMINATED if termination.came else INTERRUPTED
     except SystemExit:  # here, click and rich exit only when the reader of our output is gone
         _discard_output()
         return CLOSED_PIPE

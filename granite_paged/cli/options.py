@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from granite_paged.geometry import PagedConfig
     from granite_paged.models import LoadedModel
 
-OK, FAILED, USAGE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141
+OK, FAILED, USAGE, INTERRUPTED, CLOSED_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
 NOTHING_KEPT = "nothing new was kept; run the same command again"
 
