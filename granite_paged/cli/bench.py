@@ -156,6 +156,10 @@ def bench(
     if earlier is not None:
         updated(earlier, session.result([]))  # refuses results of another model before the work
         plan = missing_from(earlier, session, plan) if missing else plan
+        if missing and not plan.shapes:
+            click.echo(f"nothing is missing in {json_file}")
+            _write_tables(earlier, markdown_file)
+            return OK
     rows: list[Row] = []
     with keeping(lambda: _kept(rows, json_file)):
         try:
@@ -203,9 +207,7 @@ def _write_rows(
     json_file: str | None,
     markdown_file: str | None,
 ) -> None:
-    from granite_paged.files import write_file
     from granite_paged.report.bench_results import updated
-    from granite_paged.report.bench_tables import tables
 
     if not rows:
         return
@@ -213,6 +215,13 @@ def _write_rows(
     if earlier is not None:
         result = updated(earlier, result)
     write_json(json_file, result.to_json())
+    _write_tables(result, markdown_file)
+
+
+def _write_tables(result: Result, markdown_file: str | None) -> None:
+    from granite_paged.files import write_file
+    from granite_paged.report.bench_tables import tables
+
     if markdown_file:
         write_file(markdown_file, tables([result]))
 

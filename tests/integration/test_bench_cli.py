@@ -155,6 +155,23 @@ def test_a_resumed_bench_measures_only_what_is_missing(
     assert read_result(file).rows == rows
 
 
+def test_a_bench_that_lacks_nothing_says_so_and_writes_its_tables(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    file, page = tmp_path / "result.json", tmp_path / "page.md"
+    bench(*ONE_SHAPE, "--mode", "paged", "--json", str(file), "--markdown", str(page))
+    before, tables = file.read_bytes(), page.read_text()
+    page.unlink()
+    capsys.readouterr()
+    again = (*ONE_SHAPE, "--mode", "paged", "--json", str(file), "--missing")
+    assert bench(*again, "--markdown", str(page)) == OK
+    assert capsys.readouterr().out == f"nothing is missing in {file}\n"
+    assert (file.read_bytes(), page.read_text()) == (before, tables)
+    page.unlink()
+    assert bench(*again) == OK
+    assert not page.exists()
+
+
 def test_an_update_of_another_model_is_refused_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
