@@ -80,8 +80,10 @@ class CommandGroup(click.Group):
 def check_writable(
     context: click.Context | None, option: click.Parameter | None, path: str | None
 ) -> str | None:
-    """Refuse, before the work, a file that could not be written after it."""
-    if path is not None and path != "-":
+    """Refuse, before the work, a file that could not be written after it, and -."""
+    if path == "-":
+        raise click.BadParameter("cannot write -: only --json writes to standard output")
+    if path is not None:
         folder = Path(path).parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             wrong = "its folder is missing or write-protected"
@@ -89,11 +91,16 @@ def check_writable(
     return path
 
 
+def _check_json(context: click.Context, option: click.Parameter, path: str | None) -> str | None:
+    """Refuse what `check_writable` refuses, but for standard output."""
+    return path if path == "-" else check_writable(context, option, path)
+
+
 json_option = option(
     "--json json_file",
     "Write the report to this file as one JSON object; - writes to standard output.",
     click.Path(dir_okay=False, writable=True, allow_dash=True),
-    callback=check_writable,
+    callback=_check_json,
     metavar="FILE",
 )
 

@@ -37,9 +37,8 @@ _RAY_OPTIONS = options(
     ),
     option(
         "--cpus-per-worker",
-        "Give each worker this many CPUs.",
+        "Give each worker this many CPUs.  [default: 1]",
         click.FloatRange(min=0),
-        default=1.0,
         metavar="X",
     ),
 )
@@ -92,14 +91,16 @@ def ray_options(command: Command) -> Command:
         address: str | None,
         workers: int | None,
         gpus_per_worker: float | None,
-        cpus_per_worker: float,
+        cpus_per_worker: float | None,
         **others: Any,
     ) -> Any:
         cluster = None
         if address is not None:
-            cluster = RayChoice(address, workers, gpus_per_worker, cpus_per_worker)
-        elif workers is not None or gpus_per_worker is not None:
-            raise click.UsageError("--workers and --gpus-per-worker need --ray")
+            cpus = 1.0 if cpus_per_worker is None else cpus_per_worker
+            cluster = RayChoice(address, workers, gpus_per_worker, cpus)
+        elif (workers, gpus_per_worker, cpus_per_worker) != (None, None, None):
+            names = "--workers, --gpus-per-worker and --cpus-per-worker"
+            raise click.UsageError(f"{names} need --ray")
         return command(cluster=cluster, **others)
 
     return with_cluster

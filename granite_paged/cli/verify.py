@@ -81,6 +81,10 @@ def verify(
     granite-paged verify --bits-out before.json
     granite-paged verify --bits before.json after.json
     """  # noqa: D301
+    if bits and bits_out:
+        raise click.UsageError("--bits and --bits-out are two runs; pass one of them")
+    if json_file and (bits or bits_out):
+        raise click.UsageError(f"{'--bits' if bits else '--bits-out'} writes no --json report")
     if bits:
         return _compare_bits(*bits)
     if bits_out:

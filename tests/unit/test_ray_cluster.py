@@ -25,10 +25,11 @@ def test_a_missing_ray_is_one_line(
     assert_one_line(capsys, "ray is not installed: install granite-paged with its extra ray")
 
 
-def test_the_ray_options_need_ray(tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("name", ["--workers", "--gpus-per-worker", "--cpus-per-worker"])
+def test_the_ray_options_need_ray(name: str, tmp_path: Path, capsys: Capture) -> None:
     source = write_requests(tmp_path / "in.jsonl", [{"prompt": "x"}])
-    assert run(["batch", source, str(tmp_path / "out"), "--workers", "2"]) == USAGE
-    assert_one_line(capsys, "--workers and --gpus-per-worker need --ray")
+    assert run(["batch", source, str(tmp_path / "out"), name, "1"]) == USAGE
+    assert_one_line(capsys, "--workers, --gpus-per-worker and --cpus-per-worker need --ray")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "host:port"])
