@@ -6,6 +6,10 @@ instead, which later steps replay, as the kernels do for `REPLAYED` tokens. The 
 of two times: moving these bytes at the rate of a large copy, and doing these operations at the rate
 of a large matrix product. Both rates are measured on the device. Activations, launches and anything
 that an implementation adds are not part of the floor.
+
+Which experts the tokens of a step choose is not known, so experts count with the expected share
+that is read under uniform routing. For one token that is a lower bound: it reads its own experts.
+For more tokens it is an expectation: tokens that prefer the same experts read less.
 """
 
 from __future__ import annotations
@@ -94,7 +98,7 @@ class ModelSizes:
         # causal: half of context**2; two products with two operations per element
         attention = 2 * batch * context**2 * self.attention_width
         return Work(
-            bytes=self._weight_bytes(tokens) + cache,
+            bytes=self._expected_weight_bytes(tokens) + cache,
             flops=tokens * self._token_flops() + 2 * batch * self.head + attention,
         )
 
@@ -103,7 +107,7 @@ class ModelSizes:
         cache = batch * (context * self.kv_bytes + self._token_state_bytes())
         attention = 4 * batch * context * self.attention_width
         return Work(
-            bytes=self._weight_bytes(batch) + cache,
+            bytes=self._expected_weight_bytes(batch) + cache,
             flops=batch * (self._token_flops() + 2 * self.head) + attention,
         )
 
@@ -132,7 +136,14 @@ class ModelSizes:
         states = 1 + 1 / REPLAYED
         return states * self.state_bytes + inputs * self.kept_bytes / REPLAYED
 
+    def _expected_weight_bytes(self, tokens: int) -> float:
+        """Bytes of the weights that a step of `tokens` reads, if routing is uniform."""
+        chosen = self.experts_per_token / max(1, self.expert_count)  # by one token
+        touched = 1 - (1 - chosen) ** tokens
+        return self.itemsize * (self.shared + self.head + touched * self.experts)
+
     def _weight_bytes(self, tokens: int) -> float:
+        """Bytes of the weights that `tokens` read if no two of them share an expert."""
         touched = min(1.0, tokens * self.experts_per_token / max(1, self.expert_count))
         return self.itemsize * (self.shared + self.head + touched * self.experts)
 

@@ -93,13 +93,17 @@ def test_an_untied_embedding_is_not_read_as_weights() -> None:
     assert (tied.shared, tied.head) == (apart.shared, apart.head)
 
 
-def test_unused_experts_are_not_read() -> None:
+@pytest.mark.parametrize(("tokens", "share"), [(1, 1 / 2), (2, 3 / 4), (9, 1 - 1 / 2**9)])
+def test_experts_are_read_as_often_as_uniform_routing_chooses_them(
+    tokens: int, share: float
+) -> None:
+    """Tokens may choose the same experts: two tokens of two experts each read fewer than four."""
     sizes = ModelSizes.of(tiny_model("experts"))
-    whole = sizes.itemsize * (sizes.shared + sizes.head + sizes.experts)
-    half = whole - sizes.itemsize * sizes.experts / 2
-    cache = sizes.decode(1, 0).bytes - half
-    assert cache == pytest.approx(moved(sizes))
-    assert sizes.decode(9, 0).bytes == pytest.approx(whole + 9 * cache)
+    assert sizes.experts_per_token * 2 == sizes.expert_count
+    weights = sizes.itemsize * (sizes.shared + sizes.head + share * sizes.experts)
+    assert sizes.decode(tokens, 0).bytes == pytest.approx(weights + tokens * moved(sizes))
+    cache = tokens * sizes.kv_bytes + sizes.state_bytes
+    assert sizes.prefill(1, tokens).bytes == pytest.approx(weights + cache)
 
 
 def test_a_dense_model_has_no_states() -> None:
