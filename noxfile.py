@@ -260,13 +260,13 @@ def canary(session: nox.Session) -> None:
     """
     from tools.canary import requirement  # noqa: PLC0415
 
-    install(session, "tests")
-    for argument in session.posargs:
-        try:
-            session.install(*requirement(argument))
-        except (ValueError, nox.command.CommandFailed) as error:
-            print(f"canary: cannot install {argument}: {error}", file=sys.stderr)
-            sys.exit(UNUSABLE)
+    installing = "the tests"
+    try:
+        install(session, "tests")
+        for installing in session.posargs:
+            session.install(*requirement(installing))
+    except (ValueError, nox.command.CommandFailed) as error:
+        refuse(f"canary: cannot install {installing}: {error}")
     run(session, "python", "-m", "tools.canary")
 
 

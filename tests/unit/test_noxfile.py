@@ -46,6 +46,20 @@ def test_another_failure_stays_one_of_nox(name: str, monkeypatch: pytest.MonkeyP
         nox_sessions(monkeypatch)[name](session_that_fails(RUNS[name], 1))
 
 
+@pytest.mark.parametrize("posargs", [[], ["torch=2.15.0"]])
+def test_a_canary_that_cannot_be_installed_ends_with_status_2(
+    posargs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def install(*arguments: str, **options: Any) -> None:
+        if not posargs or "torch==2.15.0" in arguments:
+            raise CommandFailed("no network")
+
+    with pytest.raises(SystemExit) as ended:
+        nox_sessions(monkeypatch)["canary"](mock.Mock(posargs=posargs, install=install))
+    assert ended.value.code == 2
+    assert "canary: cannot install" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "missing"), [("eval_parity", "no data in"), ("report", "no results")]
 )
