@@ -147,6 +147,13 @@ def _visit(gated: Gated, mode: str, subject: Subject, seen: Seen, *, whole: bool
         seen.errors[mode] = reason(error)
 
 
+def visited(session: Session, gated: Gated, visits: int) -> Seen:
+    """Prepare `paged` and `default`, visit them in turn, and return what was seen."""
+    with ready_subjects(session, gated) as (subjects, seen):
+        look_at(gated, subjects, seen, visits)
+        return seen
+
+
 @contextmanager
 def ready_subjects(session: Session, gated: Gated) -> Iterator[tuple[dict[str, Subject], Seen]]:
     """Yield the modes that run a gated shape, and their peaks and failures; then release them."""
