@@ -56,7 +56,6 @@ class EagerModel:
 
     Attributes:
         reads_mask: whether attention reads a step's block mask, and not the page table itself.
-        gathers: whether plain PyTorch computes attention (`layers/gathered.py`).
     """
 
     reads_mask = True
@@ -66,9 +65,13 @@ class EagerModel:
         self._config = model.config
         self._storage = storage
         self._backend = backend
-        geometry, device = storage.pages.geometry, storage.tokens.device
-        runs = attention_backend(backend, device, geometry.dtype, geometry.head_dim)
-        self.gathers = runs == "eager"
+
+    @property
+    def gathers(self) -> bool:
+        """Whether plain PyTorch computes attention (`layers/gathered.py`)."""
+        geometry, device = self._storage.pages.geometry, self._storage.tokens.device
+        runs = attention_backend(self._backend, device, geometry.dtype, geometry.head_dim)
+        return runs == "eager"
 
     def forward(self, tokens: Tensor, step: ModelStep) -> Tensor:
         """Return hidden states [B, S, hidden] before the last norm. tokens: [B, S] int64."""

@@ -26,8 +26,8 @@ measured = session.run
 
 def told(*args):
     for row in measured(*args):
-        print("measured a row", flush=True)
         yield row
+        print("measured a row", flush=True)  # and it was taken
 
 session.run = told
 sys.argv = ["granite-paged", *sys.argv[1:]]

@@ -290,5 +290,5 @@ def test_without_matplotlib_the_error_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtra, match=r"granite-paged\[plot\]"):
+    with pytest.raises(MissingExtra, match="with its extra plot"):
         draw_all([result()], PUBLISHED, tmp_path)
