@@ -433,3 +433,10 @@ def test_lists_that_plain_pytorch_reads_are_as_long_as_the_longest_row(
         listed = getattr(short, name)
         assert listed.shape[-1] == 2
         assert torch.equal(listed, getattr(whole, name)[..., :2])
+
+
+@pytest.mark.parametrize("position", [PADDING, 0, 3])
+def test_the_shortest_list_that_plain_pytorch_reads_has_one_page(position: int) -> None:
+    positions = torch.tensor([[position]], dtype=torch.int32)
+    mask = paged_block_mask(PHYSICAL[:1], LOGICAL, positions, page_size=4, group=1, gathers=True)
+    assert mask.kv_indices.shape[-1] == 1
