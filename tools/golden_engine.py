@@ -92,7 +92,7 @@ def device_file(folder: Path, device: str) -> Path:
 
 
 def add_entry(file: Path, loaded: LoadedModel, tool: str, entry: dict[str, Any]) -> None:
-    """Put what a tool measured into the file of the model's device; keep what is not in `entry`.
+    """Put what a tool measured into the file of a device, in place of that tool's last entry.
 
     Args:
         file: see `device_file`.

@@ -120,7 +120,7 @@ class ModelSizes:
         prompt, new = workload.expected_prompt, workload.expected_new
         states = workload.requests * self.state_bytes + new * self._token_state_bytes()
         return Work(
-            bytes=workload.new_tokens[1] * self._weight_bytes(workload.requests)
+            bytes=workload.new_tokens[1] * self._most_weight_bytes(workload.requests)
             + (prompt + new) * self.kv_bytes
             + states,
             flops=(prompt + new) * self._token_flops() + 2 * new * self.head,
@@ -138,13 +138,19 @@ class ModelSizes:
 
     def _expected_weight_bytes(self, tokens: int) -> float:
         """Bytes of the weights that a step of `tokens` reads, if routing is uniform."""
-        chosen = self.experts_per_token / max(1, self.expert_count)  # by one token
-        touched = 1 - (1 - chosen) ** tokens
-        return self.itemsize * (self.shared + self.head + touched * self.experts)
+        return self._weight_bytes(1 - (1 - self._chosen_share) ** tokens)
 
-    def _weight_bytes(self, tokens: int) -> float:
+    def _most_weight_bytes(self, tokens: int) -> float:
         """Bytes of the weights that `tokens` read if no two of them share an expert."""
-        touched = min(1.0, tokens * self.experts_per_token / max(1, self.expert_count))
+        return self._weight_bytes(min(1.0, tokens * self._chosen_share))
+
+    @property
+    def _chosen_share(self) -> float:
+        """Share of the experts that one token chooses."""
+        return self.experts_per_token / max(1, self.expert_count)
+
+    def _weight_bytes(self, touched: float) -> float:
+        """Bytes of the weights with this share of the experts."""
         return self.itemsize * (self.shared + self.head + touched * self.experts)
 
     def _token_flops(self) -> float:

@@ -172,8 +172,8 @@ def evaluate(
     Asks each mode every question in the same run and compares accuracy, choices, latency,
     throughput and memory. Paged computes a context once, and what neighbouring questions share
     once. Exits with 1 when two modes differ by more than a near-tie, or when a mode gives NaN or
-    infinity for a question that default answers. With --ray, workers of a Ray cluster answer the
-    questions, and this process judges.
+    infinity where `default` gives numbers. With --ray, the workers of a Ray cluster answer, and
+    this process judges.
 
     \b
     granite-paged eval

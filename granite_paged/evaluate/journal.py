@@ -22,7 +22,7 @@ from granite_paged.typed_json import Signed, checked
 FORMAT = 1
 
 NOT_FINITE = "a log-likelihood is not a finite number; check the weights and the dtype"
-"""Reason of a question whose log-likelihoods a mode could not compute as finite numbers."""
+"""Why a question has no answer: one of its log-likelihoods is NaN or infinite."""
 
 EntryKey = tuple[str, str, str]
 """Mode, task and question."""
