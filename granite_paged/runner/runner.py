@@ -148,7 +148,7 @@ class Runner:
     @property
     def storage(self) -> Storage:
         """Page table, pools and states, settled, for tests and profilers."""
-        self._storage.pages.table.settle()
+        self._storage.settle()
         return self._storage
 
     # -- steps ----------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ class Runner:
         return step
 
     def _run(self, step: CapturedStep, inputs: Inputs) -> None:
-        self._storage.pages.table.settle()
+        self._storage.settle()
         step.run(inputs)
 
 

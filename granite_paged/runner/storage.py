@@ -10,6 +10,9 @@
 
 Row 0 is the null row: it takes padding, belongs to no sequence and has no Mamba state. So the state
 of row r has index r - 1.
+
+States that rows shall begin with are gathered, as changes of the page table are, and copied when a
+step needs them: one copy serves all rows that begin with the same state.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class Storage(NamedTuple):
 
     Attributes:
         states: Mamba layer -> its part of `stacked`, with `rows` None.
+        loads: pending: row -> the state that it begins with.
     """
 
     pages: PageStore
@@ -71,9 +75,21 @@ class Storage(NamedTuple):
     nonfinite: Tensor
     stacked: list[Tensor]
     states: dict[int, MambaState]
+    loads: dict[int, RowSnapshot]
+
+    def settle(self) -> None:
+        """Carry all pending changes to the device. What could not be copied is still pending."""
+        self.pages.table.settle()
+        while self.loads:
+            saved = next(iter(self.loads.values()))
+            rows = [row for row, other in self.loads.items() if other is saved]
+            self._copy(rows, saved)
+            for row in rows:
+                del self.loads[row]
 
     def copy_row(self, source: int, targets: Sequence[int]) -> None:
         """Copy a row to others: its page table, token, flag and states."""
+        self.settle()
         (index,) = to_device(self.tokens.device, torch.tensor(targets))
         self.pages.table.copy_row(source, index)
         for tensor in (self.nonfinite, self.tokens):
@@ -84,6 +100,8 @@ class Storage(NamedTuple):
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         """Set rows to zeros for their next sequences."""
+        for row in rows:
+            self.loads.pop(row, None)
         (index,) = to_device(self.tokens.device, torch.tensor(rows))
         self.pages.table.clear_rows(rows, index)
         for tensor in (self.nonfinite, self.tokens):
@@ -93,19 +111,37 @@ class Storage(NamedTuple):
 
     def save_row(self, row: int, *, to_host: bool) -> RowSnapshot:
         """Copy a row's Mamba states, on the device or to host memory."""
+        self.settle()
         save = host_copy if to_host else torch.clone
         return RowSnapshot(*(save(states[:, row - 1]) for states in self.stacked))
 
     def load_row(self, row: int, snapshot: RowSnapshot) -> None:
-        """Put saved Mamba states into a row."""
-        for own, saved in zip(self.stacked, snapshot.parts, strict=True):
-            own[:, row - 1].copy_(saved, non_blocking=True)
+        """Put saved Mamba states into a row: at once from host memory, else when a step needs them.
+
+        So a fault of a copy from host memory concerns this row only.
+        """
+        if snapshot.conv.device == self.tokens.device:
+            self.loads[row] = snapshot
+        else:
+            self.loads.pop(row, None)
+            self._copy([row], snapshot)
 
     def clear(self) -> None:
         """Drop pools and states, so that their memory is free."""
+        self.loads.clear()
         self.pages.pools.clear()
         self.states.clear()
         self.stacked.clear()
+
+    def _copy(self, rows: Sequence[int], snapshot: RowSnapshot) -> None:
+        if len(rows) == 1:
+            for own, saved in zip(self.stacked, snapshot.parts, strict=True):
+                own[:, rows[0] - 1].copy_(saved, non_blocking=True)
+            return
+        (index,) = to_device(self.tokens.device, torch.tensor(rows))
+        for own, saved in zip(self.stacked, snapshot.parts, strict=True):
+            each = saved[:, None].expand(-1, len(rows), *saved.shape[1:])  # the same for every row
+            own.index_copy_(1, index - 1, each)
 
 
 def make_storage(
@@ -141,4 +177,5 @@ def make_storage(
             index: MambaState(parts[0], parts[1], None, *parts[2:])
             for index, *parts in zip(mixers, *stacked, strict=True)
         },
+        loads={},
     )

@@ -117,8 +117,66 @@ def test_a_saved_row_can_be_put_into_any_other(to_host: bool, kept: Kept) -> Non
     saved = storage.save_row(3, to_host=to_host)
     storage.clear_rows([3])
     storage.load_row(1, saved)
+    storage.settle()
     assert rows_of(storage)[2:] == [[0, 3, 2, 0, 4]] * (2 + PARTS[kept])
     assert saved.nbytes == sum(states.nbytes // ROWS for states in storage.stacked)
+
+
+@pytest.mark.parametrize("kept", Kept)
+def test_one_copy_serves_all_rows_that_begin_with_the_same_state(kept: Kept) -> None:
+    storage = numbered(0, 2, kept=kept)
+    shared, other = (storage.save_row(row, to_host=False) for row in (3, 2))
+    for row, state in ((1, shared), (3, other), (4, shared)):
+        storage.load_row(row, state)
+    with mock.patch.object(Storage, "_copy", autospec=True, side_effect=Storage._copy) as copy:
+        storage.settle()
+        storage.settle()
+    assert [call.args[1] for call in copy.call_args_list] == [[1, 4], [3]]
+    assert rows_of(storage)[2:] == [[0, 3, 2, 2, 3]] * (2 + PARTS[kept])
+    assert storage.loads == {}
+
+
+def test_a_model_without_mamba_layers_loads_nothing_into_several_rows() -> None:
+    storage = make()
+    saved = storage.save_row(1, to_host=False)
+    storage.load_row(1, saved)
+    storage.load_row(2, saved)
+    storage.settle()
+    assert storage.loads == {}
+
+
+def test_a_state_that_was_loaded_is_what_is_copied_saved_and_cleared_after() -> None:
+    storage = numbered(0)
+    saved = storage.save_row(4, to_host=False)
+    storage.load_row(1, saved)
+    storage.copy_row(1, [2])
+    assert rows_of(storage)[2:] == [[0, 4, 4, 3, 4]] * 2
+    storage.load_row(3, saved)
+    assert float(storage.save_row(3, to_host=False).ssm.min()) == 4.0
+    storage.load_row(1, saved)
+    storage.clear_rows([1])
+    storage.settle()
+    assert rows_of(storage)[2:] == [[0, 0, 4, 4, 4]] * 2
+
+
+def test_the_last_state_loaded_into_a_row_is_its_own() -> None:
+    storage = numbered(0)
+    first, last = (storage.save_row(row, to_host=False) for row in (3, 2))
+    storage.load_row(1, first)
+    storage.load_row(1, last)
+    storage.settle()
+    assert rows_of(storage)[2:] == [[0, 2, 2, 3, 4]] * 2
+
+
+def test_a_state_that_could_not_be_copied_is_still_pending() -> None:
+    storage = numbered(0)
+    storage.load_row(1, storage.save_row(3, to_host=False))
+    with mock.patch.object(Storage, "_copy", side_effect=torch.OutOfMemoryError):
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                storage.settle()
+    storage.settle()
+    assert rows_of(storage)[2:] == [[0, 3, 2, 3, 4]] * 2
 
 
 @pytest.mark.parametrize("part", range(4))
