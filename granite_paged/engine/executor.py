@@ -14,7 +14,7 @@ import torch
 
 from granite_paged.device import Fetch, finite_rows, upload
 from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
-from granite_paged.engine.sampling import Draw, Drawn, draw, seen_tokens
+from granite_paged.engine.sampling import Draw, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
 from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan
 from granite_paged.runner.runner import Chunk, Runner, Scores, scores_of
@@ -26,20 +26,20 @@ class PendingResult:
     """Numbers on their way to the host, and the jobs that they are for.
 
     Attributes:
-        drawn: (job, its generation) of each token.
+        drawn: (job, its generation, index of its numbers) of each token.
         prefilled: chunks whose pages, and states, other prompts may use if they are finite.
         scored: chunks of continuations, in the order of their log-probabilities.
     """
 
     fetch: Fetch
-    drawn: list[tuple[SampleJob, int]] = field(default_factory=list)
+    drawn: list[tuple[SampleJob, int, int]] = field(default_factory=list)
     prefilled: list[tuple[PrefillChunk, RowSnapshot | None]] = field(default_factory=list)
     scored: list[ScoreChunk] = field(default_factory=list)
 
     @property
     def jobs(self) -> list[Job]:
         """Return the jobs concerned that did not restart since."""
-        owners: list[tuple[Job, int]] = list(self.drawn)
+        owners: list[tuple[Job, int]] = [(job, generation) for job, generation, _ in self.drawn]
         owners += [(chunk.job, chunk.generation) for chunk, _ in self.prefilled]
         owners += [(chunk.job, chunk.generation) for chunk in self.scored]
         return [job for job, generation in dict.fromkeys(owners) if job.generation == generation]
@@ -95,7 +95,9 @@ class Executor:
     def _decode(self, jobs: Sequence[SampleJob]) -> list[PendingResult]:
         places = [job.placed for job in jobs]
         rows, positions = [p.row for p in places], [p.stored - 1 for p in places]
-        result = self._drawn(self._runner.decode(rows, positions), jobs, decoded=True)
+        logits = self._runner.decode(rows, positions)
+        greedy = all(job.greedy for job in jobs)
+        result = self._decoded(jobs) if greedy else self._drawn(logits, jobs)
         if len(jobs) == 1:
             jobs[0].isolated = False  # it ran alone without a fault
         return [result]
@@ -188,22 +190,23 @@ class Executor:
     def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
         return upload(numbers, torch.int64, self._runner.device)
 
-    def _drawn(
-        self, logits: torch.Tensor, jobs: Sequence[SampleJob], *, decoded: bool = False
-    ) -> PendingResult:
+    def _decoded(self, jobs: Sequence[SampleJob]) -> PendingResult:
+        """Send the tokens that a decode step has fed to the host: those of all rows, in two copies.
+
+        Picking rows would put kernels between this step and the next.
+        """
+        fetch = Fetch(self._runner.device, tokens=self._runner.tokens, bad=self._runner.nonfinite)
+        return PendingResult(fetch, drawn=[(job, job.generation, job.placed.row) for job in jobs])
+
+    def _drawn(self, logits: torch.Tensor, jobs: Sequence[SampleJob]) -> PendingResult:
         """Draw a token for each job, feed it to its row, and send it to the host.
 
         Args:
             logits: [jobs, V].
-            decoded: whether they are those of a decode step, which has fed the argmax already.
         """
-        rows, fed = self._upload([job.placed.row for job in jobs]), self._runner.tokens
-        if decoded and all(job.greedy for job in jobs):
-            drawn = Drawn(fed.index_select(0, rows))
-        else:
-            exact = self._runner.config.exact
-            drawn = draw(logits, [_draw_of(job, logits) for job in jobs], exact=exact)
-            fed.index_copy_(0, rows, drawn.tokens)
+        rows, exact = self._upload([job.placed.row for job in jobs]), self._runner.config.exact
+        drawn = draw(logits, [_draw_of(job, logits) for job in jobs], exact=exact)
+        self._runner.tokens.index_copy_(0, rows, drawn.tokens)
         fetch = Fetch(
             self._runner.device,
             tokens=drawn.tokens,
@@ -212,7 +215,8 @@ class Executor:
             top_tokens=drawn.top_tokens,
             bad=(self._runner.nonfinite[rows] != 0) | ~finite_rows(logits),
         )
-        return PendingResult(fetch, drawn=[(job, job.generation) for job in jobs])
+        numbered = enumerate(jobs)
+        return PendingResult(fetch, drawn=[(job, job.generation, at) for at, job in numbered])
 
 
 def _draw_of(job: SampleJob, logits: torch.Tensor) -> Draw:

@@ -63,7 +63,7 @@ class OutputProcessor:
             self._scheduler.recover(result.jobs, error)
             return
         self._read_chunks(result, numbers)
-        for at, (job, generation) in enumerate(result.drawn):
+        for job, generation, at in result.drawn:
             if job.generation == generation and job.state is not State.DONE:
                 if numbers["bad"][at]:
                     self._fail_nonfinite(job)

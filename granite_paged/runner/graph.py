@@ -147,7 +147,7 @@ class CapturedStep:
         step = self._with_mask(ModelStep(rows, rows - 1, positions, None))
         if self._decodes:
             self.logits = self._model.decode(self._tokens, step)
-            self._model.write_argmax(self.logits, rows, self._tokens)
+            self._model.write_argmax(self.logits, rows)
             return
         self.hidden = self._model.forward(tokens.view(self._batch, self._length), step)
         self.logits = self._model.logits(self.hidden.flatten(0, 1).index_select(0, last))

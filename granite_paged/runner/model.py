@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import apply_rotary_pos_emb
 
+from granite_paged.device import finite_rows
 from granite_paged.geometry import Backend
 from granite_paged.layers.attention import DecodePlan, paged_attention
 from granite_paged.layers.backend import attention_backend
@@ -91,9 +92,13 @@ class EagerModel:
         fed = tokens.index_select(0, step.rows)
         return self.logits(self.forward(fed[:, None], step).flatten(0, 1))
 
-    def write_argmax(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
-        """Set `tokens[rows[i]]` to the argmax of logits[i], the first among equals."""
-        tokens.index_copy_(0, rows, logits.argmax(dim=-1))
+    def write_argmax(self, logits: Tensor, rows: Tensor) -> None:
+        """Feed row `rows[i]` the argmax of logits[i], the first among equals.
+
+        A row whose logits have NaN or infinity is flagged.
+        """
+        self._storage.tokens.index_copy_(0, rows, logits.argmax(dim=-1))
+        self._storage.nonfinite[rows] |= ~finite_rows(logits)
 
     def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         if self._decoder.rotary_emb is None:

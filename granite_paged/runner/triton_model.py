@@ -93,9 +93,9 @@ class TritonModel(EagerModel):
             normed = self._decode_mlp(layer, hidden, normed, next_norm.weight)
         return self._one_row_logits(normed) if rows == 1 else self.logits(hidden)
 
-    def write_argmax(self, logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    def write_argmax(self, logits: Tensor, rows: Tensor) -> None:
         """See `EagerModel.write_argmax`."""
-        write_argmax(logits, rows, tokens)
+        write_argmax(logits, rows, self._storage.tokens, self._storage.nonfinite)
 
     # -- few rows: each product also writes its `DeferredNorm` -----------------------------------
 

@@ -127,7 +127,7 @@ def compile_all(tiles: Tiles = EVERY_TILE) -> None:
     pointwise.silu_mul(unset(2, 8192))
     fed = torch.zeros(3, dtype=torch.int64)
     tokens.embed(fed, rows, unset(config.vocab_size, hidden), 12.0, norm)
-    tokens.write_argmax(unset(2, config.vocab_size), rows, fed)
+    tokens.write_argmax(unset(2, config.vocab_size), rows, fed, torch.zeros(3, dtype=torch.uint8))
     compile_exact(mixer, tiles.products)
 
 

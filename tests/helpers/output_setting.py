@@ -87,7 +87,7 @@ class Setting:
     def say(self, job: SampleJob, *tokens: int) -> None:
         """Read some tokens of a job, each in a step of its own."""
         for token in tokens:
-            self.read({"tokens": [token], "bad": [False]}, drawn=[(job, job.generation)])
+            self.read({"tokens": [token], "bad": [False]}, drawn=[(job, job.generation, 0)])
 
     def tell(self, job: SampleJob, *tokens: int) -> None:
         """Read and deliver."""

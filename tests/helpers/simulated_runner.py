@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from granite_paged.device import finite_rows
 from granite_paged.paging.allocator import AppendPlan
 from granite_paged.runner.memory_plan import MemoryPlan
 from granite_paged.runner.shapes import Shapes
@@ -239,6 +240,7 @@ class SimulatedRunner:
         ]
         logits = torch.stack(outputs)
         self.tokens[list(rows)] = logits.argmax(dim=-1)
+        self.nonfinite[list(rows)] |= ~finite_rows(logits)
         return logits
 
     def warm_up(self, progress: Any = None) -> None: ...

@@ -29,7 +29,7 @@ def over(setting: Setting, *answers: tuple[float, list[int]]) -> BeamRequest:
     request = searched(width=len(answers))
     request.answers = list(answers)
     numbers = {"tokens": [1], "bad": [False], "top_tokens": [[]], "top_logprobs": [[]]}
-    setting.read(numbers, drawn=[(request.jobs[0], 0)])
+    setting.read(numbers, drawn=[(request.jobs[0], 0, 0)])
     return request
 
 

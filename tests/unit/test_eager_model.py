@@ -24,7 +24,11 @@ def make(**parts: Any) -> tuple[EagerModel, Any]:
     table.settle()
     pool = mock.Mock()
     pages = SimpleNamespace(table=table, pools={1: pool}, geometry=SimpleNamespace(page_size=PAGE))
-    storage: Any = SimpleNamespace(pages=pages, nonfinite=torch.zeros(ROWS, dtype=torch.uint8))
+    storage: Any = SimpleNamespace(
+        pages=pages,
+        tokens=torch.zeros(ROWS, dtype=torch.int64),
+        nonfinite=torch.zeros(ROWS, dtype=torch.uint8),
+    )
     live = SimpleNamespace(
         lm_head=lambda hidden: 10 * hidden,
         base_model=SimpleNamespace(norm=lambda hidden: hidden + 1, **parts),
@@ -104,11 +108,18 @@ def test_a_decode_step_feeds_the_next_token_of_its_rows() -> None:
 
 def test_the_first_of_equal_logits_is_written() -> None:
     model, _ = make()
-    tokens = torch.zeros(ROWS, dtype=torch.int64)
-    model.write_argmax(
-        torch.tensor([[1.0, 3.0, 3.0], [5.0, 2.0, 1.0]]), torch.tensor([4, 2]), tokens
-    )
-    assert tokens.tolist() == [0, 0, 0, 0, 1]
+    model.write_argmax(torch.tensor([[1.0, 3.0, 3.0], [5.0, 2.0, 1.0]]), torch.tensor([4, 2]))
+    assert model._storage.tokens.tolist() == [0, 0, 0, 0, 1]
+    assert model._storage.nonfinite.tolist() == [0] * ROWS
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_is_flagged_for_logits_that_are_not_finite(bad: float) -> None:
+    model, _ = make()
+    model._storage.nonfinite[3] = 1
+    logits = torch.tensor([[1.0, bad, 3.0], [5.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
+    model.write_argmax(logits, torch.tensor([4, 2, 3]))
+    assert model._storage.nonfinite.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_projections_are_split_by_head() -> None:

@@ -140,7 +140,7 @@ def test_a_result_concerns_each_job_once_unless_it_started_over_since() -> None:
     part = ScoreChunk(jobs[2], 0, 0, 0, 1, 1, 1, forked=False)
     result = PendingResult(
         Fetch(CPU),
-        drawn=[(jobs[0], 0), (jobs[1], 0)],
+        drawn=[(jobs[0], 0, 0), (jobs[1], 0, 1)],
         prefilled=[(whole(jobs[0]), None), (whole(jobs[3]), None)],
         scored=[part, part],
     )
@@ -231,8 +231,13 @@ def test_a_decode_computes_the_last_stored_token_of_each_row() -> None:
 
 def test_greedy_decodes_take_the_token_that_was_fed() -> None:
     setting = Setting()
-    (numbers,) = setting.read(decodes=[[sample(3), sample(1)]])
-    assert numbers == {"tokens": [FED, FED], "bad": [False, False]}
+    setting.device.nonfinite[3] = 1
+    jobs = [sample(3), sample(1)]
+    (result,) = setting.launch(decodes=[jobs])
+    numbers = result.fetch.read()
+    read = [(numbers["tokens"][at], numbers["bad"][at]) for _, _, at in result.drawn]
+    assert [(job, generation) for job, generation, _ in result.drawn] == [(job, 0) for job in jobs]
+    assert read == [(FED, 1), (FED, 0)]
 
 
 def test_a_decode_with_a_draw_draws_for_every_job_and_feeds_what_it_drew() -> None:
@@ -265,7 +270,7 @@ def test_a_job_whose_decode_raised_stays_isolated() -> None:
 def test_a_row_that_was_not_finite_is_bad(fault: int) -> None:
     setting = Setting()
     setting.device.nonfinite[1] = fault
-    (numbers,) = setting.read(decodes=[[sample(3), sample(1), sample(2)]])
+    (numbers,) = setting.read(decodes=[[sample(3), sample(1), sample(2, logprobs=0)]])
     assert numbers["bad"] == [False, True, False]
 
 
@@ -274,7 +279,7 @@ def test_logits_that_are_not_finite_are_bad(monkeypatch: pytest.MonkeyPatch) -> 
     logits = _logits(2)
     logits[1, 4] = float("inf")
     monkeypatch.setattr(setting.device, "decode", lambda rows, positions: logits)
-    (numbers,) = setting.read(decodes=[[sample(3), sample(1)]])
+    (numbers,) = setting.read(decodes=[[sample(3, logprobs=0), sample(1)]])
     assert numbers["bad"] == [False, True]
 
 
@@ -337,7 +342,7 @@ def test_the_last_chunk_of_a_prompt_draws_for_each_of_its_samples() -> None:
     middle, job, follower = sample(1), sample(2), sample(3)
     setting.planner.followers = [follower]
     _, drawn = setting.launch(prefills=[[whole(middle, last=False), whole(job)]])
-    assert drawn.drawn == [(job, 0), (follower, 0)]
+    assert drawn.drawn == [(job, 0, 0), (follower, 0, 1)]
     assert drawn.fetch.read()["tokens"] == [1, 1], "from the logits of the second chunk"
     assert setting.device.tokens.tolist() == [0, 0, 1, 1, 0, 0]
 

@@ -211,10 +211,16 @@ def test_an_embedding_is_rounded_once() -> None:
 
 
 def fed_tokens(logits: Tensor, rows: list[int]) -> list[int]:
-    """Return what write_argmax feeds the named rows of six, and check that others keep -1."""
+    """Return what write_argmax feeds the named rows of six.
+
+    Checks that others keep -1, and that the rows with logits that are not finite are flagged.
+    """
     fed = torch.full((6,), -1, device=DEVICE)
-    tokens.write_argmax(logits, torch.tensor(rows, device=DEVICE), fed)
+    nonfinite = torch.zeros(6, dtype=torch.uint8, device=DEVICE)
+    tokens.write_argmax(logits, torch.tensor(rows, device=DEVICE), fed, nonfinite)
     assert sorted({*range(6)} - set(rows)) == (fed == -1).nonzero().flatten().tolist()
+    bad = [row for row, each in zip(rows, logits, strict=True) if not each.isfinite().all()]
+    assert nonfinite.nonzero().flatten().tolist() == sorted(bad)
     return fed[rows].tolist()
 
 
@@ -239,6 +245,15 @@ def test_non_finite_logits_still_feed_a_valid_token() -> None:
     fed = fed_tokens(logits, [1, 2, 3])
     assert all(0 <= token < 9000 for token in fed)
     assert fed[2] == 8500
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 8191, 8192, 8999])
+def test_a_row_is_flagged_for_any_logit_that_is_not_finite(bad: float, column: int) -> None:
+    logits = torch.randn(3, 9000, device=DEVICE)
+    logits[1, column] = bad
+    ordered = logits.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    assert fed_tokens(logits, [5, 2, 4]) == ordered.argmax(1).tolist()
 
 
 # -- Mamba --------------------------------------------------------------------------------------

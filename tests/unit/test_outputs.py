@@ -23,8 +23,8 @@ def test_tokens_are_read_into_their_jobs_and_counted() -> None:
     first, second = asked().jobs[0], asked().jobs[0]
     assert setting.outputs.tokens == 0
     numbers = {"tokens": [1, 2], "bad": [False, False]}
-    setting.read(numbers, drawn=[(first, 0), (second, 0)])
-    setting.read(numbers, drawn=[(second, 0)])
+    setting.read(numbers, drawn=[(first, 0, 0), (second, 0, 1)])
+    setting.read(numbers, drawn=[(second, 0, 0)])
     assert (first.tokens, second.tokens) == ([5, 6, 1], [5, 6, 2, 1])
     assert setting.outputs.tokens == 3
     assert first.request.outputs[0].tokens == [], "nothing is delivered yet"
@@ -45,7 +45,7 @@ def test_a_token_for_a_job_that_restarted_or_ended_is_dropped() -> None:
     restarted, ended = asked().jobs[0], asked().jobs[0]
     restarted.generation, ended.state = 1, State.DONE
     numbers = {"tokens": [1, 2], "bad": [False, False]}
-    setting.read(numbers, drawn=[(restarted, 0), (ended, 0)])
+    setting.read(numbers, drawn=[(restarted, 0, 0), (ended, 0, 1)])
     assert restarted.tokens == ended.tokens == list(PROMPT)
     assert not setting.outputs.deliver()
 
@@ -54,7 +54,7 @@ def test_a_number_that_is_not_finite_fails_its_job_only() -> None:
     setting = Setting()
     bad, good = asked().jobs[0], asked().jobs[0]
     numbers = {"tokens": [1, 2], "bad": [True, False]}
-    setting.read(numbers, drawn=[(bad, 0), (good, 0)])
+    setting.read(numbers, drawn=[(bad, 0, 0), (good, 0, 1)])
     ((failed, error),) = setting.planner.failures
     assert failed is bad
     assert isinstance(error, NonFiniteRequest)
@@ -71,7 +71,7 @@ def test_a_result_that_cannot_be_read_concerns_its_jobs() -> None:
         raise fault
 
     fetch: Any = SimpleNamespace(read=fail)
-    setting.outputs.read(PendingResult(fetch, drawn=[(job, 0)]))
+    setting.outputs.read(PendingResult(fetch, drawn=[(job, 0, 0)]))
     assert setting.planner.recovered == [([job], fault)]
     assert job.tokens == list(PROMPT)
 
@@ -86,7 +86,7 @@ def test_the_logprobs_that_a_request_asks_for_are_reported() -> None:
         "top_tokens": [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
         "top_logprobs": [[-0.1, -0.2, -0.3]] * 3,
     }
-    setting.read(numbers, drawn=[(job, 0) for job in jobs])
+    setting.read(numbers, drawn=[(job, 0, at) for at, job in enumerate(jobs)])
     setting.outputs.deliver()
     assert [job.request.outputs[0].logprobs for job in jobs] == [
         [], [TokenLogprob(2, -2.0)], [TokenLogprob(3, -3.0, ((7, -0.1), (8, -0.2)))],
@@ -161,7 +161,7 @@ def test_a_beam_reports_the_candidates_that_its_search_asks_for() -> None:
     numbers = {
         "tokens": [1], "bad": [False], "top_tokens": [[1, 2, 3]], "top_logprobs": [[-1, -2, -3]],
     }  # fmt: skip
-    setting.read(numbers, drawn=[(job, 0)])
+    setting.read(numbers, drawn=[(job, 0, 0)])
     assert setting.beams.reports == [(job, [(-1, 1), (-2, 2)])]
     assert (setting.outputs.tokens, job.tokens) == (1, list(PROMPT))
     assert not setting.outputs.deliver(), "the search goes on"

@@ -64,35 +64,42 @@ def embed(
 
 @triton.jit
 def _write_argmax(
-    logits_ptr, rows_ptr, tokens_ptr, columns, EARLY: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits_ptr, rows_ptr, tokens_ptr, nonfinite_ptr,
+    columns, EARLY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(0)
     row = tl.load(rows_ptr + batch)
     logits = logits_ptr + batch.to(tl.int64) * columns
     at = tl.arange(0, BLOCK)
     place = tl.minimum(at, columns - 1)  # a valid token even if no logit is above -inf
     highest = tl.full([BLOCK], float("-inf"), tl.float32)
+    is_bad = tl.zeros([BLOCK], tl.int1)
     wait(EARLY)
     for start in range(0, columns, BLOCK):
         column = start + at
-        value = tl.load(logits + column, mask=column < columns, other=float("-inf"))
-        is_better = value.to(tl.float32) > highest
-        highest = tl.where(is_better, value.to(tl.float32), highest)
+        there = column < columns
+        value = tl.load(logits + column, mask=there, other=float("-inf")).to(tl.float32)
+        is_better = value > highest
+        highest = tl.where(is_better, value, highest)
         place = tl.where(is_better, column, place)
+        is_bad |= there & ((value - value) != 0)  # of infinities and NaN it is NaN
     is_best = highest == tl.max(highest, axis=0)
     tl.store(tokens_ptr + row, tl.min(tl.where(is_best, place, columns - 1), axis=0))
+    if tl.max(is_bad.to(tl.int32), axis=0) > 0:
+        tl.store(nonfinite_ptr + row, 1)
 
 
-def write_argmax(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+def write_argmax(logits: Tensor, rows: Tensor, tokens: Tensor, nonfinite: Tensor) -> None:
     """Set `tokens[rows[i]]` to the argmax of `logits[i]`: the first of equals, never a NaN.
 
     Args:
         logits: [B, vocabulary], contiguous.
         rows: [B] int64; a row that is named twice gets one of its tokens.
         tokens: [rows] int64, input token of every row; written in place.
+        nonfinite: [rows] uint8, set to 1 where a logit is NaN or infinite.
     """
     batch, columns = logits.shape
     block = min(BLOCK, int(triton.next_power_of_2(columns)))
     _write_argmax[(batch,)](
-        logits, rows, tokens, columns, BLOCK=block, num_warps=16, **early(logits.device)
+        logits, rows, tokens, nonfinite, columns, BLOCK=block, num_warps=16, **early(logits.device)
     )
