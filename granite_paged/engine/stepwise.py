@@ -86,7 +86,7 @@ class StepwiseEngine:
         self._streams = StreamThread()
         self._closed = self._is_shut = False
         if warmup == "full":
-            self._warm_up(progress)
+            self._warm_up(progress, EngineCore(self.runner, None, limits, state_bytes, frozenset()))
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -259,10 +259,12 @@ class StepwiseEngine:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _warm_up(self, progress: Progress) -> None:
+    def _warm_up(self, progress: Progress, rehearsed: EngineCore) -> None:
         try:
             with on_device(self.runner.device):
                 self.runner.warm_up(progress)
+                if self.runner.device.type == "cuda":
+                    _rehearse(rehearsed, self.runner)
         except BaseException:
             self.close()
             raise
@@ -313,6 +315,22 @@ class StepwiseEngine:
             self._is_shut = True
             self._core.close()
             self.runner.close()
+
+
+def _rehearse(core: EngineCore, runner: Runner) -> None:
+    """Answer two prompts that begin with the same tokens, one by one, and forget them.
+
+    So torch loads its kernels, and allocates memory, before a request waits for that.
+
+    core: parts of an engine on this runner. They are closed.
+    """
+    length = min(runner.alignment + 2, runner.longest - 3)
+    drawn = SamplingParams(max_new_tokens=3, temperature=1.0, logprobs=1, stop_tokens=())
+    for params in (SamplingParams(max_new_tokens=3, stop_tokens=()), drawn):
+        core.intake.samples((0,) * length, params, None)
+        while not core.idle:
+            core.step()
+    core.close()
 
 
 def _check_parts(tokenizer: Any, runner: Any) -> None:

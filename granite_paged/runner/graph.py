@@ -140,6 +140,7 @@ class CapturedStep:
             ):
                 self._compute()
         self._graph = graph
+        self.run(self.padding())  # the first replay takes longer: it sends the graph to the device
 
     def _compute(self) -> None:
         rows, positions, tokens, last = (self._inputs[start:end] for start, end in self._spans)

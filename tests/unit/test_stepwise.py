@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from granite_paged.engine import stepwise
+from granite_paged.engine.core import EngineCore
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import Output, Request, SamplingParams
 from granite_paged.engine.stepwise import StepwiseEngine
@@ -95,6 +98,42 @@ def test_a_full_warm_up_is_the_default_and_a_lazy_one_is_none() -> None:
     assert device_of(make()).warmed == [silent]
     assert device_of(make(warmup="full", progress=print)).warmed == [print]
     assert device_of(make(warmup="lazy")).warmed == []
+
+
+@pytest.mark.parametrize(("kind", "times"), [("cuda", 1), ("cpu", 0)])
+def test_an_engine_on_a_gpu_rehearses_after_its_full_warm_up(
+    kind: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def note(core: EngineCore, runner: Any) -> None:
+        seen.append((runner.warmed, core))
+
+    monkeypatch.setattr(stepwise, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(stepwise, "_rehearse", note)
+    device = Device()
+    device.device = SimpleNamespace(type=kind)
+    engine = make(device=device)
+    assert [warmed for warmed, _ in seen] == [[silent]] * times
+    assert engine._core not in [core for _, core in seen]
+    make(device=device, warmup="lazy")
+    assert len(seen) == times
+
+
+@pytest.mark.parametrize("queue", [1, 8])
+def test_a_rehearsal_answers_and_leaves_nothing(queue: int) -> None:
+    device = Device()
+    engine = make(device=device, queue=queue)
+    stepwise._rehearse(engine._core, engine.runner)
+    assert device.computed >= 2 * 3
+    stats = engine.stats()
+    assert (stats.waiting, stats.running, stats.pages_held, stats.state_bytes) == (0, 0, 0, 0)
+    engine.check_valid()
+    fresh, after = make(), make(device=device)
+    answers = [each.submit([1, 2, 3], PARAMS) for each in (fresh, after)]
+    drain(fresh)
+    drain(after)
+    assert answers[0].outputs[0].tokens == answers[1].outputs[0].tokens != []
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
