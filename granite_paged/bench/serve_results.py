@@ -65,7 +65,10 @@ class EngineRow:
             statistics.
         request_ms: the same, from a request's arrival to its last token.
         speedup: tokens per second of `paged` in the second round, divided by those of this engine.
-        tokens_equal: share of requests that got the same tokens from `paged`.
+        first_tokens_equal: share of requests that got the same first token from `paged`. Where the
+            engines run one model, it is near 1.
+        tokens_equal: share of requests that got the same tokens from `paged`, all of them. In half
+            precision, one near-tie changes the rest of an answer.
         start_seconds: from a loaded model to a warm engine for `paged`; until vLLM was ready, model
             loaded, for the others.
         device_bytes: device memory in use after the second round, of all processes.
@@ -81,6 +84,7 @@ class EngineRow:
     first_token_ms: tuple[float, float] | None = None
     request_ms: tuple[float, float] | None = None
     speedup: float | None = None
+    first_tokens_equal: Share | None = None
     tokens_equal: Share | None = None
     start_seconds: float | None = None
     device_bytes: int | None = None
@@ -151,7 +155,7 @@ def _check_rows(rows: Sequence[EngineRow], path: str) -> None:
 
 # -- tables -------------------------------------------------------------------------------------
 
-COLUMNS = ("tokens/s", "paged is", "first token", "same tokens", "start", "GB")
+COLUMNS = ("tokens/s", "paged is", "first token", "same first", "same tokens", "start", "GB")
 """Headings of the columns after the engine's name; times to the first token are medians."""
 
 
@@ -161,10 +165,15 @@ def cells(row: EngineRow) -> list[str]:
         significant(row.tokens_per_second[1] if row.tokens_per_second else None),
         f"{row.speedup:.2f} x" if row.speedup else "-",
         f"{significant(row.first_token_ms[0])} ms" if row.first_token_ms else "-",
-        f"{row.tokens_equal:.0%}" if row.tokens_equal is not None else "-",
+        _percent(row.first_tokens_equal),
+        _percent(row.tokens_equal),
         f"{significant(row.start_seconds)} s" if row.start_seconds is not None else "-",
         gigabytes(row.device_bytes),
     ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def conditions(row: EngineRow) -> str:

@@ -201,7 +201,7 @@ def row_of(engine: str, run: EngineRun, ours: EngineRun) -> EngineRow:
     """Summarise a run, and compare its second round with that of our engine."""
     last, mine = run.rounds[1].requests, ours.rounds[1].requests
     first, second = rates = _rates(run)
-    same = [request.tokens == other.tokens for request, other in zip(last, mine, strict=True)]
+    pairs = [(request.tokens, other.tokens) for request, other in zip(last, mine, strict=True)]
     return EngineRow(
         engine=engine,
         requests=len(last),
@@ -211,7 +211,8 @@ def row_of(engine: str, run: EngineRun, ours: EngineRun) -> EngineRow:
         first_token_ms=_milliseconds([request.first_token_s for request in last]),
         request_ms=_milliseconds([request.request_s for request in last]),
         speedup=_rates(ours)[1] / rates[1],
-        tokens_equal=sum(same) / len(same),
+        first_tokens_equal=sum(tokens[:1] == other[:1] for tokens, other in pairs) / len(pairs),
+        tokens_equal=sum(tokens == other for tokens, other in pairs) / len(pairs),
         start_seconds=run.start_seconds,
         device_bytes=run.device_bytes,
         versions=run.versions,

@@ -16,6 +16,7 @@ import torch
 
 from granite_paged.bench import vllm_serving
 from granite_paged.bench.serve_results import read_serve
+from granite_paged.bench.vllm_serving import EngineRun, ServedRequest, ServedRound, row_of
 from granite_paged.cli.main import INTERRUPTED, OK, USAGE, run
 from granite_paged.cli.options import FAILED, ModelChoice
 from granite_paged.engine.engine import Engine
@@ -139,7 +140,7 @@ def test_random_weights_reach_vllm_as_a_checkpoint(
 def test_rows_compare_the_second_round_with_ours(called: Path, tmp_path: Path) -> None:
     _, file = serve(tmp_path)
     ours, *theirs = read_serve(file).rows
-    assert (ours.speedup, ours.tokens_equal) == (1.0, 1.0)
+    assert (ours.speedup, ours.first_tokens_equal, ours.tokens_equal) == (1.0, 1.0, 1.0)
     for row in theirs:
         assert row.tokens_equal == 0.0  # the fake answers one token over and over
         assert row.first_token_ms == (500.0, 500.0)
@@ -150,6 +151,15 @@ def test_rows_compare_the_second_round_with_ours(called: Path, tmp_path: Path) -
         assert row.output_tokens / row.seconds[1] == pytest.approx(row.tokens_per_second[1])
         expected = ours.tokens_per_second[1] / row.tokens_per_second[1]
         assert row.speedup == pytest.approx(expected)
+
+
+def test_a_row_counts_answers_that_begin_alike_and_those_that_are_equal() -> None:
+    def run(*answers: list[int]) -> EngineRun:
+        done = ServedRound(1.0, [ServedRequest(tokens) for tokens in answers])
+        return EngineRun((done, done), 1.0, {}, {})
+
+    row = row_of("vllm defaults", run([1, 2], [3, 4], [9], [5]), run([1, 2], [3, 5], [3], [5, 6]))
+    assert (row.first_tokens_equal, row.tokens_equal) == (0.75, 0.25)
 
 
 def test_times_are_left_out_where_vllm_keeps_no_statistics(

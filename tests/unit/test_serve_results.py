@@ -32,6 +32,7 @@ ROWS = [
         tokens_per_second=(10.0, 20.0),
         first_token_ms=(1.0, 2.0),
         speedup=1.25,
+        first_tokens_equal=0.75,
         tokens_equal=0.5,
         start_seconds=3.0,
         device_bytes=2 * 10**9,
@@ -73,7 +74,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 def test_the_table_shows_the_ratio_and_why_a_row_has_no_numbers() -> None:
     text = serve_table(RESULT)
     assert re.search(
-        r"^\| vllm float32 state \|.* 20 .* 1\.25 x .* 50% .* 2\.00 ", text, re.MULTILINE
+        r"^\| vllm float32 state \|.* 20 .* 1\.25 x .* 75% .* 50% .* 2\.00 ", text, re.MULTILINE
     )
     assert "- vllm defaults: vLLM ended with status 1: no kernel" in text
     assert "vllm 0.25.1, max_num_seqs=2" in text
