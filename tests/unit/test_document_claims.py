@@ -25,6 +25,7 @@ from granite_paged.batch import request as batch_request
 from granite_paged.batch import run as batch_run
 from granite_paged.bench import calibration, judge, session, suites, visits
 from granite_paged.bench.cases import CASES, Shape
+from granite_paged.bench.serve_results import ServeResult, read_serve, serve_table
 from granite_paged.bench.workload import Workload
 from granite_paged.checkpoints import TINY_RECALL
 from granite_paged.cli import options
@@ -237,12 +238,50 @@ def test_limits_state_the_recorded_cold_start_of_one_process() -> None:
     )
 
 
-# -- the engine on an H100, from golden/engine ---------------------------------------------------
+# -- the engine, from golden/engine --------------------------------------------------------------
+
+
+def of_engine(gpu: str) -> dict[str, Any]:
+    """Return the entries of a GPU in `golden/engine`."""
+    path = ROOT / "golden" / "engine" / f"{gpu}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def step_times(times: dict[str, dict[str, float]]) -> str:
+    """Return the milliseconds of decode steps as a cell of the benchmark page."""
+    engine, runner = (
+        ", ".join(f"{each[who]:.2f}" for each in times.values()) for who in ("engine", "runner")
+    )
+    return f"{engine} ms; {runner} ms"
+
+
+def test_pages_state_the_record_of_the_engine_on_an_h200() -> None:
+    run = of_engine(H200)["engine_figures"]
+    median = statistics.median
+    burst, mixed = run["burst_seconds"], run["mixed_tokens_per_second"]
+    first, *again = burst["not_streamed"]
+    assert_states(
+        "docs/benchmarks.md",
+        f"| {first:.2f} s, {median(again):.2f} s |",
+        f"not measured | {median(burst['streamed']):.2f} s |",
+        "| {:,.0f}, {:,.0f} |".format(mixed["not_streamed"][0], median(mixed["not_streamed"][1:])),
+        f"not measured | {median(mixed['streamed']):,.0f} |",
+        "| {:.2f} s, {:.2f} s |".format(*run["shared_seconds"]),
+        "| {:.2f} ms, {:.2f} ms |".format(*run["between_tokens_ms"]),
+        f"| {step_times(run['decode_step_ms'])} |",
+    )
+    starts = run["start_seconds"]
+    empty, full = f"{starts['empty_caches']:.0f}", f"{median(starts['full_caches']):.0f}"
+    assert_states("docs/benchmarks.md", f"| {empty} s, {full} s |")
+    assert_states("README.md", f"on an H200 in {empty} s, in {full} s the second time")
+    assert_states("docs/limits.md", f"{empty} and {full} s on an H200")
+    assert run["late_captures"] == 0
+    assert run["rows_at_once"] == 256
 
 
 def test_pages_state_the_session_on_an_h100() -> None:
-    path = ROOT / "golden" / "engine" / f"{H100}.json"
-    run = json.loads(path.read_text(encoding="utf-8"))
+    run = of_engine(H100)
     median = statistics.median
 
     def row(name: str, form: str) -> str:
@@ -260,8 +299,9 @@ def test_pages_state_the_session_on_an_h100() -> None:
         f"{first:.2f} s, {second:.2f} s",
         f"{100 * run['batch_over_generate']:.1f} %",
         f"{ratios[0]:.2f} and {ratios[1]:.2f} times",
-        f"{run['ray']['requests']:,} requests on two H100s against one | not measured | "
+        f"{run['ray']['requests']:,} requests on two GPUs against one | not measured | "
         f"{ray_ratio:.2f} times",
+        f"| {step_times(run['decode_step_ms'])} |",
     )
     assert_states(
         "docs/limits.md",
@@ -271,16 +311,18 @@ def test_pages_state_the_session_on_an_h100() -> None:
     )
     warm = run["warm_up_seconds"]
     empty, filled = f"{warm['empty_caches']:.0f} s", f"{median(warm['warm_caches']):.0f} s"
-    assert_states("README.md", f"on an H100 in {empty}, in {filled} the second time")
+    assert_states("README.md", f"(on an H100 {empty.removesuffix(' s')} and {filled})")
+    assert_states("docs/benchmarks.md", f"| {empty}, {filled} |")
     assert_states("docs/limits.md", f"took {empty} with empty caches and {filled} with warm ones")
+    changed = 1 - two["equal_to_one_gpu_answering_all"] / two["requests"]
+    assert_states("docs/benchmarks.md", f"other batches alone change {100 * changed:.0f} %")
     assert_states("docs/limits.md", f"In exact mode all {two['requests']:,} are equal")
     overheads = [each["engine"] / each["runner"] for each in run["decode_step_ms"].values()]
     assert max(overheads) < 1.05
 
 
 def test_the_guide_states_the_cost_of_exact_mode() -> None:
-    path = ROOT / "golden" / "engine" / f"{H100}.json"
-    run = json.loads(path.read_text(encoding="utf-8"))["exact"]
+    run = of_engine(H100)["exact"]
     two = run["two_gpus"]
     assert two["equal_to_one_gpu_answering_all"] == two["requests"]
     faster = two["two_tokens_per_second"] / two["one_tokens_per_second"]
@@ -325,13 +367,44 @@ README_VLLM = {
     "first token, 1 × 512": "first token, 1 × 512",
     "first token, 1 × 16,384": "first token, 1 × 16,384",
     "decode step 32 × 512": "decode step, 32 × 512",
-    "512 mixed requests, output tokens per second": "512 mixed requests, output tokens per second",
     "128 × 1,024 with 128 tokens each, per step": "128 × 1,024, 128 tokens each: per step, "
     "prefill overlapping",
     "64 prompts that share 4,096 tokens, second time": "the same again",
-    "start to first token, cold caches": "start to first token, cold caches",
 }
 """Rows of the README's table, and what each is called in the file."""
+
+
+def served() -> ServeResult:
+    """Return what `bench serve --mode vllm` wrote."""
+    return read_serve(ROOT / "golden" / "vllm" / f"serve-vllm-0.25.1.{H200}.json")
+
+
+def test_pages_show_the_workload_that_both_engines_served() -> None:
+    found = served()
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    table = [line for line in serve_table(found).splitlines() if line.startswith("|")]
+    assert "\n".join(["", *table, ""]) in page
+    load, (ours, *theirs) = found.workload, found.rows
+    versions = theirs[0].versions
+    assert {row.versions["vllm"] for row in theirs} == {"0.25.1"}
+    assert (found.device, found.dtype, ours.settings["max_sequences"]) == (
+        "NVIDIA H200", "bfloat16", "256",
+    )  # fmt: skip
+    assert {row.settings["gpu_memory_utilization"] for row in theirs} == {"0.92"}
+    assert {row.tokens_equal for row in theirs} == {0.0}
+    assert_states(
+        "docs/benchmarks.md",
+        f"{load.requests} requests at once, prompts of {load.prompt_tokens[0]} to "
+        f"{load.prompt_tokens[1]} tokens, answers of {load.new_tokens[0]} to {load.new_tokens[1]}",
+        f"torch {versions['torch']}, Triton {versions['triton']}, "
+        f"transformers {versions['transformers']}",
+    )
+    rates = [row.tokens_per_second[1] for row in (ours, *theirs) if row.tokens_per_second]
+    assert_states(
+        "README.md",
+        f"| 512 requests at once, output tokens per second | {max(rates[1:]):,.0f} | "
+        f"{rates[0]:,.0f} |",
+    )
 
 
 def vllm() -> dict[str, Any]:
@@ -363,7 +436,7 @@ def vllm_cells(row: dict[str, str], *, one_vllm: bool = False) -> dict[str, str]
 
 def test_the_benchmark_page_shows_the_comparison_with_vllm() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    section = page[page.index("## Compared with vLLM") : page.index("## Since that run")]
+    section = page[page.index("### Prompts, decode") : page.index("## Since that run")]
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     cells = [(row["work"], *vllm_cells(row).values()) for row in vllm()["rows"]]
     assert rows == [f"| {' | '.join(row)} |" for row in cells]
@@ -400,7 +473,7 @@ def test_pages_name_the_conditions_of_the_comparison_with_vllm() -> None:
         f"up to {found['conditions']['most_sequences']} sequences",
         "medians after warm-up",
     )
-    assert_states("README.md", f"vLLM {found['versions']['vllm']}, end to end", "(one run, ")
+    assert_states("README.md", f"vLLM {found['versions']['vllm']}, end to end", "copied by hand")
     assert_states("README.md", f"one NVIDIA H200, torch {torch_version}, Granite-4.0-H-1B's sizes")
 
 
