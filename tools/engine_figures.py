@@ -9,7 +9,7 @@ entries go to the file of the GPU in `golden/engine`::
     mixed_tokens_per_second  the same of 512 requests: prompts of 32 to 512 tokens, 128 to 512 new
     shared_seconds           64 prompts that share 4,096 tokens: the first time, and the second
     between_tokens_ms        of streams while prompts of 8,192 tokens arrive: median and 99 %
-    decode_step_ms           of the engine, and of its runner alone, by rows
+    decode_step_ms           by rows: of the engine, and of a runner of its sizes alone
     late_captures            steps that were compiled or captured while a request waited
 
 Bursts and mixed requests are measured run after run, with requests that are not streamed, and
@@ -40,7 +40,7 @@ from granite_paged.engine.request import SamplingParams
 from granite_paged.errors import InvalidArgument
 from granite_paged.geometry import PagedConfig, pages_for
 from granite_paged.models import LoadedModel
-from tools.exact_cost import Mode
+from granite_paged.runner.runner import Runner
 from tools.golden_engine import (
     FOLDER,
     add_entry,
@@ -148,35 +148,35 @@ def shared(engine: Engine, loads: Loads, vocabulary: int) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def decode_steps(engine: Engine, loaded: LoadedModel, loads: Loads) -> dict[str, dict[str, float]]:
-    """Return the milliseconds of a decode step by the engine, and by a runner alone."""
-    found = {}
+def engine_steps(engine: Engine, vocabulary: int, loads: Loads) -> dict[int, float]:
+    """Return the milliseconds of a decode step by the engine, by rows."""
+    found, prompt = {}, (loads.context, loads.context)
     for rows in loads.decodes:
-        prompt = (loads.context, loads.context)
-
-        def taken(new: int, rows: int = rows, prompt: tuple[int, int] = prompt) -> float:
+        taken = []
+        for new in (1, loads.steps + 1):
             load = Workload(rows, prompt_tokens=prompt, new_tokens=(new, new))
-            coming = arrivals(load, loaded.model.config.vocab_size, seed=new)
-            return seconds(engine, coming, streamed=False)
+            coming = arrivals(load, vocabulary, seed=new)
+            taken.append(seconds(engine, coming, streamed=False))
+        found[rows] = 1e3 * (taken[1] - taken[0]) / loads.steps
+    return found
 
-        of_engine = (taken(loads.steps + 1) - taken(1)) / loads.steps
-        size = PagedConfig().page_size
-        longest = pages_for(loads.context + loads.steps, size) * size
-        mode = Mode(loaded.model, rows, longest, exact=False)
-        step = mode.decode(rows, loads.context)
-        clock = Clock(loaded.model.device)
-        for count in (2, loads.steps):  # the first capture
+
+def runner_steps(runner: Runner, loads: Loads) -> dict[int, float]:
+    """Return the milliseconds of the same steps by a runner of the engine's sizes, by rows."""
+    found, clock = {}, Clock(runner.device)
+    each = pages_for(loads.context + loads.steps, runner.config.page_size)
+    for rows in loads.decodes:
+        which = list(range(1, rows + 1))
+        runner.clear_rows(which)
+        for row in which:
+            runner.set_pages(row, range(1 + (row - 1) * each, 1 + row * each))
+        for count in (1, loads.steps):  # the first capture
             clock.wait()
             begin = time.perf_counter()
-            for _ in range(count):
-                step()
+            for position in range(loads.context, loads.context + count):
+                runner.decode(which, [position] * rows)
             clock.wait()
-            of_runner = (time.perf_counter() - begin) / count
-        mode.runner.close()
-        found[str(rows)] = {
-            "engine": round(1e3 * of_engine, 3),
-            "runner": round(1e3 * of_runner, 3),
-        }
+            found[rows] = 1e3 * (time.perf_counter() - begin) / count
     return found
 
 
@@ -197,12 +197,22 @@ def measured(loaded: LoadedModel, config: PagedConfig, loads: Loads) -> dict[str
         times = both_ways(engine, mixed, loads.runs)
         rates = {way: [round(asked / t) for t in each] for way, each in times.items()}
         note("mixed_tokens_per_second", rates)
-        both = [round(each, 3) for each in shared(engine, loads, vocabulary)]
-        note("shared_seconds", both)
+        note("shared_seconds", [round(each, 3) for each in shared(engine, loads, vocabulary)])
         streams = summary(serve(engine, arrivals(loads.streams, vocabulary, seed=0)))
         note("between_tokens_ms", [round(each, 2) for each in streams.between_tokens_ms])
         note("late_captures", engine.stats().late_captures)
-        note("decode_step_ms", decode_steps(engine, loaded, loads))
+        by_engine = engine_steps(engine, vocabulary, loads)
+    runner = Runner.for_model(loaded.model, config)
+    by_runner = runner_steps(runner, loads)
+    runner.close()
+    both = {"engine": by_engine, "runner": by_runner}
+    note(
+        "decode_step_ms",
+        {
+            str(rows): {who: round(ms[rows], 3) for who, ms in both.items()}
+            for rows in loads.decodes
+        },
+    )
     return found
 
 
