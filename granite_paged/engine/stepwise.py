@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -318,15 +319,16 @@ class StepwiseEngine:
 
 
 def _rehearse(core: EngineCore, runner: Runner) -> None:
-    """Answer two prompts that begin with the same tokens, one by one, and forget them.
+    """Answer three prompts that begin with the same tokens, one by one, and forget them.
 
-    So torch loads its kernels, and allocates memory, before a request waits for that.
+    So torch loads its kernels, and allocates memory, before a request waits for that. The second
+    prompt saves the state that the third one starts from.
 
     core: parts of an engine on this runner. They are closed.
     """
-    length = min(runner.alignment + 2, runner.longest - 3)
-    drawn = SamplingParams(max_new_tokens=3, temperature=1.0, logprobs=1, stop_tokens=())
-    for params in (SamplingParams(max_new_tokens=3, stop_tokens=()), drawn):
+    length = min(core.inspect().prefix.block + 1, runner.longest - 1)
+    greedy = SamplingParams(max_new_tokens=2, stop_tokens=())
+    for params in (greedy, replace(greedy, temperature=1.0, logprobs=1), greedy):
         core.intake.samples((0,) * length, params, None)
         while not core.idle:
             core.step()

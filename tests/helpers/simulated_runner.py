@@ -282,6 +282,7 @@ class SimulatedRunner:
             )
         self._states[row] = (*self._states[row], *tokens)
         for at, token in enumerate(tokens, start):
+            assert 0 <= token < self.vocabulary, f"row {row}: no such token: {token}"
             page = self._tables[row].get(at // self.config.page_size)
             assert page, f"row {row}: no page for position {at}"
             self._page(page)[at % self.config.page_size] = token

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from granite_paged.engine import stepwise
+from granite_paged.engine import executor, stepwise
 from granite_paged.engine.core import EngineCore
 from granite_paged.engine.engine import Engine
 from granite_paged.engine.request import Output, Request, SamplingParams
+from granite_paged.engine.sampling import draw
 from granite_paged.engine.stepwise import StepwiseEngine
 from granite_paged.errors import (
     CallbackFailed,
@@ -121,12 +122,23 @@ def test_an_engine_on_a_gpu_rehearses_after_its_full_warm_up(
 
 
 @pytest.mark.parametrize("queue", [1, 8])
-def test_a_rehearsal_answers_and_leaves_nothing(queue: int) -> None:
+def test_a_rehearsal_takes_every_path_and_leaves_nothing(
+    queue: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[SamplingParams] = []
+
+    def note(logits: Any, draws: Any, **options: Any) -> Any:
+        drawn.extend(each.params for each in draws)
+        return draw(logits, draws, **options)
+
+    monkeypatch.setattr(executor, "draw", note)
     device = Device()
     engine = make(device=device, queue=queue)
     stepwise._rehearse(engine._core, engine.runner)
-    assert device.computed >= 2 * 3
     stats = engine.stats()
+    assert (stats.tokens, stats.prefix_hits) == (3 * 2, 1)
+    assert any(params.samples for params in drawn)
+    assert any(params.logprobs is not None for params in drawn)
     assert (stats.waiting, stats.running, stats.pages_held, stats.state_bytes) == (0, 0, 0, 0)
     engine.check_valid()
     fresh, after = make(), make(device=device)
@@ -134,6 +146,15 @@ def test_a_rehearsal_answers_and_leaves_nothing(queue: int) -> None:
     drain(fresh)
     drain(after)
     assert answers[0].outputs[0].tokens == answers[1].outputs[0].tokens != []
+
+
+def test_a_rehearsal_fits_into_the_smallest_pool() -> None:
+    device = Device()
+    device.longest = device.alignment
+    engine = make(device=device)
+    stepwise._rehearse(engine._core, engine.runner)
+    assert engine.stats().tokens == 3 * 2
+    assert device.computed == 3 * device.longest
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=repr)
