@@ -175,6 +175,14 @@ class AllocatorMachine(RuleBasedStateMachine):
     def fork(self, parent: int) -> int:
         return self.model.fork(parent)
 
+    @rule(target=open_sequences, parent=open_sequences, tokens=st.integers(1, 4))
+    def fork_and_grow(self, parent: int, tokens: int) -> int:
+        """Grow both sides of a fork, which copies a page that is not full."""
+        self._append({parent: tokens})
+        child = self.model.fork(parent)
+        self._append({child: 1, parent: 1})
+        return child
+
     @rule(target=open_sequences, parent=open_sequences, pages=st.integers(0, 5))
     def share(self, parent: int, pages: int) -> int:
         return self.model.share(parent, pages)
