@@ -392,6 +392,8 @@ def test_pages_show_the_workload_that_both_engines_served() -> None:
     )  # fmt: skip
     assert {row.settings["gpu_memory_utilization"] for row in theirs} == {"0.92"}
     assert {row.tokens_equal for row in theirs} == {0.0}
+    assert {row.settings["enable_prefix_caching"] for row in theirs} == {"False"}
+    assert found.workload.shared_tokens == 0
     assert_states(
         "docs/benchmarks.md",
         f"{load.requests} requests at once, prompts of {load.prompt_tokens[0]} to "
