@@ -16,7 +16,7 @@ from granite_paged.device import Fetch, finite_rows, upload
 from granite_paged.engine.job import Job, SampleJob, ScoringJob, State
 from granite_paged.engine.sampling import Draw, draw, seen_tokens
 from granite_paged.engine.scheduler import Scheduler
-from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan
+from granite_paged.engine.step import PrefillChunk, ScoreChunk, StepPlan, calls
 from granite_paged.runner.runner import Chunk, Runner, Scores, scores_of
 from granite_paged.runner.storage import RowSnapshot
 
@@ -56,6 +56,9 @@ class Executor:
     def launch(self, step: StepPlan) -> list[PendingResult]:
         """Make every call of a step. Return the results of those that did not raise."""
         results: list[PendingResult] = []
+        loading = [job for job in dict.fromkeys(step.loading) if job.placement]
+        for group in calls(loading, loading):
+            self._attempt(results, group, self._load, group)
         for job in step.resumed:
             self._attempt(results, [job], self.feed, job)
         for jobs in step.decodes:
@@ -91,6 +94,11 @@ class Executor:
             self._concerned = []  # an idle engine keeps no request alive
 
     # -- calls ----------------------------------------------------------------------------------
+
+    def _load(self, jobs: Sequence[Job]) -> list[PendingResult]:
+        """Load the states that jobs start from, so that a fault concerns no other call."""
+        self._runner.load_states([job.placed.row for job in jobs])
+        return []
 
     def _decode(self, jobs: Sequence[SampleJob]) -> list[PendingResult]:
         places = [job.placed for job in jobs]

@@ -42,6 +42,7 @@ class RunningJobs:
 
     Attributes:
         short: pages ran out in this step, so no waiting job comes in.
+        loading: jobs that came in with a saved state in this step.
         forks: number of rows that continuations have in this step.
         moves: number of times that a job came to run or ceased to.
         swapped_bytes: host memory of preempted jobs.
@@ -61,6 +62,7 @@ class RunningJobs:
         self.rows = RowPool(device, limits.rows)
         self.counts = Counts()
         self.short = False
+        self.loading: list[Job] = []
         self.forks = self.moves = 0
         self.swapped_bytes = 0
         self._device = device
@@ -82,7 +84,7 @@ class RunningJobs:
 
     def begin_step(self) -> None:
         """Start a step: release what could not be released before."""
-        self.short = False
+        self.short, self.loading = False, []
         self._late.retry()
         self._release_late()
 
@@ -281,6 +283,7 @@ class RunningJobs:
             self._device.set_pages(place.row, hit.pages)
         if hit.state is not None:
             self._device.load_row(place.row, hit.state)
+            self.loading.append(job)
         self._reserve(place, place.target - hit.tokens)
         place.stored, place.reserved = hit.tokens, place.target
         self._prefix.used(job.path, hit, place.target)
@@ -295,6 +298,7 @@ class RunningJobs:
             self._reserve(place, swapped.stored)
             self._device.load_pages(self._allocator.pages_of(place.sequence), swapped.pages)
             self._device.load_row(place.row, swapped.state)
+            self.loading.append(job)
         except Exception:
             self.vacate(job)
             return False

@@ -52,7 +52,7 @@ class Scheduler(JobLifecycle):
         """Decide the next step and take its rows and pages."""
         self.counts.steps += 1
         self.running.begin_step()
-        step = StepPlan()
+        step = StepPlan(loading=self.running.loading)
         self._make_way(step)
         decodes = self._decodes()
         step.decodes = calls(decodes, decodes)

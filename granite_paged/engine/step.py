@@ -42,7 +42,7 @@ class Device(Protocol):
         ...
 
     def load_row(self, row: int, state: Any) -> None:
-        """Put a saved Mamba state into any row."""
+        """Put a saved Mamba state into any row, before its next step at the latest."""
         ...
 
     def save_pages(self, pages: Sequence[int]) -> Any:
@@ -82,11 +82,13 @@ class StepPlan:
     """Calls to make, in this order. An isolated job has calls of its own.
 
     Attributes:
+        loading: jobs that came in with a saved state, which is loaded first.
         resumed: jobs that came back from host memory; their last token is fed next.
         ready: contexts that came in with nothing left to compute. Their continuations are scored
             in the next step.
     """
 
+    loading: list[Job] = field(default_factory=list)
     decodes: list[list[SampleJob]] = field(default_factory=list)
     scores: list[list[ScoreChunk]] = field(default_factory=list)
     prefills: list[list[PrefillChunk]] = field(default_factory=list)

@@ -333,9 +333,13 @@ class Runner:
         return self._storage.save_row(row, to_host=to_host)
 
     def load_row(self, row: int, state: RowSnapshot) -> None:
-        """Put saved Mamba states into a row."""
+        """Put saved Mamba states into a row, before its next step at the latest."""
         self._check_rows([row])
         self._storage.load_row(row, state)
+
+    def load_states(self, rows: Sequence[int]) -> None:
+        """Carry out now what `load_row` deferred. If that raises, the rows must be cleared."""
+        self._storage.load_states(rows)
 
     def save_pages(self, pages: Sequence[int]) -> PageContents:
         """Copy K and V of these pages to host memory."""

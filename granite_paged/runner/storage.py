@@ -11,8 +11,8 @@
 Row 0 is the null row: it takes padding, belongs to no sequence and has no Mamba state. So the state
 of row r has index r - 1.
 
-States that rows shall begin with are gathered, as changes of the page table are, and copied when a
-step needs them: one copy serves all rows that begin with the same state.
+Loads of saved states are deferred, like changes of the page table, until a step needs them: one copy
+serves all rows that begin with the same state.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Storage(NamedTuple):
 
     Attributes:
         states: Mamba layer -> its part of `stacked`, with `rows` None.
-        loads: pending: row -> the state that it begins with.
+        loads: the deferred loads, row -> saved state.
     """
 
     pages: PageStore
@@ -78,18 +78,29 @@ class Storage(NamedTuple):
     loads: dict[int, RowSnapshot]
 
     def settle(self) -> None:
-        """Carry all pending changes to the device. What could not be copied is still pending."""
+        """Carry all pending changes to the device."""
         self.pages.table.settle()
-        while self.loads:
-            saved = next(iter(self.loads.values()))
-            rows = [row for row, other in self.loads.items() if other is saved]
-            self._copy(rows, saved)
-            for row in rows:
-                del self.loads[row]
+        if self.loads:
+            self.load_states(list(self.loads))
+
+    def load_states(self, rows: Sequence[int]) -> None:
+        """Carry out the deferred loads of these rows.
+
+        If that raises, their states may hold anything: the rows must be cleared.
+        """
+        wanted = {row: self.loads[row] for row in rows if row in self.loads}
+        try:
+            for saved in {id(saved): saved for saved in wanted.values()}.values():
+                self._copy([row for row, other in wanted.items() if other is saved], saved)
+        finally:
+            for row in wanted:
+                self.loads.pop(row, None)
 
     def copy_row(self, source: int, targets: Sequence[int]) -> None:
         """Copy a row to others: its page table, token, flag and states."""
-        self.settle()
+        self.load_states([source])
+        for target in targets:
+            self.loads.pop(target, None)
         (index,) = to_device(self.tokens.device, torch.tensor(targets))
         self.pages.table.copy_row(source, index)
         for tensor in (self.nonfinite, self.tokens):
@@ -111,15 +122,12 @@ class Storage(NamedTuple):
 
     def save_row(self, row: int, *, to_host: bool) -> RowSnapshot:
         """Copy a row's Mamba states, on the device or to host memory."""
-        self.settle()
+        self.load_states([row])
         save = host_copy if to_host else torch.clone
         return RowSnapshot(*(save(states[:, row - 1]) for states in self.stacked))
 
     def load_row(self, row: int, snapshot: RowSnapshot) -> None:
-        """Put saved Mamba states into a row: at once from host memory, else when a step needs them.
-
-        So a fault of a copy from host memory concerns this row only.
-        """
+        """Put saved Mamba states into a row. From host memory they are copied at once."""
         if snapshot.conv.device == self.tokens.device:
             self.loads[row] = snapshot
         else:
@@ -134,7 +142,7 @@ class Storage(NamedTuple):
         self.stacked.clear()
 
     def _copy(self, rows: Sequence[int], snapshot: RowSnapshot) -> None:
-        if len(rows) == 1:
+        if len(rows) == 1:  # needs no index on the device, and takes a copy in host memory
             for own, saved in zip(self.stacked, snapshot.parts, strict=True):
                 own[:, rows[0] - 1].copy_(saved, non_blocking=True)
             return

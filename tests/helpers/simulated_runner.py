@@ -151,6 +151,7 @@ class SimulatedRunner:
         self._contents: dict[int, list[int | None]] = {}
         self._tables: dict[int, dict[int, int]] = {row: {} for row in range(rows + 1)}
         self._states: dict[int, tuple[int, ...]] = dict.fromkeys(range(rows + 1), ())
+        self._loads: dict[int, SimulatedState] = {}
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -168,6 +169,7 @@ class SimulatedRunner:
 
     def fork_row(self, source: int, *targets: int) -> None:
         self._called("fork_row", [source, *targets])
+        self.load_states([source])
         self.forked += len(targets)
         for target in targets:
             self._tables[target] = dict(self._tables[source])
@@ -179,6 +181,7 @@ class SimulatedRunner:
         for row in rows:
             self._tables[row], self._states[row] = {}, ()
             self.nonfinite[row] = False
+            self._loads.pop(row, None)
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         self._called("set_pages", [row])
@@ -190,12 +193,19 @@ class SimulatedRunner:
 
     def save_row(self, row: int, *, to_host: bool = False) -> SimulatedState:
         self._called("save_row", [row])
+        self.load_states([row])
         return SimulatedState(self._states[row], bool(self.nonfinite[row]))
 
     def load_row(self, row: int, state: SimulatedState) -> None:
         self._called("load_row", [row])
-        self._states[row] = state.tokens
-        self.nonfinite[row] = state.unsound
+        self._loads[row] = state
+
+    def load_states(self, rows: Sequence[int]) -> None:
+        states = {row: self._loads.pop(row) for row in rows if row in self._loads}
+        self._called("load_states", rows)
+        for row, state in states.items():
+            self._states[row] = state.tokens
+            self.nonfinite[row] = state.unsound
 
     def save_pages(self, pages: Sequence[int]) -> SimulatedPages:
         self._called("save_pages", [])
@@ -275,6 +285,7 @@ class SimulatedRunner:
     def _compute(self, row: int, start: int, tokens: Sequence[int]) -> tuple[Any, ...]:
         """Write the tokens to pages and state, and return the tokens that the pages hold."""
         assert 0 < row <= self.rows, "the null row must compute nothing"
+        assert row not in self._loads, f"row {row}: its state is not loaded"
         self.computed += len(tokens)
         if len(self._states[row]) != start:
             self.mismatches.append(

@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import tiny_model
 
 DEVICE = (
     "write_pages", "forget_pages", "fork_row", "clear_rows", "set_pages", "save_row", "load_row",
-    "save_pages", "load_pages", "prefill", "score", "decode",
+    "load_states", "save_pages", "load_pages", "prefill", "score", "decode",
 )  # fmt: skip
 HOST: dict[str, tuple[Any, str]] = {
     "allocator.open": (PageAllocator, "open"),
@@ -138,6 +138,26 @@ def test_a_request_that_breaks_every_call_fails_alone(call: str) -> None:
     assert [r for r in asked if r.outputs[0].finish == "error"] == [victim]
     assert_only_named_failures(harness, asked)
     assert f"request {victim.number} raised Broken (always)" in str(victim.outputs[0].error)
+
+
+def test_a_state_that_cannot_be_loaded_ends_the_request_that_starts_from_it() -> None:
+    harness = EngineHarness(HashOracle(), {}, pages=40, rows=4)
+    harness.faulty = True
+    short = SamplingParams(max_new_tokens=2)
+    for _ in range(2):  # the second one leaves a state
+        harness.submit(STEM, short)
+        while harness.step():
+            pass
+    decoding = harness.submit([70, 71], SamplingParams(max_new_tokens=20))
+    for _ in range(3):
+        harness.step()
+    loads = harness.submit(STEM, short)
+    broken = raising_at(1, lambda: None)
+    harness.runner.fault = lambda made, rows: broken() if made == "load_states" else None
+    harness.drain()
+    assert broken.count() == 1  # type: ignore[attr-defined]
+    assert [each.outputs[0].finish for each in (decoding, loads)] == ["length", "error"]
+    assert_only_named_failures(harness, [decoding, loads])
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 9, 20, 40, 60])

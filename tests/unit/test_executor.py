@@ -22,7 +22,7 @@ from granite_paged.runner.runner import Chunk, Scores
 VOCABULARY, ROWS = 10, 6
 CPU = torch.device("cpu")
 FED = 9
-"""The token that the runner's decode feeds."""
+"""The token that the runner's decode feeds its first row; the next one is one more."""
 
 
 class Device:
@@ -39,9 +39,12 @@ class Device:
         self.unsound: set[int] = set()  # rows whose state is not finite
         self.no_memory: set[int] = set()  # rows whose state cannot be copied
 
+    def load_states(self, rows: list[int]) -> None:
+        self._called("load_states", rows)
+
     def decode(self, rows: list[int], positions: list[int]) -> Tensor:
         self._called("decode", rows, positions)
-        self.tokens[rows] = FED
+        self.tokens[rows] = FED + torch.arange(len(rows))
         return _logits(len(rows))
 
     def prefill(self, chunks: list[Chunk]) -> Tensor:
@@ -169,6 +172,24 @@ def test_a_step_feeds_decodes_scores_and_prefills_in_this_order() -> None:
     assert setting.planner.recovered == []
 
 
+def test_states_are_loaded_first_and_an_isolated_job_loads_alone() -> None:
+    setting = Setting()
+    first, second, alone, gone = (sample(row) for row in (3, 1, 2, 4))
+    alone.isolated, gone.placement = True, None
+    setting.launch(loading=[first, second, first, alone, gone], decodes=[[sample(5)]])
+    assert [call[0] for call in setting.device.calls] == ["load_states", "load_states", "decode"]
+    assert [call[1] for call in setting.device.calls[:2]] == [[3, 1], [2]]
+
+
+def test_a_load_that_raises_concerns_the_jobs_that_load() -> None:
+    setting = Setting()
+    setting.device.broken = "load_states"
+    loading, decoding = sample(1), sample(2)
+    (result,) = setting.launch(loading=[loading], decodes=[[decoding]])
+    assert setting.planner.recovered == [[loading]]
+    assert result.jobs == [decoding]
+
+
 def test_only_the_row_of_a_job_is_fed_its_last_token() -> None:
     setting = Setting()
     setting.executor.feed(sample(2, [1, 2, 3, 4]))
@@ -237,7 +258,7 @@ def test_greedy_decodes_take_the_token_that_was_fed() -> None:
     numbers = result.fetch.read()
     read = [(numbers["tokens"][at], numbers["bad"][at]) for _, _, at in result.drawn]
     assert [(job, generation) for job, generation, _ in result.drawn] == [(job, 0) for job in jobs]
-    assert read == [(FED, 1), (FED, 0)]
+    assert read == [(FED, 1), (FED + 1, 0)]
 
 
 def test_a_decode_with_a_draw_draws_for_every_job_and_feeds_what_it_drew() -> None:

@@ -168,15 +168,39 @@ def test_the_last_state_loaded_into_a_row_is_its_own() -> None:
     assert rows_of(storage)[2:] == [[0, 2, 2, 3, 4]] * 2
 
 
-def test_a_state_that_could_not_be_copied_is_still_pending() -> None:
+def test_only_the_rows_that_are_named_are_loaded() -> None:
     storage = numbered(0)
-    storage.load_row(1, storage.save_row(3, to_host=False))
-    with mock.patch.object(Storage, "_copy", side_effect=torch.OutOfMemoryError):
-        for _ in range(2):
-            with pytest.raises(torch.OutOfMemoryError):
-                storage.settle()
+    saved = storage.save_row(3, to_host=False)
+    for row in (1, 2, 4):
+        storage.load_row(row, saved)
+    storage.load_states([3, 4, 2])
+    assert rows_of(storage)[2:] == [[0, 1, 3, 3, 3]] * 2
+    assert list(storage.loads) == [1]
+
+
+def test_a_row_that_becomes_a_copy_begins_with_no_state_of_its_own() -> None:
+    storage = numbered(0)
+    saved = storage.save_row(3, to_host=False)
+    storage.load_row(1, saved)
+    storage.copy_row(2, [1])
     storage.settle()
-    assert rows_of(storage)[2:] == [[0, 3, 2, 3, 4]] * 2
+    assert rows_of(storage)[2:] == [[0, 2, 2, 3, 4]] * 2
+
+
+def test_a_load_that_raised_is_not_tried_again() -> None:
+    """Its rows are cleared for other owners, whose steps it does not concern."""
+    storage = numbered(0)
+    saved = storage.save_row(3, to_host=False)
+    for row in (1, 2):
+        storage.load_row(row, saved)
+    with (
+        mock.patch.object(Storage, "_copy", side_effect=torch.OutOfMemoryError),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        storage.load_states([1])
+    assert list(storage.loads) == [2]
+    storage.settle()
+    assert rows_of(storage)[2:] == [[0, 1, 3, 3, 4]] * 2
 
 
 @pytest.mark.parametrize("part", range(4))
