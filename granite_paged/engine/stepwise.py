@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -87,7 +88,8 @@ class StepwiseEngine:
         self._streams = StreamThread()
         self._closed = self._is_shut = False
         if warmup == "full":
-            self._warm_up(progress, EngineCore(self.runner, None, limits, state_bytes, frozenset()))
+            parts = partial(EngineCore, self.runner, None, limits, state_bytes, frozenset())
+            self._warm_up(progress, parts)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -260,12 +262,13 @@ class StepwiseEngine:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _warm_up(self, progress: Progress, rehearsed: EngineCore) -> None:
+    def _warm_up(self, progress: Progress, parts: Callable[[], EngineCore]) -> None:
         try:
             with on_device(self.runner.device):
                 self.runner.warm_up(progress)
                 if self.runner.device.type == "cuda":
-                    _rehearse(rehearsed, self.runner)
+                    with torch.inference_mode():  # as in a step
+                        _rehearse(parts(), self.runner)
         except BaseException:
             self.close()
             raise
@@ -321,8 +324,9 @@ class StepwiseEngine:
 def _rehearse(core: EngineCore, runner: Runner) -> None:
     """Answer three prompts that begin with the same tokens, one by one, and forget them.
 
-    So torch loads its kernels, and allocates memory, before a request waits for that. The second
-    prompt saves the state that the third one starts from.
+    This loads most of torch's kernels, and allocates memory, before the first request. The second
+    prompt saves the state that the third one starts from. What fails here fails again, by name, for
+    a request.
 
     core: parts of an engine on this runner. They are closed.
     """

@@ -139,8 +139,8 @@ class CapturedStep:
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 self._compute()
-        self._graph = graph
-        self.run(self.padding())  # the first replay takes longer: it sends the graph to the device
+            self._graph = graph
+            self.run(self.padding())  # the first replay takes longer: it sends the graph
 
     def _compute(self) -> None:
         rows, positions, tokens, last = (self._inputs[start:end] for start, end in self._spans)

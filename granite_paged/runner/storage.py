@@ -11,8 +11,8 @@
 Row 0 is the null row: it takes padding, belongs to no sequence and has no Mamba state. So the state
 of row r has index r - 1.
 
-Loads of saved states are deferred, like changes of the page table, until a step needs them: one copy
-serves all rows that begin with the same state.
+Loads of saved states are deferred, like changes of the page table, until a step needs them: one
+copy serves all rows that begin with the same state.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Storage(NamedTuple):
         self.stacked.clear()
 
     def _copy(self, rows: Sequence[int], snapshot: RowSnapshot) -> None:
-        if len(rows) == 1:  # needs no index on the device, and takes a copy in host memory
+        if len(rows) == 1:  # takes a copy in host memory, too
             for own, saved in zip(self.stacked, snapshot.parts, strict=True):
                 own[:, rows[0] - 1].copy_(saved, non_blocking=True)
             return

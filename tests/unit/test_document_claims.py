@@ -315,7 +315,7 @@ def test_pages_state_the_session_on_an_h100() -> None:
     assert_states("docs/benchmarks.md", f"| {empty}, {filled} |")
     assert_states("docs/limits.md", f"took {empty} with empty caches and {filled} with warm ones")
     changed = 1 - two["equal_to_one_gpu_answering_all"] / two["requests"]
-    assert_states("docs/benchmarks.md", f"other batches alone change {100 * changed:.0f} %")
+    assert_states("docs/benchmarks.md", f"other batches alone changed {100 * changed:.0f} %")
     assert_states("docs/limits.md", f"In exact mode all {two['requests']:,} are equal")
     overheads = [each["engine"] / each["runner"] for each in run["decode_step_ms"].values()]
     assert max(overheads) < 1.05

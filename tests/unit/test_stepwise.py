@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from granite_paged.engine import executor, stepwise
 from granite_paged.engine.core import EngineCore
@@ -108,6 +109,7 @@ def test_an_engine_on_a_gpu_rehearses_after_its_full_warm_up(
     seen: list[Any] = []
 
     def note(core: EngineCore, runner: Any) -> None:
+        assert torch.is_inference_mode_enabled(), "as in a step"
         seen.append((runner.warmed, core))
 
     monkeypatch.setattr(stepwise, "on_device", lambda device: contextlib.nullcontext())

@@ -77,12 +77,12 @@ def _write_argmax(
     wait(EARLY)
     for start in range(0, columns, BLOCK):
         column = start + at
-        there = column < columns
-        value = tl.load(logits + column, mask=there, other=float("-inf")).to(tl.float32)
+        inside = column < columns
+        value = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32)
         is_better = value > highest
         highest = tl.where(is_better, value, highest)
         place = tl.where(is_better, column, place)
-        is_bad |= there & ((value - value) != 0)  # of infinities and NaN it is NaN
+        is_bad |= inside & ((value - value) != 0)  # NaN for infinities and NaN
     is_best = highest == tl.max(highest, axis=0)
     tl.store(tokens_ptr + row, tl.min(tl.where(is_best, place, columns - 1), axis=0))
     if tl.max(is_bad.to(tl.int32), axis=0) > 0:
