@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from granite_paged.errors import RequestError
 from granite_paged.geometry import PagedConfig
 from granite_paged.layers.mamba import EXACT_CHUNK
 from granite_paged.models import TINY_RECALL
+from granite_paged.runner.runner import Runner
 from tests.helpers.tiny_models import tiny_model
 from tools import engine_figures, exact_cost, golden_engine
 
@@ -56,6 +58,25 @@ def test_it_writes_what_it_measured_and_keeps_the_rest(tmp_path: Path, monkeypat
     assert 0 < median <= slowest
     assert list(found["decode_step_ms"]) == ["1", "2"]
     assert all(step["runner"] > 0 for step in found["decode_step_ms"].values())
+
+
+def test_the_runner_computes_the_positions_of_the_engine(monkeypatch: Patch) -> None:
+    loads, seen = engine_figures.QUICK, list[tuple[list[int], list[int]]]()
+    decode = Runner.decode
+
+    def noted(runner: Runner, rows: Any, positions: Any) -> Any:
+        seen.append((list(rows), list(positions)))
+        return decode(runner, rows, positions)
+
+    monkeypatch.setattr(Runner, "decode", noted)
+    config = PagedConfig(page_size=16, max_sequences=4, max_tokens=1024)
+    with contextlib.closing(Runner.for_model(tiny_model(), config)) as runner:
+        found = engine_figures.runner_steps(runner, loads)
+    assert list(found) == [1, 2]
+    ran = range(loads.context, loads.context + loads.steps)
+    for rows in loads.decodes:
+        _first, *timed = [at for which, at in seen if which == list(range(1, rows + 1))]
+        assert timed == [[position] * rows for position in ran]
 
 
 def test_a_start_is_measured_with_caches_of_its_own(monkeypatch: Patch) -> None:
