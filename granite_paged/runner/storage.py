@@ -142,7 +142,8 @@ class Storage(NamedTuple):
         self.stacked.clear()
 
     def _copy(self, rows: Sequence[int], snapshot: RowSnapshot) -> None:
-        if len(rows) == 1:  # takes a copy in host memory, too
+        """Copy a state to rows. That of a single row may be in host memory."""
+        if len(rows) == 1:
             for own, saved in zip(self.stacked, snapshot.parts, strict=True):
                 own[:, rows[0] - 1].copy_(saved, non_blocking=True)
             return
