@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
@@ -88,8 +87,7 @@ class StepwiseEngine:
         self._streams = StreamThread()
         self._closed = self._is_shut = False
         if warmup == "full":
-            parts = partial(EngineCore, self.runner, None, limits, state_bytes, frozenset())
-            self._warm_up(progress, parts)
+            self._warm_up(progress, limits, state_bytes)
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -262,13 +260,14 @@ class StepwiseEngine:
 
     # -- details --------------------------------------------------------------------------------
 
-    def _warm_up(self, progress: Progress, parts: Callable[[], EngineCore]) -> None:
+    def _warm_up(self, progress: Progress, limits: Limits, state_bytes: int) -> None:
         try:
             with on_device(self.runner.device):
                 self.runner.warm_up(progress)
                 if self.runner.device.type == "cuda":
+                    core = EngineCore(self.runner, None, limits, state_bytes, frozenset())
                     with torch.inference_mode():  # as in a step
-                        _rehearse(parts(), self.runner)
+                        _rehearse(core, self.runner)
         except BaseException:
             self.close()
             raise

@@ -22,7 +22,7 @@ from granite_paged.typed_json import Signed, checked
 FORMAT = 1
 
 NOT_FINITE = "a log-likelihood is not a finite number; check the weights and the dtype"
-"""Why a question has no answer: one of its log-likelihoods is NaN or infinite."""
+"""What `refused` says of a question with a log-likelihood that is NaN or infinite."""
 
 EntryKey = tuple[str, str, str]
 """Mode, task and question."""

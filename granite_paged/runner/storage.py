@@ -17,7 +17,7 @@ copy serves all rows that begin with the same state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,14 +93,12 @@ class Storage(NamedTuple):
             for saved in {id(saved): saved for saved in wanted.values()}.values():
                 self._copy([row for row, other in wanted.items() if other is saved], saved)
         finally:
-            for row in wanted:
-                self.loads.pop(row, None)
+            self._drop_loads(wanted)
 
     def copy_row(self, source: int, targets: Sequence[int]) -> None:
         """Copy a row to others: its page table, token, flag and states."""
         self.load_states([source])
-        for target in targets:
-            self.loads.pop(target, None)
+        self._drop_loads(targets)
         (index,) = to_device(self.tokens.device, torch.tensor(targets))
         self.pages.table.copy_row(source, index)
         for tensor in (self.nonfinite, self.tokens):
@@ -111,8 +109,7 @@ class Storage(NamedTuple):
 
     def clear_rows(self, rows: Sequence[int]) -> None:
         """Set rows to zeros for their next sequences."""
-        for row in rows:
-            self.loads.pop(row, None)
+        self._drop_loads(rows)
         (index,) = to_device(self.tokens.device, torch.tensor(rows))
         self.pages.table.clear_rows(rows, index)
         for tensor in (self.nonfinite, self.tokens):
@@ -131,7 +128,7 @@ class Storage(NamedTuple):
         if snapshot.conv.device == self.tokens.device:
             self.loads[row] = snapshot
         else:
-            self.loads.pop(row, None)
+            self._drop_loads([row])
             self._copy([row], snapshot)
 
     def clear(self) -> None:
@@ -140,6 +137,10 @@ class Storage(NamedTuple):
         self.pages.pools.clear()
         self.states.clear()
         self.stacked.clear()
+
+    def _drop_loads(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.loads.pop(row, None)
 
     def _copy(self, rows: Sequence[int], snapshot: RowSnapshot) -> None:
         """Copy a state to rows. That of a single row may be in host memory."""
